@@ -1,0 +1,30 @@
+"""Distributed training that people can trust: the same bits anywhere, and nothing lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from disttrain.recipe import Recipe as Recipe
+    from disttrain.recipe import load_recipe as load_recipe
+    from disttrain.train import Result as Result
+    from disttrain.train import train as train
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Result", "load_recipe", "train"]
+
+_HOMES = {
+    "Recipe": "disttrain.recipe",
+    "load_recipe": "disttrain.recipe",
+    "Result": "disttrain.train",
+    "train": "disttrain.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that the launcher, which reads recipes only, never pays for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'disttrain' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

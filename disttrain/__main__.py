@@ -1,0 +1,25 @@
+"""A worker: `torchrun -m disttrain RECIPE [-o key=value]... [--run-dir DIR]`, or what `disttrain train` starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from disttrain.worker import worker
+
+
+@click.command(name="python -m disttrain")
+@click.argument("recipe")
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
+@click.option("--run-dir", type=click.Path(file_okay=False), help="Where the run lives; one that is there goes on.")
+def command(recipe: str, overrides: Sequence[str], run_dir: str | None) -> None:
+    """Train RECIPE, a shipped recipe's name or a TOML file, as one worker."""
+    from disttrain.train import train
+
+    train(recipe, overrides=overrides, run_dir=run_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(worker(command))

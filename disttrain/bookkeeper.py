@@ -1,0 +1,208 @@
+"""What happens between steps: metrics, checkpoints, requests to stop; each decision agreed by all ranks at one step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
+from disttrain.collectives import Agreement, decided_by_main, sum_
+from disttrain.console import Console
+from disttrain.errors import DisttrainError, DivergedError, StoppedError
+from disttrain.evaluate import Evaluation, evaluate
+from disttrain.guard import StopRequest
+from disttrain.job import Job
+from disttrain.rundir import EVALUATION, go_on_with, write_evaluation
+from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
+
+
+class Bookkeeper:
+    """Keeps a job's journal, checkpoints and console. Rank 0 writes; all ranks know."""
+
+    def __init__(
+        self,
+        job: Job,
+        run_dir: Path,
+        store: CheckpointStore,
+        tracker: Tracker | NullTracker,
+        console: Console,
+        stop: StopRequest,
+        sampler: SystemSampler | None,
+    ) -> None:
+        self.job = job
+        self.run_dir = run_dir
+        self._store = store
+        self._writer = CheckpointWriter(store)
+        self._tracker = tracker
+        self._console = console
+        self._stop = stop
+        self._agreement = Agreement(num_flags=3)
+        self._sampler = sampler
+        self._last_save = self._last_log = time.monotonic()
+        self._samples_since_log = 0
+        self._pace = ""
+
+    def after_step(self, losses: torch.Tensor, global_size: int) -> None:
+        """Log, save or stop as due after the step just made.
+
+        `losses`, (num_shards,), are each shard's share of its mean loss, zero for the shards of other workers.
+
+        Every rank must call it. Raises StoppedError once all ranks have agreed to stop and the checkpoint is saved,
+        DivergedError if the loss is not finite on any rank.
+        """
+        job, recipe = self.job, self.job.recipe
+        self._samples_since_log += global_size
+        logs = job.step % recipe.train.log_every_steps == 0
+        # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
+        looks = logs or losses.device.type == "cpu"
+        diverged = looks and not math.isfinite(losses.sum().item())
+        if logs:
+            self._log(losses)
+        self._report(self._writer.poll())
+        seconds = recipe.checkpoint.every_seconds
+        time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self._last_save
+        self._act(self._agreement.ask(diverged, self._stop.received is not None, time_is_up))
+
+    def _act(self, answer: list[bool]) -> None:
+        every = self.job.recipe.checkpoint.every_steps
+        due = every > 0 and self.job.step % every == 0
+        if due or any(answer):
+            # What was asked at this very step must be known before anything is written.
+            answer = [early or late for early, late in zip(answer, self._agreement.finish(), strict=True)]
+        diverged, stop, time_is_up = answer
+        if diverged:
+            self._report(self._writer.wait())
+            raise DivergedError(
+                f"the loss is not finite at step {self.job.step} (epoch {self.job.epoch + 1}): lower optim.lr, set "
+                f"train.clip_norm, or add schedule.warmup_steps. {self._checkpoint_words()}"
+            )
+        if stop:
+            self._save_or_fail()
+            raise StoppedError(
+                f"stopped on request ({self._stop.received or 'another worker'}) after step {self.job.step} of "
+                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self.run_dir)}"
+            )
+        if (due or time_is_up) and not self.job.evaluation_is_due:
+            self._save()
+
+    def _checkpoint_words(self) -> str:
+        paths = self._store.paths()
+        return f"The newest checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
+
+    def _log(self, losses: torch.Tensor) -> None:
+        job, world = self.job, self.job.world
+        names = SYSTEM_METRICS if job.recipe.tracking.system_metrics else ()
+        num_shards = len(losses)
+        report = torch.zeros(num_shards + world.num_nodes * len(names), dtype=torch.float64)
+        report[:num_shards] = losses
+        starts = [num_shards + node * len(names) for node in range(world.num_nodes)]
+        places = [slice(start, start + len(names)) for start in starts]
+        if self._sampler is not None:
+            report[places[world.node]] = torch.tensor(self._sampler.latest(), dtype=torch.float64)
+        # Every number in it is one worker's own, and zero on the others: only this sum rounds, in the shards' order.
+        loss = math.fsum(sum_(report)[:num_shards].tolist())
+        now = time.monotonic()
+        rate = self._samples_since_log / max(now - self._last_log, 1e-9)
+        self._last_log, self._samples_since_log = now, 0
+        metrics = {
+            "train/loss": loss,
+            "train/images_per_second": rate,
+            "train/learning_rate": job.schedule.learning_rate(job.step - 1),
+            "train/epoch": job.step / job.steps_per_epoch,
+        }
+        if names:
+            for node, place in enumerate(places):
+                metrics.update(node_metrics(node, report[place].tolist()))
+        self._tracker.metrics(job.step, metrics)
+        self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs, loss, rate)
+
+    @contextmanager
+    def epoch(self) -> Iterator[None]:
+        """Around the steps of an epoch: its time is logged if it was run from its first step to its last."""
+        whole = self.job.step % self.job.steps_per_epoch == 0
+        self._last_log, self._samples_since_log = time.monotonic(), 0
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._act(self._agreement.finish())
+        if whole and self.job.step % self.job.steps_per_epoch == 0:
+            self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
+            self._pace = f", {seconds:.1f} s, {len(self.job.data.train) / seconds:,.0f} images/s"
+            if not self.job.evaluation_is_due:
+                self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
+
+    def evaluate(self) -> None:
+        """Evaluate, save a checkpoint that knows the result, and report it. Every rank must call it."""
+        job = self.job
+        if job.world.size > 1:
+            job.parallel.share_buffers_()
+        result = evaluate(job.model, job.eval_loader, job.data.test.classes, autocast=job.autocast)
+        job.metrics = {"eval/accuracy": result.accuracy, "eval/loss": result.loss}
+        self._tracker.metrics(job.step, job.metrics)
+        self._tracker.event("evaluated", step=job.step, correct=result.correct, total=result.total)
+        self._write_evaluation(result)
+        where = f"step {job.step}" if job.step % job.steps_per_epoch else f"epoch {job.epoch}/{job.num_epochs}"
+        self._console.line(
+            f"{where}: accuracy {result.accuracy:.2%} ({result.correct} of {result.total}), "
+            f"loss {result.loss:.4f}{self._pace}"
+        )
+        self._pace = ""
+        if job.step >= job.total_steps:
+            self._save_or_fail()
+        else:
+            self._save()
+
+    def _write_evaluation(self, result: Evaluation) -> None:
+        job = self.job
+        if not job.world.is_main:
+            return
+        content = {"step": job.step, "epoch": job.epoch, "classes": list(result.classes), **result.to_json()}
+        try:
+            write_evaluation(self.run_dir, content)
+        except OSError as error:
+            self._console.warn(f"{self.run_dir / EVALUATION} could not be written: {error}")
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Accuracy and loss where the job stands, measured just now or found in the checkpoint."""
+        assert self.job.metrics is not None
+        return {"accuracy": self.job.metrics["eval/accuracy"], "loss": self.job.metrics["eval/loss"]}
+
+    def close(self) -> None:
+        """Finish the checkpoint that is being written."""
+        self._report(self._writer.wait())
+        self._writer.close()
+
+    def _save(self) -> None:
+        """Have rank 0 save, beside the training."""
+        self._last_save = time.monotonic()
+        job = self.job
+        if job.world.is_main:
+            self._report(self._writer.save(job.model_tensors(), job.optimizer_tensors()[0], job.state()))
+
+    def _report(self, outcome: Outcome | None) -> bool:
+        """Tell what became of a checkpoint, if anything did; return whether it is there.
+
+        A save that fails is a warning: the checkpoint before stands, and training goes on.
+        """
+        if outcome is None:
+            return False
+        if outcome.path is None:
+            self._console.warn(f"step {outcome.step} could not be saved: {outcome.error}. {self._checkpoint_words()}")
+            self._tracker.event("checkpoint-failed", step=outcome.step, error=str(outcome.error))
+            return False
+        self._tracker.event("checkpoint", step=outcome.step, path=str(outcome.path.relative_to(self.run_dir)))
+        return True
+
+    def _save_or_fail(self) -> None:
+        self._save()
+        saved = self._report(self._writer.wait())
+        if not decided_by_main(self.job.world, lambda: saved):
+            raise DisttrainError(
+                f"the checkpoint of step {self.job.step} could not be saved: make room on the disk of {self.run_dir}, "
+                f"and start again with: {go_on_with(self.run_dir)}"
+            )

@@ -1,0 +1,12 @@
+"""Checkpoints that exist or do not: written aside, verified on load, retired only when a newer one stands."""
+
+from disttrain.checkpoint.folder import Checkpoint as Checkpoint
+from disttrain.checkpoint.folder import read_checkpoint as read_checkpoint
+from disttrain.checkpoint.folder import verify_checkpoint as verify_checkpoint
+from disttrain.checkpoint.folder import weights_sha256 as weights_sha256
+from disttrain.checkpoint.folder import write_checkpoint as write_checkpoint
+from disttrain.checkpoint.state import optimizer_from_tensors as optimizer_from_tensors
+from disttrain.checkpoint.state import optimizer_to_tensors as optimizer_to_tensors
+from disttrain.checkpoint.store import CheckpointStore as CheckpointStore
+from disttrain.checkpoint.writer import CheckpointWriter as CheckpointWriter
+from disttrain.checkpoint.writer import Outcome as Outcome

@@ -1,0 +1,59 @@
+"""`disttrain evaluate`: the accuracy of a checkpoint on the test set, the same number at every world size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from disttrain.worker import worker
+
+
+@click.command(name="disttrain evaluate")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def command(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Evaluate the run or checkpoint at PATH, as one worker."""
+    from disttrain.collectives import decided_by_main, one_per_machine_first
+    from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
+    from disttrain.conditions import exact_conditions
+    from disttrain.data import EvalLoader, load_datasets
+    from disttrain.errors import ConfigurationError
+    from disttrain.evaluate import evaluate
+    from disttrain.job import AUTOCAST
+    from disttrain.world import join_world
+
+    with join_world() as world:
+        checkpoint = decided_by_main(world, lambda: find_checkpoint(path))
+        recipe = recipe_of(checkpoint, overrides)
+        data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
+        if list(data.test.classes) != checkpoint.state["data"]["classes"]:
+            raise ConfigurationError(f"{checkpoint.path} was trained on other classes than {recipe.data.root} holds.")
+        model = restore_model(checkpoint, recipe).to(world.device)
+        loader = EvalLoader(
+            data.test,
+            recipe.data,
+            batch_size=recipe.train.eval_batch_size,
+            rank=world.rank,
+            size=world.size,
+            device=world.device,
+        )
+        with exact_conditions(recipe):
+            result = evaluate(model, loader, data.test.classes, autocast=AUTOCAST[recipe.train.precision])
+        if not world.is_main:
+            return
+        if as_json:
+            print(json.dumps(result.to_json()))
+            return
+        print(f"{checkpoint.path}, {world.size} worker{'s' if world.size > 1 else ''}")
+        print(f"accuracy {result.accuracy:.2%} ({result.correct} of {result.total}), loss {result.loss:.6f}")
+        width = max(len(name) for name in result.classes)
+        for name, accuracy in result.per_class.items():
+            print(f"  {name:<{width}}  {'no samples' if accuracy is None else f'{accuracy:7.2%}'}")
+
+
+if __name__ == "__main__":
+    sys.exit(worker(command))

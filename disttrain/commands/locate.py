@@ -1,0 +1,71 @@
+"""Find the checkpoint that a user means by RUN or CHECKPOINT."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from disttrain.checkpoint.folder import MANIFEST, MODEL
+from disttrain.errors import ConfigurationError, UsageError
+from disttrain.models import build_model
+from disttrain.recipe import Recipe, parse_recipe
+from disttrain.rundir import CHECKPOINTS, RECIPE
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the newest good one of the run at `path`.
+
+    Raises UsageError if there is neither, ConfigurationError if it, or all of the run, is damaged. Changes nothing
+    on disk.
+    """
+    if is_checkpoint(path):
+        return read_checkpoint(path)
+    if not is_run(path):
+        raise UsageError(_what_is_wrong_with(path))
+    oldest_first = CheckpointStore(path / CHECKPOINTS).paths()
+    for candidate in reversed(oldest_first):
+        try:
+            return read_checkpoint(candidate)
+        except ConfigurationError as error:
+            if candidate == oldest_first[0]:
+                raise
+            print(f"warning: {error} The checkpoint before it is used.", file=sys.stderr)
+    raise UsageError(f"{path} has no good checkpoint yet.")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint's folder, whole or not."""
+    return any((path / name).is_file() for name in (MANIFEST, MODEL))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run lives in this folder."""
+    return (path / RECIPE).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def recipe_of(checkpoint: Checkpoint, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that the checkpoint was trained with. Raises RecipeError."""
+    return parse_recipe(checkpoint.state["recipe"], overrides, source=f"{checkpoint.path}/state.json")
+
+
+def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
+    """The trained model, on the CPU. Raises ConfigurationError if the recipe builds one that the weights do not fit."""
+    data = checkpoint.state["data"]
+    model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=tuple(data["sample_shape"]))
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"{checkpoint.path}: the weights do not fit model.name = '{recipe.model.name}': "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
+    return model
+
+
+def _what_is_wrong_with(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist: give a run directory (see `disttrain runs list`) or a checkpoint in it."
+    return f"{path} is neither a run directory (no {RECIPE}) nor a checkpoint (no {MANIFEST})."

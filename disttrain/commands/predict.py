@@ -1,0 +1,53 @@
+"""`disttrain predict`: what a checkpoint sees in pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from disttrain.worker import worker
+
+
+@click.command(name="disttrain predict")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def command(path: Path, images: tuple[Path, ...], top: int, as_json: bool) -> None:
+    """Name what is in each of IMAGES with the run or checkpoint at PATH."""
+    import torch
+
+    from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
+    from disttrain.data import normalise, read_picture
+
+    checkpoint = find_checkpoint(path)
+    data = checkpoint.state["data"]
+    model = restore_model(checkpoint, recipe_of(checkpoint)).eval()
+    channels, height, width = data["sample_shape"]
+    pixels = torch.stack([read_picture(image, (height, width), channels) for image in images])
+    with torch.no_grad():
+        probabilities = model(normalise(pixels, data["mean"], data["std"])).softmax(1)
+    answers: list[dict[str, Any]] = [
+        {
+            "image": str(image),
+            "classes": [
+                {"class": data["classes"][index], "probability": row[index].item()}
+                for index in row.argsort(descending=True)[:top].tolist()
+            ],
+        }
+        for image, row in zip(images, probabilities, strict=True)
+    ]
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint.path), "predictions": answers}))
+        return
+    for answer in answers:
+        guesses = ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in answer["classes"])
+        print(f"{answer['image']}: {guesses}")
+
+
+if __name__ == "__main__":
+    sys.exit(worker(command))

@@ -1,0 +1,50 @@
+"""How a run stands, from its files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from disttrain.checkpoint import CheckpointStore
+from disttrain.checkpoint.folder import STATE
+from disttrain.checkpoint.store import accuracy_of, step_of
+from disttrain.rundir import CHECKPOINTS, JOURNAL
+from disttrain.tracking.journal import read_journal
+
+# The journal's last status, in the words that a person would use.
+_STATES = {"RUNNING": "unfinished", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """The run's name, state, step, epoch, world size, checkpoints and MLflow run, as JSON can hold them.
+
+    The state is "finished", "stopped", "failed", "unfinished" (running, or killed without a word) or "new". Step and
+    epoch are those of the newest checkpoint. Reads whatever is there, damaged or not, and changes nothing.
+    """
+    paths = CheckpointStore(run / CHECKPOINTS).paths()
+    state = _read_json(paths[-1] / STATE) if paths else {}
+    statuses = [record.get("status") for record in _journal(run) if record.get("kind") == "status"]
+    return {
+        "name": run.name,
+        "state": _STATES.get(str(statuses[-1]), "unfinished") if statuses else "new",
+        "step": state.get("step", 0),
+        "total_steps": state.get("total_steps"),
+        "epoch": state.get("epoch", 0),
+        "accuracy": accuracy_of(paths[-1]) if paths else None,
+        "world_size": state.get("world_size"),
+        "checkpoints": [{"path": str(path), "step": step_of(path), "accuracy": accuracy_of(path)} for path in paths],
+        "mlflow_run_id": _read_json(run / "mlflow.json").get("run_id"),
+    }
+
+
+def _journal(run: Path) -> list[dict[str, Any]]:
+    return list(read_journal(run / JOURNAL)) if (run / JOURNAL).is_file() else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

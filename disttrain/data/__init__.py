@@ -1,0 +1,30 @@
+"""Data sets, who gets which sample when, and batches."""
+
+from disttrain.data.augment import crop, cutout, flip
+from disttrain.data.custom import as_datasets, as_split
+from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.data.load import load_datasets
+from disttrain.data.loader import Batch, EvalLoader, Loader, StepBatch
+from disttrain.data.normalise import normalise
+from disttrain.data.picture import read_picture
+from disttrain.data.sampler import StepSampler
+
+__all__ = [
+    "Batch",
+    "Datasets",
+    "EvalLoader",
+    "Loader",
+    "MemorySplit",
+    "Split",
+    "StepBatch",
+    "StepSampler",
+    "StreamSplit",
+    "as_datasets",
+    "as_split",
+    "crop",
+    "cutout",
+    "flip",
+    "load_datasets",
+    "normalise",
+    "read_picture",
+]

@@ -1,0 +1,48 @@
+"""Augmentation of whole batches, without a loop over samples.
+
+Each function takes numbers `u` in [0, 1) from `rng.uniform`, one row per image, and is a pure function of them: what
+happens to a sample follows from (seed, epoch, sample), whatever batch and worker it is in.
+
+`crop` and `flip` work on raw pixels, as torchvision's `RandomCrop` and `RandomHorizontalFlip` do in the usual recipes:
+the padding is black, and a byte moves four times faster than a float. `cutout` works on normalised images, where zero
+is the mean colour, as in its paper.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+NUM_UNIFORM = 5
+"""How many numbers a sample gets. Each function has columns of its own, so turning one on leaves the others alone."""
+CROP_COLUMNS, FLIP_COLUMN, CUTOUT_COLUMNS = slice(0, 2), 2, slice(3, 5)
+
+
+def crop(images: torch.Tensor, padding: int, u: torch.Tensor) -> torch.Tensor:
+    """Pad each side by `padding` zeros and cut out the old size at random. `images`: (B, C, H, W), `u`: (B, 2)."""
+    batch, _, height, width = images.shape
+    offsets = (u * (2 * padding + 1)).long()
+    padded = functional.pad(images, (padding, padding, padding, padding))
+    # A view that holds every possible window, (B, C, 2 * padding + 1, 2 * padding + 1, H, W): indexing copies one each.
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(batch, device=images.device), :, offsets[:, 0], offsets[:, 1]]
+
+
+def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Mirror left to right, with probability one half. `images`: (B, C, H, W), `u`: (B,)."""
+    return torch.where((u < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def cutout(images: torch.Tensor, side: int, u: torch.Tensor) -> torch.Tensor:
+    """Set a square of `side` pixels to zero; its centre is anywhere in the image, so that it may stick out.
+
+    `images`: (B, C, H, W), `u`: (B, 2). DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks
+    with Cutout", 2017.
+    """
+    height, width = images.shape[-2:]
+    top = (u[:, 0] * height).long() - side // 2
+    left = (u[:, 1] * width).long() - side // 2
+    rows = torch.arange(height, device=images.device) - top[:, None]
+    columns = torch.arange(width, device=images.device) - left[:, None]
+    inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
+    return images.masked_fill(inside[:, None], 0)

@@ -1,0 +1,111 @@
+"""Data sets as memory maps: converted once per machine, then shared by its workers through the page cache.
+
+One safetensors file per data set. Its name holds a digest of where the data came from, so a changed source gets a new
+file and a stale one is never read. A file is written under a temporary name and published whole; nobody ever replaces
+one that others may have mapped, which a network file system would not forgive. The folder may be deleted at any time
+when no run uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from disttrain.data.dataset import Datasets, MemorySplit
+
+_log = logging.getLogger(__name__)
+_FORMAT = "1"
+
+
+def fingerprint(parts: Iterable[str], files: Iterable[Path], root: Path) -> str:
+    """A digest of `parts` and of the name, size and time of change of each of `files` under `root`."""
+    digest = hashlib.sha256()
+    for part in (_FORMAT, *parts):
+        digest.update(part.encode() + b"\0")
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def cached(root: Path, name: str, build: Callable[[], Datasets]) -> Datasets:
+    """The data set `name`, mapped from its file; `build` makes it, of MemorySplits, if there is none.
+
+    The file is in `root`/.disttrain, or below the user's cache folder where `root` cannot be written to. Where neither
+    can, the data set stays in this worker's own memory, with a warning.
+    """
+    elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "disttrain"
+    owner = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    files = [folder / f"{name}.safetensors" for folder in (root / ".disttrain", elsewhere / owner)]
+    for file in files:
+        datasets = _mapped(file)
+        if datasets is not None:
+            return datasets
+    built = build()
+    reasons = []
+    for file in files:
+        try:
+            _publish(built, file)
+        except (OSError, SafetensorError) as error:
+            reasons.append(f"{file.parent}: {error}")
+            continue
+        return _mapped(file) or built
+    _log.warning("The converted data set is not kept, and each worker holds its own copy: %s", "; ".join(reasons))
+    return built
+
+
+def _mapped(file: Path) -> Datasets | None:
+    try:
+        # A private map: pages come from the page cache, whoever read them first, and nobody can write to the file.
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads(opened.metadata()["disttrain"])
+            splits = {
+                which: MemorySplit(
+                    opened.get_tensor(f"{which}.images"),
+                    opened.get_tensor(f"{which}.labels"),
+                    classes=tuple(facts["classes"]),
+                    mean=tuple(facts["mean"]),
+                    std=tuple(facts["std"]),
+                )
+                for which in ("train", "test")
+            }
+    except OSError:  # not there, or another user's who keeps it to himself
+        return None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        _log.warning("%s is damaged and is made anew: %s", file, error)
+        file.unlink(missing_ok=True)
+        return None
+    return Datasets(**splits)
+
+
+def _publish(datasets: Datasets, file: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for which, split in (("train", datasets.train), ("test", datasets.test)):
+        assert isinstance(split, MemorySplit)
+        tensors |= {f"{which}.images": split.images.contiguous(), f"{which}.labels": split.labels.contiguous()}
+    facts = {"classes": split.classes, "mean": split.mean, "std": split.std}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"disttrain": json.dumps(facts)})
+        # safetensors writes for its owner alone; what may be read in this folder, others may read too.
+        temporary.chmod(file.parent.stat().st_mode & 0o666)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            return  # another machine was quicker; its file holds the same
+        except OSError:  # a file system without links
+            temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)

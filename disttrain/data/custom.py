@@ -1,0 +1,168 @@
+"""Data sets of the user's own: tensors, arrays, map-style data sets, or a callable that makes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.errors import ConfigurationError
+from disttrain.recipe import DataRecipe
+from disttrain.reference import import_callable
+
+
+def load_callable(data: DataRecipe) -> Datasets:
+    """What `data.dataset`, as package.module:callable, returns for `data.options`: `Datasets`, or (train, test).
+
+    Raises ConfigurationError if it does not exist, refuses its options, or returns something else.
+    """
+    make = import_callable(data.dataset, "data.dataset")
+    with suppress(ValueError):  # a callable without a signature, written in C
+        try:
+            inspect.signature(make).bind(**data.options)
+        except TypeError as error:
+            raise ConfigurationError(f"data.options: {data.dataset} refuses them: {error}.") from error
+    made = make(**data.options)
+    if isinstance(made, Datasets):
+        return made
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise ConfigurationError(
+            f"data.dataset: {data.dataset} returned a {type(made).__name__}; it should return (train_set, test_set)."
+        )
+    train_set, test_set = made
+    return as_datasets(train_set, test_set, data, source=f"data.dataset = '{data.dataset}'")
+
+
+def as_datasets(train_set: Any, test_set: Any, data: DataRecipe, source: str = "") -> Datasets:
+    """Two objects that `as_split` takes, as one data set; a test set without class names gets the training set's.
+
+    `source` says in messages where the two come from.
+    """
+    of_source = f" of {source}" if source else ""
+    train = as_split(train_set, data, name=f"the training set{of_source}")
+    test = as_split(test_set, data, train.classes, name=f"the test set{of_source}")
+    with _said_of(source):
+        return Datasets(train, test)
+
+
+def as_split(samples: Any, data: DataRecipe, classes: tuple[str, ...] | None = None, name: str = "") -> Split:
+    """A user's object as a split.
+
+    Taken are: MemorySplit and StreamSplit as they are; a pair (images, labels) of tensors or arrays, or a TensorDataset
+    of the two, images (N, C, H, W) uint8, or floating point that is already normalised; and any map-style data set of
+    (image, label) with a length, its images tensors (C, H, W), arrays or PIL pictures. `classes` are the names where
+    the object has none in an attribute `classes`; pairs without names count from 0. Byte images are normalised by
+    `data.mean` and `data.std`, by default to [-1, 1]. Raises ConfigurationError, which calls it by `name`, for anything
+    else.
+    """
+    if isinstance(samples, MemorySplit | StreamSplit):
+        return samples
+    names = _class_names(samples) or classes
+    if isinstance(samples, TensorDataset):
+        samples = samples.tensors
+    if isinstance(samples, tuple | list) and len(samples) == 2 and all(_is_array(part) for part in samples):
+        with _said_of(name):
+            return _memory_split(torch.as_tensor(samples[0]), torch.as_tensor(samples[1]), names, data)
+    if not isinstance(samples, Sized) or not hasattr(samples, "__getitem__") or _is_array(samples):
+        raise ConfigurationError(
+            f"{name or 'the data set'}: a {type(samples).__name__} is no data set; give (images, labels), "
+            "or a map-style data set of (image, label) with a length."
+        )
+    return _stream_split(samples, names, data, name)
+
+
+@contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    """Begin the message of a ConfigurationError with `what` it is about."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{what}: {error}" if what else str(error)) from error
+
+
+@dataclass(frozen=True)
+class _AsTensors:
+    """A user's data set with its images as tensors."""
+
+    dataset: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        sample = self.dataset[index]
+        try:
+            image, label = sample
+            return _as_tensor(image), int(label)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"sample {index} of {self.name or 'the data set'} is no pair (image, label): {error}."
+            ) from error
+
+
+def _memory_split(
+    images: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...] | None, data: DataRecipe
+) -> MemorySplit:
+    if images.is_floating_point():
+        images = images.float()
+    if not labels.is_floating_point() and not labels.is_complex():
+        labels = labels.long()
+    if classes is None:
+        num_classes = int(labels.max()) + 1 if len(labels) else 0
+        classes = tuple(str(number) for number in range(num_classes))
+    channels = images.shape[1] if images.ndim == 4 else 1
+    return MemorySplit(images.contiguous().cpu(), labels.contiguous().cpu(), classes, *_statistics(data, channels))
+
+
+def _stream_split(dataset: Any, classes: tuple[str, ...] | None, data: DataRecipe, name: str) -> StreamSplit:
+    if classes is None:
+        raise ConfigurationError(
+            f"{name or 'the data set'}: {type(dataset).__name__} does not name its classes; "
+            "give it an attribute 'classes', a list of names."
+        )
+    if len(dataset) == 0:
+        raise ConfigurationError(f"{name or 'the data set'} is empty.")
+    wrapped = _AsTensors(dataset, name)
+    return StreamSplit(wrapped, classes, *_statistics(data, wrapped[0][0].shape[0]), name)
+
+
+def _statistics(data: DataRecipe, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if data.mean is None or data.std is None:
+        return (0.5,) * channels, (0.5,) * channels
+    return tuple(data.mean), tuple(data.std)
+
+
+def _class_names(samples: Any) -> tuple[str, ...] | None:
+    names = getattr(samples, "classes", None)
+    return tuple(str(name) for name in names) if names else None
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | np.ndarray)
+
+
+def _as_tensor(image: Any) -> torch.Tensor:
+    """A picture or an array of (H, W, C) as (C, H, W); tensors as they are, floating point as float32."""
+    if isinstance(image, Image.Image):
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        image = np.array(image)
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+        image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+    if not isinstance(image, torch.Tensor) or image.ndim != 3:
+        raise TypeError(f"the image is a {type(image).__name__}, not a picture or a tensor (channels, height, width)")
+    if image.is_floating_point():
+        return image.float()
+    if image.dtype != torch.uint8:
+        raise TypeError(f"the image is {image.dtype}, neither uint8 nor floating point")
+    return image

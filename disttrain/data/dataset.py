@@ -1,0 +1,117 @@
+"""What a data set is to the rest of the project: a training and a test split, each in one of two kinds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+
+from disttrain.errors import ConfigurationError
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySplit:
+    """A split that is held as one tensor, for data sets up to a few GiB.
+
+    `images`: (N, C, H, W) uint8, or float32 that is already normalised. `labels`: (N,) int64, below len(classes).
+    `mean`, `std`: one number per channel, for pixels in 0..1. Raises ConfigurationError if they do not fit together.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
+            raise ConfigurationError(
+                f"images must be (N, C, H, W) uint8 or float32, not {tuple(self.images.shape)} {self.images.dtype}."
+            )
+        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != (len(self.images),):
+            raise ConfigurationError(
+                f"labels must be ({len(self.images)},) int64, one per image, "
+                f"not {tuple(self.labels.shape)} of {self.labels.dtype}."
+            )
+        if len(self.images) == 0:
+            raise ConfigurationError("the data set is empty.")
+        lowest, highest = int(self.labels.min()), int(self.labels.max())
+        if lowest < 0 or highest >= len(self.classes):
+            wrong = lowest if lowest < 0 else highest
+            raise ConfigurationError(
+                f"label {wrong} is outside 0..{len(self.classes) - 1}, the {len(self.classes)} classes."
+            )
+        _check_statistics(self.mean, self.std, self.images.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSplit:
+    """A split whose samples are read one by one, in DataLoader workers, when they are needed.
+
+    `dataset`: map-style, of (image, label) with image (C, H, W) uint8, or float32 that is already normalised, the same
+    shape for all. `mean`, `std`: one number per channel, for pixels in 0..1. `name` is for messages.
+    """
+
+    dataset: Any
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self) == 0:
+            raise ConfigurationError("the data set is empty.")
+        _check_statistics(self.mean, self.std, self.sample_shape[0])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @cached_property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the first image; every other must have the same."""
+        channels, height, width = self.dataset[0][0].shape
+        return channels, height, width
+
+
+Split: TypeAlias = MemorySplit | StreamSplit
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """A data set: what is learnt from, and what is held out. Raises ConfigurationError if the two do not match."""
+
+    train: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        if self.train.sample_shape != self.test.sample_shape:
+            raise ConfigurationError(
+                f"training images are {self.train.sample_shape} (channels, height, width) and test images "
+                f"{self.test.sample_shape}; make them equal."
+            )
+        if self.train.classes != self.test.classes:
+            raise ConfigurationError(
+                f"the training set has {len(self.train.classes)} classes and the test set {len(self.test.classes)}, "
+                "or their names or order differ; both need the same."
+            )
+
+
+def _check_statistics(mean: tuple[float, ...], std: tuple[float, ...], num_channels: int) -> None:
+    if len(mean) != num_channels or len(std) != num_channels:
+        raise ConfigurationError(
+            f"data.mean and data.std: {len(mean)} and {len(std)} numbers for images of {num_channels} channels; "
+            "give one for each channel."
+        )
+    if min(std) <= 0:
+        raise ConfigurationError("data.std: every number must be above 0.")

@@ -1,0 +1,37 @@
+"""The 1,797 real handwritten digits that scikit-learn ships: data that is always there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from disttrain import rng
+from disttrain.data.dataset import Datasets, MemorySplit
+from disttrain.errors import ConfigurationError
+
+_NUM_TEST = 360
+_SPLIT_SEED = 0
+_CLASSES = tuple(str(digit) for digit in range(10))
+# Of the training images, over all pixels; the three channels are the same grey.
+_MEAN, _STD = (0.3044,) * 3, (0.3755,) * 3
+
+
+def load_digits_split() -> Datasets:
+    """1,437 training and 360 test images, (3, 32, 32): 8 x 8 pixels of 17 greys, each pixel made a square of 16.
+
+    The split is fixed. Raises ConfigurationError without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import load_digits  # takes a second, which other data sets need not wait
+    except ImportError as error:
+        raise ConfigurationError("data.dataset: 'digits' comes with scikit-learn; pip install scikit-learn.") from error
+    digits = load_digits()
+    greys = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
+    images = greys.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)[:, None].repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    order = rng.permutation(_SPLIT_SEED, 0, len(labels))
+
+    def split(chosen: torch.Tensor) -> MemorySplit:
+        return MemorySplit(images[chosen], labels[chosen], _CLASSES, _MEAN, _STD)
+
+    return Datasets(split(order[_NUM_TEST:]), split(order[:_NUM_TEST]))

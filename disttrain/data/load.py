@@ -1,0 +1,81 @@
+"""The data set that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+
+from disttrain.data.custom import load_callable
+from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.errors import ConfigurationError
+from disttrain.recipe import DataRecipe
+from disttrain.world import World
+
+
+def load_datasets(data: DataRecipe, world: World, first: Callable[[], AbstractContextManager[None]]) -> Datasets:
+    """The data set that `data.dataset` names, normalised and laid out as the recipe says.
+
+    `first` lets one worker of each machine through its block before the others: that one downloads and converts, and
+    the others then map what they find. Raises ConfigurationError, for the recipe, the data or the network.
+    """
+    with first():
+        try:
+            datasets = _load(data)
+        except ConfigurationError:
+            raise
+        except OSError as error:
+            raise ConfigurationError(f"data.root: {data.root} on {world.host} cannot be read: {error}.") from error
+    return Datasets(_as_the_recipe_says(datasets.train, data), _as_the_recipe_says(datasets.test, data))
+
+
+def _load(data: DataRecipe) -> Datasets:
+    # Imported where they are needed: torchvision and scikit-learn take seconds.
+    if ":" in data.dataset:
+        return load_callable(data)
+    if data.dataset == "folder":
+        from disttrain.data.folder import load_folder
+
+        return load_folder(data)
+    if data.image_size is not None:
+        raise ConfigurationError(
+            f"data.image_size: only for dataset 'folder', and this is {data.dataset!r}; leave it out."
+        )
+    if data.dataset == "digits":
+        from disttrain.data.digits import load_digits_split
+
+        return load_digits_split()
+    if data.dataset == "synthetic":
+        from disttrain.data.synthetic import load_synthetic
+
+        return load_synthetic(data)
+    if data.dataset in ("cifar10", "cifar100"):
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        from disttrain.data.cifar import load_cifar
+
+        return load_cifar(data, CIFAR10 if data.dataset == "cifar10" else CIFAR100)
+    raise ConfigurationError(f"data.dataset: there is no data set {data.dataset!r}.")
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """A MemorySplit as a map-style data set."""
+
+    split: MemorySplit
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.split.images[index], int(self.split.labels[index])
+
+
+def _as_the_recipe_says(split: Split, data: DataRecipe) -> Split:
+    if isinstance(split, MemorySplit) and data.layout == "stream":
+        split = StreamSplit(_Samples(split), split.classes, split.mean, split.std)
+    if data.mean is not None and data.std is not None:
+        split = replace(split, mean=tuple(data.mean), std=tuple(data.std))
+    return split

@@ -1,0 +1,64 @@
+"""Failures a user can cause, and the exit code that tells a launcher what to do about each."""
+
+from __future__ import annotations
+
+import time
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What a worker's exit code means to whoever started it."""
+
+    DONE = 0
+    FAILURE = 1  # unexpected, worth a retry
+    USAGE = 2  # wrong command line
+    DIVERGED = 70  # training diverged, never retry
+    STOPPED = 75  # stopped on request, checkpoint saved, start again
+    CONFIGURATION = 78  # wrong recipe, data or environment, never retry
+    UNREAD = 141  # whoever read the output has gone; 128 + SIGPIPE, as a shell has it of other programs
+
+
+class DisttrainError(Exception):
+    """A failure whose message is written for the user: one or two lines that say what, where and what to do."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
+
+
+class UsageError(DisttrainError):
+    """The command line asks for something that does not exist."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DivergedError(DisttrainError):
+    """The loss or a gradient is no longer finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class StoppedError(DisttrainError):
+    """Somebody asked the run to stop; it has saved a checkpoint and can go on later."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class ConfigurationError(DisttrainError):
+    """Data, a checkpoint or the environment does not fit: trying again would fail again."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
+class RecipeError(ConfigurationError):
+    """The recipe is wrong: each line of the message names one key and what it should be."""
+
+
+def mark_failure(error: BaseException) -> None:
+    """Note on `error` when it struck: cleaning up takes time, and the first worker to fail is the cause."""
+    error.__dict__.setdefault("_failed_at", time.time())
+
+
+def failure_time(error: BaseException) -> float:
+    """When `error` struck, in seconds since 1970, as far as somebody noted it; else now."""
+    failed_at: float = error.__dict__.get("_failed_at", time.time())
+    return failed_at

@@ -1,0 +1,200 @@
+"""Sums that no order can change: numbers as integers on a common grid, where addition is associative.
+
+A tensor's grid is fixed by the largest magnitude among all its summands, which is a maximum and so knows no order
+either. The largest summand gets 62 bits, less one for each doubling of the number of summands; a sum can therefore
+never overflow, however large or small the numbers are. Cutting off what lies below the grid is the only error: less
+than 2**(h - 61) of the largest magnitude for each summand, where 2**h is the number of summands, rounded up.
+
+Where one sum follows another, its grid can be fixed by a bound that is expected of it, so that nobody has to agree on
+magnitudes first: `expected_magnitudes` makes bounds of the sums before, and `surprises` says whether they hold. The
+grid may then be coarser by h + 6 bits: less than 2**(2 * h - 55) of the largest magnitude is cut off each summand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+ABSENT = -1.0
+"""What stands for the magnitude of a tensor that is not there."""
+
+_BITS = 62
+# A summand may be so many bits larger or smaller than the sum before it for the expectation to hold.
+_MARGIN = 3
+# Powers of two beyond this leave float64's range of normal numbers: the smallest magnitudes are scaled in two steps.
+_MOST_FLOAT64_SHIFT = 1022
+# Scaling by 2**126 and back stays within float32's range of normal numbers.
+_MOST_FLOAT32_SHIFT = 126
+
+Summands = Sequence[torch.Tensor | None]
+
+
+def magnitudes(summands: Summands) -> list[float]:
+    """The largest magnitude in each tensor: infinite if a number is not finite.
+
+    ABSENT for None, and for a tensor without elements.
+    """
+    largest = [ABSENT] * len(summands)
+    present = [(index, _real(tensor)) for index, tensor in enumerate(summands) if tensor is not None and tensor.numel()]
+    if present:
+        # One pass over the numbers, and twenty times as fast as the infinity norm. NaN comes through.
+        ends = torch.stack([end for _, tensor in present for end in torch.aminmax(tensor)]).tolist()
+        for (index, _), low, high in zip(present, ends[::2], ends[1::2], strict=True):
+            found = max(abs(low), abs(high))
+            largest[index] = found if math.isfinite(low) and math.isfinite(high) else math.inf
+    return largest
+
+
+def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) -> list[float] | None:
+    """Bounds that the summands of the next sums are expected to keep, from the sums just made; None: nobody can say.
+
+    `largest` is what was known of the summands' magnitudes. A bound is some eight times the largest number of the sum,
+    and ABSENT for a tensor that was not there. After zeros and infinities nothing is expected: a tensor that was not
+    finite has not been summed, so what is in it is this rank's own.
+    """
+    if math.inf in largest:
+        return None
+    found = magnitudes([tensor if known != ABSENT else None for tensor, known in zip(sums, largest, strict=True)])
+    expected = []
+    for magnitude in found:
+        if magnitude == ABSENT:
+            expected.append(ABSENT)
+        elif 0 < magnitude < math.inf:
+            expected.append(math.ldexp(1.0, math.frexp(magnitude)[1] + _MARGIN))
+        else:
+            return None
+    return expected
+
+
+def surprises(found: Sequence[float], expected: Sequence[float], num_summands: int) -> list[int]:
+    """What speaks against the `expected` bounds in a list of tensors whose magnitudes were `found`.
+
+    First 1 if one exceeds its bound, else 0; then for each tensor 1 if it is so small that the bound's grid is too
+    coarse for it. To be added up over all lists: the expectation holds if the first is 0, and none of the others is the
+    number of lists.
+    """
+    faint = math.ldexp(1.0, -2 * _MARGIN - _headroom(num_summands))
+    exceeds = any(magnitude > bound for magnitude, bound in zip(found, expected, strict=True))
+    is_faint = [bound != ABSENT and magnitude < bound * faint for magnitude, bound in zip(found, expected, strict=True)]
+    return [int(exceeds), *map(int, is_faint)]
+
+
+class FixedPointSum:
+    """A sum of lists of tensors, as one flat vector of integers.
+
+    Of each list the tensors at the places where `largest` is a finite magnitude are summed: that of the tensor over all
+    the summands there are anywhere. `num_summands` is how many lists there are, or more. `scratch` is memory for the
+    integers, used if it is large enough. `num_extra` counters travel behind the sum; the caller sets them.
+    """
+
+    def __init__(
+        self,
+        like: Sequence[torch.Tensor],
+        largest: Sequence[float],
+        num_summands: int,
+        scratch: torch.Tensor | None = None,
+        num_extra: int = 0,
+    ) -> None:
+        headroom = _headroom(num_summands)
+        narrow, wide = _Grid(torch.float32), _Grid(torch.float64)
+        for index, (tensor, magnitude) in enumerate(zip(like, largest, strict=True)):
+            if not 0 <= magnitude < math.inf:
+                continue
+            shift = _BITS - headroom - math.frexp(magnitude)[1]
+            fits = tensor.dtype == torch.float32 and abs(shift) <= _MOST_FLOAT32_SHIFT
+            (narrow if fits else wide).append(index, _real(tensor).numel(), shift)
+        self._grids = [grid for grid in (narrow, wide) if grid.indices]
+        num_elements = sum(sum(grid.sizes) for grid in self._grids)
+        size = num_elements + num_extra
+        if scratch is None or scratch.numel() < size:
+            scratch = torch.empty(size, dtype=torch.int64, device=like[0].device if like else None)
+        self._integers = scratch[:size]
+        self._total, self.extra = self._integers[:num_elements], self._integers[num_elements:]
+        self._is_empty = True
+
+    def add(self, summands: Summands) -> None:
+        """Add a list of tensors; None adds nothing."""
+        for grid, place in self._places():
+            scaled = grid.scaled(summands, place.device)
+            if self._is_empty:
+                place.copy_(scaled)
+            else:
+                place.add_(scaled.to(torch.int64))
+        self._is_empty = False
+
+    def integers(self) -> torch.Tensor:
+        """The sum so far and the counters, one int64 vector: adding others' to it in place is what all this is for."""
+        if self._is_empty:
+            self._total.zero_()
+            self._is_empty = False
+        return self._integers
+
+    def write(self, into: Sequence[torch.Tensor]) -> None:
+        """Replace the tensors of `into` that are summed by their sum."""
+        for grid, place in self._places():
+            grid.write(place, into)
+
+    def _places(self) -> list[tuple[_Grid, torch.Tensor]]:
+        places = torch.split(self._total, [sum(grid.sizes) for grid in self._grids])
+        return list(zip(self._grids, places, strict=True))
+
+
+class _Grid:
+    """The tensors that are scaled in one floating-point type, each by its own power of two, so without rounding.
+
+    Each method does its work on all tensors in a few operations: for a small model, calls cost more than arithmetic.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.indices: list[int] = []
+        self.sizes: list[int] = []
+        self._shifts: list[int] = []
+
+    def append(self, index: int, size: int, shift: int) -> None:
+        """Take in the tensor at the place `index` of the lists."""
+        self.indices.append(index)
+        self.sizes.append(size)
+        self._shifts.append(shift)
+
+    def scaled(self, summands: Summands, device: torch.device) -> torch.Tensor:
+        """The tensors times their powers of two, one after another: what is left of the point is on the grid."""
+        flat = []
+        for index, size in zip(self.indices, self.sizes, strict=True):
+            tensor = summands[index]
+            if tensor is None:
+                flat.append(torch.zeros(size, dtype=self._dtype, device=device))
+            else:
+                flat.append(_real(tensor).reshape(-1).to(self._dtype))
+        return torch.cat(_times_powers_of_two(flat, self._shifts))
+
+    def write(self, integers: torch.Tensor, into: Sequence[torch.Tensor]) -> None:
+        """From integers back to numbers, each rounded once."""
+        numbers = _times_powers_of_two(
+            list(torch.split(integers.to(self._dtype), self.sizes)), [-shift for shift in self._shifts]
+        )
+        for index, values in zip(self.indices, numbers, strict=True):
+            target = _real(into[index])
+            target.copy_(values.view(target.shape))
+
+
+def _headroom(num_summands: int) -> int:
+    """The bits that a sum of so many may need beyond those of the largest summand."""
+    return max(0, (num_summands - 1).bit_length())
+
+
+def _times_powers_of_two(tensors: list[torch.Tensor], shifts: list[int]) -> list[torch.Tensor]:
+    """Each tensor times two to the power of its shift, rounded once at most."""
+    within = [max(-_MOST_FLOAT64_SHIFT, min(_MOST_FLOAT64_SHIFT, shift)) for shift in shifts]
+    scaled = list(torch._foreach_mul(tensors, [math.ldexp(1.0, shift) for shift in within]))
+    rest = [shift - done for shift, done in zip(shifts, within, strict=True)]
+    if any(rest):
+        torch._foreach_mul_(scaled, [math.ldexp(1.0, shift) for shift in rest])
+    return scaled
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,0 +1,65 @@
+"""Requests to stop, and a launcher that has gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# A terminal's Ctrl-C reaches a worker twice, from the terminal and from the launcher: within this time it is one.
+_SAME_REQUEST_S = 2.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop. The loop reads it and agrees with the other ranks on a step."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._received_at = 0.0
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Note the signal; a second request ends the process at once.
+
+        Raises KeyboardInterrupt at the second one.
+        """
+        now = time.monotonic()
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            self._received_at = now
+        elif now - self._received_at > _SAME_REQUEST_S:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGINT and SIGUSR1 into a request to stop, for as long as the block runs.
+
+    Outside the main thread, where Python cannot handle signals, no request ever arrives.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.receive) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """End this process when its launcher is gone: the launcher holds the other end of standard input."""
+
+    def wait() -> None:
+        while os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()

@@ -1,0 +1,63 @@
+"""One process at a time writes to a run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from disttrain.errors import ConfigurationError
+
+LOCK = ".lock"
+# How long the workers of a job that was killed a moment ago may take to end.
+_PATIENCE_S = 10.0
+
+
+@contextmanager
+def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
+    """Own `folder` while the block runs. The system gives it back when the process ends, however it ends.
+
+    A POSIX record lock (fcntl(2), F_SETLK): other than flock's, it is not inherited by forked data workers, which may
+    outlive the owner. Raises ConfigurationError, which names the owner, if it is not free within `patience_s`; OSError
+    if the folder cannot be written or its file system knows no locks.
+    """
+    path = folder / LOCK
+    deadline = time.monotonic() + patience_s
+    while True:
+        with path.open("a+") as file:
+            if _locked(file.fileno()) and _is_still(path, file.fileno()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)  # while it is ours: nobody else's can be removed
+                return
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise ConfigurationError(
+                    f"{folder} is in use: {file.read().strip() or 'another process'} is training there. Wait until it "
+                    "has ended, stop it, or choose another --run-dir."
+                )
+        time.sleep(0.1)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as POSIX has it
+        return False
+    return True
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one that has the name now: its owner removes it in the end."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,83 @@
+"""Optimizers by name with their own options checked, and schedules as functions of the step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from disttrain.errors import ConfigurationError
+from disttrain.recipe import OptimRecipe, ScheduleRecipe
+from disttrain.recipe.names import check_optimizer, nearest
+
+
+def build_optimizer(recipe: OptimRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that the recipe names, with its options.
+
+    Raises ConfigurationError for an unknown name, an unknown option or a value that the optimizer refuses.
+    """
+    known: dict[str, Any] = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
+    check_optimizer(recipe.name, known)
+    kind = {name.lower(): kind for name, kind in known.items()}[recipe.name.lower()]
+    allowed = [name for name in inspect.signature(kind).parameters if name not in ("params", "lr")]
+    for option in recipe.options:
+        if option not in allowed:
+            near = nearest(option, allowed)
+            hint = f"; did you mean '{near}'?" if near else "."
+            raise ConfigurationError(
+                f"optim.{option}: {kind.__name__} has no such option{hint} It has: {', '.join(allowed)}."
+            )
+    try:
+        optimizer: torch.optim.Optimizer = kind(
+            parameters, lr=recipe.lr, **{name: _tuple(value) for name, value in recipe.options.items()}
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"optim: {kind.__name__} refuses these options: {error}") from error
+    return optimizer
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step, counted from 0: a function of the step, so nothing needs saving."""
+
+    recipe: ScheduleRecipe
+    base_lr: float
+    steps_per_epoch: int
+    total_steps: int
+
+    def learning_rate(self, step: int) -> float:
+        """The rate for `step`: linear warm-up from base/warm-up steps, then constant, steps or cosine."""
+        warmup = self.warmup_steps
+        if step < warmup:
+            return self.base_lr * (step + 1) / warmup
+        if self.recipe.name == "step":
+            drops = step // (self.recipe.step_epochs * self.steps_per_epoch)
+            return max(self.recipe.min_lr, self.base_lr * self.recipe.gamma**drops)
+        if self.recipe.name == "cosine":
+            progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+            return self.recipe.min_lr + (self.base_lr - self.recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.base_lr
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return self.recipe.warmup_steps or round(self.recipe.warmup_epochs * self.steps_per_epoch)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

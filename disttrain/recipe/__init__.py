@@ -1,0 +1,40 @@
+"""The recipe: one training job as typed, validated values, from TOML and `-o key=value`. Imports no torch."""
+
+from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError
+from disttrain.recipe.installed import check_installed
+from disttrain.recipe.load import load_recipe, parse_recipe, shipped_recipes
+from disttrain.recipe.model import (
+    CheckpointRecipe,
+    DataRecipe,
+    ModelRecipe,
+    ParallelRecipe,
+    Recipe,
+    ScheduleRecipe,
+    TrackingRecipe,
+    TrainRecipe,
+)
+from disttrain.recipe.optimizers import OptimRecipe
+from disttrain.recipe.write import json_schema, to_toml
+
+__all__ = [
+    "CheckpointRecipe",
+    "ConfigurationError",
+    "DataRecipe",
+    "DisttrainError",
+    "ExitCode",
+    "ModelRecipe",
+    "OptimRecipe",
+    "ParallelRecipe",
+    "Recipe",
+    "RecipeError",
+    "ScheduleRecipe",
+    "TrackingRecipe",
+    "TrainRecipe",
+    "UsageError",
+    "check_installed",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+    "shipped_recipes",
+    "to_toml",
+]

@@ -1,0 +1,84 @@
+"""Find a recipe, read it and check it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from disttrain.errors import RecipeError
+from disttrain.recipe.explain import explain
+from disttrain.recipe.model import Recipe
+from disttrain.recipe.names import did_you_mean
+from disttrain.recipe.overrides import apply_overrides
+
+_SHIPPED = Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with the package: name to description, which is the file's first comment line."""
+    return {path.stem: _description(path) for path in sorted(_SHIPPED.glob("*.toml"))}
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that name (a shipped one) or path, with the overrides (`section.key=value`) in it.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, or wrong keys or values; one line per mistake.
+    """
+    path = _find(name_or_path)
+    source = name_or_path if path.parent != _SHIPPED else f"recipe {path.stem!r}"
+    try:
+        mapping = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source}: not valid TOML: {error}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not a recipe: recipes are TOML, text in UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None
+    mapping.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem))
+    return parse_recipe(mapping, overrides, source=source)
+
+
+def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
+    """The recipe that a mapping of sections describes; `source` names it in messages.
+
+    Raises:
+        RecipeError: wrong keys or values; one line per mistake.
+    """
+    merged, places = apply_overrides(dict(mapping), overrides)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(explain(error, source, places)) from None
+
+
+def _find(name_or_path: str) -> Path:
+    looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
+    shipped = shipped_recipes()
+    if not looks_like_path and name_or_path in shipped:
+        return _SHIPPED / f"{name_or_path}.toml"
+    path = Path(name_or_path)
+    if path.is_dir():
+        if (path / "recipe.toml").is_file():
+            raise RecipeError(f"{name_or_path} is a run directory, not a recipe; its recipe is {path / 'recipe.toml'}")
+        raise RecipeError(f"{name_or_path} is a folder, not a recipe; give a TOML file or one of {', '.join(shipped)}")
+    if path.exists():
+        return path
+    if looks_like_path:
+        raise RecipeError(f"{name_or_path}: no such file; give a TOML file or one of {', '.join(shipped)}")
+    if Path(f"{name_or_path}.toml").is_file():
+        raise RecipeError(f"no recipe {name_or_path!r}; did you mean {name_or_path}.toml?")
+    raise RecipeError(
+        f"no recipe {name_or_path!r}: it is neither a file nor one of {', '.join(shipped)}"
+        + did_you_mean(name_or_path, shipped)
+    )
+
+
+def _description(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").rstrip()

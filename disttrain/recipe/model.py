@@ -1,0 +1,205 @@
+"""The recipe: its sections, and every key with its type, its range and its default."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from disttrain.recipe.names import check_dataset, check_model
+from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
+from disttrain.recipe.section import Count, NoneIfSaid, NonNegative, Positive, Section, WholeNumber
+
+
+class DataRecipe(Section):
+    """What is learnt from, and how it is cut into batches."""
+
+    dataset: Annotated[str, AfterValidator(check_dataset)] = Field(
+        default="digits", description="cifar10, cifar100, folder, digits, synthetic, or package.module:callable"
+    )
+    root: str = Field(default="data", description="the folder that holds the data, or into which it is downloaded")
+    verify: bool = Field(default=True, description="check the published md5 sums; false accepts an altered copy")
+    download: bool = Field(default=True, description="download what is missing")
+    batch_size: Count = Field(default=64, description="the global batch: samples per step over all workers together")
+    image_size: Annotated[Count | None, NoneIfSaid] = Field(
+        default=None, description="folder: resize and centre-crop to this many pixels a side"
+    )
+    mean: Annotated[list[float] | None, NoneIfSaid] = Field(
+        default=None, description="per channel, for pixels in 0..1 (left out: the dataset's own)"
+    )
+    std: Annotated[list[Positive] | None, NoneIfSaid] = Field(
+        default=None, description="per channel, for pixels in 0..1 (left out: the dataset's own)"
+    )
+    crop_padding: WholeNumber = Field(default=0, description="pad by this many pixels, then crop at random (0: off)")
+    flip: bool = Field(default=False, description="mirror each image with probability one half")
+    cutout: WholeNumber = Field(default=0, description="blank out a square of this many pixels a side (0: off)")
+    layout: Literal["auto", "memory", "stream"] = Field(
+        default="auto", description="hold the set as one tensor in memory, or stream it through DataLoader workers"
+    )
+    workers: WholeNumber = Field(default=2, description="DataLoader workers per training worker, when streaming")
+    options: dict[str, Any] = Field(default={}, description="arguments of synthetic, or of your own callable")
+
+    @model_validator(mode="after")
+    def _mean_and_std_belong_together(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together; give both or neither")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}; give as many of each")
+        return self
+
+    @model_validator(mode="after")
+    def _options_have_a_taker(self) -> Self:
+        if self.options and self.dataset != "synthetic" and ":" not in self.dataset:
+            raise ValueError(f"options: dataset {self.dataset!r} takes none; leave them out")
+        return self
+
+
+class ModelRecipe(Section):
+    """What learns."""
+
+    name: Annotated[str, AfterValidator(check_model)] = Field(
+        default="net", description="net, resnet18, torchvision:NAME, or package.module:callable"
+    )
+    options: dict[str, Any] = Field(default={}, description="further arguments of the model's constructor")
+    sync_batchnorm: bool = Field(
+        default=False, description="batch-norm statistics over the global batch, not each worker's"
+    )
+
+
+class ScheduleRecipe(Section):
+    """The learning rate as a function of the step."""
+
+    name: Literal["constant", "step", "cosine"] = Field(default="constant", description="constant, step or cosine")
+    warmup_steps: WholeNumber = Field(default=0, description="climb linearly to optim.lr over this many steps")
+    warmup_epochs: NonNegative = Field(default=0.0, description="the same in epochs; give one of the two")
+    step_epochs: Count = Field(default=30, description="step: multiply by gamma each time this many epochs have passed")
+    gamma: Positive = Field(default=0.1, description="step: the factor")
+    min_lr: NonNegative = Field(default=0.0, description="cosine: the learning rate at the end")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError("warmup_steps and warmup_epochs are both set; give one of the two")
+        return self
+
+
+class TrainRecipe(Section):
+    """How long to train, and how."""
+
+    epochs: Count = Field(default=1, description="how many times the training set is gone through")
+    max_steps: Annotated[Count | None, NoneIfSaid] = Field(
+        default=None, description="end after this many steps at the latest"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="weights, order and augmentation follow from it"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp32, or bf16 or fp16 autocast")
+    accumulate: Count = Field(
+        default=1, description="cut the global batch into this many micro-batches; never changes what is learnt"
+    )
+    clip_norm: Annotated[Positive | None, NoneIfSaid] = Field(
+        default=None, description="clip the gradient's norm to this (left out: off)"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="the share of each label spread over all classes"
+    )
+    compile: bool = Field(default=False, description="torch.compile the model")
+    threads: WholeNumber = Field(default=0, description="CPU threads per worker (0: the machine's cores shared out)")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best that is there")
+    log_every_steps: Count = Field(default=50, description="steps between two rows of metrics")
+    eval_every_epochs: Count = Field(default=1, description="epochs between two evaluations")
+    eval_batch_size: Count = Field(default=500, description="samples per evaluation batch")
+    hang_timeout_s: Positive = Field(
+        default=600.0, description="seconds without progress after which a worker counts as hung"
+    )
+
+
+class ParallelRecipe(Section):
+    """How the workers' gradients meet."""
+
+    strategy: Literal["auto", "ddp", "dp", "none"] = Field(
+        default="auto",
+        description="auto: ddp with several workers, dp for one process that sees several GPUs, else none",
+    )
+    exact: bool = Field(default=False, description="the same bits at every number of workers")
+    shards: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
+
+
+class CheckpointRecipe(Section):
+    """When to save (always at the end of an epoch and of the run), and how many to keep."""
+
+    every_steps: WholeNumber = Field(default=0, description="save each time this many steps have passed (0: off)")
+    every_seconds: NonNegative = Field(default=0.0, description="save each time this many seconds have passed (0: off)")
+    keep_last: Count = Field(default=2, description="keep the newest checkpoints, this many")
+    keep_best: WholeNumber = Field(default=1, description="keep the checkpoints of best accuracy too, this many")
+
+
+_PASSWORD = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://[^/@]*:[^/@]+@")
+
+
+def _without_password(uri: str | None) -> str | None:
+    # The recipe is stored in the run directory and logged: a secret in it would be everywhere.
+    if uri is not None and _PASSWORD.match(uri):
+        raise ValueError("holds a password, and recipes are stored and logged; set MLFLOW_TRACKING_URI instead")
+    return uri
+
+
+class TrackingRecipe(Section):
+    """Where metrics go besides the journal."""
+
+    uri: Annotated[str | None, AfterValidator(_without_password)] = Field(
+        default=None, description='MLflow (left out: MLFLOW_TRACKING_URI, else a database beside the runs; "none": off)'
+    )
+    experiment: Annotated[str, Field(min_length=1)] = Field(default="disttrain", description="the MLflow experiment")
+    system_metrics: bool = Field(default=True, description="CPU, memory, disk, network and GPU of every machine")
+    log_model: bool = Field(default=True, description="store the trained model in MLflow, ready to predict")
+
+
+class Recipe(Section):
+    """One training job: everything that decides what is learnt, and nothing about where it runs."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = Field(
+        default="", description="what runs of this recipe are called (left out: the file's name)"
+    )
+    data: DataRecipe = DataRecipe()
+    model: ModelRecipe = ModelRecipe()
+    optim: AnyOptimRecipe = SgdRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    train: TrainRecipe = TrainRecipe()
+    parallel: ParallelRecipe = ParallelRecipe()
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    tracking: TrackingRecipe = TrackingRecipe()
+
+    @model_validator(mode="after")
+    def _batch_can_be_cut(self) -> Self:
+        if self.train.accumulate > self.data.batch_size:
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}, but a batch has {self.data.batch_size} samples "
+                "(data.batch_size); give at most as many micro-batches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exact_mode_can_be_exact(self) -> Self:
+        for stands, key, why in (
+            (
+                self.parallel.strategy == "dp",
+                'parallel.strategy = "dp"',
+                "it cuts batches by the GPUs it sees",
+            ),
+            (self.model.sync_batchnorm, "model.sync_batchnorm = true", "its sums depend on the number of workers"),
+            (self.train.compile, "train.compile = true", "kernels are made for the shapes a worker has met before"),
+            (self.train.device == "mps", 'train.device = "mps"', "an Apple GPU serves one worker only"),
+        ):
+            if self.parallel.exact and stands:
+                raise ValueError(f"{key} cannot be exact, since {why}; change it or set parallel.exact = false")
+        return self
+
+    @model_validator(mode="after")
+    def _learning_rate_does_not_climb(self) -> Self:
+        if self.schedule.name == "cosine" and self.schedule.min_lr > self.optim.lr:
+            raise ValueError(
+                f"schedule.min_lr is {self.schedule.min_lr}, above optim.lr, which is {self.optim.lr}; lower it"
+            )
+        return self

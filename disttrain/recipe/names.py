@@ -1,0 +1,75 @@
+"""Names a recipe may give: the built-in ones, or a reference to the user's own code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from disttrain.errors import ConfigurationError
+
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+DATASETS = ("cifar10", "cifar100", "folder", "digits", "synthetic")
+MODELS = ("net", "resnet18")
+TORCHVISION = "torchvision:"
+# These ask for more than a gradient: a closure that computes the loss again, or sparse gradients.
+UNFIT_OPTIMIZERS = frozenset({"LBFGS", "SparseAdam", "Optimizer"})
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` was most likely meant to be, if any is near enough."""
+    by_folded = {candidate.lower().replace("-", "_"): candidate for candidate in candidates}
+    found = get_close_matches(word.lower().replace("-", "_"), by_folded, n=1, cutoff=0.6)
+    return by_folded[found[0]] if found else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no candidate is near."""
+    found = nearest(word, candidates)
+    return f"; did you mean {found}?" if found else ""
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` has the form `package.module:callable`. Whether it exists is found out where it is imported."""
+    return _REFERENCE.fullmatch(name) is not None
+
+
+def check_dataset(name: str) -> str:
+    """Raises ValueError for a name that can be no dataset."""
+    if name in DATASETS or is_reference(name):
+        return name
+    raise ValueError(
+        f"no dataset {name!r}; give one of {', '.join(DATASETS)} or package.module:callable"
+        + did_you_mean(name, DATASETS)
+    )
+
+
+def check_model(name: str) -> str:
+    """Raises ValueError for a name that can be no model. torchvision's own names are checked where it is imported."""
+    if name in MODELS or is_reference(name):
+        return name
+    raise ValueError(
+        f"no model {name!r}; give one of {', '.join(MODELS)}, torchvision:NAME or package.module:callable"
+        + did_you_mean(name, MODELS)
+    )
+
+
+def check_optimizer(name: str, classes: Iterable[str]) -> None:
+    """Raises ConfigurationError unless `name`, in any case, is one of torch.optim's `classes` that fit."""
+    known = sorted(each.lower() for each in classes if each not in UNFIT_OPTIMIZERS)
+    if name.lower() not in known:
+        near = nearest(name, known)
+        raise ConfigurationError(
+            f"optim.name = '{name}': torch.optim has no such optimizer for dense gradients"
+            + (f"; did you mean '{near}'?" if near else f"; it has {', '.join(known)}.")
+        )
+
+
+def check_torchvision_model(name: str, names: Iterable[str]) -> None:
+    """Raises ConfigurationError unless `name` is one of torchvision's `names`."""
+    names = list(names)
+    if name not in names:
+        near = get_close_matches(name, names, n=3)
+        hint = f"near ones: {', '.join(near)}." if near else "it has resnet18, vit_b_16 and many others."
+        raise ConfigurationError(f"model.name: torchvision has no classification model {name!r}; {hint}")

@@ -1,0 +1,81 @@
+"""The `optim` section. Its options depend on the optimizer, so each known optimizer has a model of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+
+from disttrain.recipe.section import NonNegative, Positive, Section
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimRecipe(Section):
+    """What every optimizer has. `options` are the optimizer's own, under the names `torch.optim` gives them."""
+
+    name: str = Field(default="sgd", description="sgd, adam, adamw, or any other optimizer of torch.optim by its name")
+    lr: NonNegative = Field(default=0.01, description="the learning rate the schedule starts from")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options the recipe gives; those it leaves out keep torch's own defaults."""
+        return {key: value for key, value in self.model_dump(exclude_none=True).items() if key not in ("name", "lr")}
+
+
+class _Common(OptimRecipe):
+    weight_decay: NonNegative | None = Field(
+        default=None, description="the weight decay (torch's default when left out)"
+    )
+    maximize: bool | None = Field(default=None, description="climb instead of descend")
+    foreach: bool | None = Field(default=None, description="torch's multi-tensor implementation")
+    fused: bool | None = Field(default=None, description="torch's fused implementation")
+    differentiable: bool | None = Field(default=None, description="let autograd see the optimizer's step")
+
+
+class SgdRecipe(_Common):
+    """`torch.optim.SGD`."""
+
+    name: Literal["sgd"] = Field(default="sgd", description="stochastic gradient descent")
+    momentum: NonNegative | None = Field(default=None, description="the momentum factor")
+    dampening: float | None = Field(default=None, description="the dampening of the momentum")
+    nesterov: bool | None = Field(default=None, description="Nesterov momentum; needs momentum and no dampening")
+
+
+class AdamRecipe(_Common):
+    """`torch.optim.Adam` and `torch.optim.AdamW`."""
+
+    name: Literal["adam", "adamw"] = Field(default="adam", description="Adam, or AdamW with its decoupled weight decay")
+    betas: Annotated[list[_Decay], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="the decay of the running means of the gradient and of its square"
+    )
+    eps: Positive | None = Field(default=None, description="added to the denominator")
+    amsgrad: bool | None = Field(default=None, description="the AMSGrad variant")
+    capturable: bool | None = Field(default=None, description="safe to capture in a CUDA graph")
+
+
+class OtherOptimRecipe(OptimRecipe):
+    """Any other class of `torch.optim`; its options are checked against its signature when it is built."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(
+        description="any other optimizer of torch.optim",
+        pattern=r"^[A-Za-z]\w*$",
+        json_schema_extra={"not": {"enum": ["sgd", "adam", "adamw"]}},
+    )
+
+
+_MODEL_OF = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}
+
+
+def _tag(value: Any) -> str:
+    name = value.get("name", "sgd") if isinstance(value, dict) else getattr(value, "name", "sgd")
+    return _MODEL_OF.get(name, "other") if isinstance(name, str) else "other"
+
+
+AnyOptimRecipe = Annotated[
+    Annotated[SgdRecipe, Tag("sgd")] | Annotated[AdamRecipe, Tag("adam")] | Annotated[OtherOptimRecipe, Tag("other")],
+    Discriminator(_tag),
+]
+OPTIM_MODELS: dict[str, type[OptimRecipe]] = {"sgd": SgdRecipe, "adam": AdamRecipe, "other": OtherOptimRecipe}

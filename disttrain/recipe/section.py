@@ -1,0 +1,26 @@
+"""What all sections of a recipe have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+WholeNumber = Annotated[int, Field(ge=0)]
+
+
+def _none_if_said(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+NoneIfSaid = BeforeValidator(_none_if_said)
+"""TOML has no null: the word "none" takes back a value that a recipe sets."""
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe. Types are strict: 1.5 is no count, "yes" is no boolean, NaN is no number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=False)

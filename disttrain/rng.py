@@ -1,0 +1,69 @@
+"""Random numbers as a pure function of what they are for: nothing to save, nothing to restore.
+
+Every number follows from (seed, epoch), (seed, epoch, sample) or (seed, step, shard), never from what was drawn
+before it. So a run that starts again in the middle, or on another number of workers, draws what it would have drawn.
+The mixing function is the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+Generators", OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
+    return value ^ (value >> 31)
+
+
+def derive(*parts: int) -> int:
+    """A 63-bit seed that depends on every one of `parts` and on their order."""
+    state = 0
+    for part in parts:
+        state = _mix((state + _GOLDEN + (part & _MASK)) & _MASK)
+    return state >> 1
+
+
+def permutation(seed: int, epoch: int, num_samples: int) -> torch.Tensor:
+    """The order of an epoch's samples, (num_samples,) int64: a function of (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed(derive(seed, epoch))
+    return torch.randperm(num_samples, generator=generator)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: PyTorch's `>>` on int64 keeps the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Tensor:
+    """`num` numbers in [0, 1) for each of `samples` (B,) int64, as (B, num) float32.
+
+    A sample's numbers depend on (seed, epoch, sample) and the column alone, not on the batch it is in.
+    """
+    columns = torch.arange(num, dtype=torch.int64)
+    keys = samples.to(dtype=torch.int64, device="cpu")[:, None] * _signed(_GOLDEN) + columns[None, :] * _signed(_MIX_2)
+    state = keys + _signed(derive(seed, epoch))
+    state = (state ^ _shift_right(state, 30)) * _signed(_MIX_1)
+    state = (state ^ _shift_right(state, 27)) * _signed(_MIX_2)
+    state = state ^ _shift_right(state, 31)
+    return _shift_right(state, 40).to(torch.float32) / (1 << 24)
+
+
+def seed_layers(device: torch.device, seed: int, step: int, shard: int) -> None:
+    """Give dropout and its like their numbers for this step and shard: they know no other source than PyTorch's own."""
+    number = derive(seed, step, shard)
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)

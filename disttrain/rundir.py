@@ -1,0 +1,151 @@
+"""The run directory: everything of one job, across all its restarts and all world sizes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from disttrain.errors import ConfigurationError
+from disttrain.lock import LOCK, owned
+from disttrain.recipe import Recipe, load_recipe, to_toml
+
+RECIPE = "recipe.toml"
+JOURNAL = "journal.jsonl"
+EVALUATION = "evaluation.json"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+
+# What may change when a run goes on: where things are, how long, how many, how it is watched; never what is learnt.
+_MAY_CHANGE = {
+    "data.root", "data.verify", "data.download", "data.layout", "data.workers",
+    "train.epochs", "train.max_steps", "train.device", "train.threads", "train.log_every_steps",
+    "train.eval_every_epochs", "train.eval_batch_size", "train.hang_timeout_s", "train.compile",
+    "parallel.strategy",
+}  # fmt: skip
+_SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
+
+
+def default_run_dir(recipe: Recipe) -> Path:
+    """A folder for a new run under ./runs, named after the recipe and the time."""
+    return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@contextmanager
+def owned_run_dir(path: Path, recipe: Recipe) -> Iterator[None]:
+    """Make the folder `path`, or check that it may go on with `recipe`; own it while the block runs.
+
+    Raises ConfigurationError if another run lives there, if another process owns it, or if it cannot be written.
+    """
+    stored = path / RECIPE
+    with ExitStack() as until_the_end:
+        with _usable(path):
+            path.mkdir(parents=True, exist_ok=True)
+            # A first start that was killed or refused leaves its logs, and perhaps a recipe half written.
+            leftovers = (LOGS, LOCK, _being_written(stored).name)
+            if not stored.exists() and any(entry.name not in leftovers for entry in path.iterdir()):
+                raise ConfigurationError(
+                    f"{path} is not empty and not a run directory (it has no {RECIPE}): choose another --run-dir."
+                )
+            until_the_end.enter_context(owned(path))
+            if stored.exists():
+                _refuse_another_job(stored, recipe)
+        yield
+
+
+def store_recipe(path: Path, recipe: Recipe) -> None:
+    """Make the owned folder `path` the run directory of `recipe`: from here on no other can take it.
+
+    To be called when everything that the recipe names has been built, so that a refused one can be corrected. Raises
+    ConfigurationError if it cannot be written.
+    """
+    with _usable(path):
+        write_atomically(path / RECIPE, to_toml(recipe))
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"the run directory {path} cannot be used: {error.strerror or error}. Choose another --run-dir."
+        ) from error
+
+
+def _refuse_another_job(stored: Path, recipe: Recipe) -> None:
+    before, now = flatten(load_recipe(str(stored)).model_dump()), flatten(recipe.model_dump())
+    differences = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and key != "name"
+        and key not in _MAY_CHANGE
+        and not key.startswith(_SECTIONS_THAT_MAY_CHANGE)
+    ]
+    if differences:
+        raise ConfigurationError(
+            f"{stored.parent} holds a run of another recipe: {'; '.join(differences)}. "
+            "Choose a new --run-dir, or start it with the same recipe to go on."
+        )
+
+
+def go_on_with(run_dir: Path) -> str:
+    """The command that goes on with a run, as a shell takes it."""
+    return f"disttrain train --run-dir {shlex.quote(str(run_dir))}"
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file `path` by `text`: a reader sees the old one or the new one. Raises OSError."""
+    temporary = _being_written(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _being_written(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
+
+
+def write_evaluation(run_dir: Path, evaluation: Mapping[str, Any]) -> None:
+    """Keep the newest evaluation as evaluation.json. Raises OSError."""
+    write_atomically(run_dir / EVALUATION, json.dumps(evaluation, indent=1) + "\n")
+
+
+def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
+    """Send what this worker logs to its file in the run directory; `stop_logging` undoes it."""
+    folder = run_dir / LOGS
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"worker-{rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("disttrain")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    return handler
+
+
+def stop_logging(handler: logging.Handler) -> None:
+    """Undo `log_to_file`."""
+    logging.getLogger("disttrain").removeHandler(handler)
+    handler.close()

@@ -1,0 +1,147 @@
+"""A training session: one start of a job, from the opening of its run directory to the last line on the console."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from disttrain.bookkeeper import Bookkeeper
+from disttrain.checkpoint import CheckpointStore
+from disttrain.collectives import decided_by_main, gather_objects
+from disttrain.conditions import unlike_the_first
+from disttrain.console import Console
+from disttrain.errors import DisttrainError, StoppedError, mark_failure
+from disttrain.faultpoints import reached
+from disttrain.guard import StopRequest
+from disttrain.job import Job, build_job, newest_checkpoint
+from disttrain.model_check import check_model
+from disttrain.recipe import Recipe
+from disttrain.rundir import CHECKPOINTS, default_run_dir, log_to_file, owned_run_dir, stop_logging, store_recipe
+from disttrain.tracking import NullTracker, SystemSampler, Tracker, how_to_open
+from disttrain.trial import try_exactness
+from disttrain.world import World, launched_by
+
+_log = logging.getLogger("disttrain")
+# How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
+_LAST_WORDS_S = 5.0
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe, world: World, run_dir: Path | str | None, objects: dict[str, Any], stop: StopRequest
+) -> Iterator[Bookkeeper]:
+    """Open the run directory, build the job where it left off, and close everything whatever happens.
+
+    Every rank must call it. Raises ConfigurationError if anything that the recipe names does not fit.
+    """
+    path = Path(decided_by_main(world, lambda: str(run_dir or default_run_dir(recipe))))
+    with ExitStack() as until_the_end:
+        decided_by_main(world, lambda: until_the_end.enter_context(owned_run_dir(path, recipe)))
+        with _session_in(path, recipe, world, objects, stop) as books:
+            yield books
+
+
+@contextmanager
+def _session_in(
+    path: Path, recipe: Recipe, world: World, objects: dict[str, Any], stop: StopRequest
+) -> Iterator[Bookkeeper]:
+    reached("start")
+    handler = log_to_file(path, world.rank)
+    console = Console(speaks=world.is_main)
+    store = CheckpointStore(
+        path / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
+    )
+    try:
+        if world.is_main:
+            store.clear_unfinished()
+        checkpoint = newest_checkpoint(store, world, console.warn)
+        with console.relaying("disttrain.data"):
+            job = build_job(recipe, world, objects)
+        if checkpoint is not None:
+            differences = job.resume(checkpoint)
+            for difference in differences if not job.is_finished else []:
+                console.warn(f"the checkpoint rests on something else: {difference}; the bits may differ.")
+        if not job.is_finished:
+            check_model(job)
+        if recipe.parallel.exact and not job.is_finished:
+            for difference in unlike_the_first(gather_objects(job.rests_on())):
+                console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
+            try_exactness(job)
+        decided_by_main(world, lambda: store_recipe(path, recipe))
+        _introduce(job, path, console)
+        with (
+            console,
+            closing(job),
+            SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
+            _tracked(job, path, console, resumed=checkpoint is not None) as tracker,
+            closing(Bookkeeper(job, path, store, tracker, console, stop, sampler)) as books,
+        ):
+            yield books
+    except Exception as error:
+        mark_failure(error)
+        if not isinstance(error, DisttrainError):
+            _log.exception("failed")
+        raise
+    finally:
+        stop_logging(handler)
+
+
+@contextmanager
+def _tracked(job: Job, run_dir: Path, console: Console, *, resumed: bool) -> Iterator[Tracker | NullTracker]:
+    """Journal and MLflow run of the job, with how it ended."""
+    if not job.world.is_main or job.is_finished:
+        yield NullTracker()
+        return
+    started = time.monotonic()
+    world_info = {
+        "launcher": launched_by(),
+        "world_size": job.world.size,
+        "num_nodes": job.world.num_nodes,
+        "strategy": job.parallel.name,
+        "host": job.world.host,
+    }
+    tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)
+    tracker.start(resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.rests_on())
+    console.start_progress(job.step, job.total_steps)
+    try:
+        yield tracker
+    except BaseException as error:
+        console.end_progress()
+        stopped = isinstance(error, StoppedError | KeyboardInterrupt)
+        tracker.event("stopped" if stopped else "failed", step=job.step, reason=str(error))
+        tracker.finish("KILLED" if stopped else "FAILED", timeout_s=_LAST_WORDS_S)
+        raise
+    seconds = time.monotonic() - started
+    console.end_progress()
+    tracker.event("finished", step=job.step)
+    split = job.data.train
+    tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
+    tracker.finish("FINISHED")
+    _conclude(job, run_dir, console, tracker, seconds)
+
+
+def _introduce(job: Job, run_dir: Path, console: Console) -> None:
+    world, data = job.world, job.data
+    num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    console.line(
+        f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters) on {job.data_name} "
+        f"({len(data.train):,} training, {len(data.test):,} test samples)"
+    )
+    console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.parallel.reason}")
+    if job.is_finished:
+        console.line(f"{run_dir} is finished already: {job.step} of {job.total_steps} steps.")
+    elif job.step:
+        console.line(f"going on from step {job.step} of {job.total_steps} in {run_dir}")
+
+
+def _conclude(job: Job, run_dir: Path, console: Console, tracker: Tracker, seconds: float) -> None:
+    assert job.metrics is not None
+    console.line(f"done in {seconds:.1f} s: accuracy {job.metrics['eval/accuracy']:.2%}")
+    console.line(f"run         {run_dir}")
+    console.line(f"checkpoint  {run_dir / CHECKPOINTS}/step-{job.step:08d}")
+    if tracker.uri is not None:
+        console.line(f"MLflow      {how_to_open(tracker.uri)}")

@@ -1,0 +1,146 @@
+"""Pictures of a run, drawn from its journal and its evaluation.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from disttrain.tracking.chart_style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    new_figure,
+    save_figure,
+    set_title,
+    short_name,
+    tidy,
+)
+from disttrain.tracking.journal import JOURNAL_FILE, read_journal
+from disttrain.tracking.learning_curves import learning_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CHARTS_FOLDER = "charts"
+_MAX_NUMBERED_CLASSES = 20  # beyond these a matrix is read by its colours, not its numbers
+_MAX_LABELLED_CLASSES = 40
+_MAX_BARS = 40
+
+
+def draw_charts(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """Draw what the run directory has data for, into its folder `charts`; the files drawn.
+
+    Raises OSError, ValueError or ImportError (no matplotlib).
+    """
+    folder = Path(run_dir) / CHARTS_FOLDER
+    folder.mkdir(exist_ok=True)
+    drawn = []
+    journal = Path(run_dir) / JOURNAL_FILE
+    if journal.exists():
+        figure = learning_curves(read_journal(journal))
+        if figure is not None:
+            drawn.append(save_figure(figure, folder / "learning_curves.png"))
+    evaluation_file = Path(run_dir) / "evaluation.json"
+    if evaluation_file.exists():
+        evaluation = json.loads(evaluation_file.read_text())
+        classes = [str(name) for name in evaluation["classes"]]
+        drawn.append(save_figure(confusion_matrix(evaluation["confusion"], classes), folder / "confusion_matrix.png"))
+        accuracies = [evaluation["per_class"][name] for name in classes]
+        drawn.append(save_figure(per_class(accuracies, classes), folder / "per_class.png"))
+    return drawn
+
+
+def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """How often each class (row) was taken for each class (column), as shares of the row.
+
+    Args:
+        matrix: counts, (num_classes, num_classes), true class by predicted class.
+        classes: their names.
+    """
+    num = len(classes)
+    if len(matrix) != num or any(len(row) != num for row in matrix):
+        raise ValueError(f"the confusion matrix is not {num} by {num}, as the number of classes asks")
+    shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
+    side = min(max(4.6, 0.52 * num + 2.0), 11.0) if num <= _MAX_NUMBERED_CLASSES else 9.0
+    figure = new_figure(side + 0.7, side)
+    axes = figure.add_subplot()
+    # The square root spreads the small shares, which are the mistakes one looks for.
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    colours = LinearSegmentedColormap.from_list("shares", ["#fbfcfd", "#c6daee", "#6aa1d3", "#2f6fb5", "#123b6b"])
+    image = axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
+    step = 1 if num <= _MAX_LABELLED_CLASSES else math.ceil(num / 25)
+    ticks = list(range(0, num, step))
+    size = 9 if num <= 12 else 7.5 if num <= 25 else 6
+    long = max((len(name) for name in classes), default=0) > 3 or num > _MAX_NUMBERED_CLASSES
+    axes.set_xticks(ticks, [short_name(classes[i]) for i in ticks], fontsize=size, rotation=45 if long else 0)
+    for label in axes.get_xticklabels():
+        label.set(horizontalalignment="right" if long else "center", rotation_mode="anchor" if long else "default")
+    axes.set_yticks(ticks, [short_name(classes[i]) for i in ticks], fontsize=size)
+    axes.tick_params(length=0, colors=INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if num <= _MAX_LABELLED_CLASSES:  # white seams between the cells
+        axes.set_xticks([i - 0.5 for i in range(1, num)], minor=True)
+        axes.set_yticks([i - 0.5 for i in range(1, num)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.2 if num <= _MAX_NUMBERED_CLASSES else 0.5)
+        axes.tick_params(which="minor", length=0)
+    if num <= _MAX_NUMBERED_CLASSES:
+        for i, row in enumerate(matrix):
+            for j, count in enumerate(row):
+                if count:
+                    colour = "white" if shares[i][j] > 0.25 else INK
+                    axes.text(j, i, f"{count:,}", ha="center", va="center", fontsize=size - 1, color=colour)
+    axes.set_xlabel("predicted class", color=MUTED, fontsize=9.5)
+    axes.set_ylabel("true class", color=MUTED, fontsize=9.5)
+    total, correct = sum(map(sum, matrix)), sum(matrix[i][i] for i in range(num))
+    set_title(axes, f"Confusion matrix: {correct:,} of {total:,} right ({100 * correct / max(total, 1):.1f} %)")
+    bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.025, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"], fontsize=7.5, color=MUTED)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+    bar.set_label("share of the true class", color=MUTED, fontsize=8.5)
+    return figure
+
+
+def per_class(accuracies: Sequence[float], classes: Sequence[str]) -> Figure:
+    """Accuracy of each class, best first; of many classes, the best and the worst.
+
+    Args:
+        accuracies: 0 to 1, or NaN for a class without samples.
+        classes: their names.
+    """
+    if len(accuracies) != len(classes):
+        raise ValueError(f"{len(accuracies)} accuracies do not fit {len(classes)} classes")
+    # JSON may hold null or "NaN" where a class has no samples.
+    known = [math.nan if value is None else float(value) for value in accuracies]
+    ranked = sorted((-value, name) for value, name in zip(known, classes, strict=True) if not math.isnan(value))
+    values, names = [-100 * value for value, _ in ranked], [short_name(name) for _, name in ranked]
+    mean = sum(values) / max(len(values), 1)
+    left_out, half = len(values) - _MAX_BARS, _MAX_BARS // 2
+    rows = list(range(len(values)))
+    if left_out > 0:  # an empty row between the best and the worst tells of the others
+        values, names = values[:half] + values[-half:], names[:half] + names[-half:]
+        rows = [*range(half), *range(half + 1, 2 * half + 1)]
+    figure = new_figure(6.6, 0.27 * len(rows) + 1.5)
+    axes = figure.add_subplot()
+    axes.barh(rows, values, color=[BLUE if value >= mean else ORANGE for value in values], height=0.66)
+    for row, value in zip(rows, values, strict=True):
+        axes.text(102, row, f"{value:.1f} %", va="center", fontsize=8.5, color=INK)
+    if left_out > 0:
+        axes.text(1, half, f"{left_out} classes between", va="center", fontsize=8.5, style="italic", color=MUTED)
+    axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.text(mean, -0.85, f"mean {mean:.1f} %", ha="center", va="bottom", fontsize=8.5, color=INK)
+    axes.set_yticks(rows, names)
+    axes.set_ylim(max(rows, default=0) + 0.6, -0.75)
+    axes.set_xlim(0, 100)
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g} %")
+    tidy(axes, grid="x")
+    axes.tick_params(axis="y", length=0)
+    set_title(axes, "Accuracy by class", pad=18)
+    return figure

@@ -1,0 +1,155 @@
+"""The trained model as a file that predicts without our code: a graph and its weights, made by `torch.export`.
+
+The exported model takes images as they are stored and does the rest itself:
+
+    images: (N, C, H, W) float32, pixel values 0 to 255, any N  ->  probabilities: (N, num_classes) float32
+
+Plain PyTorch runs it: `torch.export.load("model/model.pt2").module()(images)`. Nothing in it is a pickle of code.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MODEL_FOLDER = "model"
+EXPORT_FILE = "model.pt2"
+WEIGHTS_FILE = "model.safetensors"
+DESCRIPTION_FILE = "model.json"
+
+
+def export_model(
+    folder: Path,
+    module: nn.Module,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    classes: Sequence[str],
+    sample_shape: tuple[int, ...],
+) -> str | None:
+    """Write `module` with its normalisation into `folder`, which is replaced.
+
+    Args:
+        folder: gets `model.pt2` and `model.json`.
+        module: maps normalised images (N, C, H, W) to logits (N, num_classes). Left as it is: a copy on the CPU in
+            evaluation mode is exported.
+        mean, std: per channel, of images scaled to 0..1; None for a data set whose images are floats already, which
+            are then neither scaled nor normalised.
+        classes: names, in the order of the logits.
+        sample_shape: (C, H, W).
+
+    Returns:
+        None, or the reason why the module cannot be exported; `model.safetensors` then holds its weights instead.
+
+    Raises OSError.
+    """
+    import torch
+
+    # An example of one image would fix the batch size to 1 (torch.export specialises sizes 0 and 1).
+    example = example_images(2, sample_shape)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    reason = None
+    try:
+        with _quiet():
+            served = _served(module, mean, std)
+            program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+            _check(program.module(), served, sample_shape)
+            torch.export.save(program, temporary / EXPORT_FILE)
+    except OSError:
+        raise
+    except Exception as error:  # a user's module may do anything in its forward
+        from safetensors.torch import save_file
+
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        (temporary / EXPORT_FILE).unlink(missing_ok=True)
+        state = module.state_dict().items()
+        weights = {name: value.detach().cpu().clone().contiguous() for name, value in state if torch.is_tensor(value)}
+        save_file(weights, temporary / WEIGHTS_FILE)
+    description = {
+        "classes": list(classes),
+        "sample_shape": list(sample_shape),
+        "mean": None if mean is None else list(mean),
+        "std": None if std is None else list(std),
+        "torch": torch.__version__,
+    }
+    (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return reason
+
+
+def example_images(num: int, sample_shape: tuple[int, ...]) -> Tensor:
+    """`num` images of a smooth ramp of grey, whole numbers 0 to 255: (num, C, H, W) float32."""
+    import torch
+
+    size = 1
+    for length in sample_shape:
+        size *= length
+    ramp = torch.linspace(0, 255, size).round().reshape(1, *sample_shape)
+    return torch.cat([ramp if i % 2 == 0 else 255 - ramp for i in range(num)])
+
+
+def _served(module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
+    """A copy of `module`, on the CPU and in evaluation mode, from raw pixels to probabilities."""
+    import torch
+    from torch import nn
+
+    class Served(nn.Module):
+        mean: Tensor
+        std: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            plain = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
+            self.model = copy.deepcopy(plain).to(device="cpu", dtype=torch.float32)
+            self.normalised = mean is not None and std is not None
+            if self.normalised:
+                self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+                self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.normalised:
+                images = ((images / 255) - self.mean) / self.std
+            return torch.softmax(self.model(images), dim=1)
+
+    served = Served().eval()
+    for parameter in served.parameters():
+        parameter.requires_grad_(False)
+    return served
+
+
+def _check(exported: nn.Module, served: nn.Module, sample_shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless both give the same probabilities on a batch of a size that was not traced."""
+    import torch
+
+    images = example_images(3, sample_shape)
+    with torch.no_grad():
+        if not torch.allclose(exported(images), served(images), rtol=1e-4, atol=1e-5):
+            raise ValueError("the exported model predicts differently; its forward may use random numbers")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns and logs about its own inner workings, which tell a user nothing."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch._dynamo", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,54 @@
+"""Where MLflow is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Protocol
+
+from disttrain.errors import ConfigurationError
+from disttrain.tracking.redact import redact
+
+NO_MLFLOW = "none"
+
+
+class TrackingSettings(Protocol):
+    """The recipe's `tracking` section."""
+
+    @property
+    def uri(self) -> str | None: ...
+    @property
+    def experiment(self) -> str: ...
+    @property
+    def log_model(self) -> bool: ...
+
+
+def resolve_uri(uri: str | None, run_dir: str | os.PathLike[str]) -> str | None:
+    """The MLflow server or database for a run directory, or None if MLflow is switched off.
+
+    Args:
+        uri: `tracking.uri` of the recipe: a URI, "none" for the journal alone, or None for MLFLOW_TRACKING_URI, and
+            where that is not set for a database beside the runs.
+        run_dir: the run directory.
+
+    Raises ConfigurationError for a folder: MLflow has given up stores of files.
+    """
+    source = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    if uri == NO_MLFLOW:
+        return None
+    if uri is not None:
+        if uri.startswith("file:") or (":" not in uri and uri != "databricks"):
+            raise ConfigurationError(
+                f"{source} is {redact(uri)!r}, and MLflow no longer keeps runs in plain folders; "
+                "give a server (http://host:5000), a database (sqlite:////folder/mlflow.db), or none"
+            )
+        return uri
+    return f"sqlite:///{(Path(run_dir).absolute().parent / 'mlflow.db').as_posix()}"
+
+
+def how_to_open(uri: str) -> str:
+    """What a user opens or runs to see the runs of `uri`: a web address, or the command that serves a database."""
+    uri = redact(uri)
+    return uri if uri.startswith(("http://", "https://")) else f"mlflow server --backend-store-uri {shlex.quote(uri)}"

@@ -1,0 +1,234 @@
+"""The tracker: what the training loop calls. Every call is cheap, and none raises into the training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from disttrain.tracking.delivery_state import Owed
+from disttrain.tracking.journal import JOURNAL_FILE, Journal
+from disttrain.tracking.mlflow_sender import MlflowSender
+from disttrain.tracking.redact import redact
+from disttrain.tracking.server_uri import TrackingSettings, resolve_uri
+from disttrain.tracking.source import git_commit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECIPE_FILE = "recipe.toml"
+EVALUATION_FILE = "evaluation.json"
+_logger = logging.getLogger(__name__)
+
+
+class TrackedRecipe(Protocol):
+    """What the tracker reads of a recipe."""
+
+    @property
+    def tracking(self) -> TrackingSettings: ...
+
+
+class Tracker:
+    """Writes a job's journal and has MLflow fed from it. For rank 0; the other ranks use `NullTracker`.
+
+    Args:
+        run_dir: the run directory; it exists.
+        recipe: its `tracking` section says where MLflow is.
+        world_info: facts about this start of the job that become tags: world size, launcher, host.
+        enabled: False makes every call do nothing.
+        warn: called with messages for the user, from within the tracker's calls; a logger's warnings if None.
+
+    Raises ConfigurationError if `tracking.uri` cannot be one of MLflow's; nothing raises after that.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        recipe: TrackedRecipe,
+        world_info: Mapping[str, Any],
+        enabled: bool = True,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self._run_dir = Path(run_dir)
+        self._settings = recipe.tracking
+        self._world_info = dict(world_info)
+        self._enabled = enabled
+        self._warn = warn or _logger.warning
+        self._journal: Journal | None = None
+        self._sender: MlflowSender | None = None
+        self._step = 0
+        self._troubled = False
+        self.uri = resolve_uri(self._settings.uri, self._run_dir) if enabled else None
+
+    def start(self, resumed: bool, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        """Open the journal and start the sender.
+
+        `params` may be nested, as a dumped recipe is; names are joined by dots. `tags`, `world_info`, the git commit
+        of the current folder and the versions in use become tags.
+        """
+        if not self._enabled:
+            return
+        with self._harmless():
+            self._journal = Journal(self._run_dir / JOURNAL_FILE)
+            self._journal.event("resume" if resumed else "start", world=self._world_info)
+            self._journal.params(dict(_flatten(params)))
+            self._journal.tags({**_versions(), **_texts(self._world_info), **_texts(tags)})
+            self._journal.append("status", status="RUNNING")
+            if (self._run_dir / RECIPE_FILE).exists():
+                self._journal.artifact(RECIPE_FILE)
+        with self._harmless():
+            if self.uri is not None and self._journal is not None:
+                experiment = self._settings.experiment
+                self._sender = MlflowSender(self._run_dir, self.uri, experiment, None, self._warn)
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics of one step; those of a step that was recorded before a restart are left out."""
+        with self._harmless():
+            if self._journal is not None:
+                self._step = step
+                self._journal.metrics(step, metrics)
+            if self._sender is not None:
+                self._sender.poll()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record that something happened: checkpoint, evaluated, stopped, finished, failed, …"""
+        with self._harmless():
+            if self._journal is not None:
+                self._journal.event(name, **fields)
+
+    def artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
+        """Have a file in the run directory stored as an artifact, as it is when the sender comes to it.
+
+        Goes to the folder `artifact_path` of the MLflow run, or to the folder it has in the run directory if None.
+        """
+        with self._harmless():
+            if self._journal is not None:
+                relative = (self._run_dir.absolute() / path).relative_to(self._run_dir.absolute())
+                folder = relative.parent.as_posix() if artifact_path is None else artifact_path
+                self._journal.artifact(relative.as_posix(), "" if folder == "." else folder)
+
+    def model(
+        self,
+        module: nn.Module,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        classes: Sequence[str],
+        sample_shape: tuple[int, ...],
+    ) -> None:
+        """Export the trained model into `run_dir/model` and have MLflow store it; see `disttrain.tracking.model`.
+
+        Does nothing if MLflow is off or `tracking.log_model` is false. Takes about a second for a small network.
+        """
+        from disttrain.tracking.model import MODEL_FOLDER, export_model
+
+        with self._harmless():
+            if self._journal is not None and self._sender is not None and self._settings.log_model:
+                reason = export_model(self._run_dir / MODEL_FOLDER, module, mean, std, classes, sample_shape)
+                if reason is not None:
+                    self._warn(
+                        f"the model cannot be exported, so MLflow gets its weights alone ({reason}). "
+                        "The checkpoints are not affected."
+                    )
+                self._journal.append("model", path=MODEL_FOLDER, step=self._step)
+
+    def finish(self, status: str, timeout_s: float = 120.0) -> Owed:
+        """Close the journal, let the sender finish, and tell what MLflow is still owed; the user is told as well.
+
+        Args:
+            status: FINISHED, FAILED or KILLED (stopped on request).
+            timeout_s: how long to wait for MLflow at most. A server that does not answer is not waited for.
+        """
+        with self._harmless():
+            if self._journal is not None:
+                if (self._run_dir / EVALUATION_FILE).exists():
+                    self._journal.artifact(EVALUATION_FILE)
+                self._journal.append("status", status=status)
+        with self._harmless():
+            if self._journal is not None:
+                self._journal.sync()
+                self._journal.close()
+        self._journal = None
+        missing = Owed()
+        with self._harmless():
+            if self._sender is not None:
+                sender, self._sender = self._sender, None
+                missing = sender.finish(timeout_s)
+                if missing:
+                    self._warn(
+                        f"MLflow at {redact(self.uri or '')} still lacks {missing} of this run; the journal has "
+                        f"everything. `disttrain sync {shlex.quote(str(self._run_dir))}` delivers the rest."
+                    )
+        return missing
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Turn any failure into one warning: no account of a training is worth losing the training."""
+        try:
+            yield
+        except Exception as error:
+            if not self._troubled:
+                self._troubled = True
+                self._warn(redact(f"{self._run_dir}: tracking is in trouble, training goes on: {error}"))
+
+
+class NullTracker:
+    """A tracker that does nothing, for the ranks that do not write."""
+
+    uri: str | None = None
+
+    def start(self, resumed: bool, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Do nothing."""
+
+    def artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
+        """Do nothing."""
+
+    def model(
+        self,
+        module: nn.Module,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        classes: Sequence[str],
+        sample_shape: tuple[int, ...],
+    ) -> None:
+        """Do nothing."""
+
+    def finish(self, status: str, timeout_s: float = 120.0) -> Owed:
+        """Do nothing."""
+        return Owed()
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _versions() -> dict[str, str]:
+    from disttrain import __version__
+
+    tags = {"disttrain": __version__, "python": platform.python_version()}
+    if "torch" in sys.modules:
+        tags["torch"] = str(sys.modules["torch"].__version__)
+    commit = git_commit(Path.cwd())
+    if commit is not None:
+        # The second name is the one that MLflow's own page knows; it takes no suffix.
+        tags |= {"git_commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")}
+    return tags

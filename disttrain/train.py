@@ -1,0 +1,130 @@
+"""Training: the loop on one page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from disttrain import rng
+from disttrain.bookkeeper import Bookkeeper
+from disttrain.conditions import exact_conditions
+from disttrain.data import StepBatch
+from disttrain.faultpoints import reached
+from disttrain.guard import stop_requests
+from disttrain.job import Job
+from disttrain.optim import set_learning_rate
+from disttrain.recipe import Recipe, load_recipe
+from disttrain.session import open_session
+from disttrain.world import join_world
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: the same on every rank."""
+
+    run_dir: Path
+    step: int
+    accuracy: float
+    loss: float
+
+
+def train(
+    recipe: Recipe | str,
+    *,
+    overrides: Sequence[str] = (),
+    run_dir: Path | str | None = None,
+    model: nn.Module | None = None,
+    train_set: Any = None,
+    test_set: Any = None,
+) -> Result:
+    """Train what `recipe` says (a Recipe, the name of a shipped one, or a path), and return how it ended.
+
+    Runs as the worker that the launcher's variables make of this process, or alone without them. A `run_dir` that
+    holds a run already is gone on with; the default is a new folder under ./runs. `model`, `train_set` and `test_set`
+    take the place of what the recipe names: a set is a map-style Dataset of (image, label), or a pair of tensors.
+
+    Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError.
+    """
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe, overrides)
+    objects = {"model": model, "train_set": train_set, "test_set": test_set}
+    settings = recipe.train
+    with (
+        stop_requests() as stop,
+        join_world(settings.device, settings.threads, settings.hang_timeout_s) as world,
+        exact_conditions(recipe),
+        open_session(recipe, world, run_dir, objects, stop) as books,
+    ):
+        evaluation = fit(books.job, books)
+        return Result(books.run_dir, books.job.step, evaluation["accuracy"], evaluation["loss"])
+
+
+def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
+    """Train from where `job` stands to its last step; return the last evaluation's accuracy and loss."""
+    while True:
+        if job.evaluation_is_due:
+            books.evaluate()
+        if job.step >= job.total_steps:
+            return books.last_evaluation()
+        with books.epoch():
+            for batch in job.loader.epoch(job.epoch, job.step % job.steps_per_epoch):
+                reached("step", step=job.step)
+                losses = train_step(job, batch)
+                job.step, job.metrics = job.step + 1, None
+                books.after_step(losses, batch.global_size)
+                if job.step >= job.total_steps:
+                    break
+
+
+def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
+    """One step of the optimizer on this worker's share of the global batch; every rank must call it.
+
+    Returns each shard's share of the loss, (num_shards,), zero for other workers' shards: summed over shards and ranks,
+    it is the mean over the global batch.
+    """
+    settings, parallel = job.recipe.train, job.parallel
+    set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
+    losses = torch.zeros(parallel.num_shards, device=job.world.device)
+    for part in batch.parts:
+        if part.opens_shard:
+            rng.seed_layers(job.world.device, settings.seed, job.step, part.shard)
+            parallel.open_shard()
+        with parallel.backward_of(is_last=part.closes_shard):
+            with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+                loss = functional.cross_entropy(
+                    parallel.forward(part.images),
+                    part.labels,
+                    reduction="sum",
+                    label_smoothing=settings.label_smoothing,
+                )
+            share = loss / batch.global_size * part.weight
+            job.scaler.scale(share * parallel.loss_scale).backward()  # type: ignore[no-untyped-call]
+            losses[part.shard] += share.detach()
+        if part.closes_shard:
+            parallel.close_shard(part.shard)
+    parallel.finish_step(job.step, batch.global_size, may_overflow=job.scaler.is_enabled())
+    if settings.clip_norm is not None:
+        job.scaler.unscale_(job.optimizer)
+        nn.utils.clip_grad_norm_(parallel.model.parameters(), settings.clip_norm)
+    job.scaler.step(job.optimizer)
+    job.scaler.update()
+    job.optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+class _CallableModule(ModuleType):
+    """`disttrain.train` is this module and, for users, the function in it: calling either trains."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Result:
+        return train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,221 @@
+"""A trial of exact mode before training: what cannot be exact is refused by name, not discovered afterwards."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from disttrain import rng
+from disttrain.errors import ConfigurationError
+from disttrain.job import Job
+
+_NO_DETERMINISTIC_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
+_MODEL = "the model"
+_OR_FAST = "or set parallel.exact = false"
+
+
+def try_exactness(job: Job) -> None:
+    """Compute a step of two samples twice, and evaluate them, as exact mode would; leave the job as it was.
+
+    Raises ConfigurationError, on every rank alike, for an operator without a deterministic kernel, numbers drawn from
+    Python's or NumPy's global generator, sparse gradients, parts of a step that are too small for the model, state that
+    changes where no checkpoint or no other worker would know of it, and results that differ from the first time to the
+    second, as they do when a model keeps state or a generator of its own.
+    """
+    model = job.model
+    _refuse_modules(model)
+    python, legacy_numpy = random.getstate(), np.random.get_state()
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    with generators_kept():
+        try:
+            with named_operators(job.world.device):
+                first = _results(job)
+                _refuse_lost_buffers(model, buffers)
+                _restore(model, buffers)
+                second = _results(job)
+                _restore(model, buffers)
+                _evaluate(job)
+            _refuse_changes_in_evaluation(model, buffers)
+            _refuse_changed_parameters(model, parameters)
+            _refuse_global_generators(python, legacy_numpy)
+        finally:
+            _put_back(model, buffers, parameters)
+    for key, tensor in first.items():
+        if key not in second or not torch.equal(tensor.nan_to_num(), second[key].nan_to_num()):
+            raise ConfigurationError(
+                f"{_MODEL} gives another result for '{key}' when it computes the same samples again, so it keeps state "
+                f"or a random generator of its own: keep state in buffers and draw from torch's global generator, "
+                f"{_OR_FAST}."
+            )
+
+
+def _refuse_modules(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ConfigurationError(
+                f"{_MODEL}: '{path}' is a SyncBatchNorm, whose sums over workers are not exact: use BatchNorm, which "
+                f"in exact mode has the statistics of each shard, {_OR_FAST}."
+            )
+
+
+def _samples(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two samples, or one if there are steps in which the model will see a single one."""
+    num = min(2, _smallest_part(job))
+    images = torch.randn((num, *job.data.train.sample_shape), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(len(images)) % len(job.data.train.classes)
+    return images.to(job.world.device), labels.to(job.world.device)
+
+
+def _smallest_part(job: Job) -> int:
+    """The fewest samples that are computed at once in training: in a shard of a full batch or of the last one."""
+    recipe, num_samples = job.recipe, len(job.data.train)
+    batches = {min(recipe.data.batch_size, num_samples), num_samples % recipe.data.batch_size} - {0}
+    return min(max(1, max(1, batch // recipe.parallel.shards) // recipe.train.accumulate) for batch in batches)
+
+
+def _results(job: Job) -> dict[str, torch.Tensor]:
+    """Loss and gradients of the samples, by name; the model is left with its buffers changed and no gradients."""
+    images, labels = _samples(job)
+    rng.seed_layers(job.world.device, 0, 0, 0)
+    with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+        loss = functional.cross_entropy(_scores(job, images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    results = {"loss": loss.detach()}
+    for key, parameter in job.model.named_parameters():
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            continue
+        if gradient.layout != torch.strided:
+            raise ConfigurationError(
+                f"{_MODEL}: the gradient of '{key}' is sparse, which exact mode cannot sum: use a dense one "
+                f"(sparse=False), {_OR_FAST}."
+            )
+        results[key] = gradient
+    return results
+
+
+def _scores(job: Job, images: torch.Tensor) -> torch.Tensor:
+    try:
+        scores: torch.Tensor = job.model(images)
+    except ValueError as error:
+        if len(images) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"{_MODEL} normalises over a batch, and with {len(job.data.train):,} training samples, data.batch_size = "
+            f"{job.recipe.data.batch_size} and parallel.shards = {job.recipe.parallel.shards} some shard has a single "
+            f"sample: choose a batch size that leaves a larger last batch, fewer shards, {_OR_FAST}."
+        ) from error
+    return scores
+
+
+def _evaluate(job: Job) -> None:
+    job.model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
+            job.model(_samples(job)[0])
+    finally:
+        job.model.train()
+
+
+def _restore(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+    now = dict(model.named_buffers())
+    for key in sorted(now.keys() | buffers.keys()):
+        if key not in now or key not in buffers or now[key].shape != buffers[key].shape:
+            raise ConfigurationError(
+                f"{_MODEL}: the buffer '{key}' appears, goes or changes its shape in training: give it its shape when "
+                f"the model is built, {_OR_FAST}."
+            )
+    with torch.no_grad():
+        for key, buffer in now.items():
+            buffer.copy_(buffers[key])
+
+
+def _refuse_lost_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    kept = model.state_dict().keys()
+    for key, buffer in model.named_buffers():
+        if key not in kept and key in before and not _same_bits(buffer, before[key]):
+            raise ConfigurationError(
+                f"{_MODEL}: the buffer '{key}' changes in training and is not persistent, so no checkpoint would have "
+                f"it: register it with persistent=True, {_OR_FAST}."
+            )
+
+
+def _refuse_changes_in_evaluation(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for key, buffer in model.named_buffers():
+        if key not in before or not _same_bits(buffer, before[key]):
+            raise ConfigurationError(
+                f"{_MODEL}: the buffer '{key}' changes in evaluation, where each worker sees other samples: change it "
+                f"only in training (if self.training), {_OR_FAST}."
+            )
+
+
+def _refuse_changed_parameters(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for key, parameter in model.named_parameters():
+        if key not in before or not _same_bits(parameter, before[key]):
+            raise ConfigurationError(
+                f"{_MODEL} changes its parameter '{key}' by itself, where each worker sees other samples: make it a "
+                f"buffer, which all workers share, {_OR_FAST}."
+            )
+
+
+def _put_back(model: nn.Module, *tensors: dict[str, torch.Tensor]) -> None:
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for key, value in (item for some in tensors for item in some.items()):
+            if key in now and now[key].shape == value.shape:
+                now[key].copy_(value)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    raw = [tensor.detach().resolve_conj().contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and torch.equal(*raw)
+
+
+def _refuse_global_generators(python: object, legacy_numpy: Any) -> None:
+    drawn = []
+    if random.getstate() != python:
+        drawn.append("Python's random module")
+    if pickle.dumps(np.random.get_state()) != pickle.dumps(legacy_numpy):
+        drawn.append("NumPy's global generator")
+    if drawn:
+        raise ConfigurationError(
+            f"{_MODEL} draws from {' and '.join(drawn)}, whose numbers would depend on the number of workers: draw "
+            f"from torch (torch.rand, nn.Dropout), which gets a seed for every shard, {_OR_FAST}."
+        )
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's global generators as they were, whatever the block draws."""
+    python, legacy_numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy_numpy)
+        torch.set_rng_state(cpu)
+
+
+@contextmanager
+def named_operators(device: torch.device) -> Iterator[None]:
+    """Turn torch's complaint about an operator without a deterministic kernel into a ConfigurationError."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = _NO_DETERMINISTIC_KERNEL.search(str(error))
+        if found is None:
+            raise
+        raise ConfigurationError(
+            f"the operator {found[1]} has no deterministic kernel on {device.type}: replace it in the model, "
+            f"{_OR_FAST}."
+        ) from error
