@@ -1,0 +1,61 @@
+"""The command `disttrain`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from disttrain_launch.messages import complain
+from disttrain_launch.prove_command import prove
+from disttrain_launch.recipe_command import recipe
+from disttrain_launch.runs_command import runs
+from disttrain_launch.train_command import train
+from disttrain_launch.worker_commands import evaluate, predict, sync
+
+
+class _Commands(click.Group):
+    """A group whose commands may raise the errors of disttrain."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+            from disttrain.recipe import ExitCode
+
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(ExitCode.UNREAD)
+        except Exception as error:
+            from disttrain.recipe import DisttrainError  # here, because `--help` has no use for pydantic
+
+            if not isinstance(error, DisttrainError):
+                raise
+            complain(str(error))
+            ctx.exit(error.exit_code)
+
+
+def _show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        click.echo(f"disttrain {version('disttrain')}")
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
+def main() -> None:
+    """Distributed training on PyTorch that people can trust.
+
+    The first command to try is `disttrain train digits -n 2`.
+    """
+
+
+for command in (train, evaluate, predict, runs, sync, recipe, prove):
+    main.add_command(command)

@@ -1,0 +1,48 @@
+"""What to start on one machine, as a value."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from disttrain_launch.options import num_cores
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """`size` times `python *arguments`.
+
+    Args:
+        arguments: what follows the interpreter on each worker's command line.
+        size: how many workers.
+        log_dir: where workers other than rank 0 write what they would print; None: only shown if they die of it.
+        grace_s: seconds between SIGTERM and SIGKILL, when one worker's failure ends the others.
+    """
+
+    arguments: tuple[str, ...]
+    size: int
+    log_dir: Path | None = None
+    grace_s: float = 5.0
+
+    def log(self, rank: int) -> Path | None:
+        """The file with what a worker prints, if it has one; rank 0 speaks to the user."""
+        return self.log_dir / f"worker-{rank}.log" if self.log_dir is not None and rank > 0 else None
+
+    def environment(self, rank: int, port: int) -> dict[str, str]:
+        """A worker's environment: this process's own, and the variables that torchrun would set."""
+        defaults = {
+            "OMP_NUM_THREADS": str(max(1, num_cores() // self.size)),
+            "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log
+            "PYTHONUNBUFFERED": "1",  # the log of a killed worker is complete
+        }
+        contract = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "DISTTRAIN_LAUNCHER": "disttrain",
+        }
+        return {**defaults, **os.environ, **contract}

@@ -1,0 +1,94 @@
+"""One worker process, from its start to the account of its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from tempfile import TemporaryFile
+from typing import IO
+
+from disttrain_launch.group import WorkerGroup
+from disttrain_launch.outcome import Ending, read_report
+
+
+class Worker:
+    """A running worker. It has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone."""
+
+    def __init__(self, group: WorkerGroup, rank: int, port: int, lifeline: int) -> None:
+        self.ending: Ending | None = None
+        self.was_killed = False
+        self._group, self._rank = group, rank
+        self._asked_to_end = False
+        # Files without a name vanish with their last user: nobody has to remove them, however this process dies.
+        self._report: IO[bytes] = TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._output = self._open_output()
+        report = self._report.fileno()
+        self._process = subprocess.Popen(
+            [sys.executable, *group.arguments],
+            env=group.environment(rank, port) | {"TORCHELASTIC_ERROR_FILE": f"/dev/fd/{report}"},
+            stdin=lifeline,
+            stdout=self._output,
+            stderr=self._output,
+            pass_fds=(report,),
+            start_new_session=True,
+        )
+
+    def has_ended(self) -> bool:
+        """Whether it has ended. The first time it has, `ending` says how."""
+        if self.ending is None and self._process.poll() is not None:
+            code = self._process.returncode
+            self.was_killed = code < 0
+            if self.was_killed:
+                self._kill_group()  # the children it can no longer end itself
+            self.ending = Ending(
+                rank=self._rank,
+                code=code,
+                time=time.time(),
+                asked=self._asked_to_end,
+                report=read_report(self._report),
+                log=self._group.log(self._rank),
+                last_words=self._last_words(),
+            )
+        return self.ending is not None
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        if not self.has_ended():
+            self._asked_to_end = True
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """End it and its children, and wait until it has ended."""
+        if not self.has_ended():
+            self._asked_to_end = True
+            self._kill_group()
+            self._process.wait()
+            self.has_ended()
+
+    def close(self) -> None:
+        """Let go of its files."""
+        self._report.close()
+        if self._output is not None:
+            self._output.close()
+
+    def _open_output(self) -> IO[bytes] | None:
+        if self._rank == 0:
+            return None  # the launcher's own
+        path = self._group.log(self._rank)
+        return path.open("ab") if path is not None else TemporaryFile()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # the latter is macOS's answer for zombies
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _last_words(self) -> str:
+        """The end of what it wrote, where no log keeps it."""
+        if self._output is None or self._group.log_dir is not None:
+            return ""
+        size = self._output.seek(0, os.SEEK_END)
+        self._output.seek(max(0, size - 2000))
+        return self._output.read().decode(errors="replace").strip()

@@ -1,0 +1,53 @@
+"""Commands that need torch: they run in workers, this process only starts those."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from disttrain_launch.options import json_option, num_workers_option, override_arguments, overrides_option
+
+_RUN = click.Path(exists=True)
+
+
+def become(module: str, *arguments: str) -> NoReturn:
+    """Replace this process by `python -m module`: one process, so signals and its exit code need no messenger."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+@click.command(short_help="Measure accuracy on the held-out set.")
+@click.argument("run", metavar="RUN|CHECKPOINT", type=_RUN)
+@num_workers_option
+@overrides_option
+@json_option
+def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Measure the accuracy of a run's newest checkpoint, or of the one given, on the held-out set."""
+    from disttrain_launch.group import WorkerGroup
+    from disttrain_launch.local import run_workers
+
+    arguments = ("-m", "disttrain.commands.evaluate", run, *override_arguments(overrides), *["--json"] * as_json)
+    run_workers(WorkerGroup(arguments, num_workers))
+
+
+@click.command()
+@click.argument("run", type=_RUN)
+@click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
+@click.option("--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds to try for.")
+def sync(run: str, uri: str | None, timeout: float) -> None:
+    """Deliver to MLflow what it still lacks of RUN."""
+    become("disttrain.commands.sync", run, *(["--uri", uri] if uri else []), "--timeout", str(timeout))
+
+
+@click.command()
+@click.argument("run", metavar="RUN|CHECKPOINT", type=_RUN)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
+@json_option
+def predict(run: str, images: tuple[str, ...], top: int, as_json: bool) -> None:
+    """Name the most probable classes of each IMAGE."""
+    become("disttrain.commands.predict", run, *images, "--top", str(top), *["--json"] * as_json)
