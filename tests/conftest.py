@@ -1,0 +1,17 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cifar10_root() -> Path:
+    """The folder that holds `cifar-10-batches-py`, with real images; their md5 sums are not the published ones."""
+    folder = os.environ.get("DISTTRAIN_TEST_CIFAR10")
+    if not folder:
+        pytest.skip("DISTTRAIN_TEST_CIFAR10 names no folder that holds cifar-10-batches-py")
+    return Path(folder)

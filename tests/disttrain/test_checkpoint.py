@@ -1,0 +1,300 @@
+"""A checkpoint exists or it does not; reading one runs no code; a damaged one is set aside."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain.checkpoint import (
+    CheckpointStore,
+    CheckpointWriter,
+    optimizer_from_tensors,
+    optimizer_to_tensors,
+    read_checkpoint,
+    weights_sha256,
+    write_checkpoint,
+)
+from disttrain.checkpoint.folder import Tensors
+from disttrain.errors import ConfigurationError
+
+FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((3, 2), value), "b": torch.arange(4)}
+
+
+def state(step: int, accuracy: float | None = None) -> dict[str, Any]:
+    metrics = {} if accuracy is None else {"eval/accuracy": accuracy}
+    return {"step": step, "recipe": {}, "metrics": metrics}
+
+
+def save(store: CheckpointStore, step: int, accuracy: float | None = None, value: float = 1.0) -> Path:
+    return store.save(tensors(value), {"0.momentum_buffer": torch.ones(2)}, state(step, accuracy))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000003"
+    write_checkpoint(path, tensors(2.5), {"0.exp_avg": torch.ones(2)}, state(3))
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.model["a"].tolist() == [[2.5, 2.5]] * 3
+    assert checkpoint.model["b"].dtype == torch.int64
+    assert checkpoint.optimizer["0.exp_avg"].tolist() == [1.0, 1.0]
+    assert checkpoint.state["step"] == 3
+    assert sorted(os.listdir(path)) == FILES
+    assert os.listdir(tmp_path) == ["step-00000003"]
+
+
+def test_tied_and_strided_weights_are_stored_by_each_name(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).view(2, 3)
+    write_checkpoint(tmp_path / "step-00000001", {"x": shared, "y": shared, "z": shared.T}, {}, state(1))
+    model = read_checkpoint(tmp_path / "step-00000001").model
+    assert torch.equal(model["x"], shared)
+    assert torch.equal(model["y"], shared)
+    assert torch.equal(model["z"], shared.T)
+
+
+def test_plain_pytorch_loads_the_weights(tmp_path: Path) -> None:
+    network = nn.Linear(3, 2)
+    write_checkpoint(tmp_path / "step-00000001", network.state_dict(), {}, state(1))
+    from safetensors.torch import load_file
+
+    other = nn.Linear(3, 2)
+    other.load_state_dict(load_file(tmp_path / "step-00000001" / "model.safetensors"))
+    assert torch.equal(other.weight, network.weight)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    newest = save(store, 2)
+    file = newest / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes({"flip": bytes(content), "cut": bytes(content[:-1]), "empty": b""}[damage])
+    warnings: list[str] = []
+    found = store.newest(warnings.append)
+    assert found is not None
+    assert found.state["step"] == 1
+    assert len(warnings) == 1
+    assert "step-00000002" in warnings[0]
+    assert (tmp_path / "step-00000002.damaged").is_dir()
+    assert not newest.exists()
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    path = save(CheckpointStore(tmp_path), 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = manifest["files"].pop("state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigurationError, match="not a manifest"):
+        read_checkpoint(path)
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2, keep_best=1)
+    for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)]:
+        save(store, step, accuracy)
+    assert [path.name for path in store.paths()] == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_the_same_step_again_replaces_the_old_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1, value=1.0)
+    path = save(store, 1, accuracy=0.5, value=2.0)
+    assert read_checkpoint(path).model["a"][0, 0] == 2.0
+    assert os.listdir(tmp_path) == ["step-00000001"]
+
+
+def test_a_write_that_fails_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for step in (1, 2):
+        with pytest.raises(OSError, match="No space left"):
+            save(store, step, value=7.0)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    assert read_checkpoint(tmp_path / "step-00000001").model["a"][0, 0] == 1.0
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    (tmp_path / ".step-00000003.writing").mkdir()
+    (tmp_path / ".step-00000000.retired").mkdir()
+    (tmp_path / "step-00000002").rename(tmp_path / ".step-00000002.replaced")  # killed before the new one stood
+    store.clear_unfinished()
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RAdam, torch.optim.Adagrad])
+def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_happened(kind: Any, tmp_path: Path) -> None:
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+
+    def start() -> tuple[nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        network = nn.Linear(4, 3)
+        return network, kind(network.parameters(), lr=0.1, **options)
+
+    def steps(network: nn.Linear, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            optimizer.zero_grad()
+            network(torch.full((2, 4), float(number))).square().mean().backward()
+            optimizer.step()
+
+    network, optimizer = start()
+    steps(network, optimizer, range(6))
+    half, half_optimizer = start()
+    steps(half, half_optimizer, range(3))
+    saved, rest = optimizer_to_tensors(half_optimizer)
+    write_checkpoint(tmp_path / "step-00000003", half.state_dict(), saved, {**state(3), "optimizer": rest})
+    checkpoint = read_checkpoint(tmp_path / "step-00000003")
+    resumed, resumed_optimizer = start()
+    resumed.load_state_dict(checkpoint.model)
+    optimizer_from_tensors(resumed_optimizer, checkpoint.optimizer, checkpoint.state["optimizer"])
+    steps(resumed, resumed_optimizer, range(3, 6))
+    assert weights_sha256(resumed.state_dict()) == weights_sha256(network.state_dict())
+
+
+def test_another_optimizers_state_is_refused() -> None:
+    saved, rest = optimizer_to_tensors(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ConfigurationError, match="does not fit"):
+        optimizer_from_tensors(other, saved, rest)
+
+
+def test_the_hash_changes_with_every_bit_and_name() -> None:
+    reference = weights_sha256(tensors())
+    assert weights_sha256(dict(reversed(tensors().items()))) == reference
+    flipped = tensors()
+    flipped["a"].view(torch.int32)[0, 0] ^= 1
+    renamed = {"c": tensors()["a"], "b": tensors()["b"]}
+    assert len({reference, weights_sha256(flipped), weights_sha256(renamed)}) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.ASGD, torch.optim.AdamW])
+def test_an_optimizers_state_keeps_its_own_types(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], dtype: torch.dtype
+) -> None:
+    """Some of it is in float32 whatever the parameters are in: another type would be other bits after a restart."""
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.arange(3, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+
+    model = nn.Linear(3, 2).to(dtype)
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        step(model, optimizer)
+    saved, rest = optimizer_to_tensors(optimizer)
+    write_checkpoint(tmp_path / "step-00000003", model.state_dict(), saved, {**state(3), "optimizer": rest})
+    checkpoint = read_checkpoint(tmp_path / "step-00000003")
+    again = nn.Linear(3, 2).to(dtype)
+    again.load_state_dict(checkpoint.model)
+    restored = optimizer_of(again)
+    optimizer_from_tensors(restored, checkpoint.optimizer, checkpoint.state["optimizer"])
+    for _ in range(3):
+        step(model, optimizer)
+        step(again, restored)
+    assert weights_sha256(again.state_dict()) == weights_sha256(model.state_dict())
+    assert weights_sha256(optimizer_to_tensors(restored)[0]) == weights_sha256(optimizer_to_tensors(optimizer)[0])
+
+
+class SlowStore(CheckpointStore):
+    """Writes when it is let."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return super().save(model, optimizer, state)
+
+
+def test_a_checkpoint_written_beside_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    writer = CheckpointWriter(store)
+    weights, momentum = tensors(1.0), {"0.momentum_buffer": torch.ones(2)}
+    assert writer.save(weights, momentum, state(1)) is None
+    assert store.begun.wait(60)
+    assert writer.poll() is None, "it is being written"
+    weights["a"].fill_(7.0)  # training goes on
+    momentum["0.momentum_buffer"].fill_(7.0)
+    store.go_on.set()
+    outcome = writer.wait()
+    assert outcome is not None
+    assert outcome.path == tmp_path / "step-00000001"
+    assert writer.wait() is None, "told once"
+    checkpoint = read_checkpoint(outcome.path)
+    assert torch.equal(checkpoint.model["a"], torch.ones(3, 2))
+    assert torch.equal(checkpoint.optimizer["0.momentum_buffer"], torch.ones(2))
+    writer.close()
+
+
+def test_one_checkpoint_is_written_at_a_time_and_the_next_waits(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    writer = CheckpointWriter(store)
+    writer.save(tensors(1.0), {}, state(1))
+    threading.Timer(0.3, store.go_on.set).start()
+    begin = time.monotonic()
+    before = writer.save(tensors(2.0), {}, state(2))
+    assert time.monotonic() - begin > 0.2
+    assert before is not None
+    assert before.step == 1
+    writer.close()
+    first, second = (read_checkpoint(tmp_path / f"step-0000000{step}").model["a"][0, 0].item() for step in (1, 2))
+    assert (first, second) == (1.0, 2.0)
+
+
+def test_what_is_saved_may_change_its_tensors_from_save_to_save(tmp_path: Path) -> None:
+    """An optimizer has no state before its first step; tied weights and buffers are as they come."""
+    store = CheckpointStore(tmp_path, keep_last=9)
+    writer = CheckpointWriter(store)
+    shared = torch.arange(6.0).view(2, 3)
+    writer.save({"a": torch.ones(2), "b": shared, "c": shared}, {}, state(1))
+    writer.save({"a": torch.ones(3), "b": shared.T}, {"0.exp_avg": torch.zeros(2)}, state(2))
+    writer.close()
+    assert read_checkpoint(tmp_path / "step-00000001").model.keys() == {"a", "b", "c"}
+    second = read_checkpoint(tmp_path / "step-00000002")
+    assert {name: tuple(tensor.shape) for name, tensor in second.model.items()} == {"a": (3,), "b": (3, 2)}
+    assert torch.equal(second.model["b"], shared.T)
+    assert second.optimizer.keys() == {"0.exp_avg"}
+
+
+def test_a_save_that_fails_beside_is_told_with_its_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    writer = CheckpointWriter(CheckpointStore(tmp_path / "checkpoints"))
+    writer.save(tensors(), {}, state(4))
+    outcome = writer.wait()
+    writer.close()
+    assert outcome is not None
+    assert (outcome.step, outcome.path) == (4, None)
+    assert isinstance(outcome.error, OSError)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from disttrain.tracking.charts import confusion_matrix, draw_charts, per_class
+from disttrain.tracking.journal import Journal
+from disttrain.tracking.learning_curves import learning_curves
+
+
+def texts(figure: object) -> str:
+    from matplotlib.text import Text
+
+    return "\n".join(text.get_text() for text in figure.findobj(Text))  # type: ignore[attr-defined]
+
+
+def colours(path: Path) -> int:
+    """Distinct colours of a picture; an empty one has one."""
+    with Image.open(path) as image:
+        return len(image.convert("RGB").getcolors(2**24) or [])
+
+
+def test_draws_what_the_run_has_data_for(run_dir: Path) -> None:
+    assert draw_charts(run_dir) == []
+    journal = Journal(run_dir / "journal.jsonl")
+    for step in range(0, 1000, 10):
+        journal.metrics(step, {"train/loss": 2 / (1 + step), "train/lr": 0.1, "train/images_per_second": 500.0})
+    journal.event("resume", step=500)
+    journal.metrics(1000, {"train/loss": math.nan, "eval/loss": 0.5, "eval/accuracy": 0.75})
+    journal.close()
+    evaluation = {"classes": ["cat", "dog"], "per_class": {"cat": 0.9, "dog": None}, "confusion": [[9, 1], [0, 0]]}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    drawn = draw_charts(run_dir)
+    assert [path.name for path in drawn] == ["learning_curves.png", "confusion_matrix.png", "per_class.png"]
+    assert all(colours(path) > 20 for path in drawn)
+    assert sorted(path.name for path in (run_dir / "charts").iterdir()) == sorted(path.name for path in drawn)
+
+
+def test_learning_curves_say_what_is_best() -> None:
+    figure = learning_curves(
+        [
+            {"kind": "metrics", "step": 100, "metrics": {"eval/accuracy": 0.5, "eval/loss": 1.0}},
+            {"kind": "metrics", "step": 200, "metrics": {"eval/accuracy": 0.625, "eval/loss": 0.9}},
+            {"kind": "metrics", "step": 300, "metrics": {"eval/accuracy": 0.6, "eval/loss": 0.8}},
+        ]
+    )
+    assert figure is not None
+    assert "Accuracy: best 62.50 % at step 200" in texts(figure)
+    assert figure.axes[0].get_title(loc="left") == "Loss"
+    assert learning_curves([]) is None
+
+
+@pytest.mark.parametrize("num", [2, 10, 37, 100])
+def test_confusion_matrix_of_any_number_of_classes(num: int) -> None:
+    matrix = [[90 if i == j else (i + j) % 3 for j in range(num)] for i in range(num)]
+    figure = confusion_matrix(matrix, [f"class {i}" for i in range(num)])
+    total = sum(map(sum, matrix))
+    assert f"{90 * num:,} of {total:,} right" in texts(figure)
+    assert ("90" in texts(figure).split("\n")) == (num <= 20)
+
+
+def test_per_class_shows_the_best_and_the_worst_of_many() -> None:
+    figure = per_class([i / 100 for i in range(100)], [f"class {i}" for i in range(100)])
+    words = texts(figure)
+    assert "class 99" in words
+    assert "class 0" in words
+    assert "class 50" not in words
+    assert "60 classes between" in words
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 by 3"):
+        confusion_matrix([[1, 2], [3, 4]], ["a", "b", "c"])
+    with pytest.raises(ValueError, match="2 accuracies do not fit 1 classes"):
+        per_class([0.1, 0.2], ["a"])

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from disttrain.errors import ConfigurationError, ExitCode
+from disttrain.tracking import how_to_open, resolve_uri
+
+
+def test_recipe_then_environment_then_a_database_beside_the_runs(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = f"sqlite:///{run_dir.parent}/mlflow.db"
+    assert resolve_uri(None, run_dir) == database
+    assert resolve_uri("none", run_dir) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert resolve_uri(None, run_dir) == "http://host:5000"
+    assert resolve_uri("https://other", run_dir) == "https://other"
+    assert resolve_uri("none", run_dir) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert resolve_uri(None, run_dir) is None
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "mlruns"])
+def test_stores_of_files_are_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^tracking.uri is .* give a server") as caught:
+        resolve_uri(uri, run_dir)
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConfigurationError, match=r"^MLFLOW_TRACKING_URI is "):
+        resolve_uri(None, run_dir)
+
+
+def test_how_to_open() -> None:
+    assert how_to_open("http://a:b@host:5000") == "http://***@host:5000"
+    assert how_to_open("sqlite:////runs/mlflow.db") == "mlflow server --backend-store-uri sqlite:////runs/mlflow.db"

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metrics
+
+
+def test_samples_this_machine() -> None:
+    with SystemSampler(interval_s=0.05) as sampler:
+        assert len(sampler.latest()) == len(sampler.names)
+        deadline = time.monotonic() + 10
+        while math.isnan(sampler.latest()[0]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        values = dict(zip(sampler.names, sampler.latest(), strict=True))
+    assert 0 <= values["cpu_percent"] <= 100
+    assert 0 < values["memory_percent"] < 100
+    assert values["memory_used_gib"] > 0
+    assert values["network_sent_mib_per_s"] >= 0
+    assert not any(thread.name == "disttrain-system" for thread in threading.enumerate())
+
+
+def test_closing_does_not_wait_for_the_next_sample() -> None:
+    begin = time.monotonic()
+    SystemSampler(interval_s=60).close()
+    assert time.monotonic() - begin < 5
+
+
+def test_names_in_the_journal() -> None:
+    values = [float(i) for i in range(len(SYSTEM_METRICS))]
+    values[-1] = math.nan
+    metrics = node_metrics(3, values)
+    assert metrics["system/node-3/cpu_percent"] == 0.0
+    assert "system/node-3/gpu_memory_used_gib" not in metrics
+    assert len(metrics) == len(SYSTEM_METRICS) - 1

@@ -1,0 +1,124 @@
+"""Real launchers with real workers; the workers are small programs, because what they compute is not the question."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+
+import psutil
+import pytest
+
+_PREAMBLE = """
+import json, os, signal, sys, time
+from pathlib import Path
+from disttrain.guard import end_with_launcher
+end_with_launcher()
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def here(name):  # tells the test how far this worker is
+    Path(f"{name}-{rank}").touch()
+def wait_for(name):
+    while not Path(name).exists():
+        time.sleep(0.01)
+def report(message, code, at=None, traceback=None):
+    words = {"message": message, "exit_code": code, "rank": rank, "host": "box", "traceback": traceback}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(words | {"time": at or time.time()}))
+    os._exit(code)
+"""
+_LAUNCHER = """
+import json, sys
+from pathlib import Path
+from disttrain_launch.group import WorkerGroup
+from disttrain_launch.local import run_workers
+size, log_dir, grace_s = json.loads(sys.argv[1])
+run_workers(WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s))
+"""
+
+
+@dataclass
+class Launcher:
+    """A running launcher in a folder and a TMPDIR of its own."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    mark: str
+
+    def wait_for(self, *names: str) -> None:
+        """Wait until the workers have made these files."""
+        deadline = time.monotonic() + 20
+        while not all((self.folder / name).exists() for name in names):
+            assert time.monotonic() < deadline, f"no {names} in {os.listdir(self.folder)}"
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the launcher alone."""
+        self.process.send_signal(number)
+
+    def end(self, timeout_s: float = 20) -> tuple[int, str, str]:
+        """Wait for it: exit code, standard output, standard error. Nothing may be left of it."""
+        out, err = self.process.communicate(timeout=timeout_s)
+        self.assert_nothing_left()
+        return self.process.returncode, out, err
+
+    def assert_nothing_left(self, within_s: float = 10) -> None:
+        """No process and no temporary file."""
+        deadline = time.monotonic() + within_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert left == []
+        assert os.listdir(self.folder / "tmp") == []
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs of it, other than the launcher."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("LAUNCHER_MARK") == self.mark and process.pid != self.process.pid:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+StartLauncher = Callable[..., Launcher]
+
+
+@pytest.fixture
+def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
+    """Starts a launcher of workers that run the given code."""
+    launchers: list[Launcher] = []
+
+    def start(
+        code: str, size: int, *, logs: bool = True, grace_s: float = 5.0, prefix: tuple[str, ...] = ()
+    ) -> Launcher:
+        (tmp_path / "worker.py").write_text(_PREAMBLE + dedent(code))
+        (tmp_path / "tmp").mkdir()
+        (tmp_path / "logs").mkdir()
+        request = json.dumps([size, str(tmp_path / "logs") if logs else None, grace_s])
+        mark = uuid.uuid4().hex
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-c", _LAUNCHER, request],
+            cwd=tmp_path,
+            env=os.environ | {"LAUNCHER_MARK": mark, "TMPDIR": str(tmp_path / "tmp")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        launchers.append(Launcher(process, tmp_path, mark))
+        return launchers[-1]
+
+    yield start
+    for launcher in launchers:
+        launcher.process.kill()
+        launcher.process.communicate()
+        for process in launcher.processes():
+            process.kill()

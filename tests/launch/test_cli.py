@@ -1,0 +1,165 @@
+"""The command line: quick answers, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from disttrain_launch.cli import main
+
+RECIPES = ["cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(os, "execv", refuse)
+
+
+def run(*arguments: str) -> Result:
+    """Run the command in this process; a traceback fails the test."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "Missing argument 'RECIPE'. Give one of cifar10-net, "),
+        (["train", "digits", "-n", "0"], "0 workers cannot work; give 1 or more."),
+        (["train", "digits", "-n", "-3"], "-3 workers cannot work; give 1 or more."),
+        (["train", "digits", "-n", "1000000"], "1000000 workers are too many for"),
+        (["train", "digits", "-n", "banana"], "'banana' is no number of workers; give a whole number, gpu or auto."),
+        (["train", "digits", "-n", "1.5"], "'1.5' is no number of workers"),
+        (["train", "digits", "--rundir", "x"], "No such option '--rundir'"),
+        (["train", "digits", "cifar10-net"], "unexpected extra argument"),
+        (["trian"], "No such command 'trian'"),
+        (["evaluate"], "Missing argument 'RUN|CHECKPOINT'"),
+        (["evaluate", "nowhere"], "'nowhere' does not exist"),
+        (["evaluate", ".", "-n", "none"], "'none' is no number of workers"),
+        (["predict", "."], "Missing argument 'IMAGE...'"),
+        (["predict", ".", "cat.jpg"], "'cat.jpg' does not exist"),
+        (["predict", ".", "x", "--top", "0"], "0 is not in the range x>=1"),
+        (["runs", "show", "nowhere"], "'nowhere' does not exist"),
+        (["runs", "hash"], "Missing argument 'RUN|CHECKPOINT'"),
+        (["recipe", "show"], "Missing argument 'RECIPE'"),
+    ],
+)
+def test_wrong_command_lines(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "digit"],
+            f"no recipe 'digit': it is neither a file nor one of {', '.join(RECIPES)}; did you mean digits?",
+        ),
+        (["train", "./my.toml"], f"./my.toml: no such file; give a TOML file or one of {', '.join(RECIPES)}"),
+        (["train", "digits", "-o", "optim.lrr=1"], "-o optim.lrr: unknown key; did you mean optim.lr?"),
+        (["train", "digits", "-o", "lr=1"], "-o lr: unknown key; did you mean optim.lr?"),
+        (["train", "digits", "-o", "train.epochs"], "-o train.epochs: should be key=value, as in -o optim.lr=0.1"),
+        (
+            ["train", "digits", "-o", "optim.name=adamm"],
+            "optim.name = 'adamm': torch.optim has no such optimizer for dense gradients; did you mean 'adam'?",
+        ),
+        (
+            ["train", "digits", "-o", "model.name=torchvision:nope"],
+            "model.name: torchvision has no classification model 'nope'; it has resnet18, vit_b_16 and many others.",
+        ),
+        (["recipe", "show", "digits", "-o", "train.epochs=0"], "-o train.epochs: should be at least 1, not 0"),
+        (
+            ["train", "--run-dir", "new"],
+            "--run-dir new: no run to go on with (it has no recipe.toml); give a RECIPE to begin one",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_recipes(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (78, "", f"disttrain: {message}\n")
+    assert os.listdir() == []
+
+
+def test_each_mistake_has_a_line_of_its_own() -> None:
+    result = run("train", "digits", "-o", "optim.lr=fast", "-o", "data.flip=1")
+    assert result.exit_code == 78
+    assert result.stderr.splitlines() == [
+        "disttrain: -o data.flip: should be true or false, not 1",
+        "disttrain: -o optim.lr: should be a number, not 'fast'",
+    ]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday/photo.jpg").touch()
+    result = run("train", "digits", "--run-dir", "holiday")
+    assert result.exit_code == 78
+    assert result.stderr.startswith("disttrain: --run-dir holiday: is not empty and not a run directory")
+    assert os.listdir("holiday") == ["photo.jpg"]
+
+
+def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    for run_dir in ("notes", "notes/run"):
+        result = run("train", "digits", "--run-dir", run_dir)
+        assert result.exit_code == 78
+        assert result.stderr.startswith(f"disttrain: --run-dir {run_dir}: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disttrain_launch.options.count_gpus", lambda: 0)
+    result = run("train", "digits", "-n", "gpu")
+    assert result.exit_code == 2
+    assert "this machine shows no NVIDIA GPU; give a number of workers." in result.stderr
+
+
+def test_recipe_list() -> None:
+    lines = run("recipe", "list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == RECIPES
+    listed = json.loads(run("recipe", "list", "--json").stdout)["recipes"]
+    assert [entry["name"] for entry in listed] == RECIPES
+    assert all(entry["description"].endswith(".") or ":" in entry["description"] for entry in listed)
+
+
+def test_recipe_show_prints_a_recipe(tmp_path: Path) -> None:
+    shown = run("recipe", "show", "digits", "-o", "optim.lr=0.3").stdout
+    assert "# the global batch" in shown
+    (tmp_path / "mine.toml").write_text(shown)
+    assert run("recipe", "show", "mine.toml").stdout == shown
+    assert tomllib.loads(shown)["optim"]["lr"] == 0.3
+    assert json.loads(run("recipe", "show", "digits", "--json").stdout)["data"]["dataset"] == "digits"
+
+
+def test_recipe_schema() -> None:
+    schema = json.loads(run("recipe", "schema").stdout)
+    assert set(schema["properties"]) == {
+        "name", "data", "model", "optim", "schedule", "train", "parallel", "checkpoint", "tracking"
+    }  # fmt: skip
+
+
+def test_help_says_a_sentence_of_every_command() -> None:
+    for words in ([], ["train"], ["evaluate"], ["predict"], ["runs"], ["runs", "list"], ["runs", "show"],
+                  ["runs", "verify"], ["runs", "hash"], ["recipe"], ["recipe", "list"], ["recipe", "show"],
+                  ["recipe", "schema"]):  # fmt: skip
+        text = run(*words, "--help").stdout
+        assert text.split("\n\n")[1].strip().split("\n\n")[0].rstrip().endswith((".", ":")), text
