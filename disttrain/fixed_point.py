@@ -25,8 +25,8 @@ _BITS = 62
 _MARGIN = 3
 # Powers of two beyond this leave float64's range of normal numbers: the smallest magnitudes are scaled in two steps.
 _MOST_FLOAT64_SHIFT = 1022
-# So many are worked on at once: few calls for a small model, and for a large one intermediate results of a few megabytes,
-# which come from memory that is mapped already. Mapping as much as a whole model anew costs more than the arithmetic.
+# So many are worked on at once: few calls for a small model, and for a large one intermediate results of a few
+# megabytes, which come from memory that is mapped already. Mapping a whole model's anew costs more than the arithmetic.
 _ENOUGH_ELEMENTS = 1 << 20
 # Scaling by 2**126 and back stays within float32's range of normal numbers.
 _MOST_FLOAT32_SHIFT = 126
