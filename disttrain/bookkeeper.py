@@ -141,7 +141,14 @@ class Bookkeeper:
         job = self.job
         if job.world.size > 1:
             job.parallel.share_buffers_()
-        result = evaluate(job.model, job.eval_loader, job.data.test.classes, autocast=job.autocast)
+        job.progress.at("evaluating", job.step)
+        result = evaluate(
+            job.model,
+            job.eval_loader,
+            job.data.test.classes,
+            autocast=job.autocast,
+            on_batch=job.progress.tick,
+        )
         job.metrics = {"eval/accuracy": result.accuracy, "eval/loss": result.loss}
         self._tracker.metrics(job.step, job.metrics)
         self._tracker.event("evaluated", step=job.step, correct=result.correct, total=result.total)
@@ -199,9 +206,10 @@ class Bookkeeper:
         return True
 
     def _save_or_fail(self) -> None:
-        self._save()
-        saved = self._report(self._writer.wait())
-        if not decided_by_main(self.job.world, lambda: saved):
+        with self.job.progress.patiently("saving"):
+            self._save()
+            saved = decided_by_main(self.job.world, lambda: self._report(self._writer.wait()))
+        if not saved:
             raise DisttrainError(
                 f"the checkpoint of step {self.job.step} could not be saved: make room on the disk of {self.run_dir}, "
                 f"and start again with: {go_on_with(self.run_dir)}"

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from disttrain.bookkeeper import Bookkeeper
 from disttrain.checkpoint import CheckpointStore
 from disttrain.collectives import decided_by_main, gather_objects
 from disttrain.conditions import unlike_the_first
 from disttrain.console import Console
-from disttrain.errors import DisttrainError, StoppedError, mark_failure
+from disttrain.errors import DisttrainError, ExitCode, StoppedError, mark_failure
 from disttrain.faultpoints import reached
-from disttrain.guard import StopRequest
+from disttrain.guard import StopRequest, stop_file
 from disttrain.job import Job, build_job, newest_checkpoint
 from disttrain.model_check import check_model
+from disttrain.progress import Progress
 from disttrain.recipe import Recipe
-from disttrain.rundir import CHECKPOINTS, default_run_dir, log_to_file, owned_run_dir, stop_logging, store_recipe
+from disttrain.report import report_failure
+from disttrain.rundir import (
+    CHECKPOINTS,
+    STOP,
+    default_run_dir,
+    log_file,
+    log_to_file,
+    owned_run_dir,
+    stop_logging,
+    store_recipe,
+)
 from disttrain.tracking import NullTracker, SystemSampler, Tracker, how_to_open
 from disttrain.trial import try_exactness
+from disttrain.watchdog import Watchdog
 from disttrain.world import World, launched_by
 
 _log = logging.getLogger("disttrain")
@@ -41,16 +54,35 @@ def open_session(
     path = Path(decided_by_main(world, lambda: str(run_dir or default_run_dir(recipe))))
     with ExitStack() as until_the_end:
         decided_by_main(world, lambda: until_the_end.enter_context(owned_run_dir(path, recipe)))
-        with _session_in(path, recipe, world, objects, stop) as books:
+        handler = log_to_file(path, world.rank)
+        until_the_end.callback(stop_logging, handler)
+        progress = until_the_end.enter_context(_watched(path, recipe, world))
+        with _session_in(path, recipe, world, objects, stop, progress) as books:
             yield books
 
 
 @contextmanager
+def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
+    """The progress of this worker, with a watchdog over that of all."""
+    progress = Progress()
+    if world.size == 1 and launched_by() == "python":  # nobody waits for it, and somebody may be debugging it
+        yield progress
+        return
+    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang):
+        yield progress
+
+
+def _end_of_a_hang(verdict: str) -> NoReturn:
+    """Whatever the main thread is in, it will not come back: nothing can be cleaned up, and nothing has to be."""
+    report_failure(verdict, ExitCode.FAILURE, None, time.time(), consequence=False)
+    os._exit(ExitCode.FAILURE)
+
+
+@contextmanager
 def _session_in(
-    path: Path, recipe: Recipe, world: World, objects: dict[str, Any], stop: StopRequest
+    path: Path, recipe: Recipe, world: World, objects: dict[str, Any], stop: StopRequest, progress: Progress
 ) -> Iterator[Bookkeeper]:
     reached("start")
-    handler = log_to_file(path, world.rank)
     console = Console(speaks=world.is_main)
     store = CheckpointStore(
         path / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
@@ -61,6 +93,7 @@ def _session_in(
         checkpoint = newest_checkpoint(store, world, console.warn)
         with console.relaying("disttrain.data"):
             job = build_job(recipe, world, objects)
+        job.progress = progress
         if checkpoint is not None:
             differences = job.resume(checkpoint)
             for difference in differences if not job.is_finished else []:
@@ -79,15 +112,17 @@ def _session_in(
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
             _tracked(job, path, console, resumed=checkpoint is not None) as tracker,
             closing(Bookkeeper(job, path, store, tracker, console, stop, sampler)) as books,
+            stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
-            yield books
+            try:
+                yield books
+            finally:
+                progress.at("ending", job.step, patient=True)
     except Exception as error:
         mark_failure(error)
         if not isinstance(error, DisttrainError):
             _log.exception("failed")
         raise
-    finally:
-        stop_logging(handler)
 
 
 @contextmanager

@@ -40,16 +40,22 @@ LAYERS = {
     "checkpoint": set(),
     "tracking": {"__version__", "recipe"},
     "evaluate": {"buffers", "collectives", "data", "rng"},
-    "worker": {"guard", "world"},
+    "progress": set(),
+    "report": {"world"},
+    "watchdog": {"collectives", "progress", "world"},
+    "worker": {"guard", "report", "world"},
     "trial": {"job", "rng"},
-    "job": {"checkpoint", "collectives", "conditions", "data", "models", "optim", "parallel", "recipe", "rng", "world"},
+    "job": {
+        "checkpoint", "collectives", "conditions", "data", "models", "optim", "parallel", "progress", "recipe", "rng",
+        "world",
+    },
     "model_check": {"buffers", "job", "trial"},
     "bookkeeper": {
         "checkpoint", "collectives", "console", "evaluate", "guard", "job", "rundir", "tracking",
     },
     "session": {
-        "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "recipe",
-        "rundir", "tracking", "trial", "world",
+        "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "progress",
+        "recipe", "report", "rundir", "tracking", "trial", "watchdog", "world",
     },
     "train": {"bookkeeper", "conditions", "data", "guard", "job", "optim", "recipe", "rng", "session", "world"},
     "commands": {
