@@ -12,6 +12,7 @@ from disttrain_launch.messages import complain
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
 from disttrain_launch.runs_command import runs
+from disttrain_launch.stop_command import stop
 from disttrain_launch.train_command import train
 from disttrain_launch.worker_commands import evaluate, predict, sync
 
@@ -57,5 +58,5 @@ def main() -> None:
     """
 
 
-for command in (train, evaluate, predict, runs, sync, recipe, prove):
+for command in (train, stop, evaluate, predict, runs, sync, recipe, prove):
     main.add_command(command)
