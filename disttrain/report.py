@@ -12,7 +12,8 @@ from disttrain.errors import ExitCode
 from disttrain.world import launched_by, rank_hint
 
 LAUNCHER = "disttrain"
-"""What our own launcher calls itself: it shows the first failing worker's message, so that the worker need not."""
+"""What our own launcher of one machine calls itself."""
+_SHOWS_FAILURES = (LAUNCHER, "disttrain node")  # they show the first failing worker's message: the worker need not
 
 
 def report_failure(message: str, exit_code: int, trace: str | None, failed_at: float, *, consequence: bool) -> None:
@@ -37,6 +38,6 @@ def report_failure(message: str, exit_code: int, trace: str | None, failed_at: f
         # In place: it is read when this process is gone, and our launcher's file has no name to rename to.
         Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
     told_by_all = exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
-    if launched_by() != LAUNCHER and (not rank or not told_by_all):
+    if launched_by() not in _SHOWS_FAILURES and (not rank or not told_by_all):
         who = "" if rank is None else f"rank {rank} on {host}: "
         print(f"{trace or ''}disttrain: {who}{message}", file=sys.stderr, flush=True)
