@@ -20,6 +20,8 @@ from disttrain.job import Job
 from disttrain.rundir import EVALUATION, go_on_with, write_evaluation
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 
+_WORTH_A_WORD_S = 0.5
+
 
 class Bookkeeper:
     """Keeps a job's journal, checkpoints and console. Rank 0 writes; all ranks know."""
@@ -37,13 +39,15 @@ class Bookkeeper:
         self.job = job
         self.run_dir = run_dir
         self._store = store
-        self._writer = CheckpointWriter(store)
+        self._writer = CheckpointWriter(store, job.optimizer)
         self._tracker = tracker
         self._console = console
         self._stop = stop
         self._agreement = Agreement(num_flags=3)
         self._sampler = sampler
         self._last_save = self._last_log = time.monotonic()
+        self._saved_step = job.step
+        self._has_waited = False
         self._samples_since_log = 0
         self._pace = ""
 
@@ -87,8 +91,8 @@ class Bookkeeper:
                 f"stopped on request ({self._stop.received or 'another worker'}) after step {self.job.step} of "
                 f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self.run_dir)}"
             )
-        if (due or time_is_up) and not self.job.evaluation_is_due:
-            self._save()
+        if due or time_is_up:
+            self._save_unless_saved()
 
     def _checkpoint_words(self) -> str:
         paths = self._store.paths()
@@ -130,6 +134,8 @@ class Bookkeeper:
         yield
         seconds = time.monotonic() - started
         self._act(self._agreement.finish())
+        if self.job.step % self.job.steps_per_epoch == 0:
+            self._save_unless_saved()
         if whole and self.job.step % self.job.steps_per_epoch == 0:
             self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
             self._pace = f", {seconds:.1f} s, {len(self.job.data.train) / seconds:,.0f} images/s"
@@ -177,10 +183,15 @@ class Bookkeeper:
         self._report(self._writer.wait())
         self._writer.close()
 
+    def _save_unless_saved(self) -> None:
+        """Save, but for a step that is saved, or will be with its evaluation."""
+        if self._saved_step != self.job.step and not self.job.evaluation_is_due:
+            self._save()
+
     def _save(self) -> None:
         """Have rank 0 save, beside the training."""
-        self._last_save = time.monotonic()
         job = self.job
+        self._last_save, self._saved_step = time.monotonic(), job.step
         if job.world.is_main:
             self._report(self._writer.save(job.model_tensors(), job.optimizer_tensors()[0], job.state()))
 
@@ -195,8 +206,18 @@ class Bookkeeper:
             self._console.warn(f"step {outcome.step} could not be saved: {outcome.error}. {self._checkpoint_words()}")
             self._tracker.event("checkpoint-failed", step=outcome.step, error=str(outcome.error))
             return False
-        self._tracker.event("checkpoint", step=outcome.step, path=str(outcome.path.relative_to(self.run_dir)))
+        self._tell_of_waiting(outcome)
+        path, waited_s = str(outcome.path.relative_to(self.run_dir)), round(outcome.waited_s, 3)
+        self._tracker.event("checkpoint", step=outcome.step, path=path, waited_s=waited_s)
         return True
+
+    def _tell_of_waiting(self, outcome: Outcome) -> None:
+        if outcome.waited_s > _WORTH_A_WORD_S and not self._has_waited:
+            self._has_waited = True
+            self._console.warn(
+                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the checkpoint before to be written: save less "
+                "often (checkpoint.every_steps, checkpoint.every_seconds), or to a faster disk. The journal has each wait."
+            )
 
     def _save_or_fail(self) -> None:
         self._save()
