@@ -215,8 +215,9 @@ class Bookkeeper:
         if outcome.waited_s > _WORTH_A_WORD_S and not self._has_waited:
             self._has_waited = True
             self._console.warn(
-                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the checkpoint before to be written: save less "
-                "often (checkpoint.every_steps, checkpoint.every_seconds), or to a faster disk. The journal has each wait."
+                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the checkpoint before to be written: save "
+                "less often (checkpoint.every_steps, checkpoint.every_seconds), or to a faster disk. The journal has "
+                "each wait."
             )
 
     def _save_or_fail(self) -> None:

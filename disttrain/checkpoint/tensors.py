@@ -59,4 +59,4 @@ def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements in row-major order, as they are in memory; copied only if they are not so on this machine's CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
