@@ -21,6 +21,7 @@ from disttrain.rundir import EVALUATION, go_on_with, write_evaluation
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 
 _WORTH_A_WORD_S = 0.5
+_PATIENCE_S = 60.0  # how long a URL that cannot be reached is tried again, with the newest checkpoint not there yet
 
 
 class Bookkeeper:
@@ -35,9 +36,11 @@ class Bookkeeper:
         console: Console,
         stop: StopRequest,
         sampler: SystemSampler | None,
+        address: str,
     ) -> None:
         self.job = job
         self.run_dir = run_dir
+        self._address = address  # where the run lives: the folder, or a URL
         self._store = store
         self._writer = CheckpointWriter(store, job.optimizer)
         self._tracker = tracker
@@ -89,7 +92,7 @@ class Bookkeeper:
             self._save_or_fail()
             raise StoppedError(
                 f"stopped on request ({self._stop.received or 'another worker'}) after step {self.job.step} of "
-                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self.run_dir)}"
+                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self._address)}"
             )
         if due or time_is_up:
             self._save_unless_saved()
@@ -226,5 +229,6 @@ class Bookkeeper:
         if not decided_by_main(self.job.world, lambda: saved):
             raise DisttrainError(
                 f"the checkpoint of step {self.job.step} could not be saved: make room on the disk of {self.run_dir}, "
-                f"and start again with: {go_on_with(self.run_dir)}"
+                f"and start again with: {go_on_with(self._address)}"
             )
+        decided_by_main(self.job.world, lambda: self._store.settle(_PATIENCE_S))

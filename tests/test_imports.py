@@ -38,6 +38,7 @@ LAYERS = {
     "exact": {"collectives", "fixed_point", "world"},
     "parallel": {"collectives", "exact", "recipe", "sync_batchnorm", "world"},
     "checkpoint": set(),
+    "remote": {"checkpoint", "recipe", "rundir"},
     "tracking": {"__version__", "recipe"},
     "evaluate": {"buffers", "collectives", "data", "rng"},
     "worker": {"guard", "world"},
@@ -49,12 +50,12 @@ LAYERS = {
     },
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "recipe",
-        "rundir", "tracking", "trial", "world",
+        "remote", "rundir", "tracking", "trial", "world",
     },
     "train": {"bookkeeper", "conditions", "data", "guard", "job", "optim", "recipe", "rng", "session", "world"},
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "rundir", "tracking",
-        "worker", "world",
+        "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "remote", "rundir",
+        "tracking", "worker", "world",
     },
     "testing": set(),
 }  # fmt: skip

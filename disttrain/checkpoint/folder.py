@@ -31,17 +31,17 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-_CONTENTS = (MODEL, OPTIMIZER, STATE)
+CONTENTS = (MODEL, OPTIMIZER, STATE)
 _FORMAT = 1
-WRITING, REPLACED, RETIRED = "writing", "replaced", "retired"
+WRITING, REPLACED, RETIRED, LEAVING = "writing", "replaced", "retired", "leaving"
 _CHUNK = 2**20  # hashed and written while it is in the CPU's cache
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, on the CPU."""
+    """What a checkpoint holds, on the CPU, and where it is: a folder, or a URL."""
 
-    path: Path
+    path: Path | str
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
@@ -96,7 +96,8 @@ def _put_in_place(temporary: Path, path: Path, step: int) -> None:
 
 
 def hidden(path: Path, stage: str) -> Path:
-    """What the checkpoint `path` is called at a stage of its life in which it is none: WRITING, REPLACED, RETIRED."""
+    """What the checkpoint `path` is called at a stage of its life in which it is none: WRITING, REPLACED, RETIRED;
+    LEAVING is a copy that is on its way to a URL."""
     return path.with_name(f".{path.name}.{stage}")
 
 
@@ -104,7 +105,7 @@ def verify_checkpoint(path: Path) -> None:
     """Compare every file with the manifest. Raises ConfigurationError that names the first that differs."""
     manifest = _read_json(path / MANIFEST)
     files = manifest.get("files")
-    if manifest.get("format") != _FORMAT or not isinstance(files, dict) or set(files) != set(_CONTENTS):
+    if manifest.get("format") != _FORMAT or not isinstance(files, dict) or set(files) != set(CONTENTS):
         raise ConfigurationError(f"{path / MANIFEST} is not a manifest of format {_FORMAT}.")
     for name, expected in files.items():
         try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from disttrain.checkpoint.folder import (
+    LEAVING,
     REPLACED,
     RETIRED,
     STATE,
@@ -24,6 +25,7 @@ from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
 
+Name = TypeVar("Name", bound=Hashable)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -70,13 +72,18 @@ class CheckpointStore:
                 return checkpoint
         return None
 
+    def settle(self, patience_s: float) -> None:
+        """Wait until the checkpoints are where the run lives: in a folder they are. Raises DisttrainError otherwise."""
+
     def set_aside(self) -> list[Path]:
         """The damaged ones that were renamed aside."""
         return sorted(self.folder.glob("step-*.damaged*"))
 
     def unfinished(self) -> list[Path]:
-        """What is being written, replaced or removed; if no job runs, what a killed one left so."""
-        return sorted(path for stage in (WRITING, REPLACED, RETIRED) for path in self.folder.glob(f".step-*.{stage}"))
+        """What is being written, replaced, removed or uploaded; if no job runs, what a killed one left so."""
+        return sorted(
+            path for stage in (WRITING, REPLACED, RETIRED, LEAVING) for path in self.folder.glob(f".step-*.{stage}")
+        )
 
     def clear_unfinished(self) -> None:
         """Finish or undo what a killed writer left under a temporary name. Only the owner of the run may."""
@@ -91,7 +98,9 @@ class CheckpointStore:
         """Remove those that are not to be kept, once every one that is has been found good."""
         while True:
             paths = self.paths()
-            keep = set(self._to_keep(paths))
+            keep = to_keep(
+                [(path, step_of(path), accuracy_of(path)) for path in paths], self._keep_last, self._keep_best
+            )
             damaged = [path for path in keep if path.name not in self._known_good and not self._is_good(path)]
             if not damaged:
                 break
@@ -103,11 +112,6 @@ class CheckpointStore:
                 retired = path.rename(hidden(path, RETIRED))
                 reached("checkpoint: retired", step=step_of(path))
                 shutil.rmtree(retired, ignore_errors=True)
-
-    def _to_keep(self, paths: list[Path]) -> list[Path]:
-        scored = [(score, step_of(path), path) for path in paths if (score := accuracy_of(path)) is not None]
-        best = [path for _, _, path in sorted(scored, reverse=True)[: self._keep_best]]
-        return [*paths[-self._keep_last :], *best]
 
     def _is_good(self, path: Path) -> bool:
         """Whether it is whole; every byte is read, once in the life of this store."""
@@ -133,6 +137,13 @@ def accuracy_of(path: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return accuracy if isinstance(accuracy, float) else None
+
+
+def to_keep(checkpoints: Sequence[tuple[Name, Any, float | None]], keep_last: int, keep_best: int) -> set[Name]:
+    """Which to keep of checkpoints given by name, step (oldest first) and accuracy: the newest, the most accurate."""
+    scored = [(score, step, name) for name, step, score in checkpoints if score is not None]
+    best = sorted(scored, key=lambda one: one[:2], reverse=True)[:keep_best]
+    return {*(name for name, _, _ in checkpoints[-keep_last:]), *(name for _, _, name in best)}
 
 
 def _set_aside(path: Path) -> Path:

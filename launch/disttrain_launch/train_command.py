@@ -23,29 +23,39 @@ _OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing"}
 @num_workers_option
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
-    help="Where the run lives (default: runs/RECIPE-TIME). Give a run's own folder to go on with it.",
+    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to go on with it.",
 )
 @overrides_option
-def train(recipe: str | None, num_workers: int, run_dir: Path | None, overrides: tuple[str, ...]) -> None:
+def train(recipe: str | None, num_workers: int, run_dir: str | None, overrides: tuple[str, ...]) -> None:
     """Train RECIPE, a shipped one (see `disttrain recipe list`) or a TOML file.
 
     Started again with the same --run-dir, a run goes on from its newest checkpoint; RECIPE may then be left out.
     """
+    from disttrain.recipe.address import is_url, working_folder
     from disttrain_launch.group import WorkerGroup
     from disttrain_launch.local import run_workers
 
     checked = _checked_recipe(recipe, run_dir, overrides)
     _refuse_more_workers_than_shards(checked, num_workers)
-    run_dir = _opened(run_dir) if run_dir is not None else _made(checked)
-    source = recipe if recipe is not None else str(run_dir / "recipe.toml")
-    arguments = ("-m", "disttrain", source, "--run-dir", str(run_dir), *override_arguments(overrides))
-    run_workers(WorkerGroup(arguments, num_workers, log_dir=run_dir / "logs"))
+    if run_dir is not None and is_url(run_dir):
+        folder = _with_logs(working_folder(run_dir))
+    else:
+        folder = _opened(Path(run_dir)) if run_dir is not None else _made(checked)
+        run_dir = str(folder)
+    source = recipe if recipe is not None else _stored_recipe(run_dir)
+    arguments = ("-m", "disttrain", source, "--run-dir", run_dir, *override_arguments(overrides))
+    run_workers(WorkerGroup(arguments, num_workers, log_dir=folder / "logs"))
 
 
-def _checked_recipe(recipe: str | None, run_dir: Path | None, overrides: tuple[str, ...]) -> Recipe:
+def _stored_recipe(run_dir: str) -> str:
+    """Where the recipe of the run in a folder or behind a URL is."""
+    return f"{run_dir.rstrip('/')}/recipe.toml"
+
+
+def _checked_recipe(recipe: str | None, run_dir: str | None, overrides: tuple[str, ...]) -> Recipe:
     """The recipe to train, checked before any worker starts."""
     from disttrain.recipe import ConfigurationError, check_installed, load_recipe, shipped_recipes
+    from disttrain.recipe.address import is_url
 
     if recipe is not None:
         checked = load_recipe(recipe, overrides)
@@ -56,11 +66,11 @@ def _checked_recipe(recipe: str | None, run_dir: Path | None, overrides: tuple[s
             f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
             "or the --run-dir of a run to go on with."
         )
-    if not (run_dir / "recipe.toml").is_file():
+    if not is_url(run_dir) and not Path(run_dir, "recipe.toml").is_file():
         raise ConfigurationError(
             f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
         )
-    return load_recipe(str(run_dir / "recipe.toml"), overrides)
+    return load_recipe(_stored_recipe(run_dir), overrides)
 
 
 def _refuse_more_workers_than_shards(recipe: Recipe, num_workers: int) -> None:
@@ -84,12 +94,22 @@ def _opened(run_dir: Path) -> Path:
             raise ConfigurationError(
                 f"--run-dir {run_dir}: is not empty and not a run directory (it has no recipe.toml); give another one"
             )
-        (run_dir / "logs").mkdir(exist_ok=True)
     except FileExistsError as error:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.filename} is a file; give a folder") from None
     except OSError as error:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.strerror}; give another one") from None
-    return run_dir
+    return _with_logs(run_dir)
+
+
+def _with_logs(folder: Path) -> Path:
+    """The folder, with one for logs in it."""
+    from disttrain.recipe import ConfigurationError
+
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder}: {error.strerror}; a run cannot be written there") from None
+    return folder
 
 
 def _made(recipe: Recipe) -> Path:
