@@ -13,11 +13,11 @@ import torch
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
 from disttrain.collectives import Agreement, decided_by_main, sum_
 from disttrain.console import Console
-from disttrain.errors import DisttrainError, DivergedError, StoppedError
+from disttrain.errors import ConfigurationError, DisttrainError, DivergedError, StoppedError
 from disttrain.evaluate import Evaluation, evaluate
 from disttrain.guard import StopRequest
 from disttrain.job import Job
-from disttrain.rundir import EVALUATION, go_on_with, write_evaluation
+from disttrain.rundir import EVALUATION, RECIPE, go_on_with, store_recipe, write_evaluation
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 
 _WORTH_A_WORD_S = 0.5
@@ -209,10 +209,25 @@ class Bookkeeper:
             self._console.warn(f"step {outcome.step} could not be saved: {outcome.error}. {self._checkpoint_words()}")
             self._tracker.event("checkpoint-failed", step=outcome.step, error=str(outcome.error))
             return False
+        if not (self.run_dir / RECIPE).exists():
+            self._restore_run_dir()
         self._tell_of_waiting(outcome)
         path, waited_s = str(outcome.path.relative_to(self.run_dir)), round(outcome.waited_s, 3)
         self._tracker.event("checkpoint", step=outcome.step, path=path, waited_s=waited_s)
         return True
+
+    def _restore_run_dir(self) -> None:
+        """The folder was deleted under the job: the save has made it anew, and here comes what makes it a run again."""
+        self._tracker.restore()
+        try:
+            store_recipe(self.run_dir, self.job.recipe)
+        except ConfigurationError as error:
+            self._console.warn(f"{self.run_dir} was deleted under the job: {error}")
+            return
+        self._console.warn(
+            f"{self.run_dir} was deleted under the job. It is there again, with recipe, journal and the checkpoint "
+            "just saved; what else was in it is gone."
+        )
 
     def _tell_of_waiting(self, outcome: Outcome) -> None:
         if outcome.waited_s > _WORTH_A_WORD_S and not self._has_waited:

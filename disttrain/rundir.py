@@ -136,6 +136,7 @@ def _being_written(path: Path) -> Path:
 
 def write_evaluation(run_dir: Path, evaluation: Mapping[str, Any]) -> None:
     """Keep the newest evaluation as evaluation.json. Raises OSError."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / EVALUATION, json.dumps(evaluation, indent=1) + "\n")
 
 

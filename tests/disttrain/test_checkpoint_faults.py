@@ -126,7 +126,7 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("num_kills", [100, pytest.param(1000, marks=pytest.mark.long)])
 def test_kills_during_saves_leave_no_trace(memory: Path, num_kills: int) -> None:
-    with workers(1, process_group=False, timeout_s=280) as group:
+    with workers(1, process_group=False, timeout_s=280, env={"TMPDIR": str(memory)}) as group:
         group.run(run_with_kills, memory, num_kills, random.randrange(10**6))
 
 
@@ -255,9 +255,7 @@ def delete_at(run_dir: Path, step: int) -> None:
         loop.reached = reached
 
 
-def test_a_run_directory_deleted_under_the_job_comes_back_with_the_next_save(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_directory_deleted_under_the_job_comes_back_with_the_next_save(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with workers(1, process_group=False) as group:
         group.run(delete_at, run_dir, 3)
