@@ -1,7 +1,7 @@
 """What a checkpoint costs the training: how long it holds the loop, and how much slower training is with them.
 
     python benchmarks/checkpoint.py stall [--rounds 20]      against `torch.save` of the same state, in turn
-    python benchmarks/checkpoint.py slowdown [--rounds 6]    50 steps with one checkpoint and without, in turn
+    python benchmarks/checkpoint.py slowdown [--rounds 20]   steps with one checkpoint among them and without, in turn
 
 The state is ResNet-18's with AdamW's: 134 MB; training is on CPU with random images of CIFAR-10's shape. `--folder`
 says where to write.
@@ -10,8 +10,8 @@ stall: held is the time of `save` and what the next `optimizer.step` waits for t
 forward and backward pass of one small batch lies between. The write is waited for, outside the clock, before the round
 ends; how long the checkpoint takes until it stands on the disk is printed too.
 
-slowdown: wall time of 50 steps during which one checkpoint is copied and written, over that of 50 steps without.
-`--batch-size` and `--steps` change what a step is.
+slowdown: the wall time of a few steps, beside which one checkpoint is copied, hashed and written, less that of as many
+without; and what that makes with a checkpoint every 50 steps. `--batch-size` says what a step is, `--steps` how many.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from torch.nn import functional
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, optimizer_to_tensors
 from disttrain.models.resnet import resnet18
 
-STALL_BOUND, SLOWDOWN_BOUND = 0.1, 1.01
+STALL_BOUND, SLOWDOWN_BOUND = 0.1, 1.0
+EVERY = 50  # steps from checkpoint to checkpoint
 
 
 class Training:
@@ -93,7 +94,7 @@ def stall(folder: Path, rounds: int, batch_size: int) -> None:
 
 
 def slowdown(folder: Path, rounds: int, batch_size: int, steps: int) -> None:
-    """Print how much longer `steps` steps take when a checkpoint is saved at the first of them."""
+    """Print what a checkpoint takes from the steps beside it, and what that makes of `EVERY` steps."""
     training = Training(folder, batch_size)
 
     def block(saves: bool) -> float:
@@ -107,15 +108,18 @@ def slowdown(folder: Path, rounds: int, batch_size: int, steps: int) -> None:
         return seconds
 
     block(True)
-    ratios, lost = [], []
+    blocks = []
     for number in range(rounds):
         order = (True, False) if number % 2 else (False, True)
         seconds = {saves: block(saves) for saves in order}
-        ratios.append(seconds[True] / seconds[False])
-        lost.append(1e3 * (seconds[True] - seconds[False]))
+        blocks.append((seconds[True], seconds[False]))
     training.writer.close()
-    print(f"{steps} steps with / without {spread(ratios, '.4f')}; bound {SLOWDOWN_BOUND}")
+    lost = [1e3 * (with_one - without) for with_one, without in blocks]
+    step = [1e3 * without / steps for _, without in blocks]
+    slower = [one / (EVERY * statistics.median(step)) for one in lost]
+    print(f"a step without          {spread(step, '.0f')} ms")
     print(f"lost per checkpoint     {spread(lost, '.0f')} ms")
+    print(f"slower, every {EVERY} steps  {spread([100 * one for one in slower], '.2f')} %; bound {SLOWDOWN_BOUND} %")
 
 
 def spread(values: list[float], form: str) -> str:
@@ -130,7 +134,7 @@ def main() -> None:
     parser.add_argument("what", choices=["stall", "slowdown"])
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     options = parser.parse_args()
     print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, median (quartiles)")
@@ -138,7 +142,7 @@ def main() -> None:
         if options.what == "stall":
             stall(Path(folder), options.rounds or 20, options.batch_size or 16)
         else:
-            slowdown(Path(folder), options.rounds or 6, options.batch_size or 32, options.steps)
+            slowdown(Path(folder), options.rounds or 20, options.batch_size or 32, options.steps)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ def _session_in(
             try_exactness(job)
         decided_by_main(world, lambda: store_recipe(path, recipe))
         _introduce(job, address, console)
+        if job.is_finished:  # it may have ended without being able to bring all of it to its URL
+            decided_by_main(world, lambda: store.settle(0))
         with (
             console,
             closing(job),

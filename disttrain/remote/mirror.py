@@ -120,8 +120,8 @@ class Mirror:
         try:
             if not self._lease.is_ours():
                 return f"{self.run.url} was taken over by another job, so nothing more is written there"
+            self._bring_files()  # first: where a checkpoint is, the journal holds the steps before it
             self._bring_checkpoints()
-            self._bring_files()
         except OSError as error:
             return f"not brought to its place: {error}"
         return ""
