@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from disttrain.errors import DisttrainError, StoppedError
 from disttrain.recipe.address import working_folder
-from disttrain.remote import RemoteRun
+from disttrain.remote import MirroredStore, RemoteRun
 from disttrain.testing import faults, run_workers, workers
 from tests.disttrain.exact_runs import Outcome, outcome, train
 from tests.disttrain.test_remote import expire
@@ -21,10 +23,30 @@ from tests.disttrain.test_remote import expire
 OFTEN = "checkpoint.every_steps=2"
 
 
-def train_at(url: str, machine: Path, *overrides: str) -> int:
+def train_at(url: str, machine: Path, environment: Mapping[str, str] | None = None) -> None:
     """Train on a machine, which is a folder for what it works on."""
-    os.environ["DISTTRAIN_SCRATCH"] = str(machine)
-    return train(url, OFTEN, *overrides).step  # type: ignore[arg-type]
+    os.environ.update({"DISTTRAIN_SCRATCH": str(machine), **(environment or {})})
+    train(url, OFTEN)  # type: ignore[arg-type]
+
+
+def train_step_by_step(url: str, machine: Path, environment: Mapping[str, str] | None = None) -> None:
+    """The same, with each checkpoint at the URL before the next is saved, however fast or slow this machine is."""
+    save = MirroredStore.save
+
+    def patiently(store: MirroredStore, *arguments: Any) -> Path:
+        path = save(store, *arguments)
+        store.settle(0)
+        return path
+
+    MirroredStore.save = patiently  # type: ignore[method-assign]
+    try:
+        train_at(url, machine, environment)
+    finally:
+        MirroredStore.save = save  # type: ignore[method-assign]
+
+
+# Where four machines die, one after the other: the first or second time that they come to a point.
+DEATHS = [("begun", 2), ("tensors", 2), ("committed", 2), ("retired", 1)]
 
 
 def at_the_url(url: str) -> Outcome:
@@ -42,11 +64,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 def test_a_run_goes_on_from_machine_to_machine_with_the_same_bits(tmp_path: Path, undisturbed: Outcome) -> None:
     url = (tmp_path / "bucket" / "run").as_uri()
-    points = ["begun", "tensors", "committed", "retired"]
-    for number, point in enumerate(points):
-        fault = faults.kill(0, at=f"mirror: {point}", count=2)
+    for number, (point, count) in enumerate(DEATHS):
+        fault = faults.kill(0, at=f"mirror: {point}", count=count)
         with workers(1 + number % 2, faults=[fault], process_group=False, check_collectives=False) as group:
-            group.attempt(train_at, url, tmp_path / f"machine-{number}")
+            group.attempt(train_step_by_step, url, tmp_path / f"machine-{number}")
         assert fault.happened, point
         expire(url)  # instead of waiting for it to
     run_workers(train_at, 2, args=(url, tmp_path / "last"), process_group=False)
