@@ -60,7 +60,7 @@ def _fetch(run: RemoteRun, path: Path, checkpoints: Wanted) -> None:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(run.read(name) or b"")
         return
-    names = run.checkpoints()
+    names = run.checkpoints().good
     for name in reversed(names):
         place = path / CHECKPOINTS / name.partition(".")[0]
         if place.exists():
@@ -88,7 +88,8 @@ def verify_behind(url: str) -> tuple[list[dict[str, Any]], list[str], list[str]]
         is_checkpoint = run.read(MANIFEST) is not None
         if not is_checkpoint and run.read(RECIPE) is None:
             raise UsageError(_is_neither(run))
-        for name in [""] if is_checkpoint else run.checkpoints():
+        there = run.checkpoints()
+        for name in [""] if is_checkpoint else there.good:
             path = Path(folder) / "one"
             place = f"{run.url}/checkpoints/{name}" if name else run.url
             try:
@@ -98,8 +99,9 @@ def verify_behind(url: str) -> tuple[list[dict[str, Any]], list[str], list[str]]
             else:
                 found.append({"path": place, "good": True, "detail": ""})
             shutil.rmtree(path, ignore_errors=True)
-        others = [] if is_checkpoint else [run.damaged(), run.unfinished()]
-    set_aside, unfinished = ([f"{run.url}/checkpoints/{name}" for name in names] for names in others or [[], []])
+    set_aside, unfinished = (
+        [f"{run.url}/checkpoints/{name}" for name in names] for names in (there.damaged, there.unfinished)
+    )
     return found, set_aside, unfinished
 
 

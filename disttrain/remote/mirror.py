@@ -59,7 +59,7 @@ class Mirror:
                 if last != self._lease.previous or not last:
                     self._fetch()
                 mark.write_text(self._lease.id)
-                for name in self.run.unfinished():
+                for name in self.run.checkpoints().unfinished:
                     self.run.remove_checkpoint(name)
             except BaseException:
                 self._lease.release()
@@ -76,6 +76,8 @@ class Mirror:
             self._asked.notify_all()
         self._thread.join()
         try:
+            if not self._lease.is_ours():
+                return
             self._bring_files()
             for name in _AT_THE_END:
                 for path in sorted((self.folder / name).rglob("*")):
@@ -122,17 +124,17 @@ class Mirror:
                 return f"{self.run.url} was taken over by another job, so nothing more is written there"
             self._bring_files()  # first: where a checkpoint is, the journal holds the steps before it
             self._bring_checkpoints()
-        except OSError as error:
+        except Exception as error:  # whatever it is, whoever waits for this thread must hear of it
             return f"not brought to its place: {error}"
         return ""
 
     def _bring_checkpoints(self) -> None:
         """Put there what is to be kept and is not there, newest first; then remove what is no longer to be kept."""
         there = self.run.checkpoints()
-        known = [(name, step_and_revision(name), self._accuracy(name)) for name in there]
+        known = [(name, step_and_revision(name), self._accuracy(name)) for name in there.good]
         missing = {}
         for path in CheckpointStore(self.folder / CHECKPOINTS).paths():
-            name = self._name_if_missing(path)
+            name = self._name_if_missing(path, there.damaged)
             if name is not None:
                 missing[name] = path
                 known.append((name, step_and_revision(name), accuracy_of(path)))
@@ -142,17 +144,17 @@ class Mirror:
         for name in sorted(missing.keys() & keep, key=step_and_revision, reverse=True):
             if not self._put(missing[name], name):
                 return  # retired meanwhile: another round is due, and until then nothing is removed
-        for name in there:
+        for name in (*there.good, *there.unfinished):
             if name not in keep:
                 self.run.remove_checkpoint(name)
 
-    def _name_if_missing(self, path: Path) -> str | None:
+    def _name_if_missing(self, path: Path, damaged: list[str]) -> str | None:
         """What a local checkpoint is to be called there; None if it is there, or here no more."""
         if not (path / MANIFEST).exists():
             return None
         manifest, name = (path / MANIFEST).read_bytes(), path.name
         while (there := self.run.manifest(name)) is not None:
-            if there == manifest:
+            if there == manifest and name not in damaged:
                 return None
             name = next_revision(name)
         return name
@@ -196,7 +198,7 @@ class Mirror:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         recipe = self.run.read(RECIPE)
         if recipe is None:
-            if self.run.checkpoints():
+            if self.run.checkpoints().good:
                 raise ConfigurationError(f"{self.run.url} holds checkpoints but no {RECIPE}: choose another --run-dir.")
             return
         (self.folder / JOURNAL).write_bytes(self.run.read_journal())
@@ -208,7 +210,7 @@ class Mirror:
         (self.folder / RECIPE).write_bytes(recipe)  # last: with it, the folder is a run's
 
     def _fetch_newest_checkpoint(self) -> None:
-        names = self.run.checkpoints()
+        names = self.run.checkpoints().good
         for name in reversed(names):
             try:
                 self.run.get_checkpoint(name, self.folder / CHECKPOINTS / name.partition(".")[0])

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from disttrain.recipe.address import file_system
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _DAMAGED = "damaged.txt"
 _JOURNAL_PIECE = 8 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The names of the checkpoints of a run, oldest first."""
+
+    good: list[str]  # committed, and not known to be damaged
+    damaged: list[str]  # set aside
+    unfinished: list[str]  # what a killed upload or removal has left
 
 
 class RemoteRun:
@@ -84,27 +94,19 @@ class RemoteRun:
         root = self._files._strip_protocol(self._root).strip("/") + "/"
         return [path.strip("/").removeprefix(root) for path in map(str, found)]
 
-    def checkpoints(self) -> list[str]:
-        """The names of the checkpoints there are, oldest first: committed, and not known to be damaged."""
-        there = self._folders()
-        return [name for name, files in there.items() if MANIFEST in files and _DAMAGED not in files]
-
-    def damaged(self) -> list[str]:
-        """The names of the checkpoints that were set aside."""
-        return [name for name, files in self._folders().items() if _DAMAGED in files]
-
-    def unfinished(self) -> list[str]:
-        """The names of what a killed upload or removal has left."""
-        return [name for name, files in self._folders().items() if not files & {MANIFEST, _DAMAGED}]
-
-    def _folders(self) -> dict[str, set[str]]:
-        """The files of each folder of a checkpoint, by its name, oldest first. What is called otherwise is not ours."""
+    def checkpoints(self) -> Standing:
+        """What there is of checkpoints."""
         folders: dict[str, set[str]] = {}
         for path in self.objects("checkpoints"):
             _, name, *file = path.split("/")
-            if _NAME.fullmatch(name) and len(file) == 1:
+            if _NAME.fullmatch(name) and len(file) == 1:  # what is called otherwise is not ours
                 folders.setdefault(name, set()).add(file[0])
-        return dict(sorted(folders.items(), key=lambda item: step_and_revision(item[0])))
+        names = sorted(folders, key=step_and_revision)
+        return Standing(
+            good=[name for name in names if MANIFEST in folders[name] and _DAMAGED not in folders[name]],
+            damaged=[name for name in names if _DAMAGED in folders[name]],
+            unfinished=[name for name in names if not folders[name] & {MANIFEST, _DAMAGED}],
+        )
 
     def put_checkpoint(self, folder: Path, name: str) -> None:
         """Bring a checkpoint there: its manifest last, when every other file is there in its full length."""

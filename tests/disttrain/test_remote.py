@@ -117,7 +117,7 @@ def test_the_same_machine_does_not_fetch_what_it_has(url: str, tmp_path: Path) -
     with machine(url, tmp_path / "a") as store:  # at once: its own lease is not waited for
         assert newest_value(store) == 5.0
         store.settle(0)
-        assert RemoteRun(url).checkpoints() == ["step-00000001", "step-00000002"]
+        assert RemoteRun(url).checkpoints().good == ["step-00000001", "step-00000002"]
 
 
 def test_the_newest_and_the_best_are_kept_there_across_machines(url: str, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_newest_and_the_best_are_kept_there_across_machines(url: str, tmp_pa
     with machine(url, tmp_path / "b") as store:
         for step, accuracy in [(4, 0.8), (5, 0.6), (6, 0.1)]:
             save(store, step, accuracy)
-    assert RemoteRun(url).checkpoints() == ["step-00000002", "step-00000005", "step-00000006"]
+    assert RemoteRun(url).checkpoints().good == ["step-00000002", "step-00000005", "step-00000006"]
     assert [path.name for path in store.paths()] == ["step-00000004", "step-00000005", "step-00000006"]
 
 
@@ -138,18 +138,18 @@ def test_an_upload_that_fails_midway_leaves_the_one_before_and_is_tried_again(
     warnings: list[str] = []
     with machine(url, tmp_path / "a", warnings, keep_last=1, keep_best=0) as store:
         save(store, 1)
-        with injured(faults.fail(None, errno.EIO, at=f"mirror: {point}")) as fault:
+        with injured(faults.fail(None, errno.EIO, at=f"mirror: {point}", times=None)) as fault:
             with pytest.raises(DisttrainError, match="not brought to its place"):
                 save(store, 2)
             assert fault.happened
-        there = RemoteRun(url).checkpoints()
+        there = RemoteRun(url).checkpoints().good
         assert there == (["step-00000002"] if point == "retired" else ["step-00000001"])
         assert len(warnings) == 1
         assert "the next checkpoint tries again" in warnings[0]
         save(store, 3)
-        assert RemoteRun(url).checkpoints() == ["step-00000003"]
+        assert RemoteRun(url).checkpoints().good == ["step-00000003"]
     with machine(url, tmp_path / "b") as store:
-        assert RemoteRun(url).unfinished() == []
+        assert RemoteRun(url).checkpoints().unfinished == []
 
 
 @pytest.mark.parametrize("point", ["begun", "tensors", "committed", "retired"])
@@ -169,7 +169,7 @@ def test_a_kill_during_an_upload_leaves_one_good_checkpoint(url: str, tmp_path: 
         assert checkpoint is not None
         expected = "step-00000002" if point in ("committed", "retired") else "step-00000001"
         assert Path(checkpoint.path).name == expected
-        assert run.unfinished() == []
+        assert run.checkpoints().unfinished == []
 
 
 def test_a_damaged_one_there_is_set_aside_and_the_one_before_is_used(url: str, tmp_path: Path) -> None:
@@ -186,10 +186,10 @@ def test_a_damaged_one_there_is_set_aside_and_the_one_before_is_used(url: str, t
         assert len(warnings) == 1
         assert "step-00000002" in warnings[0]
         assert str(tmp_path) not in warnings[0].replace(url, "")
-        assert RemoteRun(url).damaged() == ["step-00000002"]
-        save(store, 2, value=4.0)  # trained again
+        assert RemoteRun(url).checkpoints().damaged == ["step-00000002"]
+        save(store, 2, value=2.0)  # trained again, to the same bits
     with machine(url, tmp_path / "c") as store:
-        assert newest_value(store) == 4.0
+        assert newest_value(store) == 2.0
 
 
 def test_a_manifest_there_cannot_lead_out_of_its_folder(url: str, tmp_path: Path) -> None:
@@ -209,13 +209,13 @@ def test_the_same_step_again_never_uncommits_the_first(url: str, tmp_path: Path)
     with machine(url, tmp_path / "a", keep_last=1, keep_best=0) as store:
         save(store, 1, value=1.0)
         with (
-            injured(faults.fail(None, errno.EIO, at="mirror: tensors")),
+            injured(faults.fail(None, errno.EIO, at="mirror: tensors", times=None)),
             pytest.raises(DisttrainError),
         ):
             save(store, 1, accuracy=0.5, value=2.0)
-        assert RemoteRun(url).checkpoints() == ["step-00000001"]
+        assert RemoteRun(url).checkpoints().good == ["step-00000001"]
         save(store, 1, accuracy=0.6, value=3.0)
-        assert RemoteRun(url).checkpoints() == ["step-00000001.2"]
+        assert RemoteRun(url).checkpoints().good == ["step-00000001.2"]
     with machine(url, tmp_path / "b") as store:
         assert newest_value(store) == 3.0
         assert [path.name for path in store.paths()] == ["step-00000001"]
@@ -265,7 +265,9 @@ def test_one_that_lost_the_lease_writes_no_more(url: str, tmp_path: Path) -> Non
         with machine(url, tmp_path / "b"):
             with pytest.raises(DisttrainError, match="taken over by another job"):
                 save(store, 2)
-            assert RemoteRun(url).checkpoints() == ["step-00000001"]
+            (tmp_path / "a" / "journal.jsonl").write_text('{"kind": "event"}\n')
+    assert RemoteRun(url).checkpoints().good == ["step-00000001"]
+    assert RemoteRun(url).read_journal() == b"", "not at the end either"
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -281,7 +283,7 @@ def test_a_full_place_is_a_warning_and_an_error_only_in_the_end(tmp_path: Path) 
         assert len(warnings) == 1
         disk.free()
         store.settle(0)
-        assert RemoteRun(disk.path.as_uri()).checkpoints() == ["step-00000001", "step-00000002"]
+        assert RemoteRun(disk.path.as_uri()).checkpoints().good == ["step-00000001", "step-00000002"]
 
 
 def test_a_slow_place_holds_up_neither_training_nor_the_retiring_of_what_travels(
@@ -302,7 +304,7 @@ def test_a_slow_place_holds_up_neither_training_nor_the_retiring_of_what_travels
             assert begun.wait(60)
         go_on.set()
         store.settle(0)
-        assert RemoteRun(url).checkpoints() == ["step-00000005"]
+        assert RemoteRun(url).checkpoints().good == ["step-00000005"]
         assert not store.unfinished()
 
 

@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_machine_to_machine_with_the_same_bits(tmp_path: Path
         expire(url)  # instead of waiting for it to
     run_workers(train_at, 2, args=(url, tmp_path / "last"), process_group=False)
     assert at_the_url(url) == undisturbed
-    assert RemoteRun(url).unfinished() == []
+    assert RemoteRun(url).checkpoints().unfinished == []
     assert json.loads(RemoteRun(url).read("lease.json") or b"")["released"]
 
 
@@ -103,7 +103,7 @@ def test_a_stop_is_a_stop_only_when_its_checkpoint_is_there(tmp_path: Path, undi
         (said,) = group.run(stop_after, url, tmp_path / "a", 3)
     assert said.startswith("75: ")
     assert f"disttrain train --run-dir {url}" in said
-    stopped_at = RemoteRun(url).checkpoints()[-1]
+    stopped_at = RemoteRun(url).checkpoints().good[-1]
     assert stopped_at == "step-00000004"
     run_workers(train_at, 1, args=(url, tmp_path / "b"), process_group=False)
     assert at_the_url(url) == undisturbed
@@ -130,7 +130,7 @@ def test_training_goes_on_while_nothing_arrives_and_is_not_done_before_it_has(
         said = group.run(never_arrives, url, tmp_path / "a")
     assert [words.partition(":")[0] for words in said] == ["1", "1"], "all workers end alike"
     assert all("start again there" in words for words in said)
-    assert RemoteRun(url).checkpoints() == []
+    assert RemoteRun(url).checkpoints().good == []
     run_workers(train_at, 1, args=(url, tmp_path / "a"), process_group=False)  # the machine has everything
     assert at_the_url(url) == undisturbed
 
