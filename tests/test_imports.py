@@ -38,12 +38,14 @@ LAYERS = {
     "exact": {"collectives", "fixed_point", "world"},
     "parallel": {"collectives", "exact", "recipe", "sync_batchnorm", "world"},
     "checkpoint": set(),
+    "remote": {"checkpoint", "recipe", "rundir"},
     "tracking": {"__version__", "recipe"},
     "evaluate": {"buffers", "collectives", "data", "rng"},
     "progress": set(),
     "report": {"world"},
     "watchdog": {"collectives", "progress", "world"},
     "worker": {"guard", "report", "world"},
+    "agent": {"checkpoint", "rundir", "tracking"},
     "trial": {"job", "rng"},
     "job": {
         "checkpoint", "collectives", "conditions", "data", "models", "optim", "parallel", "progress", "recipe", "rng",
@@ -55,12 +57,12 @@ LAYERS = {
     },
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "progress",
-        "recipe", "report", "rundir", "tracking", "trial", "watchdog", "world",
+        "recipe", "remote", "report", "rundir", "tracking", "trial", "watchdog", "world",
     },
     "train": {"bookkeeper", "conditions", "data", "guard", "job", "optim", "recipe", "rng", "session", "world"},
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "rundir", "tracking",
-        "worker", "world",
+        "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "remote", "rundir",
+        "tracking", "worker", "world",
     },
     "testing": set(),
 }  # fmt: skip

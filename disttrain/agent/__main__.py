@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
-from torch.distributed.elastic.agent.server import WorkerSpec
+from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
@@ -145,7 +145,9 @@ def _run(agent: Agent, handler: RendezvousHandler, run_dir: str, *, serves: bool
         agent.stop_workers()
         code = job_code(agent.exit_codes())
         bulletin.leave(_TO_LEAVE_S, serves=serves)
-        _say(f"stopped. Go on with: {go_on_with(Path(run_dir))}" if code == ExitCode.STOPPED else "ended without a save")
+        _say(
+            f"stopped. Go on with: {go_on_with(Path(run_dir))}" if code == ExitCode.STOPPED else "ended without a save"
+        )
         raise click.exceptions.Exit(code) from None
     if not result.is_failed():
         handler.shutdown()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
@@ -108,4 +108,3 @@ def job_code(codes: list[int | None]) -> int:
     """What the exit codes of workers that were asked to stop make of the job."""
     saved = all(code in (ExitCode.DONE, ExitCode.STOPPED, -signal.SIGTERM) for code in codes)
     return ExitCode.STOPPED if saved else ExitCode.FAILURE
-

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from disttrain_launch.messages import complain
+from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
 from disttrain_launch.runs_command import runs
@@ -58,5 +59,5 @@ def main() -> None:
     """
 
 
-for command in (train, stop, evaluate, predict, runs, sync, recipe, prove):
+for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove):
     main.add_command(command)
