@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -61,6 +62,7 @@ def command(
     """Run the workers `python ARGUMENTS` of this node, and exit with their own code."""
     for name in _STOP_SIGNALS:
         signal.signal(getattr(signal, name), _stop)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said by us
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(_STOP_SIGNALS)
     # With torch 2.14 a node that joins later is not told the address of a store that the nodes share.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

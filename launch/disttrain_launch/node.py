@@ -67,6 +67,7 @@ class Node:
             "OMP_NUM_THREADS": str(max(1, num_cores() // self.workers)),
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
         interface = interface_of(self.address) if self.address else None
         if interface is not None:
