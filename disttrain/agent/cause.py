@@ -93,6 +93,10 @@ class Bulletin:
         """The cause for which the job ends, if a node has announced one."""
         return self._read(_FINAL)
 
+    def first(self) -> Cause | None:
+        """The first cause of a failure that a node has told."""
+        return self._read(_FIRST)
+
     def first_of_all(self, cause: Cause, patience_s: float) -> Cause:
         """What other nodes know of the cause, if this one is a consequence; and let them know if it is not."""
         if not cause.is_consequence:
@@ -100,10 +104,9 @@ class Bulletin:
             return cause
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            for key in (_FINAL, _FIRST):
-                found = self._read(key)
-                if found is not None:
-                    return found
+            found = self.ended() or self.first()
+            if found is not None:
+                return found
             time.sleep(_POLL_S)
         return cause
 

@@ -95,8 +95,11 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        if worker_group.state is WorkerState.HEALTHY:
-            self._say("another node has come or gone: all start again from the newest checkpoint")
+        if worker_group.state is WorkerState.HEALTHY:  # a node waits to join: a new one, or one whose workers failed
+            bulletin = self.bulletin()
+            elsewhere = bulletin.first() if bulletin is not None else None
+            why = f"{elsewhere.message}. " if elsewhere is not None else "another node has come or gone. "
+            self._say(f"{why}The workers of all nodes start again, from the newest checkpoint")
         else:
             most = worker_group.spec.max_restarts
             why = f"{self.cause.message}. " if self.cause is not None else ""
