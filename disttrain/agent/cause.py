@@ -75,8 +75,8 @@ def _cause(rank: int, failure: ProcessFailure, host: str) -> Cause:
 
 def _report(failure: ProcessFailure) -> dict[str, Any]:
     """What the worker wrote to its error file, if anything that can be read."""
-    report = failure.error_file_data
-    return report if isinstance(report, dict) and isinstance(report.get("message"), str) else {}
+    report = failure.error_file_data  # of torch's own making, with no more than a message, if there was no file
+    return report if isinstance(report, dict) and "exit_code" in report and "message" in report else {}
 
 
 class Bulletin:
