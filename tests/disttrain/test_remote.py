@@ -367,6 +367,12 @@ def test_what_cannot_open_a_url_is_said_in_a_line() -> None:
         load_recipe("memory://nowhere/recipe.toml")
 
 
+def test_a_recipe_may_be_behind_a_url(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[train]\nepochs = 3\n")
+    recipe = load_recipe((tmp_path / "mine.toml").as_uri(), ["train.seed=7"])
+    assert (recipe.name, recipe.train.epochs, recipe.train.seed) == ("mine", 3, 7)
+
+
 def installed(protocol: str) -> bool:
     import fsspec
 
