@@ -290,12 +290,13 @@ def test_a_slow_place_holds_up_neither_training_nor_the_retiring_of_what_travels
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, begun = threading.Event(), threading.Event()
-    put = RemoteRun.put_checkpoint
+    put, arrived = RemoteRun.put_checkpoint, []
 
     def slow(self: RemoteRun, folder: Path, name: str) -> None:
         begun.set()
         assert go_on.wait(60)
         put(self, folder, name)
+        arrived.append(name)
 
     with machine(url, tmp_path / "a", keep_last=1, keep_best=0) as store:
         monkeypatch.setattr(RemoteRun, "put_checkpoint", slow)
@@ -304,7 +305,9 @@ def test_a_slow_place_holds_up_neither_training_nor_the_retiring_of_what_travels
             assert begun.wait(60)
         go_on.set()
         store.settle(0)
+        assert arrived == ["step-00000001", "step-00000005"], "the first was retired here while it travelled"
         assert RemoteRun(url).checkpoints().good == ["step-00000005"]
+        assert [path.name for path in store.paths()] == ["step-00000005"]
         assert not store.unfinished()
 
 
