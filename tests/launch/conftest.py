@@ -53,7 +53,7 @@ class Launcher:
 
     def wait_for(self, *names: str) -> None:
         """Wait until the workers have made these files."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline, f"no {names} in {os.listdir(self.folder)}"
             assert self.process.poll() is None, self.process.communicate()
@@ -63,7 +63,7 @@ class Launcher:
         """Send a signal to the launcher alone."""
         self.process.send_signal(number)
 
-    def end(self, timeout_s: float = 20) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 60) -> tuple[int, str, str]:
         """Wait for it: exit code, standard output, standard error. Nothing may be left of it."""
         out, err = self.process.communicate(timeout=timeout_s)
         self.assert_nothing_left()
@@ -90,6 +90,14 @@ class Launcher:
 
 
 StartLauncher = Callable[..., Launcher]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _not_under_nohup() -> Iterator[None]:
+    """What a test run ignores is ignored by every process it starts; under nohup that would be SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
