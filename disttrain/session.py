@@ -100,8 +100,6 @@ def _session_in(
             try_exactness(job)
         decided_by_main(world, lambda: store_recipe(path, recipe))
         _introduce(job, address, console)
-        if job.is_finished:  # it may have ended without being able to bring all of it to its URL
-            decided_by_main(world, lambda: store.settle(0))
         with (
             console,
             closing(job),
@@ -109,6 +107,8 @@ def _session_in(
             _tracked(job, path, address, console, resumed=checkpoint is not None) as tracker,
             closing(Bookkeeper(job, path, store, tracker, console, stop, sampler, address)) as books,
         ):
+            if job.is_finished:  # it may have ended without being able to bring all of it to its URL
+                books.settle(0)
             yield books
     except Exception as error:
         mark_failure(error)

@@ -18,7 +18,7 @@ from disttrain.recipe.address import working_folder
 from disttrain.remote import MirroredStore, RemoteRun
 from disttrain.testing import faults, run_workers, workers
 from tests.disttrain.exact_runs import Outcome, outcome, train
-from tests.disttrain.test_remote import expire
+from tests.disttrain.test_remote import expire, settle
 
 OFTEN = "checkpoint.every_steps=2"
 
@@ -35,7 +35,7 @@ def train_step_by_step(url: str, machine: Path, environment: Mapping[str, str] |
 
     def patiently(store: MirroredStore, *arguments: Any) -> Path:
         path = save(store, *arguments)
-        store.settle(0)
+        settle(store)
         return path
 
     MirroredStore.save = patiently  # type: ignore[method-assign]
