@@ -254,4 +254,13 @@ class Bookkeeper:
                 f"the checkpoint of step {self.job.step} could not be saved: make room on the disk of {self.run_dir}, "
                 f"and start again with: {go_on_with(self._address)}"
             )
-        decided_by_main(self.job.world, lambda: self._store.settle(_PATIENCE_S))
+        self.settle(_PATIENCE_S)
+
+    def settle(self, patience_s: float) -> None:
+        """Wait until the checkpoints are where the run lives. Raises DisttrainError, on every rank, if they cannot be.
+
+        Every rank must call it: they hear of it every few seconds, so that none takes the others for dead.
+        """
+        arrival = self._store.settle(patience_s)
+        while not decided_by_main(self.job.world, lambda: next(arrival)):
+            pass

@@ -127,8 +127,6 @@ def _session_in(
             try_exactness(job)
         decided_by_main(world, lambda: store_recipe(path, recipe))
         _introduce(job, address, console)
-        if job.is_finished:  # it may have ended without being able to bring all of it to its URL
-            decided_by_main(world, lambda: store.settle(0))
         with (
             console,
             closing(job),
@@ -138,6 +136,8 @@ def _session_in(
             stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
             try:
+                if job.is_finished:  # it may have ended without being able to bring all of it to its URL
+                    books.settle(0)
                 yield books
             finally:
                 progress.at("ending", job.step, patient=True)
