@@ -137,7 +137,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(world_size: int) -> None
                     (nn.functional.cross_entropy(logits, part.labels, reduction="sum") / batch.global_size).backward()
                     if part.closes_shard:
                         parallel.close_shard(part.shard)
-                parallel.finish_step(0, batch.global_size, may_overflow=False)
+                parallel.finish_step(batch.global_size)
                 steps.append([parameter.grad for parameter in parallel.model.parameters()])
                 parallel.model.zero_grad()
             return steps
@@ -184,7 +184,7 @@ def test_buffers_are_the_mean_over_the_shards_and_counters_those_of_the_first() 
                     shards.open()
                     model(float(shard + 1)).sum().backward()
                     shards.close(shard)
-                shards.finish(0, 3, may_overflow=False)
+                shards.finish(3)
             return [model.mean, model.count, model.constant, model.mask, model.flag, model.weight.grad, model.idle.grad]
 
     for size in (1, 2, 3):
