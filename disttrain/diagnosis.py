@@ -102,7 +102,7 @@ class Rerun:
 
 def listed(samples: tuple[int, ...]) -> str:
     """Samples for a message: the first ones by number."""
-    shown = ", ".join(map(str, samples[:_MOST_NAMED]))
+    shown = ", ".join(map(str, sorted(samples)[:_MOST_NAMED]))
     rest = len(samples) - _MOST_NAMED
     return f"sample{'s' if len(samples) != 1 else ''} {shown}{f' and {rest} more' if rest > 0 else ''}"
 

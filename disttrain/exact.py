@@ -122,8 +122,10 @@ class ExactShards:
         self._begin_step()
 
     @torch.no_grad()
-    def sum_finite_parts(self) -> None:
+    def sum_finite_parts(self, scale: float) -> None:
         """Sum the gradients that `finish` left out, with a zero for each number of a shard that is not finite.
+
+        `scale` is what the loss was multiplied by: the sums are divided by it.
 
         To be called after `finish`, before the next step. Every rank must call it.
         """
@@ -134,7 +136,7 @@ class ExactShards:
         if bad:
             exact_sum_(sums, finite, self.num_shards)
         for index, total in zip(bad, sums, strict=True):
-            parameters[index].grad = total
+            parameters[index].grad = total.div_(scale)
         self._not_summed = []
 
     def _restore_buffers(self) -> None:

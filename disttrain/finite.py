@@ -117,10 +117,13 @@ class FiniteGate:
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
 
+    def _scale(self) -> float:
+        return self._scaler.get_scale() if self._scaler.is_enabled() else _NO_SCALE
+
     def _is_overflow(self) -> bool:
         """Whether the scale alone may have done it, all losses being finite. It has to do with gradients only."""
         only_gradients = self._exact is None or set(self._exact.non_finite) <= self._parameters.keys()
-        return self._scaler.is_enabled() and self._scaler.get_scale() > _NO_SCALE and only_gradients
+        return self._scale() > _NO_SCALE and only_gradients
 
     def _forget_overflow(self) -> None:
         """Have the scaler go on as if the step had not been: what it found was no overflow."""
@@ -129,15 +132,14 @@ class FiniteGate:
 
     def _put_zeros(self) -> None:
         if self._exact is not None:
-            self._exact.sum_finite_parts()
+            self._exact.sum_finite_parts(self._scale())
         for gradient in self._gradients():
             torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         self._holds_zeros = True
 
     def _why_it_ends(self, step: int, batch: StepBatch) -> str:
         self._optimizer.zero_grad(set_to_none=True)
-        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
-        by_rank = gather_objects(self._rerun.find_first(batch, step, scale, self._buffers.restore))
+        by_rank = gather_objects(self._rerun.find_first(batch, step, self._scale(), self._buffers.restore))
         found = [(finding.shard, finding.part, rank) for rank, finding in enumerate(by_rank) if finding is not None]
         row = "" if self._policy == "stop" else f" in {self._in_a_row} steps in a row (train.non_finite_limit)"
         hint = '; train.non_finite = "skip" goes on without such steps' if self._policy == "stop" else ""

@@ -56,7 +56,9 @@ LAYERS = {
         "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "recipe",
         "rundir", "tracking", "trial", "world",
     },
-    "train": {"bookkeeper", "conditions", "data", "finite", "guard", "job", "optim", "recipe", "rng", "session", "world"},
+    "train": {
+        "bookkeeper", "conditions", "data", "finite", "guard", "job", "optim", "recipe", "rng", "session", "world",
+    },
     "commands": {
         "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "rundir", "tracking",
         "worker", "world",
