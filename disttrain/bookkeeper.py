@@ -18,7 +18,7 @@ from disttrain.console import Console
 from disttrain.diagnosis import listed
 from disttrain.errors import DisttrainError, DivergedError, StoppedError
 from disttrain.evaluate import Evaluation, evaluate
-from disttrain.finite import Incident
+from disttrain.finite import Incident, is_finite
 from disttrain.guard import StopRequest
 from disttrain.job import Job
 from disttrain.rundir import EVALUATION, go_on_with, write_evaluation
@@ -102,11 +102,15 @@ class Bookkeeper:
             )
 
     def _ending(self, error: DivergedError) -> DivergedError:
-        """The error with the newest checkpoint named: that of the state before the step, saved now if it was not."""
+        """The error with the newest checkpoint named: that of the state before the step, saved now if it was not.
+
+        A state that a step before has spoilt already (a finite gradient times a huge rate) is not worth saving.
+        """
         self._agreement.finish()
         self._report(self._writer.wait())
         paths = self._store.paths()
-        if self.job.world.is_main and (not paths or step_of(paths[-1]) < self.job.step):
+        is_new = not paths or step_of(paths[-1]) < self.job.step
+        if self.job.world.is_main and is_new and is_finite(self.job.model_tensors().values()):
             self._save()
             self._report(self._writer.wait())
         self._tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))

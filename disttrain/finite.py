@@ -7,6 +7,7 @@ then do the ranks tell each other what they know.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,8 +163,13 @@ def marked(share: torch.Tensor) -> torch.Tensor:
     return share * (1.0 + 0.0 * share.detach())
 
 
+def is_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether every number in them is finite, asked of one tensor after the other: for rare occasions."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether every number in them is finite. On a GPU, it is one kernel for each type of numbers, and one wait."""
+    """Whether every number in these gradients is finite. On a GPU it is one kernel for each type, and one wait."""
     alike: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor

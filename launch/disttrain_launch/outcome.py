@@ -70,6 +70,11 @@ class Ending:
         return self.report is not None and self.code in _EXPLAINED
 
     @property
+    def is_everybodys(self) -> bool:
+        """Whether it failed by a decision of rank 0, such as that a disk is full: all raise it, whoever comes first."""
+        return self.code == ExitCode.FAILURE and self.report is not None and self.report.traceback is None
+
+    @property
     def order(self) -> tuple[int, float]:
         """Sorts causes before consequences.
 
@@ -116,7 +121,11 @@ def settle(endings: Sequence[Ending], *, stop_requested: bool) -> Outcome:
         return Outcome(ExitCode.STOPPED if stopped else ExitCode.DONE, words)
     cause = failures[0]
     all_say_the_same = len({ending.message for ending in endings}) == 1 and cause.is_explained
-    who = "" if all_say_the_same else f"rank {cause.rank} on {cause.report.host if cause.report else _host()}"
+    who = (
+        ""
+        if all_say_the_same or cause.is_everybodys
+        else f"rank {cause.rank} on {cause.report.host if cause.report else _host()}"
+    )
     if len(endings) == 1 and not cause.is_explained:
         who = "" if cause.report else "the worker"
     separator = "" if not who else ": " if cause.report and cause.code > 0 else " "
