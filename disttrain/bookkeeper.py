@@ -16,7 +16,7 @@ from disttrain.checkpoint.store import step_of
 from disttrain.collectives import Agreement, decided_by_main, sum_
 from disttrain.console import Console
 from disttrain.diagnosis import listed
-from disttrain.errors import DisttrainError, DivergedError, StoppedError
+from disttrain.errors import AgreedError, DivergedError, StoppedError
 from disttrain.evaluate import Evaluation, evaluate
 from disttrain.finite import Incident, is_finite
 from disttrain.guard import StopRequest
@@ -232,7 +232,7 @@ class Bookkeeper:
         self._save()
         saved = self._report(self._writer.wait())
         if not decided_by_main(self.job.world, lambda: saved):
-            raise DisttrainError(
+            raise AgreedError(
                 f"the checkpoint of step {self.job.step} could not be saved: make room on the disk of {self.run_dir}, "
                 f"and start again with: {go_on_with(self.run_dir)}"
             )

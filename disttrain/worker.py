@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from disttrain.errors import DisttrainError, ExitCode, failure_time
+from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
 from disttrain.guard import end_with_launcher
 from disttrain.world import launched_by, rank_hint
 
@@ -40,7 +40,8 @@ def worker(command: click.Command) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except DisttrainError as error:
-        _report(str(error), error.exit_code, None, failure_time(error))
+        is_agreed = isinstance(error, AgreedError)
+        _report(str(error), error.exit_code, None, failure_time(error), is_agreed=is_agreed)
         return error.exit_code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
@@ -57,7 +58,7 @@ def _nobody_reads_the_output() -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
-def _report(message: str, exit_code: int, trace: str | None, failed_at: float) -> None:
+def _report(message: str, exit_code: int, trace: str | None, failed_at: float, *, is_agreed: bool = False) -> None:
     rank, host = rank_hint(), socket.gethostname()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
@@ -67,12 +68,13 @@ def _report(message: str, exit_code: int, trace: str | None, failed_at: float) -
             "rank": rank,
             "host": host,
             "traceback": trace,
+            "is_agreed": is_agreed,
             "time": failed_at,
             "timestamp": int(failed_at),  # torchrun's name for it, in whole seconds
         }
         # In place: it is read when this process is gone, and our launcher's file has no name to rename to.
         Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
-    told_by_all = exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
+    told_by_all = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
     if launched_by() != _LAUNCHER and (not rank or not told_by_all):
-        who = "" if rank is None else f"rank {rank} on {host}: "
+        who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
         print(f"{trace or ''}disttrain: {who}{message}", file=sys.stderr, flush=True)

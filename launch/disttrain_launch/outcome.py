@@ -24,12 +24,14 @@ class Report:
         host: where the worker ran.
         time: when it failed, in seconds since 1970.
         traceback: of an unexpected failure.
+        is_agreed: whether all workers fail alike, by a decision of rank 0, so that it is no rank's own.
     """
 
     message: str
     host: str
     time: float
     traceback: str | None
+    is_agreed: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,6 @@ class Ending:
     def is_explained(self) -> bool:
         """Whether it failed for a reason that it gives to the user."""
         return self.report is not None and self.code in _EXPLAINED
-
-    @property
-    def is_everybodys(self) -> bool:
-        """Whether it failed by a decision of rank 0, such as that a disk is full: all raise it, whoever comes first."""
-        return self.code == ExitCode.FAILURE and self.report is not None and self.report.traceback is None
 
     @property
     def order(self) -> tuple[int, float]:
@@ -121,11 +118,8 @@ def settle(endings: Sequence[Ending], *, stop_requested: bool) -> Outcome:
         return Outcome(ExitCode.STOPPED if stopped else ExitCode.DONE, words)
     cause = failures[0]
     all_say_the_same = len({ending.message for ending in endings}) == 1 and cause.is_explained
-    who = (
-        ""
-        if all_say_the_same or cause.is_everybodys
-        else f"rank {cause.rank} on {cause.report.host if cause.report else _host()}"
-    )
+    is_nobodys_own = all_say_the_same or (cause.report is not None and cause.report.is_agreed)
+    who = "" if is_nobodys_own else f"rank {cause.rank} on {cause.report.host if cause.report else _host()}"
     if len(endings) == 1 and not cause.is_explained:
         who = "" if cause.report else "the worker"
     separator = "" if not who else ": " if cause.report and cause.code > 0 else " "
@@ -146,6 +140,7 @@ def read_report(file: IO[bytes]) -> Report | None:
             host=str(fields.get("host") or _host()),
             time=float(fields["time"]),
             traceback=fields.get("traceback"),
+            is_agreed=bool(fields.get("is_agreed")),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

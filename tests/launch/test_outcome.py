@@ -14,7 +14,7 @@ def ending(rank: int, code: int, report: Report | None = None, *, asked: bool = 
 def test_a_failure_that_rank_0_decided_names_no_rank_whoever_told_it_first() -> None:
     """As when a disk is full: only rank 0 saves, and every rank raises the same, unless it was ended before."""
     words = "the checkpoint of step 8 could not be saved: make room on the disk of runs/a"
-    first, last = Report(words, "b", 9.0, None), Report(words, "a", 10.0, None)
+    first, last = Report(words, "b", 9.0, None, is_agreed=True), Report(words, "a", 10.0, None, is_agreed=True)
     for of_rank_0 in (ending(0, 1, last), ending(0, -signal.SIGTERM, asked=True)):
         outcome = settle([of_rank_0, ending(1, 1, first)], stop_requested=False)
         assert (outcome.exit_code, outcome.message) == (1, words)
