@@ -90,9 +90,9 @@ class FiniteGate:
         rank = next((rank for rank, samples in enumerate(by_rank) if samples), None)
         if rank is None and self._is_overflow():
             return True  # the scaler leaves the step out by itself, and lowers its scale
-        self._in_a_row, self._total = self._in_a_row + 1, self._total + 1
-        if self._policy == "stop" or self._in_a_row > self._limit:
+        if self._policy == "stop" or self._in_a_row >= self._limit:
             raise DivergedError(self._why_it_ends(step, batch))
+        self._in_a_row, self._total = self._in_a_row + 1, self._total + 1
         samples = by_rank[rank] if rank is not None else []
         self._incident = Incident(self._policy, rank, tuple(samples), self._in_a_row, self._total)
         self._buffers.restore(only_non_finite=self._policy == "zero")
@@ -142,7 +142,7 @@ class FiniteGate:
         self._optimizer.zero_grad(set_to_none=True)
         by_rank = gather_objects(self._rerun.find_first(batch, step, self._scale(), self._buffers.restore))
         found = [(finding.shard, finding.part, rank) for rank, finding in enumerate(by_rank) if finding is not None]
-        row = "" if self._policy == "stop" else f" in {self._in_a_row} steps in a row (train.non_finite_limit)"
+        row = "" if self._policy == "stop" else f" in {self._in_a_row + 1} steps in a row (train.non_finite_limit)"
         hint = '; train.non_finite = "skip" goes on without such steps' if self._policy == "stop" else ""
         if not found:
             return (

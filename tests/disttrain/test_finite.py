@@ -145,6 +145,7 @@ def test_by_default_the_run_ends_before_the_step_with_the_cause_by_name(tmp_path
     run_workers(job, 3, args=(tmp_path / "good", [], *settings, "train.max_steps=2"), process_group=False)
     assert weights_sha256(at(tmp_path / "bad", 2).model) == weights_sha256(at(tmp_path / "good", 2).model)
     assert weights_sha256(at(tmp_path / "bad", 2).optimizer) == weights_sha256(at(tmp_path / "good", 2).optimizer)
+    assert at(tmp_path / "bad", 2).state["non_finite"] == {"in_a_row": 0, "total": 0}, "the step was not made"
     (event,) = events(tmp_path / "bad", "diverged")
     assert (event["step"], event["epoch"]) == (2, 1)
 
