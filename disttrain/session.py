@@ -91,7 +91,7 @@ def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
 
 def _end_of_a_hang(verdict: str) -> NoReturn:
     """Whatever the main thread is in, it will not come back: nothing can be cleaned up, and nothing has to be."""
-    report_failure(verdict, ExitCode.FAILURE, None, time.time(), consequence=False)
+    report_failure(verdict, ExitCode.FAILURE, None, time.time(), is_agreed=True)
     os._exit(ExitCode.FAILURE)
 
 
