@@ -181,7 +181,7 @@ class Watchdog:
         beats[self._world.rank] = self._own_beat()
         silence_s = {heard.beat.rank: now - heard.at for heard in list(self._heard.values())}
         limit_s = max(_LEAST_SILENCE_S, _SILENT_INTERVALS * self._interval_s)
-        if self._world.size > 1 and self._still_s() < self._timeout_s / 2 + limit_s:
+        if self._world.size > 1 and self._still_s() < self._timeout_s / 2 + limit_s + 2 * self._interval_s:
             return None  # the others' beats have not been looked at for long enough to tell who is silent
         silent = [rank for rank, seconds in sorted(silence_s.items()) if seconds > limit_s]
         for rank, beat in beats.items():
