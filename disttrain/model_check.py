@@ -50,7 +50,7 @@ def _scores(job: Job, name: str, *, training: bool) -> Any:
             buffers_kept(model),
             generators_kept(),
             named_operators(job.world.device),
-            torch.no_grad(),
+            torch.set_grad_enabled(training),  # as in training: a model may hang hooks on what has a gradient
             torch.autocast(job.world.device.type, job.autocast, job.autocast is not None),
             torch.compiler.set_stance("force_eager") if job.recipe.train.compile else nullcontext(),
         ):
