@@ -57,6 +57,11 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
         raise RecipeError(explain(error, source, places)) from None
 
 
+def recipe_text(name_or_path: str) -> str:
+    """The recipe's file as it stands, for those who send it elsewhere. Raises as `load_recipe` does."""
+    return _find(name_or_path).read_text(encoding="utf-8")
+
+
 def _find(name_or_path: str) -> Path:
     looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
     shipped = shipped_recipes()
