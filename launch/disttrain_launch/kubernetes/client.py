@@ -30,12 +30,16 @@ class Cluster:
     def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
         """Raises ConfigurationError if there is no such context."""
         from lightkube import Client, KubeConfig
+        from lightkube.config.models import User
         from lightkube.core.exceptions import ConfigError
 
         from disttrain.recipe import ConfigurationError
 
         try:
             config = KubeConfig.from_env().get(context)
+            if config is None:
+                raise ConfigError("no context is current")
+            config = config._replace(user=config.user or User())  # a context may do without, behind a proxy
             self._client: Any = Client(config=config, namespace=namespace, field_manager=MANAGER)
         except (ConfigError, KeyError, OSError) as error:
             raise ConfigurationError(
@@ -64,7 +68,7 @@ class Cluster:
                     return None
                 raise
 
-    def list(
+    def find_all(
         self, api: Api, labels: dict[str, str] | None = None, fields: dict[str, str] | None = None
     ) -> list[Manifest]:
         """The objects with these labels and fields; none where the cluster does not know the kind."""
@@ -79,10 +83,16 @@ class Cluster:
                     return []
                 raise
 
-    def watch(self, api: Api, labels: dict[str, str], *, for_s: int) -> Iterator[tuple[str, Manifest]]:
-        """What happens to the objects, ("ADDED" | "MODIFIED" | "DELETED", object), beginning with those that are there.
+    def snapshot(self, api: Api, labels: dict[str, str]) -> tuple[list[Manifest], str]:
+        """The objects with these labels, and the version from which to watch for what happens to them."""
+        with self._explained(api.plural):
+            found = self._client.list(_resource(api), namespace=self.namespace, labels=labels)
+            return [dict(item) for item in found], str(found.resourceVersion)
 
-        Ends after about `for_s` seconds, or when the connection is lost: then list, and watch again.
+    def watch(self, api: Api, labels: dict[str, str], *, since: str, for_s: int) -> Iterator[tuple[str, Manifest]]:
+        """What has happened to the objects since that version: ("ADDED" | "MODIFIED" | "DELETED", object).
+
+        Ends after about `for_s` seconds, or when the connection is lost: then take a snapshot, and watch again.
         """
         from lightkube.types import OnErrorAction, OnErrorResult
 
@@ -91,6 +101,7 @@ class Cluster:
                 _resource(api),
                 namespace=self.namespace,
                 labels=labels,
+                resource_version=since,
                 server_timeout=for_s,
                 on_error=lambda _error, _count: OnErrorResult(OnErrorAction.STOP),
             )

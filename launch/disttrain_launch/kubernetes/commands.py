@@ -96,7 +96,7 @@ def list_jobs(context: str | None, namespace: str | None, as_json: bool) -> None
 
     cluster = _open(context, namespace)
     labels = {"app.kubernetes.io/name": "disttrain"}
-    found = [(kind, job) for kind, api in APIS.items() for job in cluster.list(api, labels) if not _has_owner(job)]
+    found = [(kind, job) for kind, api in APIS.items() for job in cluster.find_all(api, labels) if not _has_owner(job)]
     reports = [_report(cluster, kind, job) for kind, job in found]
     if as_json:
         click.echo(json.dumps({"jobs": reports}))
@@ -155,8 +155,7 @@ def stop(name: str, now: bool, context: str | None, namespace: str | None) -> No
     if finished(job):
         click.echo(f"job {name} has ended already; `disttrain k8s stop {name} --now` removes it")
         return
-    submission.suspend(cluster, kind, job)
-    if not follow.stop(cluster, kind, name, click.echo):
+    if not follow.stop(cluster, kind, job, click.echo):
         sys.exit(1)
 
 

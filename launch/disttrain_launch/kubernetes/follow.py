@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from disttrain_launch.kubernetes import submission
 from disttrain_launch.kubernetes.client import PODS, Cluster
 from disttrain_launch.kubernetes.kinds import APIS
 from disttrain_launch.kubernetes.logs import LogFollower, pods_of
@@ -56,27 +57,31 @@ def follow(
         time.sleep(_POLL_S)
 
 
-def stop(cluster: Cluster, kind: Kind, name: str, say: Say) -> bool:
-    """Wait until the pods of a suspended job have ended, and say whether that is safe; whether it is."""
-    codes: dict[str, int | None] = {}
-    live: dict[str, Pod] = {pod.name: pod for pod in pods_of(cluster, labels_of(name)) if pod.phase != "ended"}
+def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
+    """Ask the job to save and stop, wait until its pods have ended, and say whether that is safe; whether it is."""
+    name = job["metadata"]["name"]
+    labels = labels_of(name)
+    manifests, version = cluster.snapshot(PODS, labels)  # before asking, so that no end goes unseen
+    submission.suspend(cluster, kind, job)
+    live = _live(manifests)
     if not live:
         say("nothing was running; the job is suspended")
         return True
     say(f"asked {len(live)} nodes to save and stop")
     firsts = {pod.name for pod in live.values() if pod.is_first}
+    codes: dict[str, int] = {}
     while live:
-        for change, manifest in cluster.watch(PODS, labels_of(name), for_s=_WATCH_S):
+        for change, manifest in cluster.watch(PODS, labels, since=version, for_s=_WATCH_S):
             pod = pod_of(manifest)
-            if pod.exit_code is not None and pod.name in live:
+            if pod.exit_code is not None and pod.name in live and pod.name not in codes:
                 codes[pod.name] = pod.exit_code
                 say(f"node {pod.node}: {pod.words}")
             if pod.phase == "ended" or change == "DELETED":
                 live.pop(pod.name, None)
             if not live:
                 break
-        there = {pod.name for pod in pods_of(cluster, labels_of(name)) if pod.phase != "ended"}
-        live = {pod_name: pod for pod_name, pod in live.items() if pod_name in there}
+        manifests, version = cluster.snapshot(PODS, labels)
+        live = _live(manifests)
     ends = [codes.get(pod_name) for pod_name in firsts]
     if ends and all(code in (0, _STOPPED) for code in ends):
         say(f"safe: the checkpoint is saved. `disttrain k8s submit` with the same arguments goes on; "
@@ -87,6 +92,11 @@ def stop(cluster: Cluster, kind: Kind, name: str, say: Say) -> bool:
     else:
         say("NOT saved: node 0 did not end by saving; the run goes on from an earlier checkpoint")
     return False
+
+
+def _live(manifests: list[Manifest]) -> dict[str, Pod]:
+    pods = map(pod_of, manifests)
+    return {pod.name: pod for pod in pods if pod.phase != "ended"}
 
 
 def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, list[Pod]] | None:

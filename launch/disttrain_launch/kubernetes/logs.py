@@ -78,10 +78,10 @@ def pods_of(cluster: Cluster, labels: dict[str, str]) -> list[Pod]:
     from disttrain_launch.kubernetes.client import EVENTS
 
     pods = []
-    for manifest in cluster.list(PODS, labels):
+    for manifest in cluster.find_all(PODS, labels):
         pod = pod_of(manifest)
         if pod.phase == "starting":
-            events = cluster.list(EVENTS, fields={"involvedObject.name": pod.name})
+            events = cluster.find_all(EVENTS, fields={"involvedObject.name": pod.name})
             pod = pod_of(manifest, sorted(events, key=lambda event: str(event.get("lastTimestamp") or "")))
         pods.append(pod)
     return sorted(pods, key=lambda pod: (pod.node, pod.created, pod.name))

@@ -116,7 +116,7 @@ def _ended(cluster: Cluster, request: JobRequest) -> Iterator[str]:
 
 
 def _set_active(cluster: Cluster, job: Manifest, active: bool) -> None:
-    for workload in cluster.list(WORKLOADS):
+    for workload in cluster.find_all(WORKLOADS):
         owners = workload["metadata"].get("ownerReferences", [])
         if any(owner["uid"] == job["metadata"]["uid"] for owner in owners):
             cluster.patch(WORKLOADS, workload["metadata"]["name"], {"spec": {"active": active}})

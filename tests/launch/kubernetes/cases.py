@@ -16,7 +16,8 @@ FOLDERS = {
     "base": ["digits", "--nodes", "2", *IMAGE],
     "overlays/laptop-kind": [
         "digits", "--nodes", "2", *IMAGE, "--pull-policy", "Never", "--placement", "one-host",
-        "--access-mode", "ReadWriteOnce", "--claim-size", "5Gi", "--cpu", "500m", "--memory", "2Gi", "--shm-size", "256Mi",
+        "--access-mode", "ReadWriteOnce", "--claim-size", "5Gi", "--cpu", "500m", "--memory", "2Gi",
+        "--shm-size", "256Mi",
     ],
     "overlays/gpu": ["digits", "--nodes", "2", "--gpus", "8", *IMAGE, "--rdma", "rdma/hca=1"],
     "overlays/elastic": ["digits", "--nodes", "2:4", *IMAGE],
