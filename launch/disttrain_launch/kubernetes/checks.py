@@ -18,6 +18,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _QUALIFIED = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _IMAGE = re.compile(r"[A-Za-z0-9][\w.:/@+-]*")
 _MOST_NODES, _LONGEST = 1000, 63
+_LEAST_BYTES = 2**20  # less is a forgotten unit
 _TO_END_S = 10  # what a worker needs after its checkpoint, until it has gone
 _SETS_ITSELF = {"POD_IP", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -77,10 +78,10 @@ def _sizes(request: JobRequest) -> Iterator[str]:
         value = amount(quantity)
         if value is None or value <= 0:
             yield f"{option} {quantity}: is no quantity; give a number with a unit, as in 2, 500m, 16Gi"
-        elif option != "--cpu" and value < 2**20:
+        elif option != "--cpu" and value < _LEAST_BYTES:
             yield f"{option} {quantity}: is {value:g} bytes; give a unit, as in {quantity.rstrip('m')}Gi"
     memory, shm = amount(resources.memory), amount(resources.shm)
-    if memory and shm and shm >= memory:
+    if memory and shm and shm >= memory >= _LEAST_BYTES:
         yield f"--shm-size {resources.shm}: counts towards --memory {resources.memory}; give less, or more memory"
     for device, quantity in resources.devices.items():
         if not _QUALIFIED.fullmatch(device):

@@ -161,7 +161,8 @@ def by_name(found: Any) -> Any:
         return {key: by_name(value) for key, value in found.items()}
     if isinstance(found, list):
         items = [by_name(item) for item in found]
-        return sorted(items, key=lambda item: str(item["name"])) if all("name" in item for item in items) else items
+        are_named = all(isinstance(item, dict) and "name" in item for item in items)
+        return sorted(items, key=lambda item: str(item["name"])) if are_named else items
     return found
 
 
