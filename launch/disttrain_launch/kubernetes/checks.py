@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from disttrain_launch.kubernetes.places import RUNS
 from disttrain_launch.kubernetes.quantities import amount
-from disttrain_launch.kubernetes.spec import RUNS, JobRequest
+from disttrain_launch.kubernetes.spec import JobRequest
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe

@@ -14,7 +14,8 @@ from disttrain_launch.kubernetes.options import job_options, request_of
 from disttrain_launch.options import json_option
 
 if TYPE_CHECKING:
-    from disttrain_launch.kubernetes.spec import Kind, Manifest
+    from disttrain_launch.kubernetes.places import Kind
+    from disttrain_launch.kubernetes.spec import Manifest
     from disttrain_launch.kubernetes.states import Pod
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -9,7 +9,8 @@ from disttrain_launch.kubernetes import submission
 from disttrain_launch.kubernetes.client import PODS, Cluster
 from disttrain_launch.kubernetes.kinds import APIS
 from disttrain_launch.kubernetes.logs import LogFollower, pods_of
-from disttrain_launch.kubernetes.spec import Kind, Manifest, labels_of
+from disttrain_launch.kubernetes.places import Kind
+from disttrain_launch.kubernetes.spec import Manifest, labels_of
 from disttrain_launch.kubernetes.states import Pod, finished, pod_of, state_of, summary
 
 _POLL_S = 1.0

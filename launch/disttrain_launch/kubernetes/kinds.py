@@ -6,7 +6,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from disttrain_launch.kubernetes.spec import JobRequest, Kind, Manifest
+from disttrain_launch.kubernetes.places import Kind
+from disttrain_launch.kubernetes.spec import JobRequest, Manifest
 
 # What numbers the pods from 0.
 RANK_VARIABLE: dict[Kind, str] = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from disttrain_launch.kubernetes import kinds, source
-from disttrain_launch.kubernetes.spec import HOME, PORT, RECIPES, JobRequest, Manifest
+from disttrain_launch.kubernetes.places import HOME, PORT, RECIPES
+from disttrain_launch.kubernetes.spec import JobRequest, Manifest
 
 
 def render(request: JobRequest) -> list[Manifest]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from disttrain_launch.kubernetes.spec import KINDS, RUNS, JobRequest, RecipeFile, Resources, Storage
+from disttrain_launch.kubernetes.places import KINDS, RUNS
 from disttrain_launch.options import overrides_option
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
+    from disttrain_launch.kubernetes.spec import JobRequest, RecipeFile
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _PAIR = "NAME=VALUE"
@@ -115,6 +116,7 @@ def request_of(recipe: str, overrides: tuple[str, ...], **given: Any) -> JobRequ
     """The checked request. Raises RecipeError for the recipe, and UsageError with a line for each other mistake."""
     from disttrain.recipe import load_recipe
     from disttrain_launch.kubernetes.checks import check
+    from disttrain_launch.kubernetes.spec import RecipeFile
 
     loaded = load_recipe(recipe, overrides)
     file = RecipeFile(_filename(recipe, loaded), _text(recipe), overrides)
@@ -124,6 +126,8 @@ def request_of(recipe: str, overrides: tuple[str, ...], **given: Any) -> JobRequ
 
 
 def _request(recipe: RecipeFile, name: str, given: dict[str, Any]) -> JobRequest:
+    from disttrain_launch.kubernetes.spec import JobRequest, Resources, Storage
+
     gpus, stop_grace_s = given["gpus"], given["stop_grace"]
     resources = Resources(
         gpus=gpus,

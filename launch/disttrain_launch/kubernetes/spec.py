@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["job", "jobset", "trainjob", "pytorchjob"]
-KINDS: tuple[Kind, ...] = ("job", "jobset", "trainjob", "pytorchjob")
-PORT = 29400
-# Where a pod may write; the root file system is read-only.
-RUNS, HOME, TMP = "/runs", "/home/disttrain", "/tmp"
-RECIPES = "/etc/disttrain"
+from disttrain_launch.kubernetes.places import Kind
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from disttrain_launch.kubernetes.spec import Kind, Manifest
+from disttrain_launch.kubernetes.places import Kind
+from disttrain_launch.kubernetes.spec import Manifest
 
 _ENDINGS = {
     0: "done",

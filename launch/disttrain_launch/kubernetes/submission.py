@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from disttrain_launch.kubernetes import checks
 from disttrain_launch.kubernetes.client import WORKLOADS, Cluster
 from disttrain_launch.kubernetes.kinds import APIS, PARTS, Api
-from disttrain_launch.kubernetes.spec import JobRequest, Kind, Manifest
+from disttrain_launch.kubernetes.places import Kind
+from disttrain_launch.kubernetes.spec import JobRequest, Manifest
 from disttrain_launch.kubernetes.states import finished
 
 CLAIM = PARTS["PersistentVolumeClaim"]
