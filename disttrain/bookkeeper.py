@@ -13,12 +13,15 @@ import torch
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
 from disttrain.collectives import Agreement, decided_by_main, sum_
 from disttrain.console import Console
-from disttrain.errors import DisttrainError, DivergedError, StoppedError
+from disttrain.errors import ConfigurationError, DisttrainError, DivergedError, StoppedError
 from disttrain.evaluate import Evaluation, evaluate
 from disttrain.guard import StopRequest
 from disttrain.job import Job
-from disttrain.rundir import EVALUATION, go_on_with, write_evaluation
+from disttrain.rundir import EVALUATION, RECIPE, go_on_with, store_recipe, write_evaluation
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
+
+_WORTH_A_WORD_S = 0.5
+_PATIENCE_S = 60.0  # how long a URL that cannot be reached is tried again, with the newest checkpoint not there yet
 
 
 class Bookkeeper:
@@ -33,17 +36,21 @@ class Bookkeeper:
         console: Console,
         stop: StopRequest,
         sampler: SystemSampler | None,
+        address: str,
     ) -> None:
         self.job = job
         self.run_dir = run_dir
+        self._address = address  # where the run lives: the folder, or a URL
         self._store = store
-        self._writer = CheckpointWriter(store)
+        self._writer = CheckpointWriter(store, job.optimizer)
         self._tracker = tracker
         self._console = console
         self._stop = stop
         self._agreement = Agreement(num_flags=3)
         self._sampler = sampler
         self._last_save = self._last_log = time.monotonic()
+        self._saved_step = job.step
+        self._has_waited = False
         self._samples_since_log = 0
         self._pace = ""
 
@@ -85,10 +92,10 @@ class Bookkeeper:
             self._save_or_fail()
             raise StoppedError(
                 f"stopped on request ({self._stop.received or 'another worker'}) after step {self.job.step} of "
-                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self.run_dir)}"
+                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self._address)}"
             )
-        if (due or time_is_up) and not self.job.evaluation_is_due:
-            self._save()
+        if due or time_is_up:
+            self._save_unless_saved()
 
     def _checkpoint_words(self) -> str:
         paths = self._store.paths()
@@ -130,6 +137,8 @@ class Bookkeeper:
         yield
         seconds = time.monotonic() - started
         self._act(self._agreement.finish())
+        if self.job.step % self.job.steps_per_epoch == 0:
+            self._save_unless_saved()
         if whole and self.job.step % self.job.steps_per_epoch == 0:
             self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
             self._pace = f", {seconds:.1f} s, {len(self.job.data.train) / seconds:,.0f} images/s"
@@ -141,7 +150,14 @@ class Bookkeeper:
         job = self.job
         if job.world.size > 1:
             job.parallel.share_buffers_()
-        result = evaluate(job.model, job.eval_loader, job.data.test.classes, autocast=job.autocast)
+        job.progress.at("evaluating", job.step)
+        result = evaluate(
+            job.model,
+            job.eval_loader,
+            job.data.test.classes,
+            autocast=job.autocast,
+            on_batch=job.progress.tick,
+        )
         job.metrics = {"eval/accuracy": result.accuracy, "eval/loss": result.loss}
         self._tracker.metrics(job.step, job.metrics)
         self._tracker.event("evaluated", step=job.step, correct=result.correct, total=result.total)
@@ -177,10 +193,15 @@ class Bookkeeper:
         self._report(self._writer.wait())
         self._writer.close()
 
+    def _save_unless_saved(self) -> None:
+        """Save, but for a step that is saved, or will be with its evaluation."""
+        if self._saved_step != self.job.step and not self.job.evaluation_is_due:
+            self._save()
+
     def _save(self) -> None:
         """Have rank 0 save, beside the training."""
-        self._last_save = time.monotonic()
         job = self.job
+        self._last_save, self._saved_step = time.monotonic(), job.step
         if job.world.is_main:
             self._report(self._writer.save(job.model_tensors(), job.optimizer_tensors()[0], job.state()))
 
@@ -195,14 +216,42 @@ class Bookkeeper:
             self._console.warn(f"step {outcome.step} could not be saved: {outcome.error}. {self._checkpoint_words()}")
             self._tracker.event("checkpoint-failed", step=outcome.step, error=str(outcome.error))
             return False
-        self._tracker.event("checkpoint", step=outcome.step, path=str(outcome.path.relative_to(self.run_dir)))
+        if not (self.run_dir / RECIPE).exists():
+            self._restore_run_dir()
+        self._tell_of_waiting(outcome)
+        path, waited_s = str(outcome.path.relative_to(self.run_dir)), round(outcome.waited_s, 3)
+        self._tracker.event("checkpoint", step=outcome.step, path=path, waited_s=waited_s)
         return True
 
+    def _restore_run_dir(self) -> None:
+        """The folder was deleted under the job: the save has made it anew, and here comes what makes it a run again."""
+        self._tracker.restore()
+        try:
+            store_recipe(self.run_dir, self.job.recipe)
+        except ConfigurationError as error:
+            self._console.warn(f"{self.run_dir} was deleted under the job: {error}")
+            return
+        self._console.warn(
+            f"{self.run_dir} was deleted under the job. It is there again, with recipe, journal and the checkpoint "
+            "just saved; what else was in it is gone."
+        )
+
+    def _tell_of_waiting(self, outcome: Outcome) -> None:
+        if outcome.waited_s > _WORTH_A_WORD_S and not self._has_waited:
+            self._has_waited = True
+            self._console.warn(
+                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the checkpoint before to be written: save "
+                "less often (checkpoint.every_steps, checkpoint.every_seconds), or to a faster disk. The journal has "
+                "each wait."
+            )
+
     def _save_or_fail(self) -> None:
-        self._save()
-        saved = self._report(self._writer.wait())
-        if not decided_by_main(self.job.world, lambda: saved):
+        with self.job.progress.patiently("saving"):
+            self._save()
+            saved = decided_by_main(self.job.world, lambda: self._report(self._writer.wait()))
+        if not saved:
             raise DisttrainError(
                 f"the checkpoint of step {self.job.step} could not be saved: make room on the disk of {self.run_dir}, "
-                f"and start again with: {go_on_with(self.run_dir)}"
+                f"and start again with: {go_on_with(self._address)}"
             )
+        decided_by_main(self.job.world, lambda: self._store.settle(_PATIENCE_S))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.models import build_model
 from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
+from disttrain.progress import Progress
 from disttrain.recipe import Recipe
 from disttrain.world import World
 
@@ -40,6 +41,7 @@ class Job:
     total_steps: int
     step: int = 0
     metrics: dict[str, float] | None = None
+    progress: Progress = field(default_factory=Progress)
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
 
     @property

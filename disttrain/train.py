@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -75,13 +75,22 @@ def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
         if job.step >= job.total_steps:
             return books.last_evaluation()
         with books.epoch():
-            for batch in job.loader.epoch(job.epoch, job.step % job.steps_per_epoch):
+            for batch in _batches(job):
                 reached("step", step=job.step)
                 losses = train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
                 books.after_step(losses, batch.global_size)
                 if job.step >= job.total_steps:
                     break
+
+
+def _batches(job: Job) -> Iterator[StepBatch]:
+    """The rest of the epoch; what is being done is noted for the watchdog."""
+    job.progress.at("loading data", job.step)
+    for batch in job.loader.epoch(job.epoch, job.step % job.steps_per_epoch):
+        job.progress.at("computing the next step", job.step)
+        yield batch
+        job.progress.at("loading data", job.step)
 
 
 def train_step(job: Job, batch: StepBatch) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """Checkpoints that exist or do not: written aside, verified on load, retired only when a newer one stands."""
 
+from disttrain.checkpoint.folder import CONTENTS as CONTENTS
+from disttrain.checkpoint.folder import MANIFEST as MANIFEST
+from disttrain.checkpoint.folder import STATE as STATE
 from disttrain.checkpoint.folder import Checkpoint as Checkpoint
 from disttrain.checkpoint.folder import read_checkpoint as read_checkpoint
 from disttrain.checkpoint.folder import verify_checkpoint as verify_checkpoint

@@ -24,12 +24,14 @@ class Report:
         host: where the worker ran.
         time: when it failed, in seconds since 1970.
         traceback: of an unexpected failure.
+        is_consequence: whether it says so itself that it is mostly somebody else's failure, as a lost connection is.
     """
 
     message: str
     host: str
     time: float
     traceback: str | None
+    is_consequence: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ class Ending:
     def order(self) -> tuple[int, float]:
         """Sorts causes before consequences.
 
-        An explained failure is nobody's consequence, and neither is a signal from outside; a lost connection or an
-        abort may be either, and there the clock decides.
+        An explained failure is nobody's consequence, and neither is a signal from outside; an abort may be either, and
+        there the clock decides; a lost connection comes last.
         """
         killed_from_outside = self.code < 0 and self.code != -signal.SIGABRT
+        is_consequence = self.report is not None and self.report.is_consequence
         return (
-            0 if self.is_explained else 1 if killed_from_outside else 2,
+            0 if self.is_explained else 1 if killed_from_outside else 3 if is_consequence else 2,
             self.report.time if self.report else self.time,
         )
 
@@ -137,6 +140,7 @@ def read_report(file: IO[bytes]) -> Report | None:
             host=str(fields.get("host") or _host()),
             time=float(fields["time"]),
             traceback=fields.get("traceback"),
+            is_consequence=fields.get("consequence") is True,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

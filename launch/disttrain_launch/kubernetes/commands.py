@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from disttrain_launch.kubernetes.options import job_options, request_of
-from disttrain_launch.options import json_option
+from disttrain_launch.options import dry_run_option, json_option
 
 if TYPE_CHECKING:
     from disttrain_launch.kubernetes.places import Kind
@@ -47,7 +47,7 @@ def render(**given: Any) -> None:
 @k8s.command()
 @job_options
 @_context_option
-@click.option("--dry-run", is_flag=True, help="Print what would be sent, and send nothing.")
+@dry_run_option
 @click.option("--follow", "then_follow", is_flag=True, help="Show the job's progress; Ctrl-C detaches.")
 def submit(context: str | None, dry_run: bool, then_follow: bool, **given: Any) -> None:
     """Start a job that trains RECIPE, or go on with one that was stopped."""
