@@ -82,10 +82,13 @@ class FakeCluster:
             if disruption:
                 condition = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
                 self.store.objects["pods", pod]["status"]["conditions"].append(condition)
-        if pod in self._places:
-            self._places[pod].kill()
-        else:
+        if pod not in self._places:
             os.killpg(self._processes[pod].pid, signal.SIGKILL)
+            return
+        while pids := self._places[pod].pids():  # workers have sessions of their own
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def freeze(self, pod: str) -> None:
         """A pod that hangs: SIGTERM changes nothing."""
