@@ -171,6 +171,24 @@ def test_stop_says_when_nothing_was_saved(desk: Desk) -> None:
     assert "NOT saved: node 0 did not end by saving" in result.stdout
 
 
+def test_a_job_in_a_queue_is_kueues_to_start(desk: Desk) -> None:
+    store = desk.cluster.store
+    desk.submit("--queue", "team-a")
+    job = store.objects["jobs", "digits"]
+    assert desk.run("status", "digits").stdout == "queued: Kueue has not admitted it yet\n"
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "digits", "uid": job["metadata"]["uid"]}
+    workload = {"metadata": {"name": "job-digits-1", "ownerReferences": [owner]}, "spec": {"active": True}}
+    with store.lock:  # Kueue admits it
+        store.put("workloads", workload)
+        job["spec"]["suspend"] = False
+    desk.wait_for_nodes(2)
+    assert desk.run("stop", "digits").exit_code == 0
+    assert store.objects["workloads", "job-digits-1"]["spec"]["active"] is False  # or Kueue would start it again
+    desk.submit("--queue", "team-a")
+    assert store.objects["workloads", "job-digits-1"]["spec"]["active"] is True
+    assert store.objects["jobs", "digits"]["spec"]["suspend"] is True
+
+
 def test_stop_now_leaves_the_claim_and_nothing_else(desk: Desk) -> None:
     desk.submit()
     desk.wait_for_nodes(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -38,10 +39,11 @@ def submitted(desk: Desk, *arguments: str) -> threading.Thread:
     return desk.follow()
 
 
-def weights(run_dir: Path) -> str:
-    """One hash over the weights of the newest checkpoint."""
-    command = [sys.executable, "-m", "disttrain_launch", "runs", "hash", str(run_dir)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout.strip()
+def weights(run_dir: Path) -> tuple[int, str, str]:
+    """The step of the newest checkpoint, and the SHA-256 of its weights and of its optimizer's state."""
+    manifest = json.loads((max(run_dir.glob("checkpoints/step-????????")) / "manifest.json").read_text())
+    files = manifest["files"]
+    return manifest["step"], files["model.safetensors"]["sha256"], files["optimizer.safetensors"]["sha256"]
 
 
 def checkpoints(desk: Desk) -> int:
@@ -55,7 +57,7 @@ def end(thread: threading.Thread) -> None:
     assert not thread.is_alive()
 
 
-def reference(desk: Desk) -> str:
+def reference(desk: Desk) -> tuple[int, str, str]:
     """The weights of the same recipe, trained by one worker that nobody disturbs."""
     alone = desk.cluster.folder / "alone"
     command = [sys.executable, "-m", "disttrain_launch", "train", "digits", *RECIPE, "--run-dir", str(alone)]
