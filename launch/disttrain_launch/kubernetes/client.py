@@ -29,6 +29,8 @@ class Cluster:
 
     def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
         """Raises ConfigurationError if there is no such context."""
+        import msgspec
+        import yaml
         from lightkube import Client, KubeConfig
         from lightkube.config.models import User
         from lightkube.core.exceptions import ConfigError
@@ -41,7 +43,7 @@ class Cluster:
                 raise ConfigError("no context is current")
             config = config._replace(user=config.user or User())  # a context may do without, behind a proxy
             self._client: Any = Client(config=config, namespace=namespace, field_manager=MANAGER)
-        except (ConfigError, KeyError, OSError) as error:
+        except (ConfigError, KeyError, OSError, yaml.YAMLError, msgspec.MsgspecError) as error:
             raise ConfigurationError(
                 f"no cluster to talk to: {error}. Name a kubeconfig in KUBECONFIG, or a context by --context"
             ) from None
@@ -153,6 +155,7 @@ class Cluster:
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         import httpx2
+        import msgspec
         from lightkube import ApiError
         from lightkube.core.exceptions import ConfigError
 
@@ -164,6 +167,8 @@ class Cluster:
             raise ConfigurationError(f"the cluster refused {what}: {error.status.message}") from None
         except ConfigError as error:
             raise ConfigurationError(f"cannot log in to {self._server}: {error}") from None
+        except msgspec.MsgspecError as error:
+            raise ConfigurationError(f"{self._server} answers unlike a Kubernetes API: {error}") from None
         except httpx2.HTTPError as error:
             raise DisttrainError(f"cannot reach the cluster at {self._server}: {error}") from None
 

@@ -81,6 +81,8 @@ def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
                 live.pop(pod.name, None)
             if not live:
                 break
+        if live:
+            time.sleep(_POLL_S)  # the watch broke off
         manifests, version = cluster.snapshot(PODS, labels)
         live = _live(manifests)
     ends = [codes.get(pod_name) for pod_name in firsts]

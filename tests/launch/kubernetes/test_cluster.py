@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -187,6 +190,19 @@ def test_a_job_in_a_queue_is_kueues_to_start(desk: Desk) -> None:
     desk.submit("--queue", "team-a")
     assert store.objects["workloads", "job-digits-1"]["spec"]["active"] is True
     assert store.objects["jobs", "digits"]["spec"]["suspend"] is True
+
+
+def test_ctrl_c_detaches(desk: Desk) -> None:
+    command = [sys.executable, "-m", "disttrain_launch", "k8s", "submit", "digits", "--image", "disttrain:test"]
+    with subprocess.Popen([*command, "--follow"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as user:
+        assert user.stdout is not None
+        seen = list(iter(user.stdout.readline, "node 0 begins\n"))
+        user.send_signal(signal.SIGINT)
+        rest, _ = user.communicate(timeout=60)
+    assert seen[0] == "job digits is submitted to namespace default\n"
+    assert "disttrain: detached; the job goes on." in rest
+    assert user.returncode == 0
+    assert desk.num_running() == 1
 
 
 def test_stop_now_leaves_the_claim_and_nothing_else(desk: Desk) -> None:

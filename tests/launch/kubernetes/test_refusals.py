@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner, Result
 
@@ -125,3 +128,32 @@ def test_a_dry_run_needs_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_quantities(quantity: str, value: float | None) -> None:
     assert amount(quantity) == value
+
+
+def test_rendering_imports_neither_torch_nor_a_client() -> None:
+    code = (
+        "import sys; from disttrain_launch.cli import main; main(standalone_mode=False)\n"
+        "sys.exit(', '.join({'torch', 'numpy', 'mlflow', 'lightkube', 'httpx2'} & set(sys.modules)) or None)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "k8s",
+        "render",
+        "cifar10-net",
+        "--nodes",
+        "4",
+        "--gpus",
+        "8",
+        "--image",
+        "X",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.count("\nkind: ") == 5
+
+
+@pytest.mark.parametrize("words", [[], ["render"], ["submit"], ["status"], ["logs"], ["stop"], ["list"]])
+def test_help_says_a_sentence_of_every_command(words: list[str]) -> None:
+    text = CliRunner().invoke(main, ["k8s", *words, "--help"]).stdout
+    assert text.split("\n\n")[1].rstrip().endswith("."), text
