@@ -60,6 +60,12 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
         raise RecipeError(explain(error, source, places)) from None
 
 
+def recipe_text(name_or_path: str) -> str:
+    """The text of a recipe that `load_recipe` takes, as it stands, for those who send it elsewhere."""
+    content = read_url(name_or_path) if is_url(name_or_path) else _find(name_or_path).read_bytes()
+    return content.decode()
+
+
 def _find(name_or_path: str) -> Path:
     looks_like_path = "/" in name_or_path or name_or_path.endswith(".toml")
     shipped = shipped_recipes()

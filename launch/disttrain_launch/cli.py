@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from disttrain_launch.kubernetes.commands import k8s
 from disttrain_launch.messages import complain
 from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
@@ -59,5 +60,5 @@ def main() -> None:
     """
 
 
-for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove):
+for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, k8s):
     main.add_command(command)
