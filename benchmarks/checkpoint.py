@@ -8,11 +8,11 @@ says where to write.
 
 stall: held is the time of `save` and what the next `optimizer.step` waits for the copy, on the loop's own thread; a
 forward and backward pass of one small batch lies between. The write is waited for, outside the clock, before the round
-ends; how long the checkpoint takes until it stands on the disk is printed too.
+ends; how long the checkpoint takes until it stands on the disk is printed too. The CPU time that it takes in all is
+what it can cost the steps beside it at most, on a machine whose cores are all busy with training.
 
 slowdown: the wall time of a few steps, beside which one checkpoint is copied, hashed and written, less that of as many
 without; and what that makes with a checkpoint every 50 steps. `--batch-size` says what a step is, `--steps` how many.
-The CPU time that a checkpoint takes is what it can cost at most, on a machine whose cores are all busy with training.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def stall(folder: Path, rounds: int, batch_size: int) -> None:
     """Print how long the loop is held, how long `torch.save` takes, and the ratio of the rounds."""
     training = Training(folder, batch_size)
     training.step()
-    held, plain, whole = [], [], []
+    held, plain, whole, cpu = [], [], [], []
     for _ in range(rounds + 1):
         begin = time.perf_counter()
         state = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
@@ -85,12 +85,18 @@ def stall(folder: Path, rounds: int, batch_size: int) -> None:
         training.optimizer.step()
         training.writer.wait()
         whole.append(time.perf_counter() - begin)
+
+        begin = time.process_time()
+        training.save()
+        training.writer.wait()
+        cpu.append(time.process_time() - begin)
     training.writer.close()
     # In the first round the copy is compared with the weights, bit by bit, once in a run.
     ratios = [ours / theirs for ours, theirs in zip(held[1:], plain[1:], strict=True)]
     print(f"torch.save          {spread([1e3 * seconds for seconds in plain[1:]], '.1f')} ms")
     print(f"ours, loop held     {spread([1e3 * seconds for seconds in held[1:]], '.1f')} ms, first {1e3 * held[0]:.1f}")
     print(f"ours, on the disk   {spread([1e3 * seconds for seconds in whole[1:]], '.1f')} ms")
+    print(f"ours, CPU in all    {spread([1e3 * seconds for seconds in cpu[1:]], '.1f')} ms")
     print(f"held / torch.save   {spread(ratios, '.3f')}; bound {STALL_BOUND}")
 
 
@@ -98,15 +104,15 @@ def slowdown(folder: Path, rounds: int, batch_size: int, steps: int) -> None:
     """Print what a checkpoint takes from the steps beside it, and what that makes of `EVERY` steps."""
     training = Training(folder, batch_size)
 
-    def block(saves: bool) -> tuple[float, float]:
-        begin, cpu_begin = time.perf_counter(), time.process_time()
+    def block(saves: bool) -> float:
+        begin = time.perf_counter()
         for number in range(steps):
             training.step()
             if saves and number == 0:
                 training.save()
         seconds = time.perf_counter() - begin
         training.writer.wait()
-        return seconds, time.process_time() - cpu_begin
+        return seconds
 
     block(True)
     blocks = []
@@ -115,13 +121,11 @@ def slowdown(folder: Path, rounds: int, batch_size: int, steps: int) -> None:
         times = {saves: block(saves) for saves in order}
         blocks.append((times[True], times[False]))
     training.writer.close()
-    lost = [1e3 * (with_one[0] - without[0]) for with_one, without in blocks]
-    cpu = [1e3 * (with_one[1] - without[1]) for with_one, without in blocks]
-    step = [1e3 * without[0] / steps for _, without in blocks]
+    lost = [1e3 * (with_one - without) for with_one, without in blocks]
+    step = [1e3 * without / steps for _, without in blocks]
     slower = [one / (EVERY * statistics.median(step)) for one in lost]
     print(f"a step without          {spread(step, '.0f')} ms")
     print(f"lost per checkpoint     {spread(lost, '.0f')} ms")
-    print(f"CPU per checkpoint      {spread(cpu, '.0f')} ms")
     print(f"slower, every {EVERY} steps  {spread([100 * one for one in slower], '.2f')} %; bound {SLOWDOWN_BOUND} %")
 
 
