@@ -53,9 +53,10 @@ LAYERS = {
     },
     "train": {"bookkeeper", "conditions", "data", "guard", "job", "optim", "recipe", "rng", "session", "world"},
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "rundir", "tracking",
+        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "job", "models", "recipe", "rundir", "tracking",
         "worker", "world",
     },
+    "doctor": {"collectives", "data", "lock", "recipe", "tracking", "world"},
     "testing": set(),
 }  # fmt: skip
 # Points where a test may injure the product cost nothing unarmed, so that any room may have some.
@@ -74,6 +75,7 @@ NEVER = {
     "parallel": {"torch.optim", "mlflow", "click"},
     "checkpoint": {"pickle", "torch.distributed", "mlflow", "click"},
     "tracking": {"torch.distributed", "click"},
+    "doctor": {"click"},
     "evaluate": {"mlflow", "click"},
     "train": {"os", "mlflow", "click"},
 }

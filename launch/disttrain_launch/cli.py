@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from disttrain_launch.doctor_command import doctor
 from disttrain_launch.messages import complain
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
@@ -57,5 +58,5 @@ def main() -> None:
     """
 
 
-for command in (train, evaluate, predict, runs, sync, recipe, prove):
+for command in (train, evaluate, predict, runs, sync, recipe, prove, doctor):
     main.add_command(command)
