@@ -53,8 +53,8 @@ LAYERS = {
     },
     "train": {"bookkeeper", "conditions", "data", "guard", "job", "optim", "recipe", "rng", "session", "world"},
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "job", "models", "recipe", "rundir", "tracking",
-        "worker", "world",
+        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "job", "models", "recipe", "rundir",
+        "tracking", "worker", "world",
     },
     "doctor": {"collectives", "data", "lock", "recipe", "tracking", "world"},
     "testing": set(),

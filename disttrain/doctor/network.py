@@ -58,7 +58,10 @@ def interface(several: bool) -> Iterator[Finding]:
         addresses = _addresses(socket.gethostname())
         usable = [] if isinstance(addresses, str) else [address for address in addresses if _is_ours(address)]
         chosen = next((name for address in usable for name in present if _has(present[name], address)), _loopback())
-        where = f"{chosen} ({', '.join(usable[:1]) or 'the fallback'}), as the host name says"
+        if usable:
+            where = f"{chosen} ({usable[0]}), as the host name says"
+        else:
+            where = f"{chosen}, since the host name leads to no interface"
     if chosen in present and chosen not in up:
         yield failure("interface", f"{where}, is down", f"Bring it up: ip link set {chosen} up")
     elif several and chosen == _loopback():

@@ -149,11 +149,17 @@ def _write(api: _Api, experiment: str) -> str:
         if error.code != "RESOURCE_DOES_NOT_EXIST":
             raise
         made = api.ask("POST", "experiments/create", name=f"disttrain-doctor-{secrets.token_hex(4)}")
-        api.ask("POST", "experiments/delete", experiment_id=made["experiment_id"])
+        api.ask("POST", "experiments/delete", experiment_id=_number(made))
         return "lets new experiments in"
-    number = found["experiment"]["experiment_id"]
+    number = _number(found.get("experiment"))
     api.ask("POST", "experiments/set-experiment-tag", experiment_id=number, key=_PROBE_TAG, value=str(int(time.time())))
     return f"lets the experiment {experiment!r} be written"
+
+
+def _number(experiment: Any) -> str:
+    if not isinstance(experiment, dict) or "experiment_id" not in experiment:
+        raise _Refused(200, "and speaks another language than MLflow")
+    return str(experiment["experiment_id"])
 
 
 def _refusal(place: str, error: _Refused) -> Finding:
