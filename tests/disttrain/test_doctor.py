@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -188,7 +189,8 @@ def test_several_machines_need_another_interface_than_loopback(tmp_path: Path) -
     (tmp_path / "hosts").write_text("10.9.9.9 box\n")
     shell = (
         f"mount --bind {tmp_path}/hosts /etc/hosts; hostname box; ip link set lo up; "
-        "ip link add wire type veth peer name other; ip addr add 10.9.9.9/24 dev wire; ip link set wire up; ip link set other up"
+        "ip link add wire type veth peer name other; ip addr add 10.9.9.9/24 dev wire; "
+        "ip link set wire up; ip link set other up"
     )
     assert in_a_namespace(shell, "[*n.host_name(True), *n.interface(True)]", "-mun") == [
         ["ok", "box is 10.9.9.9"],
@@ -355,7 +357,7 @@ def test_a_server_that_answers(
 def test_a_server_of_another_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = asked_of_a_server(monkeypatch, status=500, shift_s=-3600.0)[-1]
     assert clock.status == "warning"
-    assert clock.detail.endswith(("3598 s behind this machine's clock", "3599 s behind this machine's clock"))
+    assert re.search(r" is (359\d|3600) s behind this machine's clock$", clock.detail)
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
