@@ -42,7 +42,10 @@ LAYERS = {
     "evaluate": {"buffers", "collectives", "data", "rng"},
     "worker": {"guard", "world"},
     "trial": {"job", "rng"},
-    "job": {"checkpoint", "collectives", "conditions", "data", "models", "optim", "parallel", "recipe", "rng", "world"},
+    "job": {
+        "checkpoint", "collectives", "conditions", "data", "fixed_point", "models", "optim", "parallel", "recipe", "rng",
+        "world",
+    },
     "model_check": {"buffers", "job", "trial"},
     "bookkeeper": {
         "checkpoint", "collectives", "console", "evaluate", "guard", "job", "rundir", "tracking",

@@ -1,5 +1,7 @@
 """Checkpoints that exist or do not: written aside, verified on load, retired only when a newer one stands."""
 
+from disttrain.checkpoint.check import check_complete as check_complete
+from disttrain.checkpoint.check import check_describes_model as check_describes_model
 from disttrain.checkpoint.folder import Checkpoint as Checkpoint
 from disttrain.checkpoint.folder import read_checkpoint as read_checkpoint
 from disttrain.checkpoint.folder import verify_checkpoint as verify_checkpoint
