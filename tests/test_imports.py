@@ -43,8 +43,8 @@ LAYERS = {
     "worker": {"guard", "world"},
     "trial": {"job", "rng"},
     "job": {
-        "checkpoint", "collectives", "conditions", "data", "fixed_point", "models", "optim", "parallel", "recipe", "rng",
-        "world",
+        "checkpoint", "collectives", "conditions", "data", "fixed_point", "models", "optim", "parallel", "recipe",
+        "rng", "world",
     },
     "model_check": {"buffers", "job", "trial"},
     "bookkeeper": {

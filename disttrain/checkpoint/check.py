@@ -78,10 +78,10 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _is_group(value: Any) -> bool:
-    """A parameter group: the numbers of its parameters, and options that are plain or lists of numbers."""
+    """A parameter group: the numbers of its parameters, and options that are plain or lists of plain values."""
     if not isinstance(value, dict) or not _list_of(_is_count)(value.get("params")):
         return False
-    return all(_is_plain(option) or _list_of(is_number)(option) for option in value.values())
+    return all(_is_plain(option) or _list_of(_is_plain)(option) for option in value.values())
 
 
 def _is_data(value: Any) -> bool:

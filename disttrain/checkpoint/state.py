@@ -65,12 +65,14 @@ def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two options are of a kind; one that is not set says nothing."""
-    if one is None or other is None:
-        return True
-    if isinstance(one, tuple) or isinstance(other, tuple):
-        return isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other)
-    return isinstance(one, str) == isinstance(other, str)
+    """Whether two options are of a kind: both tuples, texts, numbers or flags; a flag may also not be set."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return _kind(one) == _kind(other) or ({type(one), type(other)} == {bool, type(None)})
+
+
+def _kind(option: Any) -> str:
+    return "number" if isinstance(option, int | float) else type(option).__name__
 
 
 def _restore_types(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,7 +102,8 @@ def _mapped(file: Path) -> Datasets | None:
 
 def _crc32(tensor: torch.Tensor) -> int:
     """Finds what a disk or a copy has damaged; a gibibyte takes a third of a second, once a start."""
-    return zlib.crc32(memoryview(tensor.contiguous().view(-1).numpy()))
+    flat: Any = tensor.contiguous().view(-1).numpy()
+    return zlib.crc32(flat)
 
 
 def _publish(datasets: Datasets, file: Path) -> None:
