@@ -66,6 +66,11 @@ class ExactShards:
         self._discrete_of_first: list[torch.Tensor] | None = None
         self._summands: list[Summands] = []
 
+    @property
+    def num_summed(self) -> int:
+        """How many tensors a step sums: as many bounds are expected."""
+        return len(self._parameters) + sum(buffer.is_floating_point() for buffer in self._buffers())
+
     def _buffers(self) -> list[torch.Tensor]:
         return [getattr(module, name) for module, name in self._places.values()]
 

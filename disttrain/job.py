@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, CheckpointStore, optimizer_from_tensors, optimizer_to_tensors
+from disttrain.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    check_complete,
+    optimizer_from_tensors,
+    optimizer_to_tensors,
+)
 from disttrain.collectives import decided_by_main, one_per_machine_first
 from disttrain.conditions import differences, what_bits_rest_on
 from disttrain.data import Datasets, EvalLoader, Loader, StepSampler, as_datasets, load_datasets
 from disttrain.errors import ConfigurationError
 from disttrain.finite import FiniteGate
+from disttrain.fixed_point import ABSENT
 from disttrain.models import build_model
 from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
@@ -141,6 +149,7 @@ class Job:
         Raises ConfigurationError if it belongs to another model, optimizer or data set, or is past the last step.
         """
         state = checkpoint.state
+        check_complete(state, f"{checkpoint.path}/state.json")
         if state["data"]["num_train"] != len(self.data.train):
             raise ConfigurationError(
                 f"{checkpoint.path}: trained on {state['data']['num_train']} samples, and data.root now holds "
@@ -155,14 +164,31 @@ class Job:
         self.model.load_state_dict(checkpoint.model)
         optimizer_from_tensors(self.optimizer, checkpoint.optimizer, state["optimizer"])
         if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            self._restore_scaler(checkpoint)
         if "non_finite" in state:
             self.finite.load_state(state["non_finite"])
         if self.parallel.exact is not None:
-            self.parallel.exact.expected = state.get("expected_magnitudes")
+            self._restore_expectation(checkpoint)
         self.step = state["step"]
         self.metrics = state["metrics"] or None
         return differences(state["rests_on"], self.rests_on())
+
+    def _restore_scaler(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
+        except (KeyError, RuntimeError) as error:
+            raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {error}.") from error
+
+    def _restore_expectation(self, checkpoint: Checkpoint) -> None:
+        assert self.parallel.exact is not None
+        expected, count = checkpoint.state.get("expected_magnitudes"), self.parallel.exact.num_summed
+        are_bounds = expected is None or all(bound == ABSENT or 0 < bound < math.inf for bound in expected)
+        if not are_bounds or (expected is not None and len(expected) != count):
+            raise ConfigurationError(
+                f"{checkpoint.path}/state.json: 'expected_magnitudes' should be {count} bounds, one for each parameter "
+                "and buffer."
+            )
+        self.parallel.exact.expected = expected
 
     def _check_tensors(self, checkpoint: Checkpoint) -> None:
         here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}

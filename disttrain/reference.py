@@ -21,6 +21,12 @@ def import_callable(reference: str, key: str) -> Callable[..., Any]:
     module_name, _, path = reference.partition(":")
     if not module_name or not path:
         raise ConfigurationError(f"{key}: {reference!r} is not of the form package.module:callable.")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        # A recipe may come with a stranger's checkpoint: `os:system` is no data set.
+        raise ConfigurationError(
+            f"{key}: {reference!r} is of Python's standard library, where neither models nor data sets live; name your "
+            "own."
+        )
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, so that a file in the folder cannot take an installed package's place
     try:

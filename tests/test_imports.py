@@ -50,9 +50,8 @@ LAYERS = {
     "agent": {"checkpoint", "rundir", "tracking"},
     "trial": {"job", "rng"},
     "job": {
-        "checkpoint", "collectives", "conditions", "data", "finite", "models", "optim", "parallel", "progress",
-        "recipe", "rng",
-        "world",
+        "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "models", "optim", "parallel",
+        "progress", "recipe", "rng", "world",
     },
     "model_check": {"buffers", "job", "trial"},
     "bookkeeper": {
@@ -66,9 +65,11 @@ LAYERS = {
         "bookkeeper", "conditions", "data", "finite", "guard", "job", "optim", "recipe", "rng", "session", "world",
     },
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "remote", "rundir",
+        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "job", "models", "recipe", "remote",
+        "rundir",
         "tracking", "worker", "world",
     },
+    "doctor": {"collectives", "data", "lock", "recipe", "tracking", "world"},
     "testing": set(),
 }  # fmt: skip
 # Points where a test may injure the product cost nothing unarmed, so that any room may have some.
@@ -87,6 +88,7 @@ NEVER = {
     "parallel": {"torch.optim", "mlflow", "click"},
     "checkpoint": {"pickle", "torch.distributed", "mlflow", "click"},
     "tracking": {"torch.distributed", "click"},
+    "doctor": {"click"},
     "evaluate": {"mlflow", "click"},
     "train": {"os", "mlflow", "click"},
 }

@@ -1,5 +1,7 @@
 """Checkpoints that exist or do not: written aside, verified on load, retired only when a newer one stands."""
 
+from disttrain.checkpoint.check import check_complete as check_complete
+from disttrain.checkpoint.check import check_describes_model as check_describes_model
 from disttrain.checkpoint.folder import CONTENTS as CONTENTS
 from disttrain.checkpoint.folder import MANIFEST as MANIFEST
 from disttrain.checkpoint.folder import STATE as STATE

@@ -10,6 +10,7 @@ Nothing in it is a pickle, so reading one runs no code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from disttrain.checkpoint.check import check_state
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
@@ -124,8 +126,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"{path}: the tensors cannot be read: {error}.") from error
     state = _read_json(path / STATE)
-    if not isinstance(state.get("step"), int) or not isinstance(state.get("recipe"), dict):
-        raise ConfigurationError(f"{path / STATE} lacks its step or its recipe.")
+    check_state(state, path / STATE)
     return Checkpoint(path, model, optimizer, state)
 
 
@@ -166,6 +167,8 @@ def _make_folder(path: Path) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a pipe or a device might never end
+        raise FileNotFoundError(errno.ENOENT, "there is no such file")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
@@ -176,7 +179,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} does not hold a JSON object.")

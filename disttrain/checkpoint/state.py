@@ -27,19 +27,52 @@ def optimizer_from_tensors(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]
 ) -> None:
     """Put back what `optimizer_to_tensors` took. Raises ConfigurationError if it is another optimizer's state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["values"].items()]:
         index, _, name = key.partition(".")
+        if not index.isdecimal() or not name or int(index) >= len(parameters):
+            raise ConfigurationError(
+                f"the checkpoint's optimizer state has {key!r}, which is of none of its parameters."
+            )
+        if isinstance(value, torch.Tensor) and not _fits(value, parameters[int(index)]):
+            raise ConfigurationError(
+                f"the checkpoint's optimizer state {key!r} is {tuple(value.shape)} of {value.dtype}, and its parameter "
+                f"is {tuple(parameters[int(index)].shape)}."
+            )
         state.setdefault(int(index), {})[name] = value
     groups = [
         {name: tuple(value) if isinstance(value, list) and name != "params" else value for name, value in group.items()}
         for group in rest["param_groups"]
     ]
+    for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
+        for name, value in theirs.items():
+            if name != "params" and name in ours and not _alike(value, ours[name]):
+                raise ConfigurationError(f"the checkpoint's optimizer option {name!r} cannot be {value!r}.")
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ConfigurationError(f"the checkpoint's optimizer state does not fit this optimizer: {error}") from error
     _restore_types(optimizer, state)
+
+
+def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether it may be a parameter's state: one number, or of its shape, or (Adafactor) of its rows or columns."""
+    if tensor.is_complex() != parameter.is_complex():
+        return False
+    sides = zip(tensor.shape, parameter.shape, strict=False)
+    return tensor.numel() == 1 or (tensor.ndim == parameter.ndim and all(one in (1, other) for one, other in sides))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two options are of a kind: both tuples, texts, numbers or flags; a flag may also not be set."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return _kind(one) == _kind(other) or ({type(one), type(other)} == {bool, type(None)})
+
+
+def _kind(option: Any) -> str:
+    return "number" if isinstance(option, int | float) else type(option).__name__
 
 
 def _restore_types(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:

@@ -135,7 +135,7 @@ def accuracy_of(path: Path) -> float | None:
     """The accuracy that was measured at this checkpoint, if any was."""
     try:
         accuracy = json.loads((path / STATE).read_text(encoding="utf-8"))["metrics"]["eval/accuracy"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return accuracy if isinstance(accuracy, float) else None
 

@@ -28,11 +28,17 @@ def command(reference: Path, run: Path) -> None:
     metric that differs: name and step) and `first_tensor` (the first tensor that differs: name, step, and the last step
     whose checkpoints are the same), each null if there is none.
     """
-    from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
+    from disttrain.checkpoint import CheckpointStore, check_complete, read_checkpoint, weights_sha256
+    from disttrain.errors import ConfigurationError
     from disttrain.rundir import CHECKPOINTS
 
     paths = [CheckpointStore(folder / CHECKPOINTS).paths() for folder in (reference, run)]
+    for folder, found in zip((reference, run), paths, strict=True):
+        if not found:
+            raise ConfigurationError(f"{folder} has no checkpoint to compare.")
     theirs, ours = (read_checkpoint(found[-1]) for found in paths)
+    for one in (theirs, ours):
+        check_complete(one.state, f"{one.path}/state.json")
     hashes = [(weights_sha256(one.model), weights_sha256(one.optimizer)) for one in (theirs, ours)]
     alike = all(theirs.state[key] == ours.state[key] for key in ("step", "metrics", "optimizer", "scaler"))
     first_metric, first_tensor = _first_metric(reference, run), _first_tensor(*paths)

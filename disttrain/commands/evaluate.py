@@ -17,7 +17,7 @@ from disttrain.worker import worker
 def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Evaluate the run or checkpoint at ADDRESS, a path or URL, as one worker."""
     from disttrain.collectives import decided_by_main, one_per_machine_first
-    from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
+    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
     from disttrain.conditions import exact_conditions
     from disttrain.data import EvalLoader, load_datasets
     from disttrain.errors import ConfigurationError
@@ -29,7 +29,7 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
         checkpoint = decided_by_main(world, lambda: find_checkpoint(address))
         recipe = recipe_of(checkpoint, overrides)
         data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
-        if list(data.test.classes) != checkpoint.state["data"]["classes"]:
+        if list(data.test.classes) != data_of(checkpoint)["classes"]:
             raise ConfigurationError(f"{checkpoint.path} was trained on other classes than {recipe.data.root} holds.")
         model = restore_model(checkpoint, recipe).to(world.device)
         loader = EvalLoader(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_model, read_checkpoint
 from disttrain.checkpoint.folder import MANIFEST, MODEL
 from disttrain.errors import ConfigurationError, UsageError
 from disttrain.models import build_model
@@ -62,10 +63,24 @@ def recipe_of(checkpoint: Checkpoint, overrides: tuple[str, ...] = ()) -> Recipe
     return parse_recipe(checkpoint.state["recipe"], overrides, source=f"{checkpoint.path}/state.json")
 
 
+def data_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the checkpoint was trained on: num_train, classes, sample_shape, mean, std. Raises ConfigurationError."""
+    check_describes_model(checkpoint.state, f"{checkpoint.path}/state.json")
+    data: dict[str, Any] = checkpoint.state["data"]
+    return data
+
+
 def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
     """The trained model, on the CPU. Raises ConfigurationError if the recipe builds one that the weights do not fit."""
-    data = checkpoint.state["data"]
-    model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=tuple(data["sample_shape"]))
+    data = data_of(checkpoint)
+    shape = tuple(data["sample_shape"])
+    try:
+        model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=shape)
+    except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
+        raise ConfigurationError(
+            f"{checkpoint.path}: model.name = '{recipe.model.name}' cannot be built for {len(data['classes'])} classes "
+            f"of images {shape}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        ) from error
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:

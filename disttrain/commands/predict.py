@@ -21,11 +21,11 @@ def command(address: str, images: tuple[Path, ...], top: int, as_json: bool) -> 
     """Name what is in each of IMAGES with the run or checkpoint at ADDRESS, a path or URL."""
     import torch
 
-    from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
+    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
     from disttrain.data import normalise, read_picture
 
     checkpoint = find_checkpoint(address)
-    data = checkpoint.state["data"]
+    data = data_of(checkpoint)
     model = restore_model(checkpoint, recipe_of(checkpoint)).eval()
     channels, height, width = data["sample_shape"]
     pixels = torch.stack([read_picture(image, (height, width), channels) for image in images])

@@ -16,8 +16,9 @@ from urllib.error import URLError
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
+from torchvision.datasets.utils import check_integrity, download_url
 
+from disttrain.data.archive import unpack
 from disttrain.data.cache import cached, fingerprint
 from disttrain.data.dataset import Datasets, MemorySplit
 from disttrain.data.unpickle import read_pickle
@@ -80,13 +81,13 @@ def _obtain(root: Path, source: type[CIFAR10], *, download: bool) -> None:
         # In a folder of its own, so that a killed download leaves nothing that looks like a data set, and machines
         # that share `root` do not write into each other's files.
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as staging:
-            if archive.is_file():
-                extract_archive(archive, staging)
-            else:
+            if not archive.is_file():
                 _log.info("Downloading %s to %s", source.url, root)
                 with _bounded_and_quiet():
-                    download_and_extract_archive(source.url, staging, filename=source.filename, md5=source.tgz_md5)
-            _move_in(Path(staging) / source.base_folder, root / source.base_folder)
+                    download_url(source.url, staging, filename=source.filename, md5=source.tgz_md5)
+                archive = Path(staging) / source.filename
+            unpack(archive, Path(staging) / "unpacked")
+            _move_in(Path(staging) / "unpacked" / source.base_folder, root / source.base_folder)
     except (URLError, TimeoutError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
         if isinstance(error, RuntimeError):  # torchvision's word for a wrong md5 sum

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from disttrain.recipe.names import did_you_mean, nearest
 from disttrain.recipe.optimizers import OPTIM_MODELS
 from disttrain.recipe.section import Section
 
+_BARE = re.compile(r"[\w-]+")  # what else a key holds is shown quoted, so that it cannot pose as anything
 _SHOULD_BE = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -75,9 +77,13 @@ def _lines(error: ValidationError, source: str, overrides: Mapping[str, str]) ->
         optimizer = "sgd"
         if len(path) > 1 and path[0] == "optim":
             optimizer = path.pop(1)  # the tag of the union: no key of the recipe
-        dotted = ".".join(path)
-        prefix = _place(path, overrides) or (f"{source}: {dotted}" if dotted else source)
-        yield f"{prefix}: {_what(details, path, optimizer)}"
+        yield f"{place(path, source, overrides)}: {_what(details, path, optimizer)}"
+
+
+def place(path: Sequence[str], source: str, overrides: Mapping[str, str]) -> str:
+    """Where the key stands, in words: the override that set it, or the file and the dotted key."""
+    dotted = ".".join(part if _BARE.fullmatch(part) else repr(part) for part in path)
+    return _place(list(path), overrides) or (f"{source}: {dotted}" if dotted else source)
 
 
 def _place(path: list[str], overrides: Mapping[str, str]) -> str | None:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from disttrain.errors import RecipeError
 from disttrain.recipe.address import is_url, read_url
-from disttrain.recipe.explain import explain
+from disttrain.recipe.bounds import beyond_bounds
+from disttrain.recipe.explain import explain, place
 from disttrain.recipe.model import Recipe
 from disttrain.recipe.names import did_you_mean
 from disttrain.recipe.overrides import apply_overrides
@@ -41,6 +42,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{source}: not valid TOML: {error}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{source}: not a recipe: recipes are TOML, text in UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists without end
+        raise RecipeError(f"{source}: not a recipe: {error}") from None
     except OSError as error:
         raise RecipeError(f"{source}: cannot be read: {error.strerror or error}") from None
     mapping.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem))
@@ -54,6 +57,8 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
         RecipeError: wrong keys or values; one line per mistake.
     """
     merged, places = apply_overrides(dict(mapping), overrides)
+    if absurd := [f"{place(path, source, places)}: {what}" for path, what in beyond_bounds(merged)]:
+        raise RecipeError("\n".join(dict.fromkeys(absurd)))
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
@@ -72,6 +77,11 @@ def _find(name_or_path: str) -> Path:
     if not looks_like_path and name_or_path in shipped:
         return _SHIPPED / f"{name_or_path}.toml"
     path = Path(name_or_path)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{_cut(name_or_path)}: cannot be read: {reason}") from None
     if path.is_dir():
         if (path / "recipe.toml").is_file():
             raise RecipeError(f"{name_or_path} is a run directory, not a recipe; its recipe is {path / 'recipe.toml'}")
@@ -86,6 +96,10 @@ def _find(name_or_path: str) -> Path:
         f"no recipe {name_or_path!r}: it is neither a file nor one of {', '.join(shipped)}"
         + did_you_mean(name_or_path, shipped)
     )
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:100]}…"
 
 
 def _description(path: Path) -> str:

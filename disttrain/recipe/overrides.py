@@ -47,7 +47,7 @@ def parse_value(text: str) -> Any:
         return float(text)  # TOML knows neither .1 nor 1.
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also a number of thousands of digits, lists within lists without end
         return text
     value = parsed["value"]
     return text if len(parsed) > 1 or isinstance(value, date | time) else value

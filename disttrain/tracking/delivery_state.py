@@ -45,7 +45,7 @@ def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
     try:
         stored = json.loads((Path(run_dir) / STATE_FILE).read_text())
         state = DeliveryState(**stored)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return DeliveryState()
     expected = DeliveryState()
     for name, value in asdict(expected).items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from disttrain_launch.doctor_command import doctor
 from disttrain_launch.kubernetes.commands import k8s
 from disttrain_launch.messages import complain
 from disttrain_launch.node_command import node
@@ -60,5 +61,5 @@ def main() -> None:
     """
 
 
-for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, k8s):
+for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, doctor, k8s):
     main.add_command(command)

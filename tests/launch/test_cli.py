@@ -55,6 +55,10 @@ def run(*arguments: str) -> Result:
         (["predict", "."], "Missing argument 'IMAGE...'"),
         (["predict", ".", "cat.jpg"], "'cat.jpg' does not exist"),
         (["predict", ".", "x", "--top", "0"], "0 is not in the range x>=1"),
+        (["doctor", "--rendezvous", "node-0"], "'node-0' should be HOST:PORT, as in node-0:29500."),
+        (["doctor", "--rendezvous", "node-0:99999"], "'node-0:99999' should be HOST:PORT"),
+        (["doctor", "-o", "optim.lr=1"], "-o changes a key of a recipe: give RECIPE, too."),
+        (["doctor", "--timeout", "0"], "0 is not in the range"),
         (["runs", "show", "nowhere"], "'nowhere' does not exist"),
         (["runs", "hash"], "Missing argument 'RUN|CHECKPOINT'"),
         (["recipe", "show"], "Missing argument 'RECIPE'"),
@@ -160,6 +164,6 @@ def test_recipe_schema() -> None:
 def test_help_says_a_sentence_of_every_command() -> None:
     for words in ([], ["train"], ["evaluate"], ["predict"], ["runs"], ["runs", "list"], ["runs", "show"],
                   ["runs", "verify"], ["runs", "hash"], ["recipe"], ["recipe", "list"], ["recipe", "show"],
-                  ["recipe", "schema"]):  # fmt: skip
+                  ["recipe", "schema"], ["doctor"]):  # fmt: skip
         text = run(*words, "--help").stdout
         assert text.split("\n\n")[1].strip().split("\n\n")[0].rstrip().endswith((".", ":")), text

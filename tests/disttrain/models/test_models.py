@@ -192,6 +192,7 @@ def test_a_callable_builds_the_model() -> None:
         ("my_models:nonsense", {}, "model.name: my_models:nonsense returned a str, not a torch.nn.Module"),
         ("my_models:linear", {"depth": 1}, "model.options: my_models:linear does not take num_classes, sample_shape, "),
         ("my_models:without_classes", {}, "model.options: my_models:without_classes does not take num_classes"),
+        ("os:system", {"command": "true"}, "model.name: 'os:system' is of Python's standard library"),
         ("broken:linear", {}, "model.name: importing 'broken' failed: ZeroDivisionError: division by zero"),
         ("needy:linear", {}, "model.name: importing 'needy' failed: No module named 'not_installed'; install what"),
         ("net", {"depth": 1}, "model.options: net does not take num_classes, sample_shape, depth"),

@@ -1,0 +1,74 @@
+"""The GPUs that PyTorch sees, and NCCL between them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from disttrain.doctor.collective import PATIENCE_S, all_reduced
+from disttrain.doctor.finding import Finding, failure, ok, warning
+from disttrain.doctor.isolated import CrashedError, Isolated
+
+
+def gpus() -> Iterator[Finding]:
+    """The GPUs, against those of the driver; where there are some, an all-reduce by NCCL."""
+    looking = Isolated(_seen_by_torch)  # CUDA that has been used cannot be used in a fork, and NCCL is tried in forks
+    try:
+        names, built_for, nccl = looking.result(time.monotonic() + PATIENCE_S)
+    finally:
+        looking.end()
+    installed = _installed()
+    if not names:
+        if installed and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+            why = f"is built for CUDA {built_for}" if built_for else "is built for CPUs"
+            yield failure(
+                "gpus",
+                f"the driver shows {installed} and PyTorch sees none; PyTorch {why}",
+                "Install the build of torch for the driver's CUDA version (see nvidia-smi), or update the driver.",
+            )
+        else:
+            yield ok("gpus", "none; training uses CPUs")
+        return
+    told = f"{len(names)} ({', '.join(dict.fromkeys(names))}), CUDA {built_for}"
+    if len(names) < installed and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        yield warning("gpus", f"{told}; the driver shows {installed}", "Look at nvidia-smi: MIG, or a GPU in trouble.")
+    else:
+        yield ok("gpus", told)
+    yield _nccl(min(2, len(names)), nccl)
+
+
+def _nccl(size: int, version: str) -> Finding:
+    try:
+        all_reduced("cuda", size)
+    except (CrashedError, ValueError) as error:
+        return failure(
+            "nccl",
+            f"{version}, {size} of the GPUs cannot add a tensor: {error}",
+            "NCCL_DEBUG=INFO tells "
+            "more. In a container: enough shared memory, and no NCCL_* variables of another system.",
+        )
+    return ok("nccl", f"{version}, {size} GPU{'s' if size > 1 else ''} added 4 MiB")
+
+
+def _seen_by_torch() -> list[Any]:
+    """The names of the GPUs, after each has multiplied a matrix; the CUDA version; NCCL's."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [torch.cuda.get_device_name(index) for index in range(count)]
+    for index in range(count):
+        torch.ones(64, 64, device=f"cuda:{index}").mm(torch.ones(64, 64, device=f"cuda:{index}")).sum().item()
+    version: tuple[int, ...] = torch.cuda.nccl.version() if count else ()  # type: ignore[no-untyped-call]
+    return [names, torch.version.cuda, f"NCCL {'.'.join(map(str, version))}"]
+
+
+def _installed() -> int:
+    """How many GPUs the driver shows."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

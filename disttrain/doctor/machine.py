@@ -1,0 +1,82 @@
+"""What the machine, or the container, gives a process: memory, shared memory, open files."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from disttrain.doctor.finding import Finding, failure, ok, warning
+
+_SHARED_MEMORY = Path("/dev/shm")
+_MIB = 1024**2
+# A worker that has imported torch and holds a small model takes about 400 MiB.
+_LITTLE_MEMORY = 1024 * _MIB
+# What DataLoader workers hand over goes through it; containers get 64 MiB unless somebody asks for more.
+_LITTLE_SHARED_MEMORY = 512 * _MIB
+# Each batch on its way from a DataLoader worker, each connection to another rank and each shard of a file takes some.
+_FEW_FILES = 1024
+
+
+def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Finding]:
+    """Memory that is free for workers, and the limit of the container (control group version 2)."""
+    available, limit = psutil.virtual_memory().available, _limit(limit_file)
+    told = f"{_gib(available)} available" + (f", {_gib(limit)} allowed" if limit is not None else "")
+    if min(available, limit or available) < _LITTLE_MEMORY:
+        yield warning(
+            "memory",
+            told,
+            "Each worker takes about 0.4 GiB before its model: end other programs, use fewer "
+            "workers, or raise the container's memory limit.",
+        )
+    else:
+        yield ok("memory", told)
+
+
+def shared_memory(folder: Path = _SHARED_MEMORY) -> Iterator[Finding]:
+    """The size of /dev/shm, through which DataLoader workers hand over batches."""
+    if not folder.is_dir():
+        yield ok("shared-memory", f"no {folder} on this system")
+        return
+    size = shutil.disk_usage(folder)
+    told = f"{folder} has {_gib(size.total)}, {_gib(size.free)} of it free"
+    if not os.access(folder, os.W_OK):
+        yield failure("shared-memory", f"{folder} cannot be written", f"chmod 1777 {folder}, as root.")
+    elif size.free < _LITTLE_SHARED_MEMORY:
+        yield warning(
+            "shared-memory",
+            told,
+            'Streamed data (data.layout = "stream") may die of a bus error: start the '
+            "container with --shm-size=2g, give the pod a memory-backed emptyDir at /dev/shm, or set "
+            "data.workers = 0.",
+        )
+    else:
+        yield ok("shared-memory", told)
+
+
+def open_files() -> Iterator[Finding]:
+    """How many files a process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _FEW_FILES:
+        yield warning(
+            "open-files",
+            f"a process may open {soft} files",
+            f"Raise it to {_FEW_FILES} or more: ulimit -n {_FEW_FILES}, or LimitNOFILE in the service's unit.",
+        )
+    else:
+        yield ok("open-files", "no limit" if soft == resource.RLIM_INFINITY else f"a process may open {soft:,} files")
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 1024**3:.1f} GiB" if size >= 1024**3 else f"{size / _MIB:.0f} MiB"
