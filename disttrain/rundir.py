@@ -21,12 +21,14 @@ JOURNAL = "journal.jsonl"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
+STOP = "stop"
 
 # What may change when a run goes on: where things are, how long, how many, how it is watched; never what is learnt.
 _MAY_CHANGE = {
     "data.root", "data.verify", "data.download", "data.layout", "data.workers",
     "train.epochs", "train.max_steps", "train.device", "train.threads", "train.log_every_steps",
     "train.eval_every_epochs", "train.eval_batch_size", "train.hang_timeout_s", "train.compile",
+    "train.non_finite", "train.non_finite_limit",  # or a run that has ended by them could never be gone on with
     "parallel.strategy",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
@@ -140,11 +142,16 @@ def write_evaluation(run_dir: Path, evaluation: Mapping[str, Any]) -> None:
     write_atomically(run_dir / EVALUATION, json.dumps(evaluation, indent=1) + "\n")
 
 
+def log_file(run_dir: Path, rank: int) -> Path:
+    """Where a worker logs."""
+    return run_dir / LOGS / f"worker-{rank}.log"
+
+
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
     """Send what this worker logs to its file in the run directory; `stop_logging` undoes it."""
-    folder = run_dir / LOGS
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"worker-{rank}.log", encoding="utf-8")
+    path = log_file(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("disttrain")
     logger.setLevel(logging.INFO)

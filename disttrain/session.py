@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from disttrain.bookkeeper import Bookkeeper
 from disttrain.checkpoint import CheckpointStore
 from disttrain.collectives import decided_by_main, gather_objects
 from disttrain.conditions import unlike_the_first
 from disttrain.console import Console
-from disttrain.errors import DisttrainError, StoppedError, mark_failure
+from disttrain.errors import DisttrainError, ExitCode, StoppedError, mark_failure
 from disttrain.faultpoints import reached
-from disttrain.guard import StopRequest
+from disttrain.guard import StopRequest, stop_file
 from disttrain.job import Job, build_job, newest_checkpoint
 from disttrain.model_check import check_model
+from disttrain.progress import Progress
 from disttrain.recipe import Recipe
 from disttrain.recipe.address import is_url, working_folder
 from disttrain.remote import Mirror, MirroredStore, RemoteRun
+from disttrain.report import report_failure
 from disttrain.rundir import (
     CHECKPOINTS,
+    STOP,
     default_run_dir,
+    log_file,
     log_to_file,
     owned_run_dir,
     refuse_another_job,
@@ -33,6 +38,7 @@ from disttrain.rundir import (
 )
 from disttrain.tracking import NullTracker, SystemSampler, Tracker, how_to_open
 from disttrain.trial import try_exactness
+from disttrain.watchdog import Watchdog
 from disttrain.world import World, launched_by
 
 _log = logging.getLogger("disttrain")
@@ -65,8 +71,28 @@ def open_session(
             refuse_another_job(path, recipe)
 
         decided_by_main(world, own)
-        with _session_in(path, address, recipe, world, objects, stop, console, store) as books:
+        handler = log_to_file(path, world.rank)
+        until_the_end.callback(stop_logging, handler)
+        progress = until_the_end.enter_context(_watched(path, recipe, world))
+        with _session_in(path, address, recipe, world, objects, stop, progress, console, store) as books:
             yield books
+
+
+@contextmanager
+def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
+    """The progress of this worker, with a watchdog over that of all."""
+    progress = Progress()
+    if world.size == 1 and launched_by() == "python":  # nobody waits for it, and somebody may be debugging it
+        yield progress
+        return
+    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang):
+        yield progress
+
+
+def _end_of_a_hang(verdict: str) -> NoReturn:
+    """Whatever the main thread is in, it will not come back: nothing can be cleaned up, and nothing has to be."""
+    report_failure(verdict, ExitCode.FAILURE, None, time.time(), is_agreed=True)
+    os._exit(ExitCode.FAILURE)
 
 
 @contextmanager
@@ -77,17 +103,18 @@ def _session_in(
     world: World,
     objects: dict[str, Any],
     stop: StopRequest,
+    progress: Progress,
     console: Console,
     store: CheckpointStore,
 ) -> Iterator[Bookkeeper]:
     reached("start")
-    handler = log_to_file(path, world.rank)
     try:
         if world.is_main:
             store.clear_unfinished()
         checkpoint = newest_checkpoint(store, world, console.warn)
         with console.relaying("disttrain.data"):
             job = build_job(recipe, world, objects)
+        job.progress = progress
         if checkpoint is not None:
             differences = job.resume(checkpoint)
             for difference in differences if not job.is_finished else []:
@@ -106,17 +133,19 @@ def _session_in(
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
             _tracked(job, path, address, console, resumed=checkpoint is not None) as tracker,
             closing(Bookkeeper(job, path, store, tracker, console, stop, sampler, address)) as books,
+            stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
-            if job.is_finished:  # it may have ended without being able to bring all of it to its URL
-                books.settle(0)
-            yield books
+            try:
+                if job.is_finished:  # it may have ended without being able to bring all of it to its URL
+                    books.settle(0)
+                yield books
+            finally:
+                progress.at("ending", job.step, patient=True)
     except Exception as error:
         mark_failure(error)
         if not isinstance(error, DisttrainError):
             _log.exception("failed")
         raise
-    finally:
-        stop_logging(handler)
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from disttrain_launch.messages import complain
+from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
 from disttrain_launch.runs_command import runs
+from disttrain_launch.stop_command import stop
 from disttrain_launch.train_command import train
 from disttrain_launch.worker_commands import evaluate, predict, sync
 
@@ -57,5 +59,5 @@ def main() -> None:
     """
 
 
-for command in (train, evaluate, predict, runs, sync, recipe, prove):
+for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove):
     main.add_command(command)

@@ -38,8 +38,10 @@ import json, sys
 from pathlib import Path
 from disttrain_launch.group import WorkerGroup
 from disttrain_launch.local import run_workers
-size, log_dir, grace_s = json.loads(sys.argv[1])
-run_workers(WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s))
+from disttrain_launch.restarts import Restarts
+size, log_dir, grace_s, max_restarts = json.loads(sys.argv[1])
+group = WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s)
+run_workers(group, Restarts(max_restarts, Path("run")))
 """
 
 
@@ -106,12 +108,18 @@ def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
     launchers: list[Launcher] = []
 
     def start(
-        code: str, size: int, *, logs: bool = True, grace_s: float = 5.0, prefix: tuple[str, ...] = ()
+        code: str,
+        size: int,
+        *,
+        logs: bool = True,
+        grace_s: float = 5.0,
+        prefix: tuple[str, ...] = (),
+        max_restarts: int = 0,
     ) -> Launcher:
         (tmp_path / "worker.py").write_text(_PREAMBLE + dedent(code))
         (tmp_path / "tmp").mkdir()
         (tmp_path / "logs").mkdir()
-        request = json.dumps([size, str(tmp_path / "logs") if logs else None, grace_s])
+        request = json.dumps([size, str(tmp_path / "logs") if logs else None, grace_s, max_restarts])
         mark = uuid.uuid4().hex
         process = subprocess.Popen(
             [*prefix, sys.executable, "-c", _LAUNCHER, request],
