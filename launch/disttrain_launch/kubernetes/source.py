@@ -18,14 +18,20 @@ def folder() -> Path:
 
 def base() -> dict[str, Manifest]:
     """The objects of k8s/base by kind."""
+    listed = _read("kustomization.yaml")
+    return {found["kind"]: found for found in map(_read, listed["resources"])}
+
+
+def _read(name: str) -> dict[str, Any]:
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    listed: dict[str, Any] = yaml.load((folder() / "base/kustomization.yaml").read_text(encoding="utf-8"), loader)
-    objects = (
-        yaml.load((folder() / "base" / name).read_text(encoding="utf-8"), loader) for name in listed["resources"]
-    )
-    return {found["kind"]: found for found in objects}
+    # libyaml's loader, where it is there, is several times as fast; it is as safe as the other.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)((folder() / "base" / name).read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = loader.get_single_data()
+    finally:
+        loader.dispose()
+    return found
 
 
 def to_yaml(manifests: list[Manifest]) -> str:
