@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from disttrain.worker import worker
+
+if TYPE_CHECKING:
+    from disttrain.tracking import Owed
 
 
 @click.command(name="disttrain sync")
 @click.argument("run")
 @click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds.")
-def command(run: str, uri: str | None, timeout_s: float) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
     """Deliver what MLflow still lacks of RUN; doing it twice changes nothing."""
+    from disttrain.errors import DisttrainError
     from disttrain.recipe.address import is_url
     from disttrain.remote import RemoteRun, local_copy
+    from disttrain.tracking import load_state
 
     with local_copy(run, checkpoints="none") as folder:
-        target = _delivered(folder, uri, timeout_s)
+        target, missing = _delivered(folder, uri, timeout_s)
+        mlflow_run_id = load_state(folder).run_id or None
         if is_url(run):
             RemoteRun(run).write("mlflow.json", (folder / "mlflow.json").read_bytes())
-    print(f"MLflow at {target} has everything of {run}")
+    if as_json:
+        lacking = {"journal_records": missing.records, "uploads": missing.files}
+        report = {"uri": target, "mlflow_run_id": mlflow_run_id, "complete": not missing, "missing": lacking}
+        print(json.dumps(report), flush=True)
+    if missing:
+        raise DisttrainError(f"MLflow at {target} still lacks {missing} of {run}: try again when it is up.")
+    if not as_json:
+        print(f"MLflow at {target} has everything of {run}")
 
 
-def _delivered(run: Path, uri: str | None, timeout_s: float) -> str:
-    """Deliver what MLflow lacks, and tell where it is. Raises DisttrainError if something is lacking still."""
+def _delivered(run: Path, uri: str | None, timeout_s: float) -> tuple[str, Owed]:
+    """Deliver what MLflow lacks; where MLflow is, without credentials, and what it lacks still. Raises UsageError."""
     from disttrain.commands.locate import is_run
-    from disttrain.errors import DisttrainError, UsageError
+    from disttrain.errors import UsageError
     from disttrain.recipe import load_recipe
     from disttrain.rundir import JOURNAL, RECIPE
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
@@ -40,10 +56,7 @@ def _delivered(run: Path, uri: str | None, timeout_s: float) -> str:
     target = uri or load_state(run).uri or resolve_uri(settings.uri, run)
     if target is None:
         raise UsageError(f"{run}: tracking.uri is 'none', so there is nowhere to deliver to: give --uri.")
-    missing = deliver(run, target, settings.experiment, timeout_s)
-    if missing:
-        raise DisttrainError(f"MLflow at {redact(target)} still lacks {missing} of {run}: try again when it is up.")
-    return redact(target)
+    return redact(target), deliver(run, target, settings.experiment, timeout_s)
 
 
 if __name__ == "__main__":

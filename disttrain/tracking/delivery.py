@@ -20,7 +20,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from disttrain.tracking.delivery_state import load_state
+from disttrain.tracking.delivery_state import state_for
 from disttrain.tracking.journal import JOURNAL_FILE, read_journal, read_records
 from disttrain.tracking.limits import LONG_VALUE, MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE, metric_key, shorten
 from disttrain.tracking.redact import redact
@@ -67,11 +67,7 @@ class Delivery:
         self._client: MlflowClient | None = None
         self._params: dict[str, str] = {}
         self._seems_running = False
-        self._state = load_state(run_dir)
-        if self._state.uri != redact(uri) or self._state.experiment != experiment:
-            self._state = type(self._state)(uri=redact(uri), experiment=experiment)
-            with contextlib.suppress(OSError):  # so that a later `disttrain sync` finds the server, were it down now
-                self._state.save(run_dir)
+        self._state = state_for(run_dir, redact(uri), experiment)
 
     def deliver(self) -> None:
         """Send everything the journal holds by now. Raises OutageError; what was sent until then counts."""

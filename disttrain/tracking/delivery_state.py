@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ STATE_FILE = "mlflow.json"
 
 @dataclass
 class DeliveryState:
-    """How far the delivery of a journal has come. Only the process that delivers writes it."""
+    """How far the delivery of a journal has come. Written by the process that delivers, once it has begun."""
 
     uri: str = ""  # without credentials
     experiment: str = ""
@@ -51,6 +52,19 @@ def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
     for name, value in asdict(expected).items():
         if name != "status" and not isinstance(getattr(state, name), type(value)):
             return expected
+    return state
+
+
+def state_for(run_dir: Path, uri: str, experiment: str) -> DeliveryState:
+    """The state of a run for this server (without credentials) and experiment; begun anew if it had another.
+
+    A new one is kept at once, if it can be: so a later `disttrain sync` finds the server, whatever happens until then.
+    """
+    state = load_state(run_dir)
+    if (state.uri, state.experiment) != (uri, experiment):
+        state = DeliveryState(uri=uri, experiment=experiment)
+        with contextlib.suppress(OSError):
+            state.save(run_dir)
     return state
 
 

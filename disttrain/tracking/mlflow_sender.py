@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from disttrain.tracking.delivery_state import Owed, load_state, owed
+from disttrain.tracking.delivery_state import Owed, load_state, owed, state_for
 from disttrain.tracking.redact import redact, split_credentials
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
@@ -59,6 +59,7 @@ class MlflowSender:
         self._messages = b""
         bare_uri, credentials = split_credentials(uri)
         self._place = redact(bare_uri)
+        state_for(run_dir, self._place, experiment)  # known from here on, should the sender never come to it
         settings = {
             "run_dir": str(run_dir.absolute()),
             "uri": bare_uri,

@@ -37,9 +37,11 @@ def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bo
 @click.argument("run", type=RUN)
 @click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds to try for.")
-def sync(run: str, uri: str | None, timeout: float) -> None:
-    """Deliver to MLflow what it still lacks of RUN."""
-    become("disttrain.commands.sync", run, *(["--uri", uri] if uri else []), "--timeout", str(timeout))
+@json_option
+def sync(run: str, uri: str | None, timeout: float, as_json: bool) -> None:
+    """Deliver to MLflow what it still lacks of RUN; doing it twice changes nothing."""
+    options = [*(["--uri", uri] if uri else []), "--timeout", str(timeout), *["--json"] * as_json]
+    become("disttrain.commands.sync", run, *options)
 
 
 @click.command()

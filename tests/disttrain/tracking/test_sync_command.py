@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from disttrain.tracking import Tracker
+from disttrain.tracking import Tracker, load_state
 from tests.disttrain.tracking.conftest import MlflowServer, RecipeMaker
 
 
@@ -30,20 +31,25 @@ def test_what_is_owed_is_delivered_and_doing_it_twice_changes_nothing(
     tracker.metrics(1, {"train/loss": 0.5})
     assert tracker.finish("FINISHED", timeout_s=5)
     assert any("disttrain sync" in warning for warning in warnings)
-    refused = sync(run_dir, "--timeout", "3")
+    refused = sync(run_dir, "--timeout", "3", "--json")
     assert refused.returncode == 1
     assert "still lacks" in refused.stderr
     assert "Traceback" not in refused.stderr
-    for _ in range(2):
-        done = sync(run_dir, "--uri", server.uri)
-        assert done.returncode == 0, done.stderr
-        assert "has everything" in done.stdout
+    report = json.loads(refused.stdout)
+    assert (report["uri"], report["complete"]) == ("http://127.0.0.1:9", False)
+    assert report["missing"]["journal_records"] > 0
+    done = sync(run_dir, "--uri", server.uri)
+    assert done.returncode == 0, done.stderr
+    assert "has everything" in done.stdout
+    again = sync(run_dir, "--uri", server.uri, "--json")
+    assert json.loads(again.stdout)["complete"] is True
 
     import mlflow
 
     client = mlflow.MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("sync")
     (run,) = client.search_runs([experiment.experiment_id])
+    assert json.loads(again.stdout)["mlflow_run_id"] == run.info.run_id
     assert [(row.step, row.value) for row in client.get_metric_history(run.info.run_id, "train/loss")] == [(1, 0.5)]
 
 
@@ -76,3 +82,15 @@ def test_a_run_that_cannot_be_delivered_says_why(tmp_path: Path, content: str, m
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_server_is_known_before_the_sender_has_begun(
+    run_dir: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may be killed in the seconds that its sender takes to start."""
+    monkeypatch.setattr("disttrain.tracking.mlflow_sender._START", "pass")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    tracker = Tracker(run_dir, recipe(uri=None), {}, warn=lambda message: None)
+    tracker.start(resumed=False, params={}, tags={})
+    assert load_state(run_dir).uri == "http://127.0.0.1:9"
+    tracker.finish("KILLED", timeout_s=1)
