@@ -12,6 +12,7 @@ ends; how long the checkpoint takes until it stands on the disk is printed too.
 
 slowdown: the wall time of a few steps, beside which one checkpoint is copied, hashed and written, less that of as many
 without; and what that makes with a checkpoint every 50 steps. `--batch-size` says what a step is, `--steps` how many.
+The CPU time that a checkpoint takes is what it can cost at most, on a machine whose cores are all busy with training.
 """
 
 from __future__ import annotations
@@ -97,28 +98,30 @@ def slowdown(folder: Path, rounds: int, batch_size: int, steps: int) -> None:
     """Print what a checkpoint takes from the steps beside it, and what that makes of `EVERY` steps."""
     training = Training(folder, batch_size)
 
-    def block(saves: bool) -> float:
-        begin = time.perf_counter()
+    def block(saves: bool) -> tuple[float, float]:
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         for number in range(steps):
             training.step()
             if saves and number == 0:
                 training.save()
         seconds = time.perf_counter() - begin
         training.writer.wait()
-        return seconds
+        return seconds, time.process_time() - cpu_begin
 
     block(True)
     blocks = []
     for number in range(rounds):
         order = (True, False) if number % 2 else (False, True)
-        seconds = {saves: block(saves) for saves in order}
-        blocks.append((seconds[True], seconds[False]))
+        times = {saves: block(saves) for saves in order}
+        blocks.append((times[True], times[False]))
     training.writer.close()
-    lost = [1e3 * (with_one - without) for with_one, without in blocks]
-    step = [1e3 * without / steps for _, without in blocks]
+    lost = [1e3 * (with_one[0] - without[0]) for with_one, without in blocks]
+    cpu = [1e3 * (with_one[1] - without[1]) for with_one, without in blocks]
+    step = [1e3 * without[0] / steps for _, without in blocks]
     slower = [one / (EVERY * statistics.median(step)) for one in lost]
     print(f"a step without          {spread(step, '.0f')} ms")
     print(f"lost per checkpoint     {spread(lost, '.0f')} ms")
+    print(f"CPU per checkpoint      {spread(cpu, '.0f')} ms")
     print(f"slower, every {EVERY} steps  {spread([100 * one for one in slower], '.2f')} %; bound {SLOWDOWN_BOUND} %")
 
 

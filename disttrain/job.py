@@ -14,6 +14,7 @@ from disttrain.collectives import decided_by_main, one_per_machine_first
 from disttrain.conditions import differences, what_bits_rest_on
 from disttrain.data import Datasets, EvalLoader, Loader, StepSampler, as_datasets, load_datasets
 from disttrain.errors import ConfigurationError
+from disttrain.finite import FiniteGate
 from disttrain.models import build_model
 from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
@@ -34,6 +35,7 @@ class Job:
     parallel: Parallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    finite: FiniteGate
     schedule: Schedule
     loader: Loader
     eval_loader: EvalLoader
@@ -111,6 +113,7 @@ class Job:
             "metrics": self.metrics or {},
             "optimizer": self.optimizer_tensors()[1],
             "scaler": self.scaler.state_dict(),
+            "non_finite": self.finite.state(),
             "expected_magnitudes": self.parallel.exact.expected if self.parallel.exact is not None else None,
             "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -153,6 +156,8 @@ class Job:
         optimizer_from_tensors(self.optimizer, checkpoint.optimizer, state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if "non_finite" in state:
+            self.finite.load_state(state["non_finite"])
         if self.parallel.exact is not None:
             self.parallel.exact.expected = state.get("expected_magnitudes")
         self.step = state["step"]
@@ -204,13 +209,17 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
     total_steps = recipe.train.epochs * steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
+    optimizer = build_optimizer(recipe.optim, parallel.model.parameters())
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
+    autocast = AUTOCAST[recipe.train.precision]
     return Job(
         recipe=recipe,
         world=world,
         data=data,
         parallel=parallel,
-        optimizer=build_optimizer(recipe.optim, parallel.model.parameters()),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16"),
+        optimizer=optimizer,
+        scaler=scaler,
+        finite=FiniteGate(recipe.train, parallel, optimizer, scaler, world, autocast),
         schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
         loader=Loader(
             data.train,

@@ -91,7 +91,7 @@ def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
 
 def _end_of_a_hang(verdict: str) -> NoReturn:
     """Whatever the main thread is in, it will not come back: nothing can be cleaned up, and nothing has to be."""
-    report_failure(verdict, ExitCode.FAILURE, None, time.time(), consequence=False)
+    report_failure(verdict, ExitCode.FAILURE, None, time.time(), is_agreed=True)
     os._exit(ExitCode.FAILURE)
 
 
@@ -127,8 +127,6 @@ def _session_in(
             try_exactness(job)
         decided_by_main(world, lambda: store_recipe(path, recipe))
         _introduce(job, address, console)
-        if job.is_finished:  # it may have ended without being able to bring all of it to its URL
-            decided_by_main(world, lambda: store.settle(0))
         with (
             console,
             closing(job),
@@ -138,6 +136,8 @@ def _session_in(
             stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
             try:
+                if job.is_finished:  # it may have ended without being able to bring all of it to its URL
+                    books.settle(0)
                 yield books
             finally:
                 progress.at("ending", job.step, patient=True)

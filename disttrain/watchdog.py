@@ -36,6 +36,8 @@ _STORE_TIMEOUT_S = 2.0
 # A rank whose beats have stopped for so many intervals is not heard of any more.
 _SILENT_INTERVALS = 3
 _LEAST_SILENCE_S = 2.0
+# faulthandler strikes so much later than the verdict, which says more, and whose thread may be late on a busy machine.
+_LEAST_MARGIN_S = 10.0
 _MOST_FRAMES = 4
 # Who is in one of these waits for the others: it does not hold them up.
 _WAITING_FILES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "disttrain/collectives.py")
@@ -165,7 +167,8 @@ class Watchdog:
     def _judge(self) -> None:
         while not self._closed.wait(min(1.0, self._interval_s)):
             # Strikes if this thread is kept from running, by a main thread that does not let go of the interpreter.
-            faulthandler.dump_traceback_later(self._timeout_s + self._interval_s, exit=True, file=self._stacks)
+            timeout_s = self._timeout_s + max(_LEAST_MARGIN_S, self._interval_s)
+            faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._stacks)
             if self._still_s() < self._timeout_s or self._progress.patient:
                 continue
             verdict = self._verdict(time.monotonic())
@@ -181,7 +184,7 @@ class Watchdog:
         beats[self._world.rank] = self._own_beat()
         silence_s = {heard.beat.rank: now - heard.at for heard in list(self._heard.values())}
         limit_s = max(_LEAST_SILENCE_S, _SILENT_INTERVALS * self._interval_s)
-        if self._world.size > 1 and self._still_s() < self._timeout_s / 2 + limit_s:
+        if self._world.size > 1 and self._still_s() < self._timeout_s / 2 + limit_s + 2 * self._interval_s:
             return None  # the others' beats have not been looked at for long enough to tell who is silent
         silent = [rank for rank, seconds in sorted(silence_s.items()) if seconds > limit_s]
         for rank, beat in beats.items():

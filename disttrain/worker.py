@@ -10,7 +10,7 @@ import traceback
 
 import click
 
-from disttrain.errors import DisttrainError, ExitCode, failure_time
+from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
 from disttrain.guard import end_with_launcher
 from disttrain.report import LAUNCHER, report_failure
 from disttrain.world import launched_by
@@ -44,7 +44,8 @@ def worker(command: click.Command) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except DisttrainError as error:
-        report_failure(str(error), error.exit_code, None, failure_time(error), consequence=False)
+        is_agreed = isinstance(error, AgreedError)
+        report_failure(str(error), error.exit_code, None, failure_time(error), is_agreed=is_agreed)
         return error.exit_code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():

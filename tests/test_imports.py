@@ -26,6 +26,8 @@ LAYERS = {
     "console": set(),
     "conditions": {"recipe"},
     "buffers": set(),
+    "diagnosis": {"data", "recipe", "rng"},
+    "finite": {"buffers", "collectives", "data", "diagnosis", "parallel", "recipe", "world"},
     "guard": set(),
     "lock": set(),
     "world": set(),
@@ -48,18 +50,21 @@ LAYERS = {
     "agent": {"checkpoint", "rundir", "tracking"},
     "trial": {"job", "rng"},
     "job": {
-        "checkpoint", "collectives", "conditions", "data", "models", "optim", "parallel", "progress", "recipe", "rng",
+        "checkpoint", "collectives", "conditions", "data", "finite", "models", "optim", "parallel", "progress",
+        "recipe", "rng",
         "world",
     },
     "model_check": {"buffers", "job", "trial"},
     "bookkeeper": {
-        "checkpoint", "collectives", "console", "evaluate", "guard", "job", "rundir", "tracking",
+        "checkpoint", "collectives", "console", "diagnosis", "evaluate", "finite", "guard", "job", "rundir", "tracking",
     },
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "progress",
         "recipe", "remote", "report", "rundir", "tracking", "trial", "watchdog", "world",
     },
-    "train": {"bookkeeper", "conditions", "data", "guard", "job", "optim", "recipe", "rng", "session", "world"},
+    "train": {
+        "bookkeeper", "conditions", "data", "finite", "guard", "job", "optim", "recipe", "rng", "session", "world",
+    },
     "commands": {
         "checkpoint", "collectives", "conditions", "data", "evaluate", "job", "models", "recipe", "remote", "rundir",
         "tracking", "worker", "world",

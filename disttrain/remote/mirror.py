@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -93,16 +93,28 @@ class Mirror:
             self._wanted += 1
             self._asked.notify_all()
 
-    def settle(self, patience_s: float) -> str:
-        """Wait until all that is here is there, trying for `patience_s`; an empty text, or why it is not there."""
+    def settle(self, patience_s: float) -> Iterator[bool]:
+        """Wait until all that is here is there: false every few seconds, and true in the end.
+
+        Raises DisttrainError, with the last cause, if an attempt fails after more than `patience_s`.
+        """
         deadline = time.monotonic() + patience_s
         while True:
             self.bring()
-            with self._asked:
-                self._asked.wait_for(lambda: self._done == self._wanted)
-                if not self._error or time.monotonic() + _RETRY_S > deadline:
-                    return self._error
+            while True:
+                with self._asked:
+                    if self._asked.wait_for(lambda: self._done == self._wanted, timeout=_RETRY_S):
+                        break
+                yield False
+            if not self._error:
+                yield True
+                return
+            if time.monotonic() + _RETRY_S > deadline:
+                raise DisttrainError(
+                    f"{self._error}. The checkpoint is in {self.folder} on this machine; start again there."
+                )
             time.sleep(_RETRY_S)
+            yield False
 
     def _serve(self) -> None:
         while True:
@@ -236,8 +248,6 @@ class MirroredStore(CheckpointStore):
         self._mirror.bring()
         return path
 
-    def settle(self, patience_s: float) -> None:
-        """Wait until the checkpoints are at the URL. Raises DisttrainError if they are not within `patience_s`."""
-        error = self._mirror.settle(patience_s)
-        if error:
-            raise DisttrainError(f"{error}. The checkpoint is in {self.folder} on this machine; start again there.")
+    def settle(self, patience_s: float) -> Iterator[bool]:
+        """As the mirror's: until the checkpoints are at the URL."""
+        return self._mirror.settle(patience_s)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome, optimizer_to_tensors, read_checkpoint
 from disttrain.checkpoint.snapshot import Snapshot
 from disttrain.checkpoint.tensors import Tensors
+from disttrain.testing import workers
 from tests.disttrain.test_checkpoint import state, tensors
 
 
@@ -94,6 +96,42 @@ def test_a_save_that_fails_beside_is_told_with_its_step(tmp_path: Path) -> None:
     assert outcome is not None
     assert (outcome.step, outcome.path) == (4, None)
     assert "checkpoints" in outcome.error
+
+
+def peak_above_now(action: Callable[[], object]) -> int:
+    """How far the memory of this process rises while `action` runs, in bytes."""
+
+    def of_this_process(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    before = of_this_process("VmRSS:")
+    action()
+    return of_this_process("VmHWM:") - before
+
+
+def peaks_of_two_saves(folder: Path, num_floats: int) -> list[int]:
+    writer = CheckpointWriter(CheckpointStore(folder))
+
+    def save(step: int, weights: Tensors) -> None:
+        writer.save(weights, {}, state(step))
+        writer.wait()
+
+    save(0, {"few": torch.ones(8)})  # whatever is loaded once
+    weights = {"a": torch.ones(num_floats // 2), "b": torch.ones(num_floats // 2)}
+    peaks = [peak_above_now(partial(save, step, weights)) for step in (1, 2)]
+    writer.close()
+    return peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory peaks are read from /proc")
+def test_a_save_takes_one_copy_and_the_next_the_same_one(tmp_path: Path) -> None:
+    size = 64 * 2**20
+    with workers(1, process_group=False) as group:
+        ((first, second),) = group.run(peaks_of_two_saves, tmp_path, size // 4)
+    assert first < 1.25 * size
+    assert second < 0.25 * size
 
 
 class Clipping(nn.Linear):

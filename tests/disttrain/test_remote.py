@@ -68,11 +68,16 @@ def killed_machine(url: str, folder: Path) -> Iterator[MirroredStore]:
     mirror._lease._thread.join()
 
 
+def settle(store: MirroredStore) -> None:
+    """Wait until all is at the URL."""
+    assert list(store.settle(0))[-1]
+
+
 def save(store: MirroredStore, step: int, accuracy: float | None = None, *, value: float = 1.0) -> None:
     """Save, and wait until it is at the URL."""
     (store.folder.parent / "recipe.toml").write_text('name = "x"\n')
     store.save(tensors(value), {"0.exp_avg": torch.ones(2)}, {**state(step, accuracy), "epoch": 0, "total_steps": 9})
-    store.settle(0)
+    settle(store)
 
 
 def expire(url: str) -> None:
@@ -116,7 +121,7 @@ def test_the_same_machine_does_not_fetch_what_it_has(url: str, tmp_path: Path) -
     store.save(tensors(5.0), {}, state(2))
     with machine(url, tmp_path / "a") as store:  # at once: its own lease is not waited for
         assert newest_value(store) == 5.0
-        store.settle(0)
+        settle(store)
         assert RemoteRun(url).checkpoints().good == ["step-00000001", "step-00000002"]
 
 
@@ -278,11 +283,11 @@ def test_a_full_place_is_a_warning_and_an_error_only_in_the_end(tmp_path: Path) 
         disk.fill()
         store.save(tensors(2.0), {}, state(2))
         with pytest.raises(DisttrainError, match="No space left") as caught:
-            store.settle(0)
+            settle(store)
         assert str(tmp_path / "a") in str(caught.value), "where the checkpoint is"
         assert len(warnings) == 1
         disk.free()
-        store.settle(0)
+        settle(store)
         assert RemoteRun(disk.path.as_uri()).checkpoints().good == ["step-00000001", "step-00000002"]
 
 
@@ -290,12 +295,13 @@ def test_a_slow_place_holds_up_neither_training_nor_the_retiring_of_what_travels
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, begun = threading.Event(), threading.Event()
-    put = RemoteRun.put_checkpoint
+    put, arrived = RemoteRun.put_checkpoint, []
 
     def slow(self: RemoteRun, folder: Path, name: str) -> None:
         begun.set()
         assert go_on.wait(60)
         put(self, folder, name)
+        arrived.append(name)
 
     with machine(url, tmp_path / "a", keep_last=1, keep_best=0) as store:
         monkeypatch.setattr(RemoteRun, "put_checkpoint", slow)
@@ -303,8 +309,10 @@ def test_a_slow_place_holds_up_neither_training_nor_the_retiring_of_what_travels
             store.save(tensors(), {}, state(step))
             assert begun.wait(60)
         go_on.set()
-        store.settle(0)
+        settle(store)
+        assert arrived == ["step-00000001", "step-00000005"], "the first was retired here while it travelled"
         assert RemoteRun(url).checkpoints().good == ["step-00000005"]
+        assert [path.name for path in store.paths()] == ["step-00000005"]
         assert not store.unfinished()
 
 
@@ -365,6 +373,12 @@ def test_what_cannot_open_a_url_is_said_in_a_line() -> None:
         file_system(f"{missing}://bucket/run")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load_recipe("memory://nowhere/recipe.toml")
+
+
+def test_a_recipe_may_be_behind_a_url(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[train]\nepochs = 3\n")
+    recipe = load_recipe((tmp_path / "mine.toml").as_uri(), ["train.seed=7"])
+    assert (recipe.name, recipe.train.epochs, recipe.train.seed) == ("mine", 3, 7)
 
 
 def installed(protocol: str) -> bool:

@@ -18,7 +18,7 @@ from disttrain.recipe.address import working_folder
 from disttrain.remote import MirroredStore, RemoteRun
 from disttrain.testing import faults, run_workers, workers
 from tests.disttrain.exact_runs import Outcome, outcome, train
-from tests.disttrain.test_remote import expire
+from tests.disttrain.test_remote import expire, settle
 
 OFTEN = "checkpoint.every_steps=2"
 
@@ -35,7 +35,7 @@ def train_step_by_step(url: str, machine: Path, environment: Mapping[str, str] |
 
     def patiently(store: MirroredStore, *arguments: Any) -> Path:
         path = save(store, *arguments)
-        store.settle(0)
+        settle(store)
         return path
 
     MirroredStore.save = patiently  # type: ignore[method-assign]
@@ -161,3 +161,17 @@ def test_the_command_takes_a_url_and_goes_on_without_a_recipe(tmp_path: Path) ->
     logs = Path(url.removeprefix("file://")) / "logs"
     assert sorted(os.listdir(logs)) == ["worker-0.log", "worker-1.log"]
     assert working_folder(url).name == "run"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_what_mlflow_lacks_of_a_run_behind_a_url_is_delivered(tmp_path: Path) -> None:
+    url = (tmp_path / "bucket" / "run").as_uri()
+    run_workers(train_at, 1, args=(url, tmp_path / "a"), process_group=False)
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for _ in range(2):
+        command = [sys.executable, "-m", "disttrain_launch", "sync", url, "--uri", database]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"has everything of {url}" in done.stdout
+    assert json.loads(RemoteRun(url).read("mlflow.json") or b"{}")["run_id"]

@@ -51,7 +51,7 @@ def verdicts(run_dir: Path, world_size: int, *injuries: Fault, model: nn.Module 
     return [next((line for line in log.splitlines() if "no worker has made progress" in line), "") for log in logs]
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, stopped: int) -> None:
     """Rank 0 serves the store: once it is stopped, nothing more can be learnt from there."""
     of_rank = verdicts(tmp_path / "run", 2, faults.stop(stopped, step=5))
@@ -95,6 +95,7 @@ def test_a_rank_that_holds_the_interpreter_in_c_is_named(tmp_path: Path, monkeyp
     assert "stuck in C code" in said
 
 
+@pytest.mark.long
 def test_a_rank_that_is_only_slow_is_left_alone(tmp_path: Path) -> None:
     """Its evaluation takes longer than the timeout, while the other waits in a collective for it."""
     slowed = faults.slow(1, HANG_TIMEOUT_S / 4, at="evaluation", times=8)
@@ -105,6 +106,7 @@ def test_a_rank_that_is_only_slow_is_left_alone(tmp_path: Path) -> None:
 
 
 @needs_hosts
+@pytest.mark.long
 def test_a_machine_that_is_cut_off_is_named(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with cluster(2) as machines:
