@@ -97,6 +97,19 @@ def test_a_cluster_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch
     assert result.stderr.startswith("disttrain: cannot reach the cluster at http://127.0.0.2")
 
 
+def test_a_user_who_may_see_jobs_and_pods_alone(desk: Desk) -> None:
+    desk.cluster.store.forbidden = {"jobsets", "trainjobs", "pytorchjobs", "workloads"}
+    desk.submit(nodes="1")
+    assert desk.run("list").stdout.startswith("digits  ")
+    assert desk.run("status", "digits").exit_code == 0
+    desk.cluster.store.forbidden = {"jobs"}
+    result = desk.run("list")
+    assert result.exit_code == 78
+    assert result.stderr == (
+        'disttrain: the cluster refused jobs: jobs is forbidden: User "me" cannot list resource "jobs"\n'
+    )
+
+
 def test_what_is_there_is_looked_at_before_anything_is_sent(desk: Desk) -> None:
     store = desk.cluster.store
     result = desk.run("submit", "digits", "--image", "disttrain:test", "--claim", "nothing")
