@@ -13,7 +13,8 @@ MANAGER = "disttrain"
 PODS = Api("", "v1", "Pod", "pods")
 EVENTS = Api("", "v1", "Event", "events")
 WORKLOADS = Api("kueue.x-k8s.io", "v1beta1", "Workload", "workloads")
-_NOT_FOUND, _BAD_REQUEST = 404, 400
+_NOT_FOUND, _BAD_REQUEST, _FORBIDDEN = 404, 400, 403
+_NATIVE_GROUPS = ("", "batch", "networking.k8s.io")
 
 
 class LostConnection(Exception):
@@ -66,7 +67,7 @@ class Cluster:
             try:
                 return dict(self._client.get(_resource(api), name, namespace=self.namespace))
             except ApiError as error:
-                if error.status.code == _NOT_FOUND:
+                if _is_absent(error, api):
                     return None
                 raise
 
@@ -81,7 +82,7 @@ class Cluster:
                 found = self._client.list(_resource(api), namespace=self.namespace, labels=labels, fields=fields)
                 return [dict(item) for item in found]
             except ApiError as error:
-                if error.status.code == _NOT_FOUND:
+                if _is_absent(error, api):
                     return []
                 raise
 
@@ -171,6 +172,12 @@ class Cluster:
             raise ConfigurationError(f"{self._server} answers unlike a Kubernetes API: {error}") from None
         except httpx2.HTTPError as error:
             raise DisttrainError(f"cannot reach the cluster at {self._server}: {error}") from None
+
+
+def _is_absent(error: Any, api: Api) -> bool:
+    """Whether there is no such object, or no such kind: users of narrow roles are forbidden kinds that do not exist."""
+    code = error.status.code
+    return bool(code == _NOT_FOUND or (code == _FORBIDDEN and api.group not in _NATIVE_GROUPS))
 
 
 def _resource(api: Api) -> Any:

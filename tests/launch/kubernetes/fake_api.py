@@ -47,6 +47,7 @@ class Store:
         self.logs: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.refuse: Callable[[Object], str | None] = lambda _manifest: None
+        self.forbidden: set[str] = set()  # plurals that the user may not see
         self.drop_logs_after: list[int] = []  # the next log streams break off after so many lines
         self._version = 0
 
@@ -145,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             if found is None:
                 raise Refused(404, "NotFound", "the server could not find the requested resource")
             _, plural, name, log = found.groups()
+            if plural in self.store.forbidden:
+                raise Refused(403, "Forbidden", f'{plural} is forbidden: User "me" cannot list resource "{plural}"')
             if log:
                 self._log(name, query)
             elif query.get("watch") == "true":

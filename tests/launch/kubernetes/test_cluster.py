@@ -23,16 +23,18 @@ def end(thread: threading.Thread) -> None:
 
 
 def test_a_job_from_submit_to_its_end(desk: Desk) -> None:
-    desk.cluster.unschedulable = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 nodes ..."
+    desk.cluster.kubelet.unschedulable = (
+        "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 nodes ..."
+    )
     out = desk.submit().stdout
     assert "job digits is submitted to namespace default" in out
     follower = desk.follow()
     waiting = "waiting: 0 of 2 nodes, 2 times insufficient nvidia.com/gpu"
     desk.cluster.wait("word of the GPUs", lambda: waiting in desk.said)
-    desk.cluster.pull_error, desk.cluster.unschedulable = "pull access denied\nand more", None
+    desk.cluster.kubelet.pull_error, desk.cluster.kubelet.unschedulable = "pull access denied\nand more", None
     pulling = "waiting: 0 of 2 nodes, 2 times cannot pull disttrain:test: pull access denied"
     desk.cluster.wait("word of the image", lambda: pulling in desk.said)
-    desk.cluster.pull_error = None
+    desk.cluster.kubelet.pull_error = None
     desk.wait_for_nodes(2)
     desk.cluster.wait("word of its start", lambda: "running: 2 of 2 nodes" in desk.said)
     status = json.loads(desk.run("status", "digits", "--json").stdout)
@@ -95,6 +97,19 @@ def test_a_cluster_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch
     assert result.stderr.startswith("disttrain: cannot reach the cluster at http://127.0.0.2")
 
 
+def test_a_user_who_may_see_jobs_and_pods_alone(desk: Desk) -> None:
+    desk.cluster.store.forbidden = {"jobsets", "trainjobs", "pytorchjobs", "workloads"}
+    desk.submit(nodes="1")
+    assert desk.run("list").stdout.startswith("digits  ")
+    assert desk.run("status", "digits").exit_code == 0
+    desk.cluster.store.forbidden = {"jobs"}
+    result = desk.run("list")
+    assert result.exit_code == 78
+    assert result.stderr == (
+        'disttrain: the cluster refused jobs: jobs is forbidden: User "me" cannot list resource "jobs"\n'
+    )
+
+
 def test_what_is_there_is_looked_at_before_anything_is_sent(desk: Desk) -> None:
     store = desk.cluster.store
     result = desk.run("submit", "digits", "--image", "disttrain:test", "--claim", "nothing")
@@ -113,11 +128,11 @@ def test_a_killed_pod_is_replaced_and_counted_and_a_disruption_is_not(desk: Desk
     desk.submit("--max-restarts", "1")
     desk.wait_for_nodes(2)
     for number in range(3):  # more often than it may fail
-        desk.cluster.kill(desk.pod(1), disruption=True)
+        desk.cluster.kubelet.kill(desk.pod(1), disruption=True)
         desk.cluster.wait("a successor", lambda number=number: len(desk.cluster.pods()) == 3 + number)
         desk.wait_for_nodes(2)
     assert desk.cluster.failures() == 0
-    desk.cluster.kill(desk.pod(1))
+    desk.cluster.kubelet.kill(desk.pod(1))
     desk.cluster.wait("a successor", lambda: len(desk.cluster.pods()) == 6)
     desk.wait_for_nodes(2)
     assert desk.cluster.failures() == 1
@@ -129,7 +144,9 @@ def test_a_killed_pod_is_replaced_and_counted_and_a_disruption_is_not(desk: Desk
     assert any(line.startswith("node 1: killed (exit 137") for line in desk.said)
 
 
-@pytest.mark.parametrize("code", [2, 70, 78])
+@pytest.mark.parametrize(
+    "code", [pytest.param(2, marks=pytest.mark.long), pytest.param(70, marks=pytest.mark.long), 78]
+)
 def test_what_would_fail_again_is_not_tried_again(desk: Desk, code: int) -> None:
     desk.submit()
     desk.wait_for_nodes(2)
@@ -167,8 +184,8 @@ def test_stop_says_when_nothing_was_saved(desk: Desk) -> None:
     desk.submit("--stop-grace", "1", "--grace-period", "11")
     desk.wait_for_nodes(2)
     first = desk.pod(0)
-    desk.cluster.hurry = 11
-    desk.cluster.freeze(first)  # it hangs, until the grace period is over
+    desk.cluster.kubelet.hurry = 11
+    desk.cluster.kubelet.freeze(first)  # it hangs, until the grace period is over
     result = desk.run("stop", "digits")
     assert result.exit_code == 1
     assert "NOT saved: node 0 did not end by saving" in result.stdout

@@ -68,7 +68,7 @@ def reference(desk: Desk) -> tuple[int, str, str]:
 def test_two_nodes_train_one_is_killed_and_the_bits_are_the_same(real: Desk) -> None:
     follower = submitted(real)
     real.cluster.wait("a checkpoint", lambda: checkpoints(real) >= 1, 300)
-    real.cluster.kill(real.pod(1))
+    real.cluster.kubelet.kill(real.pod(1))
     end(follower)
     assert real.exit_code == 0, real.lines
     assert real.cluster.failures() == 1
@@ -97,7 +97,7 @@ def test_a_stopped_job_has_saved_and_goes_on_with_the_same_bits(real: Desk) -> N
 def test_the_first_node_is_disrupted_and_the_bits_are_the_same(real: Desk) -> None:
     follower = submitted(real)
     real.cluster.wait("a checkpoint", lambda: checkpoints(real) >= 1, 300)
-    real.cluster.kill(real.pod(0), disruption=True)
+    real.cluster.kubelet.kill(real.pod(0), disruption=True)
     end(follower)
     assert real.exit_code == 0, real.lines
     assert weights(real.run_dir) == reference(real)
