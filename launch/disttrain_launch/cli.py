@@ -15,6 +15,7 @@ from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
 from disttrain_launch.runs_command import runs
+from disttrain_launch.slurm.commands import slurm
 from disttrain_launch.stop_command import stop
 from disttrain_launch.train_command import train
 from disttrain_launch.worker_commands import evaluate, predict, sync
@@ -61,5 +62,5 @@ def main() -> None:
     """
 
 
-for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, doctor, k8s):
+for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, doctor, k8s, slurm):
     main.add_command(command)
