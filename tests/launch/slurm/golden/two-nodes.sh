@@ -8,7 +8,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=B:USR1@180
 #SBATCH --time=4:00:00
-#SBATCH --partition=long
+#SBATCH --partition=big
 #SBATCH --gpus-per-node=8
 
 run_dir=runs/cifar10-net
