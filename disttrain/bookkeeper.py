@@ -22,6 +22,7 @@ from disttrain.finite import Incident, is_finite
 from disttrain.guard import StopRequest
 from disttrain.job import Job
 from disttrain.rundir import EVALUATION, RECIPE, go_on_with, store_recipe, write_evaluation
+from disttrain.spikes import RolledBack, write_skipped
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 
 _WORTH_A_WORD_S = 0.5
@@ -58,18 +59,22 @@ class Bookkeeper:
         self._samples_since_log = 0
         self._pace = ""
 
-    def after_step(self, losses: torch.Tensor, global_size: int) -> None:
+    def after_step(self, losses: torch.Tensor | None, global_size: int) -> None:
         """Log, save or stop as due after the step just made.
 
-        `losses`, (num_shards,), are each shard's share of its mean loss, zero for the shards of other workers.
+        `losses`, (num_shards,), are each shard's share of its mean loss, zero for the shards of other workers; None for
+        a step that was left out.
 
-        Every rank must call it. Raises StoppedError once all ranks have agreed to stop and the checkpoint is saved.
+        Every rank must call it. Raises StoppedError once all ranks have agreed to stop and the checkpoint is saved,
+        RolledBack if the loss is a spike, DivergedError if there were too many.
         """
         job, recipe = self.job, self.job.recipe
         self._samples_since_log += global_size
         # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
-        if job.step % recipe.train.log_every_steps == 0:
+        if losses is not None and job.step % recipe.train.log_every_steps == 0:
             self._log(losses)
+        if losses is not None and job.spikes.is_on:
+            self._look_for_a_spike(losses)
         incident = job.finite.take_incident()
         if incident is not None:
             self._tell_of(incident)
@@ -123,6 +128,29 @@ class Bookkeeper:
         self._tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))
         words = decided_by_main(self.job.world, self._checkpoint_words)
         return DivergedError(f"{error} {words}")
+
+    def _look_for_a_spike(self, losses: torch.Tensor) -> None:
+        job, spikes = self.job, self.job.spikes
+        loss = math.fsum(sum_(losses.to("cpu", torch.float64, copy=True)).tolist())  # as it is logged: in no order
+        usual = spikes.normal_loss(loss)
+        if usual is None:
+            return
+        self._agreement.finish()
+        self._report(self._writer.wait())
+        what = f"the loss of step {job.step} is {loss:.4g}, more than {spikes.factor:g} times the usual {usual:.4g}"
+        if len(spikes.skipped) >= spikes.limit:
+            raise DivergedError(
+                f"{what}, and {spikes.limit} steps are left out already (train.spike_limit): lower optim.lr, set "
+                "train.clip_norm, or look at the data."
+            )
+        decided_by_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
+        self._tracker.event("spike", step=job.step, loss=loss, usual=usual)
+        self._console.warn(f"{what}: back to the newest checkpoint, and on without that step.")
+        raise RolledBack(self._address)
+
+    def save_the_start(self) -> None:
+        """Save before the first step, so that there is something to go back to. Every rank must call it."""
+        self._save()
 
     def _checkpoint_words(self) -> str:
         paths = self._store.paths()

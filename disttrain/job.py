@@ -28,6 +28,7 @@ from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
 from disttrain.progress import Progress
 from disttrain.recipe import Recipe
+from disttrain.spikes import SpikeGuard
 from disttrain.world import World
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,6 +45,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     finite: FiniteGate
+    spikes: SpikeGuard
     schedule: Schedule
     loader: Loader
     eval_loader: EvalLoader
@@ -122,6 +124,7 @@ class Job:
             "optimizer": self.optimizer_tensors()[1],
             "scaler": self.scaler.state_dict(),
             "non_finite": self.finite.state(),
+            "recent_losses": self.spikes.recent,
             "expected_magnitudes": self.parallel.exact.expected if self.parallel.exact is not None else None,
             "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -167,6 +170,7 @@ class Job:
             self._restore_scaler(checkpoint)
         if "non_finite" in state:
             self.finite.load_state(state["non_finite"])
+        self.spikes.recent = state.get("recent_losses", [])
         if self.parallel.exact is not None:
             self._restore_expectation(checkpoint)
         self.step = state["step"]
@@ -246,6 +250,7 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
         optimizer=optimizer,
         scaler=scaler,
         finite=FiniteGate(recipe.train, parallel, optimizer, scaler, world, autocast),
+        spikes=SpikeGuard(recipe.train),
         schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
         loader=Loader(
             data.train,

@@ -22,6 +22,7 @@ EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 STOP = "stop"
+SPIKES = "spikes.json"
 
 # What may change when a run goes on: where things are, how long, how many, how it is watched; never what is learnt.
 _MAY_CHANGE = {

@@ -36,6 +36,7 @@ from disttrain.rundir import (
     stop_logging,
     store_recipe,
 )
+from disttrain.spikes import RolledBack, read_skipped
 from disttrain.tracking import NullTracker, SystemSampler, Tracker, how_to_open
 from disttrain.trial import try_exactness
 from disttrain.watchdog import Watchdog
@@ -115,6 +116,8 @@ def _session_in(
         with console.relaying("disttrain.data"):
             job = build_job(recipe, world, objects)
         job.progress = progress
+        if job.spikes.is_on:
+            job.spikes.skipped = decided_by_main(world, lambda: read_skipped(path))
         if checkpoint is not None:
             differences = job.resume(checkpoint)
             for difference in differences if not job.is_finished else []:
@@ -138,9 +141,13 @@ def _session_in(
             try:
                 if job.is_finished:  # it may have ended without being able to bring all of it to its URL
                     books.settle(0)
+                if job.spikes.is_on and checkpoint is None:
+                    books.save_the_start()
                 yield books
             finally:
                 progress.at("ending", job.step, patient=True)
+    except RolledBack:
+        raise
     except Exception as error:
         mark_failure(error)
         if not isinstance(error, DisttrainError):
@@ -171,6 +178,9 @@ def _tracked(
         yield tracker
     except BaseException as error:
         console.end_progress()
+        if isinstance(error, RolledBack):
+            tracker.finish("RUNNING", timeout_s=_LAST_WORDS_S)
+            raise
         stopped = isinstance(error, StoppedError | KeyboardInterrupt)
         tracker.event("stopped" if stopped else "failed", step=job.step, reason=str(error))
         tracker.finish("KILLED" if stopped else "FAILED", timeout_s=_LAST_WORDS_S)

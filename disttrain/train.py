@@ -24,6 +24,7 @@ from disttrain.job import Job
 from disttrain.optim import set_learning_rate
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.session import open_session
+from disttrain.spikes import RolledBack
 from disttrain.world import join_world
 
 
@@ -62,10 +63,14 @@ def train(
         stop_requests() as stop,
         join_world(settings.device, settings.threads, settings.hang_timeout_s) as world,
         exact_conditions(recipe),
-        open_session(recipe, world, run_dir, objects, stop) as books,
     ):
-        evaluation = fit(books.job, books)
-        return Result(books.run_dir, books.job.step, evaluation["accuracy"], evaluation["loss"])
+        while True:
+            try:
+                with open_session(recipe, world, run_dir, objects, stop) as books:
+                    evaluation = fit(books.job, books)
+                    return Result(books.run_dir, books.job.step, evaluation["accuracy"], evaluation["loss"])
+            except RolledBack as spike:  # as a restart would, it goes on from the newest checkpoint
+                run_dir = spike.address
 
 
 def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
@@ -78,7 +83,7 @@ def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
         with books.epoch():
             for batch in _batches(job):
                 reached("step", step=job.step)
-                losses = train_step(job, batch)
+                losses = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
                 books.after_step(losses, batch.global_size)
                 if job.step >= job.total_steps:

@@ -27,6 +27,7 @@ LAYERS = {
     "conditions": {"recipe"},
     "buffers": set(),
     "diagnosis": {"data", "recipe", "rng"},
+    "spikes": {"recipe", "rundir"},
     "finite": {"buffers", "collectives", "data", "diagnosis", "parallel", "recipe", "world"},
     "guard": set(),
     "lock": set(),
@@ -51,18 +52,20 @@ LAYERS = {
     "trial": {"job", "rng"},
     "job": {
         "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "models", "optim", "parallel",
-        "progress", "recipe", "rng", "world",
+        "progress", "recipe", "rng", "spikes", "world",
     },
     "model_check": {"buffers", "job", "trial"},
     "bookkeeper": {
-        "checkpoint", "collectives", "console", "diagnosis", "evaluate", "finite", "guard", "job", "rundir", "tracking",
+        "checkpoint", "collectives", "console", "diagnosis", "evaluate", "finite", "guard", "job", "rundir",
+        "spikes", "tracking",
     },
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "progress",
-        "recipe", "remote", "report", "rundir", "tracking", "trial", "watchdog", "world",
+        "recipe", "remote", "report", "rundir", "spikes", "tracking", "trial", "watchdog", "world",
     },
     "train": {
-        "bookkeeper", "conditions", "data", "finite", "guard", "job", "optim", "recipe", "rng", "session", "world",
+        "bookkeeper", "conditions", "data", "finite", "guard", "job", "optim", "recipe", "rng", "session", "spikes",
+        "world",
     },
     "commands": {
         "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "job", "models", "recipe", "remote",

@@ -122,12 +122,13 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer": (_is_optimizer, "a table of 'values' and 'param_groups'"),
     "scaler": (_table_of(is_number), "a table of numbers"),
     "non_finite": (_table_of(_is_count), "a table of whole numbers"),
+    "recent_losses": (_list_of(is_number), "a list of numbers"),
     "expected_magnitudes": (_is_expectation, "null or a list of numbers"),
     "recipe": (_is_table, "a table"),
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
     "rests_on": (_table_of(_is_plain), "a table of plain values"),
 }
-_OPTIONAL = {"expected_magnitudes", "non_finite"}  # older checkpoints have none
+_OPTIONAL = {"expected_magnitudes", "non_finite", "recent_losses"}  # older checkpoints have none
 
 
 def _brief(value: Any) -> str:

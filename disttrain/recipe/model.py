@@ -117,9 +117,20 @@ class TrainRecipe(Section):
         default="stop",
         description="a loss or gradient that is NaN or infinite: end the run, skip the step, or put zeros in its place",
     )
+    spike_factor: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="a loss above so many times the median of the recent ones is a spike (0: off)"
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(default=50, description="steps that the median is taken over")
+    spike_limit: Count = Field(default=3, description="steps that may be left out; one more spike ends the run")
     non_finite_limit: Count = Field(
         default=10, description="skip, zero: the run ends after this many such steps in a row"
     )
+
+    @model_validator(mode="after")
+    def _spikes_stand_out(self) -> Self:
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor is {self.spike_factor}: half of all losses would be spikes; give 2 or more")
+        return self
 
 
 class ParallelRecipe(Section):

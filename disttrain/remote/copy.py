@@ -14,10 +14,10 @@ from disttrain.checkpoint import CONTENTS, MANIFEST, STATE
 from disttrain.errors import ConfigurationError, DisttrainError, UsageError
 from disttrain.recipe.address import file_system, is_url
 from disttrain.remote.place import RemoteRun
-from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, RECIPE
+from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, RECIPE, SPIKES
 
 Wanted = Literal["newest", "states", "none"]
-_FILES = (RECIPE, EVALUATION, "mlflow.json")
+_FILES = (RECIPE, EVALUATION, SPIKES, "mlflow.json")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.remote.lease import Lease
 from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
-from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE
+from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE, SPIKES
 
 _OWNER = ".remote"  # in the working folder: the id of the lease under which it was worked on last
 _DELIVERY = "mlflow.json"
@@ -194,7 +194,7 @@ class Mirror:
 
     def _bring_files(self) -> None:
         # What MLflow has of the journal is read before the journal: it must not say more than that holds.
-        files = {name: self.folder / name for name in (_DELIVERY, RECIPE, EVALUATION)}
+        files = {name: self.folder / name for name in (_DELIVERY, RECIPE, EVALUATION, SPIKES)}
         contents = {name: path.read_bytes() for name, path in files.items() if path.exists()}
         if (self.folder / JOURNAL).exists():
             self._journal_there = self.run.write_journal(self.folder / JOURNAL, self._journal_there)
@@ -205,7 +205,7 @@ class Mirror:
 
     def _fetch(self) -> None:
         """Rebuild the working folder from what is there."""
-        for name in (RECIPE, EVALUATION, _DELIVERY, JOURNAL, CHECKPOINTS):
+        for name in (RECIPE, EVALUATION, SPIKES, _DELIVERY, JOURNAL, CHECKPOINTS):
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         recipe = self.run.read(RECIPE)
@@ -214,7 +214,7 @@ class Mirror:
                 raise ConfigurationError(f"{self.run.url} holds checkpoints but no {RECIPE}: choose another --run-dir.")
             return
         (self.folder / JOURNAL).write_bytes(self.run.read_journal())
-        for name in (EVALUATION, _DELIVERY):
+        for name in (EVALUATION, SPIKES, _DELIVERY):
             content = self.run.read(name)
             if content is not None:
                 (self.folder / name).write_bytes(content)
