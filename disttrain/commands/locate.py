@@ -10,7 +10,7 @@ from torch import nn
 
 from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_model, read_checkpoint
 from disttrain.checkpoint.folder import MANIFEST, MODEL
-from disttrain.errors import ConfigurationError, UsageError
+from disttrain.errors import ConfigurationError, UsageError, brief
 from disttrain.models import build_model
 from disttrain.recipe import Recipe, parse_recipe
 from disttrain.rundir import CHECKPOINTS, RECIPE
@@ -68,14 +68,14 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
     except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         raise ConfigurationError(
             f"{checkpoint.path}: model.name = '{recipe.model.name}' cannot be built for {len(data['classes'])} classes "
-            f"of images {shape}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            f"of images {shape}: {brief(error) or type(error).__name__}"
         ) from error
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         raise ConfigurationError(
             f"{checkpoint.path}: the weights do not fit model.name = '{recipe.model.name}': "
-            f"{str(error).splitlines()[-1].strip()}"
+            f"{brief(str(error).splitlines()[-1])}"
         ) from error
     return model
 
