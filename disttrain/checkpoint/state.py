@@ -32,13 +32,11 @@ def optimizer_from_tensors(
     for key, value in [*tensors.items(), *rest["values"].items()]:
         index, _, name = key.partition(".")
         if not index.isdecimal() or not name or int(index) >= len(parameters):
-            raise ConfigurationError(
-                f"the checkpoint's optimizer state has {brief(repr(key))}, which is of none of its parameters."
-            )
+            raise ConfigurationError(f"the checkpoint's optimizer state has {brief(repr(key))}, of no parameter.")
         if isinstance(value, torch.Tensor) and not _fits(value, parameters[int(index)]):
             raise ConfigurationError(
-                f"the checkpoint's optimizer state {brief(repr(key))} is {tuple(value.shape)} of {value.dtype}, and its parameter "
-                f"is {tuple(parameters[int(index)].shape)}."
+                f"the checkpoint's optimizer state {brief(repr(key))} is {tuple(value.shape)} {value.dtype}, and its "
+                f"parameter is {tuple(parameters[int(index)].shape)}."
             )
         state.setdefault(int(index), {})[name] = value
     groups = [
@@ -51,6 +49,12 @@ def optimizer_from_tensors(
                 raise ConfigurationError(
                     f"the checkpoint's optimizer option {brief(repr(name))} cannot be {brief(repr(value))}."
                 )
+    numbers = [number for group in groups for number in group["params"]]
+    if numbers != list(range(len(parameters))):
+        raise ConfigurationError(
+            f"the checkpoint's optimizer state does not fit this optimizer: it is of {len(numbers)} parameters, and this "
+            f"one has {len(parameters)}, or their order differs."
+        )
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (KeyError, ValueError, TypeError) as error:
