@@ -52,8 +52,8 @@ def optimizer_from_tensors(
     numbers = [number for group in groups for number in group["params"]]
     if numbers != list(range(len(parameters))):
         raise ConfigurationError(
-            f"the checkpoint's optimizer state does not fit this optimizer: it is of {len(numbers)} parameters, and this "
-            f"one has {len(parameters)}, or their order differs."
+            f"the checkpoint's optimizer state does not fit this optimizer: it is of {len(numbers)} parameters, "
+            f"and this one has {len(parameters)}, or their order differs."
         )
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,12 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a checkpoint's folder, whole or not."""
-    return any((path / name).is_file() for name in (MANIFEST, MODEL))
+    return any(os.path.isfile(path / name) for name in (MANIFEST, MODEL))  # False also for impossible names
 
 
 def is_run(path: Path) -> bool:
     """Whether a run lives in this folder."""
-    return (path / RECIPE).is_file() or (path / CHECKPOINTS).is_dir()
+    return os.path.isfile(path / RECIPE) or os.path.isdir(path / CHECKPOINTS)
 
 
 def recipe_of(checkpoint: Checkpoint, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -81,6 +82,6 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
 
 
 def _what_is_wrong_with(path: Path) -> str:
-    if not path.exists():
-        return f"{path} does not exist: give a run directory (see `disttrain runs list`) or a checkpoint in it."
+    if not os.path.exists(path):
+        return f"{brief(path)} does not exist: give a run directory (see `disttrain runs list`) or a checkpoint in it."
     return f"{path} is neither a run directory (no {RECIPE}) nor a checkpoint (no {MANIFEST})."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def list_runs(runs_dir: Path, as_json: bool) -> None:
     from disttrain.commands.summary import summarise
     from disttrain.errors import UsageError
 
-    if not runs_dir.is_dir():
-        what = "is not a folder" if runs_dir.exists() else "does not exist"
+    if not os.path.isdir(runs_dir):
+        what = "is not a folder" if os.path.exists(runs_dir) else "does not exist"
         raise UsageError(f"--runs-dir: {runs_dir} {what}; give the folder that holds the runs.")
     folders = [path for path in runs_dir.iterdir() if path.is_dir() and is_run(path)]
     summaries = [summarise(path) for path in sorted(folders, key=lambda path: path.stat().st_mtime)]
