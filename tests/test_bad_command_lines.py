@@ -112,6 +112,40 @@ def test_absurd_command_lines(place: Path) -> None:
     try_command_lines(range(500), place)
 
 
+def test_each_absurd_value_in_each_place(place: Path) -> None:
+    before = contents(place)
+    for value in VALUES:
+        for words in (
+            ["train", value],
+            ["train", "digits", "--run-dir", value],
+            ["train", "--run-dir", value],
+            ["train", "digits", "-o", value],
+            ["train", "digits", "-n", value],
+            ["prove", "digits", "--workers", value],
+            ["prove", "digits", "--kills", value],
+            ["evaluate", value],
+            ["predict", value, "empty"],
+            ["predict", "run", value],
+            ["runs", "list", "--runs-dir", value],
+            ["runs", "verify", value],
+            ["sync", value],
+            ["sync", "run", "--uri", value],
+            ["doctor", value],
+            ["doctor", "--rendezvous", value],
+        ):
+            try_words(main, words)
+        for inner, words in (
+            (runs.command, ["list", "--runs-dir", value]),
+            (runs.command, ["show", value]),
+            (runs.command, ["verify", value]),
+            (runs.command, ["hash", value]),
+            (predict.command, [value, "empty"]),
+            (sync.command, [value]),
+        ):
+            try_words(inner, words)
+    assert {name: contents(place).get(name) for name in before} == before
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_thousands_of_absurd_command_lines(place: Path) -> None:

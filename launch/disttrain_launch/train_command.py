@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +57,7 @@ def _checked_recipe(recipe: str | None, run_dir: Path | None, overrides: tuple[s
             f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
             "or the --run-dir of a run to go on with."
         )
-    if not (run_dir / "recipe.toml").is_file():
+    if not os.path.isfile(run_dir / "recipe.toml"):  # False also for names that no file can have
         raise ConfigurationError(
             f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
         )
@@ -89,6 +90,8 @@ def _opened(run_dir: Path) -> Path:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.filename} is a file; give a folder") from None
     except OSError as error:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.strerror}; give another one") from None
+    except RecursionError:
+        raise ConfigurationError(f"--run-dir: {len(run_dir.parts)} folders within each other; give fewer") from None
     return run_dir
 
 
