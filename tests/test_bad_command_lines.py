@@ -102,7 +102,7 @@ def try_command_lines(seeds: range, place: Path) -> None:
         path, inner = chance.choice(list(COMMANDS.items()))
         words = some_words(chance)
         try_words(main, [*path, *words])
-        if inner is not None and path != ("sync",) and path != ("evaluate",):
+        if inner is not None and "\udcff" not in words and path != ("sync",) and path != ("evaluate",):
             try_words(inner, [*path[1:], *words])
         after = contents(place)
         assert {name: after.get(name) for name in before} == before, (seed, path, words)
@@ -142,7 +142,8 @@ def test_each_absurd_value_in_each_place(place: Path) -> None:
             (predict.command, [value, "empty"]),
             (sync.command, [value]),
         ):
-            try_words(inner, words)
+            if "\udcff" not in words:  # which only a real process can print: the next test but one
+                try_words(inner, words)
     assert {name: contents(place).get(name) for name in before} == before
 
 

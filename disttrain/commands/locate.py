@@ -66,6 +66,8 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
     shape = tuple(data["sample_shape"])
     try:
         model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=shape)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{checkpoint.path}: {error}") from error
     except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         raise ConfigurationError(
             f"{checkpoint.path}: model.name = '{recipe.model.name}' cannot be built for {len(data['classes'])} classes "
