@@ -25,6 +25,10 @@ class DisttrainError(Exception):
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
 
 
+class AgreedError(DisttrainError):
+    """A failure that every rank raises alike, by a decision of rank 0: it is no rank's own, whoever tells it first."""
+
+
 class UsageError(DisttrainError):
     """The command line asks for something that does not exist."""
 

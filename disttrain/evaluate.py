@@ -7,6 +7,7 @@ losses are collected first and added in the order of the set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +68,18 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: EvalLoader, classes: tuple[str, ...], *, autocast: torch.dtype | None = None
+    model: nn.Module,
+    loader: EvalLoader,
+    classes: tuple[str, ...],
+    *,
+    autocast: torch.dtype | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate `model` on all of the loader's batches, shared among the ranks. Every rank must call it.
 
-    The loss is the mean cross-entropy per sample, without label smoothing. `autocast` is the type to compute in. The
-    model is left as it was, its buffers included: what a rank evaluates must not show in what it trains.
+    The loss is the mean cross-entropy per sample, without label smoothing. `autocast` is the type to compute in,
+    `on_batch` is called after each of this rank's batches. The model is left as it was, its buffers included: what a
+    rank evaluates must not show in what it trains.
     """
     was_training = model.training
     model.eval()
@@ -88,6 +95,7 @@ def evaluate(
             losses[index] = functional.cross_entropy(logits.float(), labels, reduction="sum").double().cpu()
             pairs = (labels * num_classes + logits.argmax(1)).cpu()
             confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
+            on_batch()
     model.train(was_training)
     sum_(confusion)
     sum_(losses)  # each entry is one rank's own number, and zeros: the sum adds no rounding

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from disttrain.collectives import broadcast_, exact_sum_
-from disttrain.errors import ConfigurationError, DivergedError
+from disttrain.errors import ConfigurationError
 from disttrain.fixed_point import ABSENT, Summands, expected_magnitudes
 from disttrain.world import World
 
@@ -55,6 +55,10 @@ class ExactShards:
         self._expects = all(parameter.dtype != torch.float64 for parameter in self._parameters.values())
         self.expected: list[float] | None = None
         """Bounds of the next step's gradients and buffers, from those of the step before: part of the run's state."""
+        self.non_finite: tuple[str, ...] = ()
+        """The parameters whose gradients, and the buffers whose changes, were not finite in the step that was finished
+        last, on any worker: the same names on all."""
+        self._not_summed: list[Summands] = []
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -95,13 +99,11 @@ class ExactShards:
             self._discrete_of_first = [buffer.clone() for buffer in buffers if not buffer.is_floating_point()]
 
     @torch.no_grad()
-    def finish(self, step: int, num_filled: int, *, may_overflow: bool) -> None:
+    def finish(self, num_filled: int) -> None:
         """Give every worker's model the step's gradients and buffers. Every rank must call it.
 
-        `num_filled` is how many of the shards had samples, over all workers. With `may_overflow` a gradient that is not
-        finite becomes infinite as a whole, so that a gradient scaler skips the step; without, it ends the training.
-
-        Raises DivergedError, on every rank, that names the first tensor that is not finite.
+        `num_filled` is how many of the shards had samples, over all workers. What is not finite on any worker is not
+        summed: `non_finite` names it, such a gradient is infinite as a whole, such a buffer stays as it was.
         """
         self._restore_buffers()
         named = zip(self._places, self._buffers(), strict=True)
@@ -112,17 +114,35 @@ class ExactShards:
         agreed = exact_sum_(sums, self._summands, self.num_shards, expected=self.expected, scratch=self._scratch)
         self.expected = expected_magnitudes(sums, agreed) if self._expects else None
         largest = dict(zip((*self._parameters, *floating), agreed, strict=True))
-        if not may_overflow:
-            self._refuse_non_finite(largest, step)
+        self.non_finite = tuple(name for name, magnitude in largest.items() if math.isinf(magnitude))
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if math.isinf(largest[name]):
-                gradient.fill_(math.inf)
+                gradient = torch.full_like(gradient, math.inf)  # beside the shards' own, see sum_finite_parts
             parameter.grad = None if largest[name] == ABSENT else gradient
         for (name, buffer), change in zip(floating.items(), changes, strict=True):
             if 0 < largest[name] < math.inf:
                 buffer.copy_(buffer.double() + change / num_filled)
         self._share_discrete_buffers()
+        self._not_summed = self._summands if self.non_finite else []
         self._begin_step()
+
+    @torch.no_grad()
+    def sum_finite_parts(self, scale: float) -> None:
+        """Sum the gradients that `finish` left out, with a zero for each number of a shard that is not finite.
+
+        `scale` is what the loss was multiplied by: the sums are divided by it.
+
+        To be called after `finish`, before the next step. Every rank must call it.
+        """
+        bad = [index for index, name in enumerate(self._parameters) if name in self.non_finite]
+        parameters = list(self._parameters.values())
+        sums = [torch.zeros_like(parameters[index]) for index in bad]
+        finite = [[_zeroed(summands[index]) for index in bad] for summands in self._not_summed]
+        if bad:
+            exact_sum_(sums, finite, self.num_shards)
+        for index, total in zip(bad, sums, strict=True):
+            parameters[index].grad = total.div_(scale)
+        self._not_summed = []
 
     def _restore_buffers(self) -> None:
         if self._buffers_at_start is not None:
@@ -135,15 +155,6 @@ class ExactShards:
             if gradient is not None:
                 return gradient  # its shard's numbers are in the sum before the sum is written to it
         return torch.empty_like(list(self._parameters.values())[index])
-
-    def _refuse_non_finite(self, largest: dict[str, float], step: int) -> None:
-        for name, magnitude in largest.items():
-            if math.isinf(magnitude):
-                what = f"the gradient of '{name}'" if name in self._parameters else f"the buffer '{name}'"
-                raise DivergedError(
-                    f"{what} is not finite at step {step + 1}: lower optim.lr, set train.clip_norm, or add "
-                    "schedule.warmup_steps."
-                )
 
     def _share_discrete_buffers(self) -> None:
         """Buffers that have no mean, such as counters, are those of the first shard, which rank 0 serves."""
@@ -179,3 +190,7 @@ def _change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
     if torch.equal(before, after):
         return None
     return torch.where(before == after, 0.0, after.double() - before.double())
+
+
+def _zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None else gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -25,6 +25,9 @@ _BITS = 62
 _MARGIN = 3
 # Powers of two beyond this leave float64's range of normal numbers: the smallest magnitudes are scaled in two steps.
 _MOST_FLOAT64_SHIFT = 1022
+# So many are worked on at once: few calls for a small model, and for a large one intermediate results of a few
+# megabytes, which come from memory that is mapped already. Mapping a whole model's anew costs more than the arithmetic.
+_ENOUGH_ELEMENTS = 1 << 20
 # Scaling by 2**126 and back stays within float32's range of normal numbers.
 _MOST_FLOAT32_SHIFT = 126
 
@@ -98,15 +101,15 @@ class FixedPointSum:
         num_extra: int = 0,
     ) -> None:
         headroom = _headroom(num_summands)
-        narrow, wide = _Grid(torch.float32), _Grid(torch.float64)
+        self._grids: list[_Grid] = []
         for index, (tensor, magnitude) in enumerate(zip(like, largest, strict=True)):
             if not 0 <= magnitude < math.inf:
                 continue
             shift = _BITS - headroom - math.frexp(magnitude)[1]
             fits = tensor.dtype == torch.float32 and abs(shift) <= _MOST_FLOAT32_SHIFT
-            (narrow if fits else wide).append(index, _real(tensor).numel(), shift)
-        self._grids = [grid for grid in (narrow, wide) if grid.indices]
-        num_elements = sum(sum(grid.sizes) for grid in self._grids)
+            size = _real(tensor).numel()
+            self._grid_for(torch.float32 if fits else torch.float64, size).append(index, size, shift)
+        num_elements = sum(grid.size for grid in self._grids)
         size = num_elements + num_extra
         if scratch is None or scratch.numel() < size:
             scratch = torch.empty(size, dtype=torch.int64, device=like[0].device if like else None)
@@ -136,46 +139,58 @@ class FixedPointSum:
         for grid, place in self._places():
             grid.write(place, into)
 
+    def _grid_for(self, dtype: torch.dtype, size: int) -> _Grid:
+        """The grid that takes the next tensor, of this type and size."""
+        newest = next((grid for grid in reversed(self._grids) if grid.dtype == dtype), None)
+        if newest is None or newest.size + size > _ENOUGH_ELEMENTS:
+            newest = _Grid(dtype)
+            self._grids.append(newest)
+        return newest
+
     def _places(self) -> list[tuple[_Grid, torch.Tensor]]:
-        places = torch.split(self._total, [sum(grid.sizes) for grid in self._grids])
+        places = torch.split(self._total, [grid.size for grid in self._grids])
         return list(zip(self._grids, places, strict=True))
 
 
 class _Grid:
-    """The tensors that are scaled in one floating-point type, each by its own power of two, so without rounding.
+    """Some tensors that are scaled in one floating-point type, each by its own power of two, so without rounding.
 
     Each method does its work on all tensors in a few operations: for a small model, calls cost more than arithmetic.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self.indices: list[int] = []
-        self.sizes: list[int] = []
+        self.dtype = dtype
+        self.size = 0
+        """Elements in all."""
+        self._indices: list[int] = []
+        self._sizes: list[int] = []
         self._shifts: list[int] = []
 
     def append(self, index: int, size: int, shift: int) -> None:
         """Take in the tensor at the place `index` of the lists."""
-        self.indices.append(index)
-        self.sizes.append(size)
+        self._indices.append(index)
+        self._sizes.append(size)
         self._shifts.append(shift)
+        self.size += size
 
     def scaled(self, summands: Summands, device: torch.device) -> torch.Tensor:
         """The tensors times their powers of two, one after another: what is left of the point is on the grid."""
         flat = []
-        for index, size in zip(self.indices, self.sizes, strict=True):
+        for index, size in zip(self._indices, self._sizes, strict=True):
             tensor = summands[index]
             if tensor is None:
-                flat.append(torch.zeros(size, dtype=self._dtype, device=device))
+                flat.append(torch.zeros(size, dtype=self.dtype, device=device))
             else:
-                flat.append(_real(tensor).reshape(-1).to(self._dtype))
-        return torch.cat(_times_powers_of_two(flat, self._shifts))
+                flat.append(_real(tensor).reshape(-1).to(self.dtype))
+        scaled = _times_powers_of_two(flat, self._shifts)
+        return torch.cat(scaled) if len(scaled) > 1 else scaled[0]
 
     def write(self, integers: torch.Tensor, into: Sequence[torch.Tensor]) -> None:
         """From integers back to numbers, each rounded once."""
         numbers = _times_powers_of_two(
-            list(torch.split(integers.to(self._dtype), self.sizes)), [-shift for shift in self._shifts]
+            list(torch.split(integers.to(self.dtype), self._sizes)), [-shift for shift in self._shifts]
         )
-        for index, values in zip(self.indices, numbers, strict=True):
+        for index, values in zip(self._indices, numbers, strict=True):
             target = _real(into[index])
             target.copy_(values.view(target.shape))
 

@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from the launcher: within this time it is one.
 _SAME_REQUEST_S = 2.0
+_LOOK_EVERY_S = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -34,6 +36,41 @@ class StopRequest:
             self._received_at = now
         elif now - self._received_at > _SAME_REQUEST_S:
             raise KeyboardInterrupt
+
+    def ask(self, by: str) -> None:
+        """Note a request that came by other means than a signal; saying it again means nothing."""
+        if self.received is None:
+            self.received = by
+
+
+@contextmanager
+def stop_file(path: Path, request: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
+    """Take the file `path` for a request to stop as soon as it is there, within a second or so.
+
+    It is removed when the block ends, so that the next start goes on. One that is there already was meant for a job
+    that has ended since: it is removed, and `say` is told.
+    """
+    if path.exists():
+        say(f"{path} was left from before this start, and is removed")
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOK_EVERY_S):
+            if path.exists():
+                request.ask(f"the file {path}")
+                return
+
+    thread = threading.Thread(target=look, name="disttrain-stop-file", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from disttrain.collectives import decided_by_main, one_per_machine_first
 from disttrain.conditions import differences, what_bits_rest_on
 from disttrain.data import Datasets, EvalLoader, Loader, StepSampler, as_datasets, load_datasets
 from disttrain.errors import ConfigurationError, brief
+from disttrain.finite import FiniteGate
 from disttrain.fixed_point import ABSENT
 from disttrain.models import build_model
 from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
+from disttrain.progress import Progress
 from disttrain.recipe import Recipe
 from disttrain.world import World
 
@@ -41,6 +43,7 @@ class Job:
     parallel: Parallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    finite: FiniteGate
     schedule: Schedule
     loader: Loader
     eval_loader: EvalLoader
@@ -48,6 +51,7 @@ class Job:
     total_steps: int
     step: int = 0
     metrics: dict[str, float] | None = None
+    progress: Progress = field(default_factory=Progress)
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
 
     @property
@@ -117,6 +121,7 @@ class Job:
             "metrics": self.metrics or {},
             "optimizer": self.optimizer_tensors()[1],
             "scaler": self.scaler.state_dict(),
+            "non_finite": self.finite.state(),
             "expected_magnitudes": self.parallel.exact.expected if self.parallel.exact is not None else None,
             "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -160,6 +165,8 @@ class Job:
         optimizer_from_tensors(self.optimizer, checkpoint.optimizer, state["optimizer"])
         if state["scaler"]:
             self._restore_scaler(checkpoint)
+        if "non_finite" in state:
+            self.finite.load_state(state["non_finite"])
         if self.parallel.exact is not None:
             self._restore_expectation(checkpoint)
         self.step = state["step"]
@@ -228,13 +235,17 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
     total_steps = recipe.train.epochs * steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
+    optimizer = build_optimizer(recipe.optim, parallel.model.parameters())
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
+    autocast = AUTOCAST[recipe.train.precision]
     return Job(
         recipe=recipe,
         world=world,
         data=data,
         parallel=parallel,
-        optimizer=build_optimizer(recipe.optim, parallel.model.parameters()),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16"),
+        optimizer=optimizer,
+        scaler=scaler,
+        finite=FiniteGate(recipe.train, parallel, optimizer, scaler, world, autocast),
         schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
         loader=Loader(
             data.train,

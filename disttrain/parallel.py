@@ -53,14 +53,10 @@ class Parallel:
         if self.exact is not None:
             self.exact.close(shard)
 
-    def finish_step(self, step: int, global_size: int, *, may_overflow: bool) -> None:
-        """Called after the last shard of a step: now the gradients are the global batch's. Every rank must call it.
-
-        In exact mode it raises DivergedError if one is not finite, unless it `may_overflow`: then a gradient scaler
-        sees infinite ones.
-        """
+    def finish_step(self, global_size: int) -> None:
+        """Called after the last shard of a step: now the gradients are the global batch's. Every rank must call it."""
         if self.exact is not None:
-            self.exact.finish(step, min(global_size, self.num_shards), may_overflow=may_overflow)
+            self.exact.finish(min(global_size, self.num_shards))
 
     def backward_of(self, *, is_last: bool) -> AbstractContextManager[None]:
         """The context for one micro-batch: gradients travel once per step, with the last one."""

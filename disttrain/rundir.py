@@ -21,12 +21,14 @@ JOURNAL = "journal.jsonl"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
+STOP = "stop"
 
 # What may change when a run goes on: where things are, how long, how many, how it is watched; never what is learnt.
 _MAY_CHANGE = {
     "data.root", "data.verify", "data.download", "data.layout", "data.workers",
     "train.epochs", "train.max_steps", "train.device", "train.threads", "train.log_every_steps",
     "train.eval_every_epochs", "train.eval_batch_size", "train.hang_timeout_s", "train.compile",
+    "train.non_finite", "train.non_finite_limit",  # or a run that has ended by them could never be gone on with
     "parallel.strategy",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
@@ -38,10 +40,11 @@ def default_run_dir(recipe: Recipe) -> Path:
 
 
 @contextmanager
-def owned_run_dir(path: Path, recipe: Recipe) -> Iterator[None]:
-    """Make the folder `path`, or check that it may go on with `recipe`; own it while the block runs.
+def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[None]:
+    """Make the folder `path`, or check that it is a run's; own it while the block runs.
 
-    Raises ConfigurationError if another run lives there, if another process owns it, or if it cannot be written.
+    Raises ConfigurationError if something else is there (unless that may be: in the working folder of a run behind a
+    URL), if another process owns it, or if it cannot be written.
     """
     stored = path / RECIPE
     with ExitStack() as until_the_end:
@@ -49,13 +52,12 @@ def owned_run_dir(path: Path, recipe: Recipe) -> Iterator[None]:
             path.mkdir(parents=True, exist_ok=True)
             # A first start that was killed or refused leaves its logs, and perhaps a recipe half written.
             leftovers = (LOGS, LOCK, _being_written(stored).name)
-            if not stored.exists() and any(entry.name not in leftovers for entry in path.iterdir()):
+            is_run = whatever_is_there or stored.exists()
+            if not is_run and any(entry.name not in leftovers for entry in path.iterdir()):
                 raise ConfigurationError(
                     f"{path} is not empty and not a run directory (it has no {RECIPE}): choose another --run-dir."
                 )
             until_the_end.enter_context(owned(path))
-            if stored.exists():
-                _refuse_another_job(stored, recipe)
         yield
 
 
@@ -79,7 +81,11 @@ def _usable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_another_job(stored: Path, recipe: Recipe) -> None:
+def refuse_another_job(path: Path, recipe: Recipe) -> None:
+    """Raise ConfigurationError if the run in `path`, where there is one, cannot go on with `recipe`."""
+    stored = path / RECIPE
+    if not stored.exists():
+        return
     before, now = flatten(load_recipe(str(stored)).model_dump()), flatten(recipe.model_dump())
     differences = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -91,12 +97,12 @@ def _refuse_another_job(stored: Path, recipe: Recipe) -> None:
     ]
     if differences:
         raise ConfigurationError(
-            f"{stored.parent} holds a run of another recipe: {'; '.join(differences)}. "
+            f"{path} holds a run of another recipe: {'; '.join(differences)}. "
             "Choose a new --run-dir, or start it with the same recipe to go on."
         )
 
 
-def go_on_with(run_dir: Path) -> str:
+def go_on_with(run_dir: Path | str) -> str:
     """The command that goes on with a run, as a shell takes it."""
     return f"disttrain train --run-dir {shlex.quote(str(run_dir))}"
 
@@ -116,7 +122,10 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace the file `path` by `text`: a reader sees the old one or the new one. Raises OSError."""
     temporary = _being_written(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure may leave the new name with nothing behind it
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -129,14 +138,20 @@ def _being_written(path: Path) -> Path:
 
 def write_evaluation(run_dir: Path, evaluation: Mapping[str, Any]) -> None:
     """Keep the newest evaluation as evaluation.json. Raises OSError."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / EVALUATION, json.dumps(evaluation, indent=1) + "\n")
+
+
+def log_file(run_dir: Path, rank: int) -> Path:
+    """Where a worker logs."""
+    return run_dir / LOGS / f"worker-{rank}.log"
 
 
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
     """Send what this worker logs to its file in the run directory; `stop_logging` undoes it."""
-    folder = run_dir / LOGS
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"worker-{rank}.log", encoding="utf-8")
+    path = log_file(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("disttrain")
     logger.setLevel(logging.INFO)

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from disttrain.bookkeeper import Bookkeeper
 from disttrain.checkpoint import CheckpointStore
 from disttrain.collectives import decided_by_main, gather_objects
 from disttrain.conditions import unlike_the_first
 from disttrain.console import Console
-from disttrain.errors import DisttrainError, StoppedError, mark_failure
+from disttrain.errors import DisttrainError, ExitCode, StoppedError, mark_failure
 from disttrain.faultpoints import reached
-from disttrain.guard import StopRequest
+from disttrain.guard import StopRequest, stop_file
 from disttrain.job import Job, build_job, newest_checkpoint
 from disttrain.model_check import check_model
+from disttrain.progress import Progress
 from disttrain.recipe import Recipe
-from disttrain.rundir import CHECKPOINTS, default_run_dir, log_to_file, owned_run_dir, stop_logging, store_recipe
+from disttrain.recipe.address import is_url, working_folder
+from disttrain.remote import Mirror, MirroredStore, RemoteRun
+from disttrain.report import report_failure
+from disttrain.rundir import (
+    CHECKPOINTS,
+    STOP,
+    default_run_dir,
+    log_file,
+    log_to_file,
+    owned_run_dir,
+    refuse_another_job,
+    stop_logging,
+    store_recipe,
+)
 from disttrain.tracking import NullTracker, SystemSampler, Tracker, how_to_open
 from disttrain.trial import try_exactness
+from disttrain.watchdog import Watchdog
 from disttrain.world import World, launched_by
 
 _log = logging.getLogger("disttrain")
@@ -38,29 +54,67 @@ def open_session(
 
     Every rank must call it. Raises ConfigurationError if anything that the recipe names does not fit.
     """
-    path = Path(decided_by_main(world, lambda: str(run_dir or default_run_dir(recipe))))
+    address = decided_by_main(world, lambda: str(run_dir or default_run_dir(recipe)))
+    path = Path(decided_by_main(world, lambda: str(working_folder(address) if is_url(address) else address)))
+    console = Console(speaks=world.is_main)
+    keep = {"keep_last": recipe.checkpoint.keep_last, "keep_best": recipe.checkpoint.keep_best}
+    store = CheckpointStore(path / CHECKPOINTS, **keep)
     with ExitStack() as until_the_end:
-        decided_by_main(world, lambda: until_the_end.enter_context(owned_run_dir(path, recipe)))
-        with _session_in(path, recipe, world, objects, stop) as books:
+
+        def own() -> None:
+            nonlocal store
+            until_the_end.enter_context(owned_run_dir(path, whatever_is_there=is_url(address)))
+            if is_url(address):
+                store = MirroredStore(
+                    until_the_end.enter_context(Mirror(RemoteRun(address), path, console.warn)), **keep
+                )
+            refuse_another_job(path, recipe)
+
+        decided_by_main(world, own)
+        handler = log_to_file(path, world.rank)
+        until_the_end.callback(stop_logging, handler)
+        progress = until_the_end.enter_context(_watched(path, recipe, world))
+        with _session_in(path, address, recipe, world, objects, stop, progress, console, store) as books:
             yield books
 
 
 @contextmanager
+def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
+    """The progress of this worker, with a watchdog over that of all."""
+    progress = Progress()
+    if world.size == 1 and launched_by() == "python":  # nobody waits for it, and somebody may be debugging it
+        yield progress
+        return
+    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang):
+        yield progress
+
+
+def _end_of_a_hang(verdict: str) -> NoReturn:
+    """Whatever the main thread is in, it will not come back: nothing can be cleaned up, and nothing has to be."""
+    report_failure(verdict, ExitCode.FAILURE, None, time.time(), is_agreed=True)
+    os._exit(ExitCode.FAILURE)
+
+
+@contextmanager
 def _session_in(
-    path: Path, recipe: Recipe, world: World, objects: dict[str, Any], stop: StopRequest
+    path: Path,
+    address: str,
+    recipe: Recipe,
+    world: World,
+    objects: dict[str, Any],
+    stop: StopRequest,
+    progress: Progress,
+    console: Console,
+    store: CheckpointStore,
 ) -> Iterator[Bookkeeper]:
     reached("start")
-    handler = log_to_file(path, world.rank)
-    console = Console(speaks=world.is_main)
-    store = CheckpointStore(
-        path / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
-    )
     try:
         if world.is_main:
             store.clear_unfinished()
         checkpoint = newest_checkpoint(store, world, console.warn)
         with console.relaying("disttrain.data"):
             job = build_job(recipe, world, objects)
+        job.progress = progress
         if checkpoint is not None:
             differences = job.resume(checkpoint)
             for difference in differences if not job.is_finished else []:
@@ -72,26 +126,32 @@ def _session_in(
                 console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
             try_exactness(job)
         decided_by_main(world, lambda: store_recipe(path, recipe))
-        _introduce(job, path, console)
+        _introduce(job, address, console)
         with (
             console,
             closing(job),
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
-            _tracked(job, path, console, resumed=checkpoint is not None) as tracker,
-            closing(Bookkeeper(job, path, store, tracker, console, stop, sampler)) as books,
+            _tracked(job, path, address, console, resumed=checkpoint is not None) as tracker,
+            closing(Bookkeeper(job, path, store, tracker, console, stop, sampler, address)) as books,
+            stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
-            yield books
+            try:
+                if job.is_finished:  # it may have ended without being able to bring all of it to its URL
+                    books.settle(0)
+                yield books
+            finally:
+                progress.at("ending", job.step, patient=True)
     except Exception as error:
         mark_failure(error)
         if not isinstance(error, DisttrainError):
             _log.exception("failed")
         raise
-    finally:
-        stop_logging(handler)
 
 
 @contextmanager
-def _tracked(job: Job, run_dir: Path, console: Console, *, resumed: bool) -> Iterator[Tracker | NullTracker]:
+def _tracked(
+    job: Job, run_dir: Path, address: str, console: Console, *, resumed: bool
+) -> Iterator[Tracker | NullTracker]:
     """Journal and MLflow run of the job, with how it ended."""
     if not job.world.is_main or job.is_finished:
         yield NullTracker()
@@ -121,10 +181,10 @@ def _tracked(job: Job, run_dir: Path, console: Console, *, resumed: bool) -> Ite
     split = job.data.train
     tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
     tracker.finish("FINISHED")
-    _conclude(job, run_dir, console, tracker, seconds)
+    _conclude(job, address, console, tracker, seconds)
 
 
-def _introduce(job: Job, run_dir: Path, console: Console) -> None:
+def _introduce(job: Job, address: str, console: Console) -> None:
     world, data = job.world, job.data
     num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
     console.line(
@@ -133,15 +193,15 @@ def _introduce(job: Job, run_dir: Path, console: Console) -> None:
     )
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.parallel.reason}")
     if job.is_finished:
-        console.line(f"{run_dir} is finished already: {job.step} of {job.total_steps} steps.")
+        console.line(f"{address} is finished already: {job.step} of {job.total_steps} steps.")
     elif job.step:
-        console.line(f"going on from step {job.step} of {job.total_steps} in {run_dir}")
+        console.line(f"going on from step {job.step} of {job.total_steps} in {address}")
 
 
-def _conclude(job: Job, run_dir: Path, console: Console, tracker: Tracker, seconds: float) -> None:
+def _conclude(job: Job, address: str, console: Console, tracker: Tracker, seconds: float) -> None:
     assert job.metrics is not None
     console.line(f"done in {seconds:.1f} s: accuracy {job.metrics['eval/accuracy']:.2%}")
-    console.line(f"run         {run_dir}")
-    console.line(f"checkpoint  {run_dir / CHECKPOINTS}/step-{job.step:08d}")
+    console.line(f"run         {address}")
+    console.line(f"checkpoint  {address}/{CHECKPOINTS}/step-{job.step:08d}")
     if tracker.uri is not None:
         console.line(f"MLflow      {how_to_open(tracker.uri)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from disttrain.bookkeeper import Bookkeeper
 from disttrain.conditions import exact_conditions
 from disttrain.data import StepBatch
 from disttrain.faultpoints import reached
+from disttrain.finite import marked
 from disttrain.guard import stop_requests
 from disttrain.job import Job
 from disttrain.optim import set_learning_rate
@@ -75,7 +76,7 @@ def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
         if job.step >= job.total_steps:
             return books.last_evaluation()
         with books.epoch():
-            for batch in job.loader.epoch(job.epoch, job.step % job.steps_per_epoch):
+            for batch in _batches(job):
                 reached("step", step=job.step)
                 losses = train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
@@ -84,14 +85,25 @@ def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
                     break
 
 
+def _batches(job: Job) -> Iterator[StepBatch]:
+    """The rest of the epoch; what is being done is noted for the watchdog."""
+    job.progress.at("loading data", job.step)
+    for batch in job.loader.epoch(job.epoch, job.step % job.steps_per_epoch):
+        job.progress.at("computing the next step", job.step)
+        yield batch
+        job.progress.at("loading data", job.step)
+
+
 def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
     """One step of the optimizer on this worker's share of the global batch; every rank must call it.
 
     Returns each shard's share of the loss, (num_shards,), zero for other workers' shards: summed over shards and ranks,
-    it is the mean over the global batch.
+    it is the mean over the global batch. Raises DivergedError, on every rank, if a value that is not finite ends the
+    run: the step is then not made.
     """
     settings, parallel = job.recipe.train, job.parallel
     set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
+    job.finite.begin_step()
     losses = torch.zeros(parallel.num_shards, device=job.world.device)
     for part in batch.parts:
         if part.opens_shard:
@@ -106,16 +118,16 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
                     label_smoothing=settings.label_smoothing,
                 )
             share = loss / batch.global_size * part.weight
-            job.scaler.scale(share * parallel.loss_scale).backward()  # type: ignore[no-untyped-call]
+            job.scaler.scale(marked(share) * parallel.loss_scale).backward()  # type: ignore[no-untyped-call]
             losses[part.shard] += share.detach()
         if part.closes_shard:
             parallel.close_shard(part.shard)
-    parallel.finish_step(job.step, batch.global_size, may_overflow=job.scaler.is_enabled())
-    if settings.clip_norm is not None:
-        job.scaler.unscale_(job.optimizer)
-        nn.utils.clip_grad_norm_(parallel.model.parameters(), settings.clip_norm)
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
+    parallel.finish_step(batch.global_size)
+    job.scaler.unscale_(job.optimizer)
+    if job.finite.allows(job.step, batch, losses):
+        if settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parallel.model.parameters(), settings.clip_norm)
+        job.finite.step()
     job.optimizer.zero_grad(set_to_none=True)
     return losses
 

@@ -32,7 +32,6 @@ def try_exactness(job: Job) -> None:
     second, as they do when a model keeps state or a generator of its own.
     """
     model = job.model
-    _refuse_modules(model)
     python, legacy_numpy = random.getstate(), np.random.get_state()
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
@@ -59,7 +58,8 @@ def try_exactness(job: Job) -> None:
             )
 
 
-def _refuse_modules(model: nn.Module) -> None:
+def refuse_modules(model: nn.Module) -> None:
+    """Raise ConfigurationError if a module of the model can never be exact."""
     for path, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise ConfigurationError(

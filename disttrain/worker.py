@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import re
 import select
-import socket
 import sys
 import traceback
-from pathlib import Path
 
 import click
 
-from disttrain.errors import DisttrainError, ExitCode, failure_time
+from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
 from disttrain.guard import end_with_launcher
-from disttrain.world import launched_by, rank_hint
+from disttrain.report import LAUNCHER, report_failure
+from disttrain.world import launched_by
 
-_LAUNCHER = "disttrain"
+# What gloo, NCCL and the store say when a peer has gone: mostly the consequence of somebody else's failure.
+_A_PEER_HAS_GONE = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Socket closed|failed to recv|wait timeout"
+    r"|Application timeout caused pair closure|remote process exited",
+    re.IGNORECASE,
+)
 
 
 def worker(command: click.Command) -> int:
@@ -26,7 +30,7 @@ def worker(command: click.Command) -> int:
     A failure goes to the file that the launcher named in TORCHELASTIC_ERROR_FILE, and to standard error unless the
     launcher is ours, which shows the first failing worker's. Only an unexpected one comes with a traceback.
     """
-    if launched_by() == _LAUNCHER:
+    if launched_by() == LAUNCHER:
         end_with_launcher()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be UTF-8, and comes out as it is
@@ -43,39 +47,31 @@ def worker(command: click.Command) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except DisttrainError as error:
-        _report(str(error), error.exit_code, None, failure_time(error))
+        is_agreed = isinstance(error, AgreedError)
+        report_failure(str(error), error.exit_code, None, failure_time(error), is_agreed=is_agreed)
         return error.exit_code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be flushed at the end must not fail again
             return ExitCode.UNREAD
-        _report(f"{type(error).__name__}: {error}", ExitCode.FAILURE, traceback.format_exc(), failure_time(error))
+        message = f"{type(error).__name__}: {error}"
+        trace: str | None = traceback.format_exc()
+        peer_has_gone = isinstance(error, RuntimeError) and _A_PEER_HAS_GONE.search(str(error)) is not None
+        if peer_has_gone:
+            message = f"lost the connection to another worker, which has died or cannot be reached: {_brief(error)}"
+            trace = None  # its log has it, and it tells nothing of the cause
+        report_failure(message, ExitCode.FAILURE, trace, failure_time(error), consequence=peer_has_gone)
         return ExitCode.FAILURE
     return ExitCode.DONE
+
+
+def _brief(error: Exception) -> str:
+    """The first line of what gloo says, without the place in its source."""
+    lines = str(error).strip().splitlines()
+    return re.sub(r"^\[[^\]]*\]\s*", "", lines[0]) if lines else type(error).__name__
 
 
 def _nobody_reads_the_output() -> bool:
     poll = select.poll()
     poll.register(1, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
-
-
-def _report(message: str, exit_code: int, trace: str | None, failed_at: float) -> None:
-    rank, host = rank_hint(), socket.gethostname()
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        failure = {
-            "message": message,
-            "exit_code": int(exit_code),
-            "rank": rank,
-            "host": host,
-            "traceback": trace,
-            "time": failed_at,
-            "timestamp": int(failed_at),  # torchrun's name for it, in whole seconds
-        }
-        # In place: it is read when this process is gone, and our launcher's file has no name to rename to.
-        Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
-    told_by_all = exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
-    if launched_by() != _LAUNCHER and (not rank or not told_by_all):
-        who = "" if rank is None else f"rank {rank} on {host}: "
-        print(f"{trace or ''}disttrain: {who}{message}", file=sys.stderr, flush=True)

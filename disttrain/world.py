@@ -20,10 +20,11 @@ import torch.distributed as dist
 # an optimizer does. Imported here, before there is one, it holds none: else `destroy_process_group` could not end
 # gloo's threads, and one of them that is late aborts the process at its exit (pytorch/pytorch#179291, #190489).
 import torch.distributed.nn.functional
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from disttrain.errors import ConfigurationError
 
+_AFTER_THE_WATCHDOG_S = 15.0
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,8 +65,9 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
     """Join the job's process group, and leave it whatever happens.
 
     `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers. A
-    collective that takes longer than `timeout_s` fails. A launcher has set RANK, LOCAL_RANK, WORLD_SIZE,
-    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them this process is the only worker.
+    collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit speaks first. A
+    launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
+    this process is the only worker.
 
     Raises ConfigurationError if the variables are incomplete or the device is not there.
     """
@@ -73,7 +75,7 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
     chosen = choose_device(device, local_rank, size)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or max(1, available_cores() // local_size))
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s + max(_AFTER_THE_WATCHDOG_S, timeout_s / 4))
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -87,6 +89,18 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
         torch.set_num_threads(threads_before)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def store_for_a_thread(timeout_s: float) -> Store | None:
+    """A connection of its own to the store that all ranks reach, for another thread; None for a worker that is alone.
+
+    A key that is not there is waited for `timeout_s`.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    store: Store = dist.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
 
 
 def launched_by(environment: Mapping[str, str] = os.environ) -> str:

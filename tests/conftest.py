@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How fast the machine is says nothing about the code.
+settings.register_profile("disttrain", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("disttrain")
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,11 @@ def test_recipes_and_manifests_come_with_it(installed: Installed) -> None:
     assert set(installed.run("python", "-c", code).split()) == {path.name for path in (ROOT / "k8s").iterdir()}
 
 
+def test_it_renders_the_manifests_of_the_checkout(installed: Installed) -> None:
+    rendered = installed.run("disttrain", "k8s", "render", "digits", "--nodes", "2", "--image", "disttrain:latest")
+    assert rendered == (ROOT / "tests/launch/kubernetes/golden/base.yaml").read_text()
+
+
 def test_it_trains_evaluates_and_shows(installed: Installed) -> None:
     installed.run("disttrain", "train", "digits", "-n", "2", "--run-dir", "run")
     evaluation = json.loads(installed.run("disttrain", "evaluate", "run", "-n", "3", "--json"))

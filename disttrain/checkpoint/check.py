@@ -121,9 +121,10 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metrics": (_table_of(is_number), "a table of numbers"),
     "optimizer": (_is_optimizer, "a table of 'values' and 'param_groups'"),
     "scaler": (_table_of(is_number), "a table of numbers"),
+    "non_finite": (_table_of(_is_count), "a table of whole numbers"),
     "expected_magnitudes": (_is_expectation, "null or a list of numbers"),
     "recipe": (_is_table, "a table"),
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
     "rests_on": (_table_of(_is_plain), "a table of plain values"),
 }
-_OPTIONAL = {"expected_magnitudes"}  # older checkpoints have none
+_OPTIONAL = {"expected_magnitudes", "non_finite"}  # older checkpoints have none

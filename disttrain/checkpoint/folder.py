@@ -15,16 +15,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from disttrain.checkpoint.check import check_state
+from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
 
@@ -32,58 +33,81 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-_CONTENTS = (MODEL, OPTIMIZER, STATE)
+CONTENTS = (MODEL, OPTIMIZER, STATE)
 _FORMAT = 1
-
-Tensors = Mapping[str, torch.Tensor]
+WRITING, REPLACED, RETIRED, LEAVING = "writing", "replaced", "retired", "leaving"
+_CHUNK = 2**20  # hashed and written while it is in the CPU's cache
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, on the CPU."""
+    """What a checkpoint holds, on the CPU, and where it is: a folder, or a URL."""
 
-    path: Path
+    path: Path | str
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
 
 
 def write_checkpoint(path: Path, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> None:
-    """Write the folder `path` so that it is there whole or not at all.
+    """Write the folder `path` so that it is there whole or not at all, also after a power failure.
 
-    Everything is written and fsynced under a temporary name, the manifest last; then the folder is renamed and its
-    parent fsynced. Raises OSError, with nothing left behind, if any of that fails.
+    Each file is written under a temporary name of the folder and fsynced, the manifest last; then the folder is renamed
+    and its parent fsynced. One that is there already stands until the new one takes its place. Raises OSError, with
+    nothing left behind, if any of that fails.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    step = state["step"]
+    temporary = hidden(path, WRITING)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    _make_folder(temporary)
     try:
-        save_file(_with_memory_of_their_own(model), temporary / MODEL)
-        save_file(_with_memory_of_their_own(optimizer), temporary / OPTIMIZER)
-        reached("checkpoint: tensors", step=state["step"])
-        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        files = {name: _fingerprint(temporary / name) for name in _CONTENTS}
-        manifest = {"format": _FORMAT, "step": state["step"], "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for name in (*_CONTENTS, MANIFEST):
-            _fsync(temporary / name)
+        reached("checkpoint: begun", step=step)
+        files = {
+            MODEL: _write(temporary / MODEL, safetensors_pieces(model)),
+            OPTIMIZER: _write(temporary / OPTIMIZER, safetensors_pieces(optimizer)),
+        }
+        reached("checkpoint: tensors", step=step)
+        files[STATE] = _write_json(temporary / STATE, state)
+        reached("checkpoint: state", step=step)
+        _write_json(temporary / MANIFEST, {"format": _FORMAT, "step": step, "files": files})
         _fsync(temporary)
-        reached("checkpoint: written", step=state["step"])
-        temporary.rename(path)
-        reached("checkpoint: named", step=state["step"])
-        _fsync(path.parent)
-    except BaseException as error:
+        reached("checkpoint: written", step=step)
+        _put_in_place(temporary, path, step)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
         raise
+
+
+def _put_in_place(temporary: Path, path: Path, step: int) -> None:
+    """Give the folder its name. One of that name is set aside first, since a folder cannot be renamed over another."""
+    aside = hidden(path, REPLACED)
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        reached("checkpoint: set aside", step=step)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+    reached("checkpoint: named", step=step)
+    _fsync(path.parent)
+    reached("checkpoint: durable", step=step)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def hidden(path: Path, stage: str) -> Path:
+    """What the checkpoint `path` is called at a stage of its life in which it is none: WRITING, REPLACED, RETIRED;
+    LEAVING is a copy that is on its way to a URL."""
+    return path.with_name(f".{path.name}.{stage}")
 
 
 def verify_checkpoint(path: Path) -> None:
     """Compare every file with the manifest. Raises ConfigurationError that names the first that differs."""
     manifest = _read_json(path / MANIFEST)
     files = manifest.get("files")
-    if manifest.get("format") != _FORMAT or not isinstance(files, dict) or set(files) != set(_CONTENTS):
+    if manifest.get("format") != _FORMAT or not isinstance(files, dict) or set(files) != set(CONTENTS):
         raise ConfigurationError(f"{path / MANIFEST} is not a manifest of format {_FORMAT}.")
     for name, expected in files.items():
         try:
@@ -111,21 +135,35 @@ def weights_sha256(model: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 
-def _with_memory_of_their_own(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors as safetensors takes them: contiguous, and none sharing memory with another, as tied weights do."""
-    separate = {}
-    taken = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        if plain.untyped_storage().data_ptr() in taken:
-            plain = plain.clone()
-        taken.add(plain.untyped_storage().data_ptr())
-        separate[name] = plain
-    return separate
+def _write(path: Path, pieces: Iterable[memoryview]) -> dict[str, Any]:
+    """Write a file to the disk, hashing it on the way: its size and SHA-256, as the manifest holds them."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for piece in pieces:
+            for begin in range(0, len(piece), _CHUNK):
+                chunk = piece[begin : begin + _CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+            size += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    return _write(path, [memoryview(f"{json.dumps(content, indent=1)}\n".encode())])
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder in one that is on the disk by name: without that, a power failure would lose both."""
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fsync(path.parent.parent)
+    path.mkdir()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from disttrain.checkpoint.folder import STATE, Checkpoint, Tensors, read_checkpoint, write_checkpoint
+from disttrain.checkpoint.folder import (
+    LEAVING,
+    REPLACED,
+    RETIRED,
+    STATE,
+    WRITING,
+    Checkpoint,
+    hidden,
+    read_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
 
+Name = TypeVar("Name", bound=Hashable)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -23,6 +36,7 @@ class CheckpointStore:
         self.folder = folder
         self._keep_last = max(1, keep_last)
         self._keep_best = keep_best
+        self._known_good: set[str] = set()  # written or verified by this store
 
     def paths(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
@@ -32,22 +46,13 @@ class CheckpointStore:
         return sorted(found, key=step_of)
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `state["step"]`, then retire those that are no longer needed. Raises OSError."""
+        """Write the checkpoint of `state["step"]`, then retire those that are no longer needed. Raises OSError.
+
+        The same step again, with more known about it (an evaluation), replaces the old one.
+        """
         path = self.folder / f"step-{state['step']:08d}"
-        if path.exists():
-            # The same step again, with more known about it (an evaluation): the new one replaces the old.
-            aside = self.folder / f".{path.name}.replaced"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            reached("checkpoint: set aside", step=state["step"])
-            try:
-                write_checkpoint(path, model, optimizer, state)
-            except BaseException:
-                aside.rename(path)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            write_checkpoint(path, model, optimizer, state)
+        write_checkpoint(path, model, optimizer, state)
+        self._known_good.add(path.name)
         self._retire()
         return path
 
@@ -56,40 +61,67 @@ class CheckpointStore:
         oldest_first = self.paths()
         for path in reversed(oldest_first):
             try:
-                return read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
             except ConfigurationError as error:
-                aside = _free_name(path.with_name(f"{path.name}.damaged"))
-                path.rename(aside)
+                aside = _set_aside(path)
                 others = path != oldest_first[0]
                 what = "the checkpoint before it is used" if others else "no other is left, so training begins anew"
                 warn(f"{error} Set aside as {aside.name}; {what}.")
+            else:
+                self._known_good.add(path.name)
+                return checkpoint
         return None
 
+    def settle(self, patience_s: float) -> Iterator[bool]:
+        """Wait until the checkpoints are where the run lives: true, at last. In a folder they are there already."""
+        yield True
+
+    def set_aside(self) -> list[Path]:
+        """The damaged ones that were renamed aside."""
+        return sorted(self.folder.glob("step-*.damaged*"))
+
+    def unfinished(self) -> list[Path]:
+        """What is being written, replaced, removed or uploaded; if no job runs, what a killed one left so."""
+        return sorted(
+            path for stage in (WRITING, REPLACED, RETIRED, LEAVING) for path in self.folder.glob(f".step-*.{stage}")
+        )
+
     def clear_unfinished(self) -> None:
-        """Remove what a killed writer left under a temporary name."""
-        if not self.folder.is_dir():
-            return
-        for path in self.folder.glob(".step-*.replaced"):
-            original = self.folder / path.name.removeprefix(".").removesuffix(".replaced")
-            if original.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+        """Finish or undo what a killed writer left under a temporary name. Only the owner of the run may."""
+        for path in self.unfinished():
+            original = path.with_name(path.stem.removeprefix("."))
+            if path.suffix == f".{REPLACED}" and not original.exists():
                 path.rename(original)
-        for leftover in ("writing", "retired"):
-            for path in self.folder.glob(f".step-*.{leftover}"):
+            else:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _retire(self) -> None:
-        paths = self.paths()
-        keep = set(paths[-self._keep_last :])
-        scored = [(score, step_of(path), path) for path in paths if (score := accuracy_of(path)) is not None]
-        keep.update(path for _, _, path in sorted(scored, reverse=True)[: self._keep_best])
+        """Remove those that are not to be kept, once every one that is has been found good."""
+        while True:
+            paths = self.paths()
+            keep = to_keep(
+                [(path, step_of(path), accuracy_of(path)) for path in paths], self._keep_last, self._keep_best
+            )
+            damaged = [path for path in keep if path.name not in self._known_good and not self._is_good(path)]
+            if not damaged:
+                break
+            for path in damaged:
+                _set_aside(path)  # it does not count: an older one is kept in its place
         for path in paths:
             if path not in keep:
                 # Renamed first: a kill in the middle of the removal must not leave what looks like a damaged one.
-                retired = path.rename(path.with_name(f".{path.name}.retired"))
-                reached("checkpoint: retired")
+                retired = path.rename(hidden(path, RETIRED))
+                reached("checkpoint: retired", step=step_of(path))
                 shutil.rmtree(retired, ignore_errors=True)
+
+    def _is_good(self, path: Path) -> bool:
+        """Whether it is whole; every byte is read, once in the life of this store."""
+        try:
+            verify_checkpoint(path)
+        except ConfigurationError:
+            return False
+        self._known_good.add(path.name)
+        return True
 
 
 def step_of(path: Path) -> int:
@@ -108,9 +140,16 @@ def accuracy_of(path: Path) -> float | None:
     return accuracy if isinstance(accuracy, float) else None
 
 
-def _free_name(path: Path) -> Path:
-    number, candidate = 1, path
-    while candidate.exists():
+def to_keep(checkpoints: Sequence[tuple[Name, Any, float | None]], keep_last: int, keep_best: int) -> set[Name]:
+    """Which to keep of checkpoints given by name, step (oldest first) and accuracy: the newest, the most accurate."""
+    scored = [(score, step, name) for name, step, score in checkpoints if score is not None]
+    best = sorted(scored, key=lambda one: one[:2], reverse=True)[:keep_best]
+    return {*(name for name, _, _ in checkpoints[-keep_last:]), *(name for _, _, name in best)}
+
+
+def _set_aside(path: Path) -> Path:
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
+    while aside.exists():
         number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    return path.rename(aside)

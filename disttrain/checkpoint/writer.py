@@ -1,7 +1,8 @@
-"""Saving beside the training: the loop is held for a copy of the tensors, and a thread writes that copy."""
+"""Saving beside the training: the tensors are copied while the next step computes, and a thread writes that copy."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,74 +11,101 @@ from typing import Any
 
 import torch
 
-from disttrain.checkpoint.folder import Tensors
+from disttrain.checkpoint.snapshot import Snapshot, addresses
 from disttrain.checkpoint.store import CheckpointStore
+from disttrain.checkpoint.tensors import Tensors
+from disttrain.faultpoints import reached
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the checkpoint of a step: where it is, or why it could not be written."""
+    """What became of the checkpoint of a step: where it is, or why it could not be written.
+
+    `waited_s`: how long the training was held until the checkpoint before was written.
+    """
 
     step: int
     path: Path | None
-    error: OSError | None = None
+    error: str = ""
+    waited_s: float = 0.0
 
 
 class CheckpointWriter:
     """Writes checkpoints to a store, one at a time, on a thread of its own.
 
-    Holds one copy of what it saves in memory, which every save uses again: mapping that much memory anew would take
-    longer than the copying.
+    Without an `optimizer`, `save` returns when everything is copied. With one, what only its steps change is copied on
+    the thread, and the next `optimizer.step()` waits until that is done: a forward and backward pass takes longer.
+    A model that changes its own parameters meanwhile costs that checkpoint, and is copied at once from then on.
     """
 
-    def __init__(self, store: CheckpointStore) -> None:
+    def __init__(self, store: CheckpointStore, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._store = store
+        self._optimizer = optimizer
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self.finish_copy()) if optimizer is not None else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self._under_way: Future[Outcome] | None = None
-        self._model: dict[str, torch.Tensor] = {}
-        self._optimizer: dict[str, torch.Tensor] = {}
+        self._snapshot = Snapshot()
+        self._under_copy: tuple[dict[str, Any], float] | None = None  # state, and how long its save has waited
+        self._copying: Future[None] | None = None
+        self._writing: Future[Outcome] | None = None
+        self._was_compared = False
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Outcome | None:
-        """Begin to write the checkpoint of `state["step"]`; what is passed may change as soon as this returns.
+        """Begin to write the checkpoint of `state["step"]`.
 
-        Waits for the checkpoint before, and returns what became of it unless that has been told.
+        Waits for the checkpoint before, and returns what became of it unless that has been told. What is passed may
+        change when this returns, but for the parameters and state of the writer's optimizer, which its step may change.
         """
+        waits = self._writing is not None and not self._writing.done()
+        begin = time.monotonic()
         before = self.wait()
-        _copy(model, self._model)
-        _copy(optimizer, self._optimizer)
-        self._under_way = self._thread.submit(self._write, dict(state))
+        waited_s = time.monotonic() - begin if waits else 0.0
+        steady = addresses(self._optimizer) if self._optimizer is not None else frozenset()
+        self._snapshot.begin(model, optimizer, steady)
+        reached("checkpoint: asked for", step=state["step"])
+        self._under_copy = dict(state), waited_s
+        self._copying = self._thread.submit(self._snapshot.copy_the_rest)
+        if not steady:
+            self.finish_copy()
         return before
 
     def poll(self) -> Outcome | None:
         """What became of the checkpoint under way, told once; None while it is being written."""
-        return self.wait() if self._under_way is not None and self._under_way.done() else None
+        return self.wait() if self._writing is not None and self._writing.done() else None
 
     def wait(self) -> Outcome | None:
         """Wait until nothing is being written; what became of the last checkpoint, unless that has been told."""
-        if self._under_way is None:
+        self.finish_copy()
+        if self._writing is None:
             return None
-        under_way, self._under_way = self._under_way, None
-        return under_way.result()
+        writing, self._writing = self._writing, None
+        return writing.result()
 
     def close(self) -> None:
         """Finish what is being written, and end the thread."""
+        self.finish_copy()
         self._thread.shutdown()
+        if self._hook is not None:
+            self._hook.remove()
 
-    def _write(self, state: dict[str, Any]) -> Outcome:
+    def finish_copy(self) -> None:
+        """Wait until the copy is whole, and have it written: to be called before what is copied changes."""
+        if self._copying is None or self._under_copy is None:
+            return
+        self._copying.result()
+        changed = self._snapshot.changed(to_the_bit=not self._was_compared)
+        self._was_compared = True
+        if changed is not None:
+            self._optimizer = None  # from now on all is copied at once
+        self._writing = self._thread.submit(self._write, *self._under_copy, changed)
+        self._copying = self._under_copy = None
+
+    def _write(self, state: dict[str, Any], waited_s: float, changed: str | None) -> Outcome:
+        step = state["step"]
+        if changed is not None:
+            error = f"the model changed its parameter '{changed}' while that was copied; later saves copy at once"
+            return Outcome(step, None, error, waited_s)
         try:
-            return Outcome(state["step"], self._store.save(self._model, self._optimizer, state))
+            path = self._store.save(self._snapshot.model, self._snapshot.optimizer, state)
         except OSError as error:
-            return Outcome(state["step"], None, error)
-
-
-def _copy(tensors: Tensors, into: dict[str, torch.Tensor]) -> None:
-    """Bring `into` to hold what `tensors` holds, in memory of its own on the CPU."""
-    for name in into.keys() - tensors.keys():
-        del into[name]
-    for name, tensor in tensors.items():
-        copy = into.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            copy = into[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
+            return Outcome(step, None, str(error), waited_s)
+        return Outcome(step, path, waited_s=waited_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import click
 
@@ -12,11 +11,11 @@ from disttrain.worker import worker
 
 
 @click.command(name="disttrain evaluate")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("address")
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def command(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Evaluate the run or checkpoint at PATH, as one worker."""
+def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Evaluate the run or checkpoint at ADDRESS, a path or URL, as one worker."""
     from disttrain.collectives import decided_by_main, one_per_machine_first
     from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
     from disttrain.conditions import exact_conditions
@@ -27,7 +26,7 @@ def command(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from disttrain.world import join_world
 
     with join_world() as world:
-        checkpoint = decided_by_main(world, lambda: find_checkpoint(path))
+        checkpoint = decided_by_main(world, lambda: find_checkpoint(address))
         recipe = recipe_of(checkpoint, overrides)
         data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
         if list(data.test.classes) != data_of(checkpoint)["classes"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,25 @@ from disttrain.checkpoint.folder import MANIFEST, MODEL
 from disttrain.errors import ConfigurationError, UsageError, brief
 from disttrain.models import build_model
 from disttrain.recipe import Recipe, parse_recipe
+from disttrain.recipe.address import is_url
+from disttrain.remote import local_copy
 from disttrain.rundir import CHECKPOINTS, RECIPE
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the newest good one of the run at `path`.
+def find_checkpoint(address: str | Path) -> Checkpoint:
+    """The checkpoint at a path or URL, or the newest good one of the run there.
 
     Raises UsageError if there is neither, ConfigurationError if it, or all of the run, is damaged. Changes nothing
     on disk.
     """
+    with local_copy(str(address), checkpoints="newest") as path:
+        found = _find(path)
+        if is_url(address):
+            found = replace(found, path=str(found.path).replace(str(path), str(address).rstrip("/")))
+        return found
+
+
+def _find(path: Path) -> Checkpoint:
     if is_checkpoint(path):
         return read_checkpoint(path)
     if not is_run(path):

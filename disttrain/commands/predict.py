@@ -13,18 +13,18 @@ from disttrain.worker import worker
 
 
 @click.command(name="disttrain predict")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("address")
 @click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def command(path: Path, images: tuple[Path, ...], top: int, as_json: bool) -> None:
-    """Name what is in each of IMAGES with the run or checkpoint at PATH."""
+def command(address: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
+    """Name what is in each of IMAGES with the run or checkpoint at ADDRESS, a path or URL."""
     import torch
 
     from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
     from disttrain.data import normalise, read_picture
 
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(address)
     data = data_of(checkpoint)
     model = restore_model(checkpoint, recipe_of(checkpoint)).eval()
     channels, height, width = data["sample_shape"]

@@ -19,25 +19,15 @@ def command() -> None:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-_run_argument = click.argument("run", type=click.Path(path_type=Path))
+_run_argument = click.argument("run")
 
 
 @command.command(name="list")
-@click.option(
-    "--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="The folder of runs."
-)
+@click.option("--runs-dir", default="runs", show_default=True, help="The folder of runs, or a URL.")
 @_json_option
-def list_runs(runs_dir: Path, as_json: bool) -> None:
+def list_runs(runs_dir: str, as_json: bool) -> None:
     """List the runs, newest last."""
-    from disttrain.commands.locate import is_run
-    from disttrain.commands.summary import summarise
-    from disttrain.errors import UsageError
-
-    if not os.path.isdir(runs_dir):
-        what = "is not a folder" if os.path.exists(runs_dir) else "does not exist"
-        raise UsageError(f"--runs-dir: {runs_dir} {what}; give the folder that holds the runs.")
-    folders = [path for path in runs_dir.iterdir() if path.is_dir() and is_run(path)]
-    summaries = [summarise(path) for path in sorted(folders, key=lambda path: path.stat().st_mtime)]
+    summaries = [_summary(run) for run in _runs_in(runs_dir)]
     if as_json:
         print(json.dumps({"runs": summaries}))
         return
@@ -48,14 +38,40 @@ def list_runs(runs_dir: Path, as_json: bool) -> None:
         print(f"{summary['name']:<{width}}  {summary['state']:<9} {_words(summary)}")
 
 
+def _runs_in(runs_dir: str) -> list[str]:
+    """The runs in a folder, newest last, or behind a URL, by name."""
+    from disttrain.commands.locate import is_run
+    from disttrain.errors import UsageError
+    from disttrain.recipe.address import is_url
+    from disttrain.remote import runs_behind
+
+    if is_url(runs_dir):
+        return runs_behind(runs_dir)
+    folder = Path(runs_dir)
+    if not os.path.isdir(folder):  # False also for names that no folder can have
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise UsageError(f"--runs-dir: {folder} {what}; give the folder that holds the runs.")
+    runs = [path for path in folder.iterdir() if path.is_dir() and is_run(path)]
+    return [str(path) for path in sorted(runs, key=lambda path: path.stat().st_mtime)]
+
+
+def _summary(run: str) -> dict[str, Any]:
+    from disttrain.commands.summary import summarise
+    from disttrain.remote import local_copy
+
+    with local_copy(run, checkpoints="states") as path:
+        summary = summarise(_existing_run(path))
+        for checkpoint in summary["checkpoints"]:
+            checkpoint["path"] = checkpoint["path"].replace(str(path), run.rstrip("/"))
+    return summary
+
+
 @command.command()
 @_run_argument
 @_json_option
-def show(run: Path, as_json: bool) -> None:
+def show(run: str, as_json: bool) -> None:
     """Show how RUN stands."""
-    from disttrain.commands.summary import summarise
-
-    summary = summarise(_existing_run(run))
+    summary = _summary(run)
     if as_json:
         print(json.dumps(summary))
         return
@@ -70,36 +86,56 @@ def show(run: Path, as_json: bool) -> None:
 @command.command()
 @_run_argument
 @_json_option
-def verify(run: Path, as_json: bool) -> None:
-    """Check each file of the checkpoints of RUN against its manifest; exit 78 if one is damaged."""
+def verify(run: str, as_json: bool) -> None:
+    """Check each file of the checkpoints of RUN against its manifest; exit 78 if one is damaged.
+
+    Names those that were set aside as damaged too, and what is unfinished: being written, or left by a killed job.
+    """
+    from disttrain.errors import ConfigurationError
+    from disttrain.recipe.address import is_url
+    from disttrain.remote import verify_behind
+
+    checked, set_aside, unfinished = verify_behind(run) if is_url(run) else _verified(Path(run))
+    if as_json:
+        print(json.dumps({"checkpoints": checked, "set_aside": set_aside, "unfinished": unfinished}))
+    else:
+        for entry in checked:
+            print(f"{entry['path']}: {'good' if entry['good'] else 'DAMAGED: ' + entry['detail']}")
+        for path in set_aside:
+            print(f"{path}: set aside, damaged")
+        for path in unfinished:
+            print(f"{path}: unfinished; it is being written, or the next start clears it up")
+        if not checked:
+            print(f"{run} has no checkpoint yet")
+    damaged = [entry["path"] for entry in checked if not entry["good"]]
+    if damaged:
+        raise ConfigurationError(f"{len(damaged)} of {len(checked)} checkpoints damaged: {', '.join(damaged)}")
+
+
+def _verified(run: Path) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Path, good and detail of each checkpoint; what was set aside; what is unfinished."""
     from disttrain.checkpoint import CheckpointStore, verify_checkpoint
     from disttrain.commands.locate import is_checkpoint
     from disttrain.errors import ConfigurationError
     from disttrain.rundir import CHECKPOINTS
 
-    paths = [run] if is_checkpoint(run) else CheckpointStore(_existing_run(run) / CHECKPOINTS).paths()
+    store = None if is_checkpoint(run) else CheckpointStore(_existing_run(run) / CHECKPOINTS)
     checked: list[dict[str, Any]] = []
-    for path in paths:
+    for path in [run] if store is None else store.paths():
         try:
             verify_checkpoint(path)
         except ConfigurationError as error:
             checked.append({"path": str(path), "good": False, "detail": str(error)})
         else:
             checked.append({"path": str(path), "good": True, "detail": ""})
-    if as_json:
-        print(json.dumps({"checkpoints": checked}))
-    for entry in [] if as_json else checked:
-        print(f"{entry['path']}: {'good' if entry['good'] else 'DAMAGED: ' + entry['detail']}")
-    damaged = [entry["path"] for entry in checked if not entry["good"]]
-    if damaged:
-        raise ConfigurationError(f"{len(damaged)} of {len(checked)} checkpoints damaged: {', '.join(damaged)}")
-    if not checked and not as_json:
-        print(f"{run} has no checkpoint yet")
+    if store is None:
+        return checked, [], []
+    return checked, [str(path) for path in store.set_aside()], [str(path) for path in store.unfinished()]
 
 
 @command.command(name="hash")
 @_run_argument
-def hash_weights(run: Path) -> None:
+def hash_weights(run: str) -> None:
     """Print one SHA-256 over the weights of RUN's newest checkpoint, or of a checkpoint."""
     from disttrain.checkpoint import weights_sha256
     from disttrain.commands.locate import find_checkpoint

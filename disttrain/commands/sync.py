@@ -11,11 +11,23 @@ from disttrain.worker import worker
 
 
 @click.command(name="disttrain sync")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds.")
-def command(run: Path, uri: str | None, timeout_s: float) -> None:
+def command(run: str, uri: str | None, timeout_s: float) -> None:
     """Deliver what MLflow still lacks of RUN; doing it twice changes nothing."""
+    from disttrain.recipe.address import is_url
+    from disttrain.remote import RemoteRun, local_copy
+
+    with local_copy(run, checkpoints="none") as folder:
+        target = _delivered(folder, uri, timeout_s)
+        if is_url(run):
+            RemoteRun(run).write("mlflow.json", (folder / "mlflow.json").read_bytes())
+    print(f"MLflow at {target} has everything of {run}")
+
+
+def _delivered(run: Path, uri: str | None, timeout_s: float) -> str:
+    """Deliver what MLflow lacks, and tell where it is. Raises DisttrainError if something is lacking still."""
     from disttrain.commands.locate import is_run
     from disttrain.errors import DisttrainError, UsageError
     from disttrain.recipe import load_recipe
@@ -31,7 +43,7 @@ def command(run: Path, uri: str | None, timeout_s: float) -> None:
     missing = deliver(run, target, settings.experiment, timeout_s)
     if missing:
         raise DisttrainError(f"MLflow at {redact(target)} still lacks {missing} of {run}: try again when it is up.")
-    print(f"MLflow at {redact(target)} has everything of {run}")
+    return redact(target)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ class Batch:
     `images`: (b, C, H, W) float32 on the device, `labels`: (b,) int64. `weight` is 1.0, or 0.0 where this worker's
     share is empty: then the batch holds one sample of the step, so that the worker can take part in the collectives.
     `shard` is the piece of the step's global batch that it belongs to; `opens_shard` and `closes_shard` mark the first
-    and the last batch of one.
+    and the last batch of one. `samples`: (b,) int64, where its samples are in the training set.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
+    samples: torch.Tensor
     weight: float
     shard: int
     opens_shard: bool
@@ -119,7 +120,7 @@ class Loader:
 
     def _batch(self, epoch: int, piece: _Piece, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         images = self._prepared(images, epoch, piece.samples)
-        return Batch(images, labels, piece.weight, piece.shard, piece.opens_shard, piece.closes_shard)
+        return Batch(images, labels, piece.samples, piece.weight, piece.shard, piece.opens_shard, piece.closes_shard)
 
     def _prepared(self, images: torch.Tensor, epoch: int, samples: torch.Tensor) -> torch.Tensor:
         if not self._augments:

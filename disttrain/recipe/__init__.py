@@ -2,7 +2,7 @@
 
 from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError
 from disttrain.recipe.installed import check_installed
-from disttrain.recipe.load import load_recipe, parse_recipe, shipped_recipes
+from disttrain.recipe.load import load_recipe, parse_recipe, recipe_text, shipped_recipes
 from disttrain.recipe.model import (
     CheckpointRecipe,
     DataRecipe,
@@ -35,6 +35,7 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "parse_recipe",
+    "recipe_text",
     "shipped_recipes",
     "to_toml",
 ]

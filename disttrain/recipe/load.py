@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from disttrain.errors import RecipeError
+from disttrain.recipe.address import is_url, read_url
 from disttrain.recipe.bounds import beyond_bounds
 from disttrain.recipe.explain import explain, place
 from disttrain.recipe.model import Recipe
@@ -26,15 +27,17 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that name (a shipped one) or path, with the overrides (`section.key=value`) in it.
+    """The recipe of that name (a shipped one), path or URL, with the overrides (`section.key=value`) in it.
 
     Raises:
         RecipeError: no such recipe, not TOML, or wrong keys or values; one line per mistake.
     """
-    path = _find(name_or_path)
+    remote = is_url(name_or_path)
+    path = Path(name_or_path) if remote else _find(name_or_path)
     source = name_or_path if path.parent != _SHIPPED else f"recipe {path.stem!r}"
     try:
-        mapping = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_url(name_or_path) if remote else path.read_bytes()
+        mapping = tomllib.loads(content.decode())
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source}: not valid TOML: {error}") from None
     except UnicodeDecodeError:
@@ -42,7 +45,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists without end
         raise RecipeError(f"{source}: not a recipe: {error}") from None
     except OSError as error:
-        raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None
+        raise RecipeError(f"{source}: cannot be read: {error.strerror or error}") from None
     mapping.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem))
     return parse_recipe(mapping, overrides, source=source)
 
@@ -60,6 +63,12 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise RecipeError(explain(error, source, places)) from None
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The text of a recipe that `load_recipe` takes, as it stands, for those who send it elsewhere."""
+    content = read_url(name_or_path) if is_url(name_or_path) else _find(name_or_path).read_bytes()
+    return content.decode()
 
 
 def _find(name_or_path: str) -> Path:

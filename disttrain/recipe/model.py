@@ -113,6 +113,13 @@ class TrainRecipe(Section):
     hang_timeout_s: Positive = Field(
         default=600.0, description="seconds without progress after which a worker counts as hung"
     )
+    non_finite: Literal["stop", "skip", "zero"] = Field(
+        default="stop",
+        description="a loss or gradient that is NaN or infinite: end the run, skip the step, or put zeros in its place",
+    )
+    non_finite_limit: Count = Field(
+        default=10, description="skip, zero: the run ends after this many such steps in a row"
+    )
 
 
 class ParallelRecipe(Section):

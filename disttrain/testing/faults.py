@@ -55,6 +55,12 @@ class Fault:
             self._seen = [json.loads(line) for line in self._record.read_text().splitlines()]
         return self._seen
 
+    @property
+    def rank(self) -> int | None:
+        """The rank that it hits; None for every rank and for the launcher."""
+        rank: int | None = self._description.get("rank")
+        return rank if self._description.get("target") != "launcher" else None
+
     def took(self, rank: int) -> bool:
         """Whether this fault has ended or stopped that rank."""
         hits_itself = self._description.get("target") != "launcher"

@@ -45,7 +45,7 @@ class Options:
             raise TypeError(f"check_collectives must be True or False, not {self.check_collectives!r}")
         self._check_hosts()
         _check_env(self.env)
-        _check_faults(self.faults)
+        _check_faults(self.faults, size)
 
     def _check_hosts(self) -> None:
         if self.hosts is None:
@@ -90,7 +90,7 @@ def _check_env(env: object) -> None:
             raise ValueError(f"env has {name!r}: {value!r}, which no environment can hold")
 
 
-def _check_faults(faults: object) -> None:
+def _check_faults(faults: object, world_size: int) -> None:
     if faults == ():
         return
     from disttrain.testing.faults import Fault  # only those who use it pay for it
@@ -102,6 +102,10 @@ def _check_faults(faults: object) -> None:
     for fault in faults:
         if not isinstance(fault, Fault):
             raise TypeError(f"faults must hold faults, such as disttrain.testing.faults.kill(1, step=3), not {fault!r}")
+        if fault.rank is not None and fault.rank >= world_size:
+            raise ValueError(
+                f"{fault!r} would never happen: world_size is {world_size}, so the last rank is {world_size - 1}"
+            )
 
 
 def _is_number(value: object) -> bool:

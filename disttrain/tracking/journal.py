@@ -104,6 +104,17 @@ class Journal:
         with self._lock:
             os.fsync(self._fd)
 
+    def restore(self) -> None:
+        """If somebody has deleted the file, make it anew with all that it held. Raises OSError."""
+        with self._lock:
+            if self._fd < 0 or os.fstat(self._fd).st_nlink:
+                return
+            content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+            renewed = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            os.write(renewed, content)
+            os.close(self._fd)
+            self._fd = renewed
+
     def close(self) -> None:
         """Close the file; further records raise OSError."""
         with self._lock:

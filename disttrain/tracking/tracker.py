@@ -102,6 +102,12 @@ class Tracker:
             if self._journal is not None:
                 self._journal.event(name, **fields)
 
+    def restore(self) -> None:
+        """Make the journal anew if it was deleted."""
+        with self._harmless():
+            if self._journal is not None:
+                self._journal.restore()
+
     def artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
         """Have a file in the run directory stored as an artifact, as it is when the sender comes to it.
 
@@ -189,6 +195,9 @@ class NullTracker:
         """Do nothing."""
 
     def event(self, name: str, **fields: Any) -> None:
+        """Do nothing."""
+
+    def restore(self) -> None:
         """Do nothing."""
 
     def artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 import click
 
 from disttrain_launch.doctor_command import doctor
+from disttrain_launch.kubernetes.commands import k8s
 from disttrain_launch.messages import complain
+from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
 from disttrain_launch.runs_command import runs
+from disttrain_launch.stop_command import stop
 from disttrain_launch.train_command import train
 from disttrain_launch.worker_commands import evaluate, predict, sync
 
@@ -58,5 +61,5 @@ def main() -> None:
     """
 
 
-for command in (train, evaluate, predict, runs, sync, recipe, prove, doctor):
+for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, doctor, k8s):
     main.add_command(command)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +33,23 @@ class WorkerGroup:
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
         """A worker's environment: this process's own, and the variables that torchrun would set."""
+        return {**os.environ, **self.variables(rank, str(port))}
+
+    def described(self) -> str:
+        """The command line of each worker, as a shell takes it; the port is found when they are started."""
+        lines = []
+        for rank in range(self.size):
+            variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables(rank, "PORT").items()]
+            lines.append(" ".join(["env", *variables, shlex.join([sys.executable, *self.arguments])]))
+        return "\n".join(lines)
+
+    def variables(self, rank: int, port: str) -> dict[str, str]:
+        """What is set for a worker; where it is no part of the contract, what the user has set stands."""
         defaults = {
             "OMP_NUM_THREADS": str(max(1, num_cores() // self.size)),
             "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log
             "PYTHONUNBUFFERED": "1",  # the log of a killed worker is complete
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a peer that is gone or hangs, it warns again and again
         }
         contract = {
             "RANK": str(rank),
@@ -42,7 +57,7 @@ class WorkerGroup:
             "WORLD_SIZE": str(self.size),
             "LOCAL_WORLD_SIZE": str(self.size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": port,
             "DISTTRAIN_LAUNCHER": "disttrain",
         }
-        return {**defaults, **os.environ, **contract}
+        return {name: value for name, value in defaults.items() if name not in os.environ} | contract

@@ -18,6 +18,7 @@ from disttrain_launch.group import WorkerGroup
 from disttrain_launch.messages import complain
 from disttrain_launch.outcome import Outcome, settle
 from disttrain_launch.ports import reserved_port
+from disttrain_launch.restarts import Restarts
 from disttrain_launch.worker import Worker
 
 # `timeout` and `uv run` pass on a signal that reached this process already: within this time it is one request.
@@ -29,15 +30,27 @@ _NEVER = float("inf")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run_workers(group: WorkerGroup) -> NoReturn:
-    """Run the group to its end, say what went wrong if something did, and exit with the workers' own code."""
-    with reserved_port() as port, _signals() as signals, _started(group, port) as workers:
-        outcome = _Watch(group, workers, signals).until_the_end()
-    if sys.stdout.isatty() and workers[0].was_killed:
-        click.echo("\x1b[?25h")  # its progress bar had hidden the cursor
-    if outcome.traceback:
-        click.echo(outcome.traceback.rstrip(), err=True)
-    complain(outcome.message)
+def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoReturn:
+    """Run the group to its end, say what went wrong if something did, and exit with the workers' own code.
+
+    After a failure that is worth a retry it is started again, as `restarts` allow.
+    """
+    restarts = restarts or Restarts()
+    with _signals() as signals:
+        while True:
+            with reserved_port() as port, _started(group, port) as workers:
+                watch = _Watch(group, workers, signals)
+                outcome = watch.until_the_end()
+            if sys.stdout.isatty() and workers[0].was_killed:
+                click.echo("\x1b[?25h")  # its progress bar had hidden the cursor
+            if outcome.traceback:
+                click.echo(outcome.traceback.rstrip(), err=True)
+            complain(outcome.message)
+            if watch.was_asked_to_stop or not restarts.helps(outcome):
+                break
+            complain(f"restart {restarts.made} of {restarts.most}, from the newest checkpoint")
+    if restarts.gave_up:
+        complain(restarts.gave_up)
     sys.exit(outcome.exit_code)
 
 
@@ -107,8 +120,13 @@ class _Watch:
                     return Outcome(128 + signal.SIGINT, "killed on request")
         return settle(
             [worker.ending for worker in self._workers if worker.ending],
-            stop_requested=self._stop_requested_at is not None,
+            stop_requested=self.was_asked_to_stop,
         )
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether somebody asked the launcher to stop."""
+        return self._stop_requested_at is not None
 
     def _end_after_a_failure(self, running: list[Worker]) -> None:
         now = time.monotonic()

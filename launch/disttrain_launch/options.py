@@ -79,6 +79,22 @@ def json_option(function: _Function) -> _Function:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(function)
 
 
+def max_restarts_option(function: _Function) -> _Function:
+    """`--max-restarts`."""
+    return click.option(
+        "--max-restarts",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Start the workers again so often after failures that are worth a retry.",
+    )(function)
+
+
+def dry_run_option(function: _Function) -> _Function:
+    """`--dry-run`."""
+    return click.option("--dry-run", is_flag=True, help="Print what would be run, and run nothing.")(function)
+
+
 def override_arguments(overrides: tuple[str, ...]) -> list[str]:
     """The overrides as they stand on a worker's command line."""
     return [word for override in overrides for word in ("-o", override)]

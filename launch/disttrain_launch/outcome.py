@@ -24,12 +24,16 @@ class Report:
         host: where the worker ran.
         time: when it failed, in seconds since 1970.
         traceback: of an unexpected failure.
+        is_consequence: whether it says so itself that it is mostly somebody else's failure, as a lost connection is.
+        is_agreed: whether all workers fail alike, by a decision of rank 0, so that it is no rank's own.
     """
 
     message: str
     host: str
     time: float
     traceback: str | None
+    is_consequence: bool = False
+    is_agreed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,13 @@ class Ending:
     def order(self) -> tuple[int, float]:
         """Sorts causes before consequences.
 
-        An explained failure is nobody's consequence, and neither is a signal from outside; a lost connection or an
-        abort may be either, and there the clock decides.
+        An explained failure is nobody's consequence, and neither is a signal from outside; an abort may be either, and
+        there the clock decides; a lost connection comes last.
         """
         killed_from_outside = self.code < 0 and self.code != -signal.SIGABRT
+        is_consequence = self.report is not None and self.report.is_consequence
         return (
-            0 if self.is_explained else 1 if killed_from_outside else 2,
+            0 if self.is_explained else 1 if killed_from_outside else 3 if is_consequence else 2,
             self.report.time if self.report else self.time,
         )
 
@@ -116,7 +121,8 @@ def settle(endings: Sequence[Ending], *, stop_requested: bool) -> Outcome:
         return Outcome(ExitCode.STOPPED if stopped else ExitCode.DONE, words)
     cause = failures[0]
     all_say_the_same = len({ending.message for ending in endings}) == 1 and cause.is_explained
-    who = "" if all_say_the_same else f"rank {cause.rank} on {cause.report.host if cause.report else _host()}"
+    is_nobodys_own = all_say_the_same or (cause.report is not None and cause.report.is_agreed)
+    who = "" if is_nobodys_own else f"rank {cause.rank} on {cause.report.host if cause.report else _host()}"
     if len(endings) == 1 and not cause.is_explained:
         who = "" if cause.report else "the worker"
     separator = "" if not who else ": " if cause.report and cause.code > 0 else " "
@@ -137,6 +143,8 @@ def read_report(file: IO[bytes]) -> Report | None:
             host=str(fields.get("host") or _host()),
             time=float(fields["time"]),
             traceback=fields.get("traceback"),
+            is_consequence=fields.get("consequence") is True,
+            is_agreed=fields.get("is_agreed") is True,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

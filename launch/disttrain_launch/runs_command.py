@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 
 from disttrain_launch.options import json_option
+from disttrain_launch.run_argument import RUN
 from disttrain_launch.worker_commands import become
-
-_RUN = click.Path(exists=True)
 
 
 @click.group()
@@ -16,7 +15,7 @@ def runs() -> None:
 
 
 @runs.command("list")
-@click.option("--runs-dir", default="runs", show_default=True, type=click.Path(), help="The folder of runs.")
+@click.option("--runs-dir", default="runs", show_default=True, help="The folder of runs, or a URL.")
 @json_option
 def list_runs(runs_dir: str, as_json: bool) -> None:
     """List the runs, newest last."""
@@ -24,7 +23,7 @@ def list_runs(runs_dir: str, as_json: bool) -> None:
 
 
 @runs.command()
-@click.argument("run", type=_RUN)
+@click.argument("run", type=RUN)
 @json_option
 def show(run: str, as_json: bool) -> None:
     """Show how far RUN has come and what it has saved."""
@@ -32,7 +31,7 @@ def show(run: str, as_json: bool) -> None:
 
 
 @runs.command()
-@click.argument("run", metavar="RUN|CHECKPOINT", type=_RUN)
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
 @json_option
 def verify(run: str, as_json: bool) -> None:
     """Check every file of every checkpoint of RUN against its SHA-256."""
@@ -40,7 +39,7 @@ def verify(run: str, as_json: bool) -> None:
 
 
 @runs.command("hash")
-@click.argument("run", metavar="RUN|CHECKPOINT", type=_RUN)
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
 def hash_weights(run: str) -> None:
     """Print one SHA-256 over the weights of RUN's newest checkpoint."""
     become("disttrain.commands.runs", "hash", run)

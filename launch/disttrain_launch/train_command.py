@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from disttrain_launch.options import num_workers_option, override_arguments, overrides_option
+from disttrain_launch.node_command import run_node
+from disttrain_launch.node_options import NodeOptions, node_options
+from disttrain_launch.options import (
+    dry_run_option,
+    max_restarts_option,
+    num_workers_option,
+    override_arguments,
+    overrides_option,
+)
+from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
@@ -24,54 +32,64 @@ _OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing"}
 @num_workers_option
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
-    help="Where the run lives (default: runs/RECIPE-TIME). Give a run's own folder to go on with it.",
+    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to go on with it.",
 )
 @overrides_option
-def train(recipe: str | None, num_workers: int, run_dir: Path | None, overrides: tuple[str, ...]) -> None:
+@max_restarts_option
+@node_options
+@dry_run_option
+def train(
+    recipe: str | None,
+    num_workers: int,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    max_restarts: int,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Train RECIPE, a shipped one (see `disttrain recipe list`) or a TOML file.
 
     Started again with the same --run-dir, a run goes on from its newest checkpoint; RECIPE may then be left out.
+    With --nodes and --rendezvous this machine is one of several: start the same command on each.
     """
     from disttrain_launch.group import WorkerGroup
     from disttrain_launch.local import run_workers
+    from disttrain_launch.restarts import Restarts
 
-    checked = _checked_recipe(recipe, run_dir, overrides)
-    _refuse_more_workers_than_shards(checked, num_workers)
-    run_dir = _opened(run_dir) if run_dir is not None else _made(checked)
-    source = recipe if recipe is not None else str(run_dir / "recipe.toml")
-    arguments = ("-m", "disttrain", source, "--run-dir", str(run_dir), *override_arguments(overrides))
-    run_workers(WorkerGroup(arguments, num_workers, log_dir=run_dir / "logs"))
+    several = NodeOptions(**options)
+    if several.nodes is not None or several.rendezvous is not None:
+        run_node(recipe, num_workers, run_dir, overrides, several, max_restarts, dry_run=dry_run)
+        return
+    checked = checked_recipe(recipe, run_dir, overrides)
+    refuse_more_workers_than_shards(checked, num_workers, f"-n {num_workers}")
+    if dry_run:
+        run_dir = run_dir or f"runs/{_new_name(checked)}"
+        folder = _working_folder(run_dir)
+    else:
+        run_dir, folder = _opened_run_dir(run_dir, checked)
+    arguments = ("-m", "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
+    group = WorkerGroup((*arguments, *override_arguments(overrides)), num_workers, log_dir=folder / "logs")
+    if dry_run:
+        click.echo(group.described())
+        return
+    run_workers(group, Restarts(max_restarts, folder))
 
 
-def _checked_recipe(recipe: str | None, run_dir: Path | None, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe to train, checked before any worker starts."""
-    from disttrain.recipe import ConfigurationError, check_installed, load_recipe, shipped_recipes
+def _opened_run_dir(run_dir: str | None, recipe: Recipe) -> tuple[str, Path]:
+    """Where the run lives, and the folder in which it is worked on, made and checked."""
+    from disttrain.recipe.address import is_url
 
-    if recipe is not None:
-        checked = load_recipe(recipe, overrides)
-        check_installed(checked)
-        return checked
     if run_dir is None:
-        raise click.UsageError(
-            f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
-            "or the --run-dir of a run to go on with."
-        )
-    if not os.path.isfile(run_dir / "recipe.toml"):  # False also for names that no file can have
-        raise ConfigurationError(
-            f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
-        )
-    return load_recipe(str(run_dir / "recipe.toml"), overrides)
+        folder = _made(recipe)
+        return str(folder), folder
+    folder = _working_folder(run_dir)
+    return run_dir, _with_logs(folder) if is_url(run_dir) else _opened(folder)
 
 
-def _refuse_more_workers_than_shards(recipe: Recipe, num_workers: int) -> None:
-    from disttrain.recipe import ConfigurationError
+def _working_folder(run_dir: str) -> Path:
+    from disttrain.recipe.address import is_url, working_folder
 
-    if recipe.parallel.exact and num_workers > recipe.parallel.shards:
-        raise ConfigurationError(
-            f"-n {num_workers}: in exact mode a step is shared by at most parallel.shards = {recipe.parallel.shards} "
-            "workers. Start fewer, or begin a new run with more shards."
-        )
+    return working_folder(run_dir) if is_url(run_dir) else Path(run_dir)
 
 
 def _opened(run_dir: Path) -> Path:
@@ -85,19 +103,29 @@ def _opened(run_dir: Path) -> Path:
             raise ConfigurationError(
                 f"--run-dir {run_dir}: is not empty and not a run directory (it has no recipe.toml); give another one"
             )
-        (run_dir / "logs").mkdir(exist_ok=True)
     except FileExistsError as error:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.filename} is a file; give a folder") from None
     except OSError as error:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.strerror}; give another one") from None
     except RecursionError:
         raise ConfigurationError(f"--run-dir: {len(run_dir.parts)} folders within each other; give fewer") from None
-    return run_dir
+    return _with_logs(run_dir)
+
+
+def _with_logs(folder: Path) -> Path:
+    """The folder, with one for logs in it."""
+    from disttrain.recipe import ConfigurationError
+
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder}: {error.strerror}; a run cannot be written there") from None
+    return folder
 
 
 def _made(recipe: Recipe) -> Path:
     """A new run directory under ./runs; two runs that begin in the same second get two."""
-    stem = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    stem = _new_name(recipe)
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 100))):
         try:
             Path("runs", name).mkdir(parents=True)
@@ -107,3 +135,7 @@ def _made(recipe: Recipe) -> Path:
             pass  # _opened says what is wrong
         return _opened(Path("runs", name))
     raise AssertionError(f"a hundred runs called {stem}")
+
+
+def _new_name(recipe: Recipe) -> str:
+    return f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -9,8 +9,7 @@ from typing import NoReturn
 import click
 
 from disttrain_launch.options import json_option, num_workers_option, override_arguments, overrides_option
-
-_RUN = click.Path(exists=True)
+from disttrain_launch.run_argument import RUN
 
 
 def become(module: str, *arguments: str) -> NoReturn:
@@ -21,7 +20,7 @@ def become(module: str, *arguments: str) -> NoReturn:
 
 
 @click.command(short_help="Measure accuracy on the held-out set.")
-@click.argument("run", metavar="RUN|CHECKPOINT", type=_RUN)
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
 @num_workers_option
 @overrides_option
 @json_option
@@ -35,7 +34,7 @@ def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bo
 
 
 @click.command()
-@click.argument("run", type=_RUN)
+@click.argument("run", type=RUN)
 @click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds to try for.")
 def sync(run: str, uri: str | None, timeout: float) -> None:
@@ -44,7 +43,7 @@ def sync(run: str, uri: str | None, timeout: float) -> None:
 
 
 @click.command()
-@click.argument("run", metavar="RUN|CHECKPOINT", type=_RUN)
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @json_option

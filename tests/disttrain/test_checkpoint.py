@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import time
-from collections.abc import Mapping
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from disttrain.checkpoint import (
     CheckpointStore,
-    CheckpointWriter,
     optimizer_from_tensors,
     optimizer_to_tensors,
     read_checkpoint,
     weights_sha256,
     write_checkpoint,
 )
-from disttrain.checkpoint.folder import Tensors
 from disttrain.errors import ConfigurationError
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
@@ -66,11 +63,34 @@ def test_tied_and_strided_weights_are_stored_by_each_name(tmp_path: Path) -> Non
 def test_plain_pytorch_loads_the_weights(tmp_path: Path) -> None:
     network = nn.Linear(3, 2)
     write_checkpoint(tmp_path / "step-00000001", network.state_dict(), {}, state(1))
-    from safetensors.torch import load_file
-
     other = nn.Linear(3, 2)
     other.load_state_dict(load_file(tmp_path / "step-00000001" / "model.safetensors"))
     assert torch.equal(other.weight, network.weight)
+
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
+    torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+]  # fmt: skip
+
+
+def test_safetensors_reads_what_we_write_of_every_type(tmp_path: Path) -> None:
+    values = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    written = {str(dtype): values.to(dtype) for dtype in DTYPES}
+    written |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "ü": torch.ones(1)}
+    write_checkpoint(tmp_path / "step-00000001", written, {}, state(1))
+    read = load_file(tmp_path / "step-00000001" / "model.safetensors")
+    assert read.keys() == written.keys()
+    for name, tensor in written.items():
+        assert read[name].dtype == tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert torch.equal(read[name].double(), tensor.double())
+
+
+def test_a_type_that_no_checkpoint_can_hold_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'w' is torch\.complex128"):
+        write_checkpoint(tmp_path / "step-00000001", {"w": torch.zeros(1, dtype=torch.complex128)}, {}, state(1))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -110,6 +130,59 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)]:
         save(store, step, accuracy)
     assert [path.name for path in store.paths()] == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_a_damaged_one_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    """A new process finds out before it retires anything: bits may have rotted in one that is not the newest."""
+    for step in (1, 2):
+        save(CheckpointStore(tmp_path), step)
+    rotten = tmp_path / "step-00000002" / "model.safetensors"
+    content = bytearray(rotten.read_bytes())
+    content[-1] ^= 1
+    rotten.write_bytes(content)
+    save(CheckpointStore(tmp_path, keep_last=2), 3)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002.damaged", "step-00000003"]
+
+
+def test_nothing_is_retired_before_the_newer_one_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is fsynced before the manifest that vouches for it is made, all of it before it gets its name, and the
+    name before an older one goes."""
+    order: list[str] = []
+    fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append(f"{path.name} with manifest: {(path.parent / 'manifest.json').exists()}")
+
+    def noting_rename(path: Path, target: Path) -> Path:
+        order.append(f"{path.name} -> {Path(target).name}")
+        return rename(path, target)
+
+    def noting_rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            order.append(f"remove {path.name}")
+        rmtree(path, ignore_errors=ignore_errors)
+
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+    save(store, 1)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    monkeypatch.setattr(shutil, "rmtree", noting_rmtree)
+    save(store, 2)
+    assert order == [
+        "model.safetensors with manifest: False",
+        "optimizer.safetensors with manifest: False",
+        "state.json with manifest: False",
+        "manifest.json with manifest: True",
+        ".step-00000002.writing with manifest: False",
+        ".step-00000002.writing -> step-00000002",
+        "checkpoints with manifest: False",
+        "step-00000001 -> .step-00000001.retired",
+        "remove .step-00000001.retired",
+    ]
 
 
 def test_the_same_step_again_replaces_the_old_one(tmp_path: Path) -> None:
@@ -224,77 +297,3 @@ def test_an_optimizers_state_keeps_its_own_types(
         step(again, restored)
     assert weights_sha256(again.state_dict()) == weights_sha256(model.state_dict())
     assert weights_sha256(optimizer_to_tensors(restored)[0]) == weights_sha256(optimizer_to_tensors(optimizer)[0])
-
-
-class SlowStore(CheckpointStore):
-    """Writes when it is let."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.begun, self.go_on = threading.Event(), threading.Event()
-
-    def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
-        self.begun.set()
-        assert self.go_on.wait(60)
-        return super().save(model, optimizer, state)
-
-
-def test_a_checkpoint_written_beside_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
-    store = SlowStore(tmp_path)
-    writer = CheckpointWriter(store)
-    weights, momentum = tensors(1.0), {"0.momentum_buffer": torch.ones(2)}
-    assert writer.save(weights, momentum, state(1)) is None
-    assert store.begun.wait(60)
-    assert writer.poll() is None, "it is being written"
-    weights["a"].fill_(7.0)  # training goes on
-    momentum["0.momentum_buffer"].fill_(7.0)
-    store.go_on.set()
-    outcome = writer.wait()
-    assert outcome is not None
-    assert outcome.path == tmp_path / "step-00000001"
-    assert writer.wait() is None, "told once"
-    checkpoint = read_checkpoint(outcome.path)
-    assert torch.equal(checkpoint.model["a"], torch.ones(3, 2))
-    assert torch.equal(checkpoint.optimizer["0.momentum_buffer"], torch.ones(2))
-    writer.close()
-
-
-def test_one_checkpoint_is_written_at_a_time_and_the_next_waits(tmp_path: Path) -> None:
-    store = SlowStore(tmp_path)
-    writer = CheckpointWriter(store)
-    writer.save(tensors(1.0), {}, state(1))
-    threading.Timer(0.3, store.go_on.set).start()
-    begin = time.monotonic()
-    before = writer.save(tensors(2.0), {}, state(2))
-    assert time.monotonic() - begin > 0.2
-    assert before is not None
-    assert before.step == 1
-    writer.close()
-    first, second = (read_checkpoint(tmp_path / f"step-0000000{step}").model["a"][0, 0].item() for step in (1, 2))
-    assert (first, second) == (1.0, 2.0)
-
-
-def test_what_is_saved_may_change_its_tensors_from_save_to_save(tmp_path: Path) -> None:
-    """An optimizer has no state before its first step; tied weights and buffers are as they come."""
-    store = CheckpointStore(tmp_path, keep_last=9)
-    writer = CheckpointWriter(store)
-    shared = torch.arange(6.0).view(2, 3)
-    writer.save({"a": torch.ones(2), "b": shared, "c": shared}, {}, state(1))
-    writer.save({"a": torch.ones(3), "b": shared.T}, {"0.exp_avg": torch.zeros(2)}, state(2))
-    writer.close()
-    assert read_checkpoint(tmp_path / "step-00000001").model.keys() == {"a", "b", "c"}
-    second = read_checkpoint(tmp_path / "step-00000002")
-    assert {name: tuple(tensor.shape) for name, tensor in second.model.items()} == {"a": (3,), "b": (3, 2)}
-    assert torch.equal(second.model["b"], shared.T)
-    assert second.optimizer.keys() == {"0.exp_avg"}
-
-
-def test_a_save_that_fails_beside_is_told_with_its_step(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("in the way")
-    writer = CheckpointWriter(CheckpointStore(tmp_path / "checkpoints"))
-    writer.save(tensors(), {}, state(4))
-    outcome = writer.wait()
-    writer.close()
-    assert outcome is not None
-    assert (outcome.step, outcome.path) == (4, None)
-    assert isinstance(outcome.error, OSError)

@@ -137,7 +137,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(world_size: int) -> None
                     (nn.functional.cross_entropy(logits, part.labels, reduction="sum") / batch.global_size).backward()
                     if part.closes_shard:
                         parallel.close_shard(part.shard)
-                parallel.finish_step(0, batch.global_size, may_overflow=False)
+                parallel.finish_step(batch.global_size)
                 steps.append([parameter.grad for parameter in parallel.model.parameters()])
                 parallel.model.zero_grad()
             return steps
@@ -184,7 +184,7 @@ def test_buffers_are_the_mean_over_the_shards_and_counters_those_of_the_first() 
                     shards.open()
                     model(float(shard + 1)).sum().backward()
                     shards.close(shard)
-                shards.finish(0, 3, may_overflow=False)
+                shards.finish(3)
             return [model.mean, model.count, model.constant, model.mask, model.flag, model.weight.grad, model.idle.grad]
 
     for size in (1, 2, 3):
@@ -198,7 +198,7 @@ def test_buffers_are_the_mean_over_the_shards_and_counters_those_of_the_first() 
             assert idle is None  # as without shards, so that its optimizer leaves it alone
 
 
-def test_a_gradient_that_is_not_finite_ends_the_training_by_its_name_on_all_ranks(tmp_path: Path) -> None:
+def test_what_is_not_finite_ends_the_training_by_its_name_on_all_ranks(tmp_path: Path) -> None:
     def diverge() -> str:
         with pytest.raises(DivergedError) as caught:
             train_job(tmp_path, "tutorial", "optim.lr=1e30")
@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training_by_its_name_on_all_rank
 
     first, second, third = run_workers(diverge, 3, process_group=False)
     assert first == second == third
-    assert "the gradient of 'conv1.weight' is not finite at step 2" in first
+    assert "the output of 'conv2' (Conv2d) is not finite at step 2 (though its input is), first on rank 0" in first
     for path in CheckpointStore(tmp_path / "checkpoints").paths():
         assert all(torch.isfinite(tensor).all() for tensor in read_checkpoint(path).model.values())
 

@@ -58,6 +58,18 @@ def test_any_permutation_and_any_partition_give_the_same_bits(
     assert bits(summed(groups, len(summands))) == bits(expected)
 
 
+def test_how_many_are_worked_on_at_once_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shapes, types = (
+        [(3,), (2, 5), (), (7,), (1,)],
+        [torch.float32, torch.float64, torch.float32, torch.bfloat16, torch.float32],
+    )
+    summands = [[torch.randn(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)] for _ in range(4)]
+    at_once = summed([summands], 4)
+    monkeypatch.setattr("disttrain.fixed_point._ENOUGH_ELEMENTS", 4)
+    assert bits(summed([summands[:1], summands[1:]], 4)) == bits(at_once)
+
+
 @given(st.lists(NUMBERS, min_size=1, max_size=12))
 def test_the_error_is_within_the_bound_that_the_documentation_gives(numbers: list[float]) -> None:
     (total,) = summed([[[torch.tensor([number], dtype=torch.float64)] for number in numbers]], len(numbers))

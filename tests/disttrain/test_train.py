@@ -235,15 +235,24 @@ class Pair(nn.Linear):
         return scores, scores
 
 
+class PairInTraining(Pair):
+    """The same in training mode alone, as models with auxiliary classifiers do."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        both = super().forward(images)
+        return both if self.training else both[0]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), "a tensor of shape (2, 7) for 2 images: needed is a tensor"),
         (Pair(64, 3), "returned a tuple for 2 images: needed is a tensor of shape (2, 3), a score for each of the 3"),
+        (PairInTraining(64, 3), "returned a tuple for 2 images in training mode (model.train()): needed is a tensor"),
         (nn.Linear(99, 3), "fails on a batch of images of shape (2, 1, 8, 8): RuntimeError: mat1 and mat2"),
         (nn.Flatten(), "it has no parameters to train"),
     ],
-    ids=["outputs", "tuple", "inputs", "empty"],
+    ids=["outputs", "tuple", "tuple-in-training", "inputs", "empty"],
 )
 def test_a_model_that_does_not_fit_is_named_before_training(tmp_path: Path, model: nn.Module, message: str) -> None:
     recipe = load_recipe("digits", [*QUIET, "data.batch_size=16"])

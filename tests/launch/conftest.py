@@ -38,8 +38,10 @@ import json, sys
 from pathlib import Path
 from disttrain_launch.group import WorkerGroup
 from disttrain_launch.local import run_workers
-size, log_dir, grace_s = json.loads(sys.argv[1])
-run_workers(WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s))
+from disttrain_launch.restarts import Restarts
+size, log_dir, grace_s, max_restarts = json.loads(sys.argv[1])
+group = WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s)
+run_workers(group, Restarts(max_restarts, Path("run")))
 """
 
 
@@ -53,7 +55,7 @@ class Launcher:
 
     def wait_for(self, *names: str) -> None:
         """Wait until the workers have made these files."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline, f"no {names} in {os.listdir(self.folder)}"
             assert self.process.poll() is None, self.process.communicate()
@@ -63,7 +65,7 @@ class Launcher:
         """Send a signal to the launcher alone."""
         self.process.send_signal(number)
 
-    def end(self, timeout_s: float = 20) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 60) -> tuple[int, str, str]:
         """Wait for it: exit code, standard output, standard error. Nothing may be left of it."""
         out, err = self.process.communicate(timeout=timeout_s)
         self.assert_nothing_left()
@@ -92,18 +94,32 @@ class Launcher:
 StartLauncher = Callable[..., Launcher]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _not_under_nohup() -> Iterator[None]:
+    """What a test run ignores is ignored by every process it starts; under nohup that would be SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
     """Starts a launcher of workers that run the given code."""
     launchers: list[Launcher] = []
 
     def start(
-        code: str, size: int, *, logs: bool = True, grace_s: float = 5.0, prefix: tuple[str, ...] = ()
+        code: str,
+        size: int,
+        *,
+        logs: bool = True,
+        grace_s: float = 5.0,
+        prefix: tuple[str, ...] = (),
+        max_restarts: int = 0,
     ) -> Launcher:
         (tmp_path / "worker.py").write_text(_PREAMBLE + dedent(code))
         (tmp_path / "tmp").mkdir()
         (tmp_path / "logs").mkdir()
-        request = json.dumps([size, str(tmp_path / "logs") if logs else None, grace_s])
+        request = json.dumps([size, str(tmp_path / "logs") if logs else None, grace_s, max_restarts])
         mark = uuid.uuid4().hex
         process = subprocess.Popen(
             [*prefix, sys.executable, "-c", _LAUNCHER, request],

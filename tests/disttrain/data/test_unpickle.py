@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.data.unpickle import read_pickle
@@ -113,7 +113,6 @@ def test_the_message_names_the_file_and_what_it_asked_for(tmp_path: Path) -> Non
     )
 
 
-@settings(deadline=None)
 @given(cut=st.integers(0, len(batch(PIXELS, [3, 4])) - 1))
 def test_a_truncated_file_is_named(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = written(tmp_path_factory.mktemp("cut"), batch(PIXELS, [3, 4])[:cut])
@@ -121,7 +120,6 @@ def test_a_truncated_file_is_named(cut: int, tmp_path_factory: pytest.TempPathFa
         read_pickle(path)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_never_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = written(tmp_path_factory.mktemp("garbage"), b"\x80\x02" + content + b".")

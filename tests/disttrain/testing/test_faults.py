@@ -333,3 +333,11 @@ def test_proxy_targets_are_checked() -> None:
 def test_a_rank_that_cannot_be_is_refused(target: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="a fault hits a rank"):
         faults.kill(target, step=1)
+
+
+def test_a_fault_at_a_rank_that_does_not_exist_is_refused() -> None:
+    for wrong in (faults.kill(2, step=1), faults.slow(5, 0.1)):
+        with pytest.raises(ValueError, match=r"would never happen: world_size is 2, so the last rank is 1"):
+            run_workers(step_five_times, 2, faults=[wrong], process_group=False)
+    launchers, everybodys = faults.kill("launcher", step=99), faults.slow(None, 0.1, step=99)
+    assert run_workers(step_five_times, 1, faults=[launchers, everybodys], process_group=False) == [[0, 1, 2, 3, 4]]

@@ -46,7 +46,7 @@ def metrics_of(path: Path) -> list[tuple[int, str, float]]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(written, min_size=1, max_size=8), st.integers(0, 2**31))
 def test_torn_at_any_byte_loses_at_most_the_torn_record(records: list[tuple[Any, ...]], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def test_torn_at_any_byte_loses_at_most_the_torn_record(records: list[tuple[Any,
             assert len(after) in (complete, complete + 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from("abc"), st.booleans()), max_size=40))
 def test_no_key_and_step_is_ever_written_twice(rows: list[tuple[int, str, bool]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,205 @@
+"""`python -m disttrain.agent`: what `disttrain node` becomes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from disttrain.agent.elastic import Agent, job_code
+from disttrain.checkpoint import CheckpointStore
+from disttrain.checkpoint.store import step_of
+from disttrain.errors import ConfigurationError, DisttrainError, ExitCode
+from disttrain.rundir import CHECKPOINTS, JOURNAL, go_on_with
+from disttrain.tracking import read_journal
+
+_MONITOR_S = 0.3
+_TO_LEAVE_S = 15.0  # how long the node that serves the store waits for the others to have read it
+_TO_RESOLVE_S = 60.0  # a cluster knows the name of a machine that it has just started some seconds later
+_JOIN_S = 600
+_LAST_CALL_S = 5  # with the least number of nodes there, how long more may come
+_STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+
+
+@click.command(name="python -m disttrain.agent", context_settings={"ignore_unknown_options": True})
+@click.option("--nodes", nargs=2, type=int, required=True, help="The least and the greatest number of nodes.")
+@click.option("--rendezvous", required=True, metavar="HOST:PORT")
+@click.option("--workers", type=int, required=True, help="Workers on this node.")
+@click.option("--max-restarts", type=int, required=True)
+@click.option("--job-id", required=True)
+@click.option("--serves", type=bool, required=True, help="Whether the store of the rendezvous is on this node.")
+@click.option("--local-addr", help="The address by which the other nodes reach this one.")
+@click.option("--stop-grace", type=int, required=True, help="Seconds that workers may take to save.")
+@click.option("--run-dir", required=True)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def command(
+    nodes: tuple[int, int],
+    rendezvous: str,
+    workers: int,
+    max_restarts: int,
+    job_id: str,
+    serves: bool,
+    local_addr: str | None,
+    stop_grace: int,
+    run_dir: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run the workers `python ARGUMENTS` of this node, and exit with their own code."""
+    for name in _STOP_SIGNALS:
+        signal.signal(getattr(signal, name), _stop)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said by us
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(_STOP_SIGNALS)
+    # With torch 2.14 a node that joins later is not told the address of a store that the nodes share.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    log_dir = tempfile.mkdtemp(prefix="disttrain-node-")
+    try:
+        handler = _join(rendezvous, job_id, nodes, local_addr, serves=serves)
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=workers,
+            entrypoint=sys.executable,
+            args=arguments,
+            rdzv_handler=handler,
+            max_restarts=max_restarts,
+            monitor_interval=_MONITOR_S,
+            local_addr=local_addr,
+        )
+        agent = Agent(
+            spec,
+            DefaultLogsSpecs(log_dir=log_dir),
+            grace_s=stop_grace,
+            host=socket.gethostname(),
+            newest_step=lambda: _newest_step(Path(run_dir)),
+            say=_say,
+        )
+        _run(agent, handler, run_dir, serves=serves)
+    except SignalException:
+        _say("stopped before the workers were ready; start again to go on")
+        raise click.exceptions.Exit(ExitCode.STOPPED) from None
+    except RendezvousError as error:
+        raise DisttrainError(
+            f"job {job_id!r}: the nodes do not find each other at {rendezvous} ({_deepest(error)}). The node with "
+            f"--node-rank 0 must serve that address, and at least {nodes[0]} must come within {_JOIN_S} s."
+        ) from error
+    finally:
+        shutil.rmtree(log_dir, ignore_errors=True)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SignalException("asked to stop", signal.Signals(number))
+
+
+def _join(
+    rendezvous: str, job_id: str, nodes: tuple[int, int], local_addr: str | None, *, serves: bool
+) -> RendezvousHandler:
+    """This node's part in the rendezvous. Raises RendezvousError, or ConfigurationError for an unknown name."""
+    host = rendezvous.rpartition(":")[0].strip("[]")
+    deadline = time.monotonic() + _TO_RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConfigurationError(
+                    f"--rendezvous {rendezvous}: the name {host!r} does not resolve here ({error.strerror}); give an "
+                    "address, or a name that every node knows."
+                ) from error
+        time.sleep(0.5)
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=rendezvous,
+        run_id=job_id,
+        min_nodes=nodes[0],
+        max_nodes=nodes[1],
+        local_addr=local_addr,
+        join_timeout=_JOIN_S,
+        last_call_timeout=_LAST_CALL_S,
+        is_host=str(serves).lower(),
+    )
+    return get_rendezvous_handler(parameters)
+
+
+def _run(agent: Agent, handler: RendezvousHandler, run_dir: str, *, serves: bool) -> None:
+    """Run the agent to its end. Raises click's Exit with the code of the job."""
+    try:
+        result = agent.run()
+    except SignalException as request:
+        bulletin = agent.bulletin()
+        if bulletin is None:
+            raise
+        _say(f"{request.sigval.name}: the workers are asked to save and stop")
+        agent.stop_workers()
+        code = job_code(agent.exit_codes())
+        bulletin.leave(_TO_LEAVE_S, serves=serves)
+        _say(
+            f"stopped. Go on with: {go_on_with(Path(run_dir))}" if code == ExitCode.STOPPED else "ended without a save"
+        )
+        raise click.exceptions.Exit(code) from None
+    if not result.is_failed():
+        handler.shutdown()
+        return
+    assert agent.cause is not None
+    if agent.cause.traceback:
+        print(agent.cause.traceback.rstrip(), file=sys.stderr)
+    _say(agent.cause.message)
+    bulletin = agent.bulletin()
+    if bulletin is not None:
+        bulletin.leave(_TO_LEAVE_S, serves=serves)
+    raise click.exceptions.Exit(agent.cause.code)
+
+
+def _say(message: str) -> None:
+    print(f"disttrain: {message}", file=sys.stderr, flush=True)
+
+
+def _deepest(error: BaseException) -> str:
+    """What was at the bottom of a chain of errors, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _newest_step(run_dir: Path) -> int | None:
+    """The newest step that the run's journal or a checkpoint knows; None where the run cannot be seen from here."""
+    if not run_dir.is_dir():
+        return None
+    steps = [step_of(path) for path in CheckpointStore(run_dir / CHECKPOINTS).paths()]
+    if (run_dir / JOURNAL).is_file():
+        steps += [int(record["step"]) for record in read_journal(run_dir / JOURNAL) if record["kind"] == "metrics"]
+    return max(steps, default=0)
+
+
+def main() -> int:
+    """The command, and its exit code."""
+    try:
+        with command.make_context(command.name, sys.argv[1:]) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
+    except click.ClickException as error:
+        error.show()
+        return ExitCode.USAGE
+    except DisttrainError as error:
+        _say(str(error))
+        return error.exit_code
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

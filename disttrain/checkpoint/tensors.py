@@ -1,0 +1,62 @@
+"""Tensors as bytes: a safetensors file written piece by piece, so that nothing is copied in memory to be written.
+
+The format: the length of the header as 8 bytes, the header as JSON ({name: dtype, shape, data_offsets}), then the data.
+https://github.com/huggingface/safetensors describes it. The library's own writer turns every tensor into `bytes` first,
+a second copy of the whole, made while no other thread may run Python.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from disttrain.errors import ConfigurationError
+
+Tensors = Mapping[str, torch.Tensor]
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:
+    """The bytes of a safetensors file that holds `tensors`, in order: its header, then tensor by tensor.
+
+    Raises ConfigurationError for a tensor of a type that the format does not know.
+    """
+    # As the library orders them: large elements first, so that each tensor begins where its type may.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, offset = {}, 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise ConfigurationError(f"the tensor '{name}' is {tensor.dtype}, which a checkpoint cannot hold.")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for _, tensor in ordered:
+        yield as_bytes(tensor)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements in row-major order, as they are in memory; copied only if they are not so on this machine's CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

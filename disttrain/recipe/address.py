@@ -1,0 +1,72 @@
+"""Addresses: recipes and runs live in folders, or behind any URL that fsspec can open (s3://, gs://, az://, …)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from disttrain.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_PASSWORD = re.compile(r"^[^/]*://[^/@]*:[^/@]+@")
+
+
+def is_url(address: object) -> bool:
+    """Whether this is a URL and not a path."""
+    return isinstance(address, str) and _URL.match(address) is not None
+
+
+def file_system(url: str) -> tuple[AbstractFileSystem, str]:
+    """What opens the URL, and the path there, without a slash at its end.
+
+    Raises ConfigurationError if nothing installed can open it, or if it holds a password.
+    """
+    from fsspec.core import url_to_fs
+
+    if _PASSWORD.match(url):
+        raise ConfigurationError(
+            f"{url.partition('://')[0]}://…: holds a password, and addresses are stored and logged; leave it to the "
+            "environment or to the configuration of the library that opens it."
+        )
+    try:
+        opened, path = url_to_fs(url)
+    except ImportError as error:
+        raise ConfigurationError(f"{url}: {error}: it is a package of its own, to be installed with pip.") from error
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{url}: {error}. A run lives in a folder, or behind a URL that fsspec knows: s3://, gs://, az://, …"
+        ) from error
+    return opened, str(path).rstrip("/")
+
+
+def read_url(url: str) -> bytes:
+    """What is behind a URL. Raises OSError, ConfigurationError if nothing installed can open it."""
+    files, path = file_system(url)
+    try:
+        return bytes(files.cat_file(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "there is no such object") from None
+    except OSError:
+        raise
+    except Exception as error:  # each library has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def working_folder(url: str) -> Path:
+    """The folder on this machine in which the run behind `url` is worked on.
+
+    It is below $DISTTRAIN_SCRATCH, or else below the user's cache folder. Runs behind one parent are neighbours in it.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("DISTTRAIN_SCRATCH") or cache / "disttrain" / "runs")
+    parent, _, name = url.rstrip("/").rpartition("/")
+    return (
+        root / hashlib.sha256(parent.encode()).hexdigest()[:12] / (re.sub(r"[^\w.-]+", "-", name).strip(".") or "run")
+    )

@@ -1,0 +1,253 @@
+"""Brings what a run's working folder holds to the URL where the run lives, on a thread beside the training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from disttrain.checkpoint import CheckpointStore
+from disttrain.checkpoint.folder import LEAVING, MANIFEST, hidden
+from disttrain.checkpoint.store import accuracy_of, to_keep
+from disttrain.checkpoint.tensors import Tensors
+from disttrain.errors import ConfigurationError, DisttrainError
+from disttrain.remote.lease import Lease
+from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
+from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE
+
+_OWNER = ".remote"  # in the working folder: the id of the lease under which it was worked on last
+_DELIVERY = "mlflow.json"
+_AT_THE_END = (LOGS, "charts", "model")
+_RETRY_S = 5.0
+
+
+class Mirror:
+    """Keeps the URL's copy of a run. The URL is what counts; the working folder is rebuilt from it on another machine.
+
+    As a context it owns the URL, fetches what is there, and at the end brings everything and lets go. Whatever fails
+    in between is a warning, and is tried again with the next checkpoint.
+    """
+
+    def __init__(self, run: RemoteRun, folder: Path, warn: Callable[[str], None], lease: Lease | None = None) -> None:
+        self.run = run
+        self.folder = folder
+        self._warn = warn
+        self._lease = lease or Lease(run)
+        self.keep_last, self.keep_best = 2, 1
+        self._asked = threading.Condition()
+        self._wanted = self._done = 0  # how often it was asked to bring everything, and which of these is done
+        self._ends = False
+        self._error = ""
+        self._accuracies: dict[str, float | None] = {}
+        self._sent: dict[str, bytes] = {}
+        self._journal_there = 0
+        self._thread = threading.Thread(target=self._serve, name="mirror", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Raises ConfigurationError or DisttrainError if the URL cannot be used now."""
+        with self.run.opening():
+            mark = self.folder / _OWNER
+            # The lock on the folder is ours, so whoever worked in it has ended.
+            last = mark.read_text() if mark.exists() else ""
+            self._lease.acquire(dead=last)
+            try:
+                if last != self._lease.previous or not last:
+                    self._fetch()
+                mark.write_text(self._lease.id)
+                for name in self.run.checkpoints().unfinished:
+                    self.run.remove_checkpoint(name)
+            except BaseException:
+                self._lease.release()
+                raise
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Bring the last of everything. That of a run which ended well was waited for; what fails now is a warning."""
+        with self._asked:
+            self._ends = True
+            self._asked.notify_all()
+        self._thread.join()
+        try:
+            if not self._lease.is_ours():
+                return
+            self._bring_files()
+            for name in _AT_THE_END:
+                for path in sorted((self.folder / name).rglob("*")):
+                    if path.is_file():
+                        self.run.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
+            self._lease.release()
+        except OSError as failure:
+            self._warn(f"the last of the run's files could not be brought to its place: {failure}")
+
+    def bring(self) -> None:
+        """Have the thread bring what is new. Returns at once."""
+        with self._asked:
+            self._wanted += 1
+            self._asked.notify_all()
+
+    def settle(self, patience_s: float) -> Iterator[bool]:
+        """Wait until all that is here is there: false every few seconds, and true in the end.
+
+        Raises DisttrainError, with the last cause, if an attempt fails after more than `patience_s`.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            self.bring()
+            while True:
+                with self._asked:
+                    if self._asked.wait_for(lambda: self._done == self._wanted, timeout=_RETRY_S):
+                        break
+                yield False
+            if not self._error:
+                yield True
+                return
+            if time.monotonic() + _RETRY_S > deadline:
+                raise DisttrainError(
+                    f"{self._error}. The checkpoint is in {self.folder} on this machine; start again there."
+                )
+            time.sleep(_RETRY_S)
+            yield False
+
+    def _serve(self) -> None:
+        while True:
+            with self._asked:
+                self._asked.wait_for(lambda: self._wanted > self._done or self._ends)
+                if self._wanted == self._done:
+                    return
+                wanted = self._wanted
+            error = self._attempt()
+            if error and error != self._error:
+                self._warn(f"{error}. Training goes on, and the next checkpoint tries again.")
+            with self._asked:
+                self._done, self._error = wanted, error
+                self._asked.notify_all()
+
+    def _attempt(self) -> str:
+        try:
+            if not self._lease.is_ours():
+                return f"{self.run.url} was taken over by another job, so nothing more is written there"
+            self._bring_files()  # first: where a checkpoint is, the journal holds the steps before it
+            self._bring_checkpoints()
+        except Exception as error:  # whatever it is, whoever waits for this thread must hear of it
+            return f"not brought to its place: {error}"
+        return ""
+
+    def _bring_checkpoints(self) -> None:
+        """Put there what is to be kept and is not there, newest first; then remove what is no longer to be kept."""
+        there = self.run.checkpoints()
+        known = [(name, step_and_revision(name), self._accuracy(name)) for name in there.good]
+        missing = {}
+        for path in CheckpointStore(self.folder / CHECKPOINTS).paths():
+            name = self._name_if_missing(path, there.damaged)
+            if name is not None:
+                missing[name] = path
+                known.append((name, step_and_revision(name), accuracy_of(path)))
+        newest_of_step = {step: name for name, (step, _), _ in sorted(known, key=lambda one: one[1])}
+        current = [one for one in sorted(known, key=lambda one: one[1]) if newest_of_step[one[1][0]] == one[0]]
+        keep = to_keep(current, self.keep_last, self.keep_best)
+        for name in sorted(missing.keys() & keep, key=step_and_revision, reverse=True):
+            if not self._put(missing[name], name):
+                return  # retired meanwhile: another round is due, and until then nothing is removed
+        for name in (*there.good, *there.unfinished):
+            if name not in keep:
+                self.run.remove_checkpoint(name)
+
+    def _name_if_missing(self, path: Path, damaged: list[str]) -> str | None:
+        """What a local checkpoint is to be called there; None if it is there, or here no more."""
+        if not (path / MANIFEST).exists():
+            return None
+        manifest, name = (path / MANIFEST).read_bytes(), path.name
+        while (there := self.run.manifest(name)) is not None:
+            if there == manifest and name not in damaged:
+                return None
+            name = next_revision(name)
+        return name
+
+    def _put(self, path: Path, name: str) -> bool:
+        aside = hidden(path, LEAVING)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            # Links, so that the files stay while they travel though the checkpoint may be retired.
+            shutil.copytree(path, aside, copy_function=os.link)
+            self.run.put_checkpoint(aside, name)
+        except (FileNotFoundError, shutil.Error):
+            if path.exists():
+                raise
+            return False
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._accuracies[name] = accuracy_of(path)
+        return True
+
+    def _accuracy(self, name: str) -> float | None:
+        if name not in self._accuracies:
+            self._accuracies[name] = self.run.accuracy(name)
+        return self._accuracies[name]
+
+    def _bring_files(self) -> None:
+        # What MLflow has of the journal is read before the journal: it must not say more than that holds.
+        files = {name: self.folder / name for name in (_DELIVERY, RECIPE, EVALUATION)}
+        contents = {name: path.read_bytes() for name, path in files.items() if path.exists()}
+        if (self.folder / JOURNAL).exists():
+            self._journal_there = self.run.write_journal(self.folder / JOURNAL, self._journal_there)
+        for name, content in contents.items():
+            if self._sent.get(name) != content:
+                self.run.write(name, content)
+                self._sent[name] = content
+
+    def _fetch(self) -> None:
+        """Rebuild the working folder from what is there."""
+        for name in (RECIPE, EVALUATION, _DELIVERY, JOURNAL, CHECKPOINTS):
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        recipe = self.run.read(RECIPE)
+        if recipe is None:
+            if self.run.checkpoints().good:
+                raise ConfigurationError(f"{self.run.url} holds checkpoints but no {RECIPE}: choose another --run-dir.")
+            return
+        (self.folder / JOURNAL).write_bytes(self.run.read_journal())
+        for name in (EVALUATION, _DELIVERY):
+            content = self.run.read(name)
+            if content is not None:
+                (self.folder / name).write_bytes(content)
+        self._fetch_newest_checkpoint()
+        (self.folder / RECIPE).write_bytes(recipe)  # last: with it, the folder is a run's
+
+    def _fetch_newest_checkpoint(self) -> None:
+        names = self.run.checkpoints().good
+        for name in reversed(names):
+            try:
+                self.run.get_checkpoint(name, self.folder / CHECKPOINTS / name.partition(".")[0])
+                return
+            except ConfigurationError as error:
+                self.run.set_aside(name, str(error))
+                others = name != names[0]
+                what = "the checkpoint before it is used" if others else "no other is left, so training begins anew"
+                self._warn(f"{error} Set aside; {what}.")
+
+
+class MirroredStore(CheckpointStore):
+    """A store whose checkpoints are brought to a URL once they are written."""
+
+    def __init__(self, mirror: Mirror, *, keep_last: int, keep_best: int) -> None:
+        super().__init__(mirror.folder / CHECKPOINTS, keep_last=keep_last, keep_best=keep_best)
+        self._mirror = mirror
+        mirror.keep_last, mirror.keep_best = keep_last, keep_best
+
+    def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
+        """As CheckpointStore's; the way to the URL is not waited for."""
+        path = super().save(model, optimizer, state)
+        self._mirror.bring()
+        return path
+
+    def settle(self, patience_s: float) -> Iterator[bool]:
+        """As the mirror's: until the checkpoints are at the URL."""
+        return self._mirror.settle(patience_s)

@@ -1,0 +1,231 @@
+"""A run behind a URL, as objects: laid out as a run directory is, with each manifest as its checkpoint's commit marker.
+
+    URL/recipe.toml, evaluation.json, mlflow.json, logs/…
+    URL/journal.jsonl, journal-00001.jsonl, …      the journal in pieces, since an object cannot be appended to
+    URL/checkpoints/step-00000500/…                a checkpoint exists when its manifest.json does
+    URL/lease.json                                 who writes here
+
+A second checkpoint of the same step does not touch the first: it is called step-00000500.2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from disttrain.checkpoint import CONTENTS, MANIFEST, STATE, verify_checkpoint
+from disttrain.checkpoint.folder import WRITING, hidden
+from disttrain.errors import ConfigurationError, DisttrainError
+from disttrain.faultpoints import reached
+from disttrain.recipe.address import file_system
+
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_DAMAGED = "damaged.txt"
+_JOURNAL_PIECE = 8 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The names of the checkpoints of a run, oldest first."""
+
+    good: list[str]  # committed, and not known to be damaged
+    damaged: list[str]  # set aside
+    unfinished: list[str]  # what a killed upload or removal has left
+
+
+class RemoteRun:
+    """The objects of the run behind `url`. Every method raises OSError if the other side fails or cannot be reached."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigurationError if nothing installed can open the URL."""
+        self.url = url.rstrip("/")
+        self._files, self._root = file_system(self.url)
+
+    def read(self, name: str) -> bytes | None:
+        """The object's content; None if there is no such object."""
+        with self._explained():
+            try:
+                return bytes(self._files.cat_file(f"{self._root}/{name}"))
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make or replace an object."""
+        path = f"{self._root}/{name}"
+        with self._explained():
+            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._files.pipe_file(path, content)
+
+    def write_journal(self, journal: Path, done: int) -> int:
+        """Bring the whole lines of the journal there; those up to byte `done` are there. Return how far it is there.
+
+        An object cannot be appended to, so the newest piece is written anew until it is full.
+        """
+        with journal.open("rb") as file:
+            number = done // _JOURNAL_PIECE
+            file.seek(number * _JOURNAL_PIECE)
+            content = file.read()
+        content = content[: content.rfind(b"\n") + 1]
+        for begin in range(0, len(content), _JOURNAL_PIECE):
+            self.write(_piece(number + begin // _JOURNAL_PIECE), content[begin : begin + _JOURNAL_PIECE])
+        return number * _JOURNAL_PIECE + len(content)
+
+    def read_journal(self) -> bytes:
+        """The journal, as far as it is there."""
+        pieces: list[bytes] = []
+        while (piece := self.read(_piece(len(pieces)))) is not None:
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def objects(self, folder: str) -> list[str]:
+        """The names of all objects below a folder of the run."""
+        with self._explained():
+            self._files.invalidate_cache()
+            try:
+                found = self._files.find(f"{self._root}/{folder}")
+            except FileNotFoundError:
+                return []
+        root = self._files._strip_protocol(self._root).strip("/") + "/"
+        return [path.strip("/").removeprefix(root) for path in map(str, found)]
+
+    def checkpoints(self) -> Standing:
+        """What there is of checkpoints."""
+        folders: dict[str, set[str]] = {}
+        for path in self.objects("checkpoints"):
+            _, name, *file = path.split("/")
+            if _NAME.fullmatch(name) and len(file) == 1:  # what is called otherwise is not ours
+                folders.setdefault(name, set()).add(file[0])
+        names = sorted(folders, key=step_and_revision)
+        return Standing(
+            good=[name for name in names if MANIFEST in folders[name] and _DAMAGED not in folders[name]],
+            damaged=[name for name in names if _DAMAGED in folders[name]],
+            unfinished=[name for name in names if not folders[name] & {MANIFEST, _DAMAGED}],
+        )
+
+    def put_checkpoint(self, folder: Path, name: str) -> None:
+        """Bring a checkpoint there: its manifest last, when every other file is there in its full length."""
+        place = f"{self._root}/checkpoints/{name}"
+        manifest = (folder / MANIFEST).read_bytes()
+        with self._explained():
+            self._files.makedirs(place, exist_ok=True)
+            reached("mirror: begun", checkpoint=name)
+            for file in CONTENTS:
+                self._files.put_file(str(folder / file), f"{place}/{file}")
+                self._files.invalidate_cache()
+                if self._files.info(f"{place}/{file}")["size"] != (folder / file).stat().st_size:
+                    raise OSError(f"{file} of {name} did not arrive whole")
+        reached("mirror: tensors", checkpoint=name)
+        self.write(f"checkpoints/{name}/{MANIFEST}", manifest)
+        reached("mirror: committed", checkpoint=name)
+
+    def get_checkpoint(self, name: str, path: Path, files: tuple[str, ...] = CONTENTS) -> None:
+        """Fetch a checkpoint to the folder `path`, which comes to be only if all arrived.
+
+        Raises ConfigurationError if it is damaged. Nothing that the other side says is taken for a path.
+        """
+        place = f"{self._root}/checkpoints/{name}"
+        self._get(place, path, files)
+
+    def get_plain_checkpoint(self, path: Path) -> None:
+        """The same for a URL that is a checkpoint itself."""
+        self._get(self._root, path, CONTENTS)
+
+    def _get(self, place: str, path: Path, files: tuple[str, ...]) -> None:
+        temporary = hidden(path, WRITING)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            with self._explained():
+                for file in (*files, MANIFEST):
+                    try:
+                        self._files.get_file(f"{place}/{file}", str(temporary / file))
+                    except FileNotFoundError:
+                        (temporary / file).unlink(missing_ok=True)  # verifying says what is missing
+            if files == CONTENTS:
+                verify_checkpoint(temporary)
+            temporary.rename(path)
+        except ConfigurationError as error:
+            there = f"{self._files.unstrip_protocol(place)}"
+            raise ConfigurationError(str(error).replace(str(temporary), there)) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def set_aside(self, name: str, why: str) -> None:
+        """Mark a damaged checkpoint: it is left as it is, and used no more."""
+        self.write(f"checkpoints/{name}/{_DAMAGED}", why.encode())
+
+    def remove_checkpoint(self, name: str) -> None:
+        """Remove a checkpoint, its commit marker first."""
+        place = f"{self._root}/checkpoints/{name}"
+        with self._explained():
+            if self._files.exists(f"{place}/{MANIFEST}"):
+                self._files.rm_file(f"{place}/{MANIFEST}")
+            reached("mirror: retired", checkpoint=name)
+            self._files.rm(place, recursive=True)
+            self._files.invalidate_cache()
+
+    def manifest(self, name: str) -> bytes | None:
+        """A checkpoint's manifest; None if it is not committed."""
+        return self.read(f"checkpoints/{name}/{MANIFEST}")
+
+    def accuracy(self, name: str) -> float | None:
+        """The accuracy that was measured at a checkpoint, if any was."""
+        try:
+            accuracy = json.loads(self.read(f"checkpoints/{name}/{STATE}") or b"{}")["metrics"]["eval/accuracy"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return accuracy if isinstance(accuracy, float) else None
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Around what is done first: a URL that does not exist or is forbidden is the user's error, said as such."""
+        try:
+            yield
+        except (FileNotFoundError, PermissionError) as error:
+            raise ConfigurationError(f"{error}. Check the address and the credentials.") from error
+        except OSError as error:
+            raise DisttrainError(f"{error}. Try again when it can be reached.") from error
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Libraries raise errors of many kinds: from here they are OSErrors that name the URL."""
+        try:
+            yield
+        except OSError as error:
+            raise type(error)(f"{self.url}: {error}") from error
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+
+
+def step_and_revision(name: str) -> tuple[int, int]:
+    """What a remote checkpoint's name says: its step, and which of that step it is, from 1."""
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1]), int(match[2] or 1)
+
+
+def next_revision(name: str) -> str:
+    """The name of the next checkpoint of the same step."""
+    _, revision = step_and_revision(name)
+    return f"{name.partition('.')[0]}.{revision + 1}"
+
+
+def _piece(number: int) -> str:
+    return f"journal-{number:05d}.jsonl" if number else "journal.jsonl"
+
+
+def as_json(content: bytes | None) -> dict[str, Any]:
+    """The JSON object in an object's content; an empty one for what is none."""
+    try:
+        value = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

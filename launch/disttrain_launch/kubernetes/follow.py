@@ -1,0 +1,128 @@
+"""A job followed to its end, and a job brought to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from disttrain_launch.kubernetes import submission
+from disttrain_launch.kubernetes.client import PODS, Cluster
+from disttrain_launch.kubernetes.kinds import APIS
+from disttrain_launch.kubernetes.logs import LogFollower, pods_of
+from disttrain_launch.kubernetes.places import Kind
+from disttrain_launch.kubernetes.spec import Manifest, labels_of
+from disttrain_launch.kubernetes.states import Pod, finished, pod_of, state_of, summary
+
+_POLL_S = 1.0
+_WATCH_S = 30
+_STOPPED, _FAILURE = 75, 1
+_NEVER_RETRIED = (2, 70, 78)
+
+Say = Callable[[str], None]
+
+
+def follow(
+    cluster: Cluster, kind: Kind, name: str, say: Say, emit: Callable[[Pod, str], None], *, all_pods: bool
+) -> int:
+    """Say how the job stands whenever that changes, and give log lines to `emit`, until it ends.
+
+    Args:
+        all_pods: the logs of all pods, or of those with rank 0.
+
+    Returns the job's exit code: 0, 75 if it was stopped, or that of the pod that failed.
+    """
+    logs, said, ended = LogFollower(cluster, emit), "", set[str]()
+    codes: list[int] = []
+    while True:
+        seen = _look(cluster, kind, name, say)
+        if seen is None:
+            logs.finish()
+            say("the job has been deleted")
+            return _FAILURE
+        job, pods = seen
+        logs.update([pod for pod in pods if all_pods or pod.is_first])
+        for pod in pods:
+            if pod.phase == "ended" and pod.name not in ended:
+                ended.add(pod.name)
+                codes += [pod.exit_code] if pod.exit_code else []
+                if pod.exit_code != 0:
+                    say(f"node {pod.node}: {pod.words}")
+        line = summary(kind, job, pods)
+        if line != said:
+            say(line)
+            said = line
+        state = state_of(kind, job, pods)
+        if state in ("complete", "failed", "suspended"):
+            logs.finish()
+            return {"complete": 0, "suspended": _STOPPED}.get(state, _worst(codes))
+        time.sleep(_POLL_S)
+
+
+def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
+    """Ask the job to save and stop, wait until its pods have ended, and say whether that is safe; whether it is."""
+    name = job["metadata"]["name"]
+    labels = labels_of(name)
+    manifests, version = cluster.snapshot(PODS, labels)  # before asking, so that no end goes unseen
+    submission.suspend(cluster, kind, job)
+    live = _live(manifests)
+    if not live:
+        say("nothing was running; the job is suspended")
+        return True
+    say(f"asked {len(live)} nodes to save and stop")
+    firsts = {pod.name for pod in live.values() if pod.is_first}
+    codes: dict[str, int] = {}
+    while live:
+        for change, manifest in cluster.watch(PODS, labels, since=version, for_s=_WATCH_S):
+            pod = pod_of(manifest)
+            if pod.exit_code is not None and pod.name in live and pod.name not in codes:
+                codes[pod.name] = pod.exit_code
+                say(f"node {pod.node}: {pod.words}")
+            if pod.phase == "ended" or change == "DELETED":
+                live.pop(pod.name, None)
+            if not live:
+                break
+        if live:
+            time.sleep(_POLL_S)  # the watch broke off
+        manifests, version = cluster.snapshot(PODS, labels)
+        live = _live(manifests)
+    ends = [codes.get(pod_name) for pod_name in firsts]
+    if ends and all(code in (0, _STOPPED) for code in ends):
+        say(f"safe: the checkpoint is saved. `disttrain k8s submit` with the same arguments goes on; "
+            f"`disttrain k8s stop {name} --now` removes the job")  # fmt: skip
+        return True
+    if not ends or None in ends:
+        say("the pods are gone, but how node 0 ended was not seen: look at the run's newest checkpoint")
+    else:
+        say("NOT saved: node 0 did not end by saving; the run goes on from an earlier checkpoint")
+    return False
+
+
+def _live(manifests: list[Manifest]) -> dict[str, Pod]:
+    pods = map(pod_of, manifests)
+    return {pod.name: pod for pod in pods if pod.phase != "ended"}
+
+
+def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, list[Pod]] | None:
+    """The job and its pods; None once it is gone. A cluster that cannot be reached is asked again."""
+    from disttrain.recipe import ConfigurationError, DisttrainError
+
+    complained = False
+    while True:
+        try:
+            # The pods first: a job that is then seen to have ended has its last pods in the list.
+            pods = pods_of(cluster, labels_of(name))
+            job = cluster.get(APIS[kind], name)
+            if job is not None and finished(job):
+                pods = pods_of(cluster, labels_of(name))
+            return None if job is None else (job, pods)
+        except ConfigurationError:
+            raise
+        except DisttrainError as error:
+            if not complained:
+                say(f"{error}; trying again")
+                complained = True
+            time.sleep(_POLL_S)
+
+
+def _worst(codes: list[int]) -> int:
+    return next((code for code in codes if code in _NEVER_RETRIED), codes[-1] if codes else _FAILURE)

@@ -1,0 +1,66 @@
+"""`disttrain node`, and `disttrain train --nodes`: this machine's part of a job on several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from disttrain_launch.node_options import NodeOptions, node_options, planned_node
+from disttrain_launch.options import (
+    dry_run_option,
+    max_restarts_option,
+    num_workers_option,
+    override_arguments,
+    overrides_option,
+)
+from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
+
+
+@click.command(short_help="Run one machine's part of a job on several.")
+@click.argument("recipe", required=False)
+@num_workers_option
+@click.option("--run-dir", help="Where the run lives: the same on all machines.")
+@overrides_option
+@node_options
+@max_restarts_option
+@dry_run_option
+def node(
+    recipe: str | None,
+    num_workers: int,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    max_restarts: int,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Run this machine's part of training RECIPE on several machines; to be started on each.
+
+    Exits with the workers' own code. `disttrain train --nodes` comes to the same.
+    """
+    run_node(recipe, num_workers, run_dir, overrides, NodeOptions(**options), max_restarts, dry_run=dry_run)
+
+
+def run_node(
+    recipe: str | None,
+    num_workers: int,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    options: NodeOptions,
+    max_restarts: int,
+    *,
+    dry_run: bool,
+) -> None:
+    """Check everything, and become this machine's agent (or say what it would be)."""
+    if run_dir is None:
+        raise click.UsageError("--run-dir is missing: machines that come later, or again, must find the run.")
+    checked = checked_recipe(recipe, run_dir, overrides)
+    arguments = ("-m", "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
+    planned = planned_node((*arguments, *override_arguments(overrides)), num_workers, run_dir, options, max_restarts)
+    fewest = planned.nodes[0] * planned.workers
+    said = f"--nodes {planned.nodes[0]} with -n {num_workers}, at least {fewest} workers"
+    refuse_more_workers_than_shards(checked, fewest, said)
+    if dry_run:
+        click.echo(planned.described())
+        return
+    planned.become()

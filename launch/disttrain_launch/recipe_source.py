@@ -1,0 +1,48 @@
+"""The recipe that a command is about: named, or that of a run to go on with; checked before any worker starts."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from disttrain.recipe import Recipe
+
+
+def recipe_source(recipe: str | None, run_dir: str) -> str:
+    """What workers are to read: the recipe that was named, or the one of the run in a folder or behind a URL."""
+    return recipe if recipe is not None else f"{run_dir.rstrip('/')}/recipe.toml"
+
+
+def checked_recipe(recipe: str | None, run_dir: str | None, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe, valid and with nothing in it that is not installed. Raises RecipeError or ConfigurationError."""
+    from disttrain.recipe import ConfigurationError, check_installed, load_recipe, shipped_recipes
+    from disttrain.recipe.address import is_url
+
+    if recipe is not None:
+        checked = load_recipe(recipe, overrides)
+        check_installed(checked)
+        return checked
+    if run_dir is None:
+        raise click.UsageError(
+            f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
+            "or the --run-dir of a run to go on with."
+        )
+    if not is_url(run_dir) and not os.path.isfile(os.path.join(run_dir, "recipe.toml")):
+        raise ConfigurationError(
+            f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
+        )
+    return load_recipe(recipe_source(None, run_dir), overrides)
+
+
+def refuse_more_workers_than_shards(recipe: Recipe, num_workers: int, said: str) -> None:
+    """Raise ConfigurationError if so many workers, as `said` on the command line, cannot share a step."""
+    from disttrain.recipe import ConfigurationError
+
+    if recipe.parallel.exact and num_workers > recipe.parallel.shards:
+        raise ConfigurationError(
+            f"{said}: in exact mode a step is shared by at most parallel.shards = {recipe.parallel.shards} "
+            "workers. Start fewer, or begin a new run with more shards."
+        )
