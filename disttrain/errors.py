@@ -57,6 +57,12 @@ class RecipeError(ConfigurationError):
     """The recipe is wrong: each line of the message names one key and what it should be."""
 
 
+def brief(text: object, limit: int = 200) -> str:
+    """`text`, which came from outside, on one line and no longer than a message may be."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else f"{line[:limit]}…"
+
+
 def mark_failure(error: BaseException) -> None:
     """Note on `error` when it struck: cleaning up takes time, and the first worker to fail is the cause."""
     error.__dict__.setdefault("_failed_at", time.time())

@@ -20,7 +20,7 @@ from disttrain.checkpoint import (
 from disttrain.collectives import decided_by_main, one_per_machine_first
 from disttrain.conditions import differences, what_bits_rest_on
 from disttrain.data import Datasets, EvalLoader, Loader, StepSampler, as_datasets, load_datasets
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 from disttrain.finite import FiniteGate
 from disttrain.fixed_point import ABSENT
 from disttrain.models import build_model
@@ -181,7 +181,7 @@ class Job:
         try:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         except (KeyError, RuntimeError) as error:
-            raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {error}.") from error
+            raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {brief(error)}.") from error
 
     def _restore_expectation(self, checkpoint: Checkpoint) -> None:
         assert self.parallel.exact is not None
@@ -200,7 +200,7 @@ class Job:
         for name in sorted(here.keys() | there.keys()):
             if here.get(name) != there.get(name):
                 raise ConfigurationError(
-                    f"{checkpoint.path}: tensor '{name}' is {there.get(name, 'not there')}, "
+                    f"{checkpoint.path}: tensor {brief(repr(name))} is {there.get(name, 'not there')}, "
                     f"and the model '{self.model_name}' has {here.get(name, 'none of that name')}."
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import select
@@ -31,6 +32,8 @@ def worker(command: click.Command) -> int:
     """
     if launched_by() == LAUNCHER:
         end_with_launcher()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be UTF-8, and comes out as it is
     try:
         # Not `main`, which makes every broken pipe, a socket's too, an exit with 1 and without a word.
         with command.make_context(command.name, sys.argv[1:]) as context:

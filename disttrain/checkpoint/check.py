@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 
 _LARGEST_SIDE = 2**14
 
@@ -16,7 +16,7 @@ def check_state(state: dict[str, Any], file: Path | str) -> None:
     """Check the keys that are there; `step` and `recipe` must be. Raises ConfigurationError that names file and key."""
     for key, (is_right, expected) in _KEYS.items():
         if key in state and not is_right(state[key]):
-            raise ConfigurationError(f"{file}: {key!r} should be {expected}, not {_brief(state[key])}.")
+            raise ConfigurationError(f"{file}: {key!r} should be {expected}, not {brief(repr(state[key]), 80)}.")
     _require(state, ("step", "recipe"), file)
 
 
@@ -129,8 +129,3 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rests_on": (_table_of(_is_plain), "a table of plain values"),
 }
 _OPTIONAL = {"expected_magnitudes", "non_finite", "recent_losses"}  # older checkpoints have none
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from disttrain.checkpoint.check import check_state
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
 
 MANIFEST = "manifest.json"
@@ -124,7 +124,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
     except (OSError, SafetensorError) as error:
-        raise ConfigurationError(f"{path}: the tensors cannot be read: {error}.") from error
+        raise ConfigurationError(f"{path}: the tensors cannot be read: {brief(error)}.") from error
     state = _read_json(path / STATE)
     check_state(state, path / STATE)
     return Checkpoint(path, model, optimizer, state)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 
 
 def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -32,13 +32,11 @@ def optimizer_from_tensors(
     for key, value in [*tensors.items(), *rest["values"].items()]:
         index, _, name = key.partition(".")
         if not index.isdecimal() or not name or int(index) >= len(parameters):
-            raise ConfigurationError(
-                f"the checkpoint's optimizer state has {key!r}, which is of none of its parameters."
-            )
+            raise ConfigurationError(f"the checkpoint's optimizer state has {brief(repr(key))}, of no parameter.")
         if isinstance(value, torch.Tensor) and not _fits(value, parameters[int(index)]):
             raise ConfigurationError(
-                f"the checkpoint's optimizer state {key!r} is {tuple(value.shape)} of {value.dtype}, and its parameter "
-                f"is {tuple(parameters[int(index)].shape)}."
+                f"the checkpoint's optimizer state {brief(repr(key))} is {tuple(value.shape)} {value.dtype}, and its "
+                f"parameter is {tuple(parameters[int(index)].shape)}."
             )
         state.setdefault(int(index), {})[name] = value
     groups = [
@@ -48,11 +46,21 @@ def optimizer_from_tensors(
     for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
         for name, value in theirs.items():
             if name != "params" and name in ours and not _alike(value, ours[name]):
-                raise ConfigurationError(f"the checkpoint's optimizer option {name!r} cannot be {value!r}.")
+                raise ConfigurationError(
+                    f"the checkpoint's optimizer option {brief(repr(name))} cannot be {brief(repr(value))}."
+                )
+    numbers = [number for group in groups for number in group["params"]]
+    if numbers != list(range(len(parameters))):
+        raise ConfigurationError(
+            f"the checkpoint's optimizer state does not fit this optimizer: it is of {len(numbers)} parameters, "
+            f"and this one has {len(parameters)}, or their order differs."
+        )
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (KeyError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"the checkpoint's optimizer state does not fit this optimizer: {error}") from error
+        raise ConfigurationError(
+            f"the checkpoint's optimizer state does not fit this optimizer: {brief(error)}"
+        ) from error
     _restore_types(optimizer, state)
 
 

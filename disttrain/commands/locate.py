@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 
 from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_model, read_checkpoint
 from disttrain.checkpoint.folder import MANIFEST, MODEL
-from disttrain.errors import ConfigurationError, UsageError
+from disttrain.errors import ConfigurationError, UsageError, brief
 from disttrain.models import build_model
 from disttrain.recipe import Recipe, parse_recipe
 from disttrain.recipe.address import is_url
@@ -50,12 +51,12 @@ def _find(path: Path) -> Checkpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a checkpoint's folder, whole or not."""
-    return any((path / name).is_file() for name in (MANIFEST, MODEL))
+    return any(os.path.isfile(path / name) for name in (MANIFEST, MODEL))  # False also for impossible names
 
 
 def is_run(path: Path) -> bool:
     """Whether a run lives in this folder."""
-    return (path / RECIPE).is_file() or (path / CHECKPOINTS).is_dir()
+    return os.path.isfile(path / RECIPE) or os.path.isdir(path / CHECKPOINTS)
 
 
 def recipe_of(checkpoint: Checkpoint, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -76,22 +77,24 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
     shape = tuple(data["sample_shape"])
     try:
         model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=shape)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{checkpoint.path}: {error}") from error
     except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         raise ConfigurationError(
             f"{checkpoint.path}: model.name = '{recipe.model.name}' cannot be built for {len(data['classes'])} classes "
-            f"of images {shape}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            f"of images {shape}: {brief(error) or type(error).__name__}"
         ) from error
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         raise ConfigurationError(
             f"{checkpoint.path}: the weights do not fit model.name = '{recipe.model.name}': "
-            f"{str(error).splitlines()[-1].strip()}"
+            f"{brief(str(error).splitlines()[-1])}"
         ) from error
     return model
 
 
 def _what_is_wrong_with(path: Path) -> str:
-    if not path.exists():
-        return f"{path} does not exist: give a run directory (see `disttrain runs list`) or a checkpoint in it."
+    if not os.path.exists(path):
+        return f"{brief(path)} does not exist: give a run directory (see `disttrain runs list`) or a checkpoint in it."
     return f"{path} is neither a run directory (no {RECIPE}) nor a checkpoint (no {MANIFEST})."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def _runs_in(runs_dir: str) -> list[str]:
     if is_url(runs_dir):
         return runs_behind(runs_dir)
     folder = Path(runs_dir)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # False also for names that no folder can have
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise UsageError(f"--runs-dir: {folder} {what}; give the folder that holds the runs.")
     runs = [path for path in folder.iterdir() if path.is_dir() and is_run(path)]
     return [str(path) for path in sorted(runs, key=lambda path: path.stat().st_mtime)]

@@ -75,9 +75,10 @@ def _mapped(file: Path) -> Datasets | None:
         with safe_open(file, framework="pt") as opened:
             facts = json.loads(opened.metadata()["disttrain"])
             tensors = {name: opened.get_tensor(name) for name in _TENSORS}
-            for name, tensor in tensors.items():
-                if facts["crc32"][name] != _crc32(tensor):
-                    raise ValueError(f"the checksum of {name} differs")
+            sums = facts.pop("crc32")
+            for name, found in (("facts", _crc32_of_facts(facts)), *((n, _crc32(t)) for n, t in tensors.items())):
+                if sums[name] != found:
+                    raise ValueError(f"the checksum of its {name} differs")
             splits = {
                 which: MemorySplit(
                     tensors[f"{which}.images"],
@@ -106,13 +107,18 @@ def _crc32(tensor: torch.Tensor) -> int:
     return zlib.crc32(flat)
 
 
+def _crc32_of_facts(facts: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
 def _publish(datasets: Datasets, file: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for which, split in (("train", datasets.train), ("test", datasets.test)):
         assert isinstance(split, MemorySplit)
         tensors |= {f"{which}.images": split.images.contiguous(), f"{which}.labels": split.labels.contiguous()}
     sums = {name: _crc32(tensor) for name, tensor in tensors.items()}
-    facts = {"classes": split.classes, "mean": split.mean, "std": split.std, "crc32": sums}
+    facts: dict[str, Any] = {"classes": split.classes, "mean": split.mean, "std": split.std}
+    facts["crc32"] = {**sums, "facts": _crc32_of_facts(facts)}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     try:

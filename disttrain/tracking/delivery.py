@@ -29,6 +29,7 @@ from disttrain.tracking.uploads import upload
 JOB_TAG = "disttrain.job"
 _CHUNK_RECORDS = 2000
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
+_STATUSES = {"RUNNING", "FINISHED", "FAILED", "KILLED"}
 _GONE = {"RESOURCE_DOES_NOT_EXIST"}
 
 _NETWORK_CAUSE = re.compile(
@@ -174,7 +175,7 @@ class Delivery:
                 case {"kind": "artifact" | "model", "path": str()}:
                     if record not in self._state.uploads:
                         self._state.uploads.append(record)
-                case {"kind": "status", "status": str(status)}:
+                case {"kind": "status", "status": str(status)} if status in _STATUSES:
                     self._state.status = {"status": status, "time": record.get("time")}
                     if status != "RUNNING":
                         charts = {"kind": "charts"}
@@ -269,7 +270,8 @@ def brief(error: BaseException) -> str:
 
 
 def _milliseconds(seconds: Any) -> int:
-    return round(seconds * 1000) if isinstance(seconds, (int, float)) else round(time.time() * 1000)
+    known = isinstance(seconds, (int, float)) and 0 <= seconds < 2**40
+    return round((seconds if known else time.time()) * 1000)
 
 
 def _quote(text: str) -> str:

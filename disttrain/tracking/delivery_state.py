@@ -52,7 +52,17 @@ def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
     for name, value in asdict(expected).items():
         if name != "status" and not isinstance(getattr(state, name), type(value)):
             return expected
-    return state
+    return state if _is_sound(state) else expected
+
+
+def _is_sound(state: DeliveryState) -> bool:
+    status = state.status
+    return (
+        0 <= state.offset < 2**63
+        and all(isinstance(record, dict) for record in state.uploads)
+        and (status is None or (isinstance(status, dict) and isinstance(status.get("status"), str)))
+        and all(isinstance(digest, str) for digest in state.files.values())
+    )
 
 
 def state_for(run_dir: Path, uri: str, experiment: str) -> DeliveryState:

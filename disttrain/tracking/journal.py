@@ -250,6 +250,8 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         try:
             record["metrics"] = {name: float(value) for name, value in record["metrics"].items()}
             record["step"] = int(record["step"])
+            if not 0 <= record["step"] < 2**63:
+                return None
         except (KeyError, AttributeError, TypeError, ValueError, OverflowError):
             return None
     return record

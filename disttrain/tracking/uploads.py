@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ def upload(
     if kind == "charts":
         return _upload_charts(client, run_dir, run_id, files, say)
     path = _inside(run_dir, str(record.get("path", "")))
-    if path is None or not path.exists():
+    folder = str(record.get("artifact_path", ""))
+    if path is None or not (os.path.isdir(path) if kind == "model" else os.path.isfile(path)) or not _is_below(folder):
         say(f"{record.get('path')} is not in {run_dir} any more and was not sent to MLflow")
         return {}
     if kind == "model":
-        return _upload_model(client, path, run_id, files, int(record.get("step", 0)))
-    return _upload_file(client, path, run_id, str(record.get("artifact_path", "")), files)
+        return _upload_model(client, path, run_id, files, _step(record.get("step")))
+    return _upload_file(client, path, run_id, folder, files)
 
 
 def _upload_file(
@@ -82,8 +84,20 @@ def _upload_model(
 
 def _inside(folder: Path, name: str) -> Path | None:
     """`name` within `folder`, or None if it leads out of it: a journal may come from anywhere."""
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have
+        return None
     return path if path.is_relative_to(folder.resolve()) else None
+
+
+def _is_below(folder: str) -> bool:
+    """Whether an artifact's folder is below the run's: MLflow refuses others, again and again."""
+    return not folder.startswith("/") and ".." not in folder.split("/") and "\\" not in folder and "\0" not in folder
+
+
+def _step(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value < 2**63 else 0
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -30,7 +30,7 @@ def checked_recipe(recipe: str | None, run_dir: str | None, overrides: tuple[str
             f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
             "or the --run-dir of a run to go on with."
         )
-    if not is_url(run_dir) and not Path(run_dir, "recipe.toml").is_file():
+    if not is_url(run_dir) and not os.path.isfile(os.path.join(run_dir, "recipe.toml")):
         raise ConfigurationError(
             f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
         )

@@ -107,6 +107,8 @@ def _opened(run_dir: Path) -> Path:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.filename} is a file; give a folder") from None
     except OSError as error:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.strerror}; give another one") from None
+    except RecursionError:
+        raise ConfigurationError(f"--run-dir: {len(run_dir.parts)} folders within each other; give fewer") from None
     return _with_logs(run_dir)
 
 
