@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -24,6 +25,9 @@ from disttrain.errors import ExitCode
 @click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs"), help="Where runs are to live.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where the workers of several machines are to meet.")
 @click.option("--timeout", "limit_s", type=click.FloatRange(min=1), default=20.0, help="Seconds for each check.")
+@click.option(
+    "--found", metavar="JSON", default="[]", help="Findings of the launcher's own, to be told with the others."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(
     recipe: str | None,
@@ -31,12 +35,16 @@ def command(
     run_dir: Path,
     rendezvous: str | None,
     limit_s: float,
+    found: str,
     as_json: bool,
 ) -> None:
     """Try what training needs; exit 78 if something cannot work."""
     signal.signal(signal.SIGTERM, _unwind)
-    found = examine(checks_for(Question(run_dir, recipe, overrides, rendezvous)), limit_s)
-    findings = list(found if as_json else _told(found))
+    everything = chain(
+        examine(checks_for(Question(run_dir, recipe, overrides, rendezvous)), limit_s),
+        (Finding(**finding) for finding in json.loads(found)),
+    )
+    findings = list(everything if as_json else _told(everything))
     if as_json:
         print(json.dumps({"checks": [asdict(finding) for finding in findings]}))
     sys.stdout.flush()

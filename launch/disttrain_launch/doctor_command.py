@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from disttrain_launch.options import json_option, override_arguments, overrides_option
@@ -42,6 +44,9 @@ def _host_and_port(ctx: click.Context, parameter: click.Parameter, value: str | 
     show_default=True,
     help="Seconds after which a check without an answer counts as a failure.",
 )
+@click.option("--kubernetes", is_flag=True, help="Ask the cluster, too, whether it allows what `disttrain k8s` does.")
+@click.option("--context", help="Of the kubeconfig, for --kubernetes.")
+@click.option("--namespace", help="For --kubernetes.")
 @json_option
 def doctor(
     recipe: str | None,
@@ -49,6 +54,9 @@ def doctor(
     run_dir: str,
     rendezvous: str | None,
     timeout: float,
+    kubernetes: bool,
+    context: str | None,
+    namespace: str | None,
     as_json: bool,
 ) -> None:
     """Try for real what breaks in practice: libraries, GPUs, collectives, network, files, the tracking server.
@@ -60,5 +68,9 @@ def doctor(
         raise click.UsageError("-o changes a key of a recipe: give RECIPE, too.")
     arguments = [*override_arguments(overrides), "--run-dir", run_dir, "--timeout", str(timeout)]
     arguments += ["--rendezvous", rendezvous] if rendezvous else []
+    if kubernetes:
+        from disttrain_launch.kubernetes.permissions import permissions
+
+        arguments += ["--found", json.dumps(permissions(context, namespace))]
     arguments += ["--json"] * as_json
     become("disttrain.commands.doctor", *arguments, "--", *([recipe] if recipe is not None else []))

@@ -95,11 +95,13 @@ StartLauncher = Callable[..., Launcher]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _not_under_nohup() -> Iterator[None]:
-    """What a test run ignores is ignored by every process it starts; under nohup that would be SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _nothing_is_ignored() -> Iterator[None]:
+    """What a test run ignores is ignored by every process it starts: SIGHUP under nohup, SIGINT in the background."""
+    ours = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -135,6 +135,20 @@ class Cluster:
                 raise
         return True
 
+    def may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether this user may do that in the namespace; `resource` is a plural, or one with a subresource."""
+        from lightkube.models.authorization_v1 import ResourceAttributes, SelfSubjectAccessReviewSpec
+        from lightkube.resources.authorization_v1 import SelfSubjectAccessReview
+
+        kind, _, part = resource.partition("/")
+        wanted = ResourceAttributes(
+            namespace=self.namespace, verb=verb, group=group, resource=kind, subresource=part or None
+        )
+        with self._explained("the question what is allowed"):
+            spec = SelfSubjectAccessReviewSpec(resourceAttributes=wanted)
+            answer = self._client.create(SelfSubjectAccessReview(spec=spec))
+        return bool(answer.status and answer.status.allowed)
+
     def log(self, pod: str, *, follow: bool) -> Iterator[str]:
         """The lines of a pod's log, each behind its time stamp; none while it has not started.
 

@@ -143,6 +143,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.store.requests.append((self.command, url.path, query))
         found = _PATH.fullmatch(url.path)
         try:
+            if url.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
+                self._send(201, self._review(json.loads(body)))
+                return
             if found is None:
                 raise Refused(404, "NotFound", "the server could not find the requested resource")
             _, plural, name, log = found.groups()
@@ -157,7 +160,13 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refusal:
             self._send(refusal.status["code"], refusal.status)
 
-    do_GET = do_PATCH = do_DELETE = _answer
+    do_GET = do_PATCH = do_DELETE = do_POST = _answer
+
+    def _review(self, asked: Object) -> Object:
+        """Whether the user may do what is asked about."""
+        wanted = asked["spec"]["resourceAttributes"]
+        resource = "/".join(filter(None, (wanted["resource"], wanted.get("subresource"))))
+        return {**asked, "status": {"allowed": resource not in self.store.forbidden}}
 
     def _act(self, plural: str, name: str | None, query: dict[str, str], body: Any) -> Object:
         store = self.store

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from disttrain_launch.kubernetes.permissions import permissions
 from tests.launch.kubernetes.conftest import Desk
 
 pytestmark = pytest.mark.timeout(240)
@@ -269,3 +270,21 @@ def test_logs_that_a_kubelet_has_rotated() -> None:
 
     found = list(lines_of(Rotating(), "pod", lambda: True, threading.Event()))  # type: ignore[arg-type]
     assert found == [f"line {number}" for number in range(9)]
+
+
+def test_the_doctor_asks_what_is_allowed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(desk.cluster.kubeconfig))
+    found = {finding["name"]: finding for finding in permissions(None, None)}
+    assert {finding["status"] for finding in found.values()} == {"ok"}
+    assert list(found) == ["k8s-submit", "k8s-status", "k8s-logs", "k8s-stop"]
+    desk.cluster.store.forbidden = {"pods/log", "networkpolicies"}
+    found = {finding["name"]: finding for finding in permissions(None, "default")}
+    assert found["k8s-logs"]["status"] == "failure"
+    assert found["k8s-logs"]["detail"] == "in namespace default you may not get pods/log"
+    assert found["k8s-submit"]["detail"] == (
+        "in namespace default you may not create networkpolicies, patch networkpolicies"
+    )
+    assert found["k8s-status"]["status"] == "ok"
+    (nothing,) = permissions("other", None)
+    assert (nothing["name"], nothing["status"]) == ("kubernetes", "failure")
+    assert "Context 'other' not found" in nothing["detail"]
