@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -22,7 +21,7 @@ from disttrain.errors import ExitCode
 @click.command(name="disttrain doctor")
 @click.argument("recipe", required=False)
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
-@click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs"), help="Where runs are to live.")
+@click.option("--run-dir", default="runs", help="Where runs are to live: a folder or a URL.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where the workers of several machines are to meet.")
 @click.option("--timeout", "limit_s", type=click.FloatRange(min=1), default=20.0, help="Seconds for each check.")
 @click.option(
@@ -32,7 +31,7 @@ from disttrain.errors import ExitCode
 def command(
     recipe: str | None,
     overrides: tuple[str, ...],
-    run_dir: Path,
+    run_dir: str,
     rendezvous: str | None,
     limit_s: float,
     found: str,

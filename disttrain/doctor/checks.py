@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.doctor.finding import Finding
+from disttrain.recipe.address import is_url, working_folder
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,22 @@ class Question:
     """What the doctor is asked.
 
     Args:
-        run_dir: where runs are to live, there already or not.
+        run_dir: where runs are to live, a folder (there already or not) or a URL.
         recipe: name or path of a recipe, whose data and tracking server are looked at; None: the tracking server is
             the one of the environment.
         overrides: of the recipe.
         rendezvous: HOST:PORT at which the workers of several machines are to meet; None: one machine.
     """
 
-    run_dir: Path = Path("runs")
+    run_dir: str = "runs"
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
     rendezvous: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where runs are on this machine: of those behind a URL, where they are worked on."""
+        return working_folder(self.run_dir) if is_url(self.run_dir) else Path(self.run_dir)
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,11 @@ def checks_for(question: Question) -> list[Check]:
             "run-directory",
             "files",
             "run_directory",
-            question.run_dir,
+            question.folder,
             if_it_hangs="The file system does not answer (a network file system whose server is away?): choose another "
             "--run-dir.",
         ),
+        *([check("run-url", "url", "run_url", question.run_dir)] if is_url(question.run_dir) else []),
         *([check("recipe", "recipes", "recipe", question)] if question.recipe is not None else []),
         check("tracking", "server", "tracking", question),
         *([check("data", "recipes", "data", question)] if question.recipe is not None else []),

@@ -30,7 +30,7 @@ def tracking(question: Question) -> Iterator[Finding]:
     try:
         recipe = asked(question)
         settings = recipe.tracking if recipe else None
-        uri = resolve_uri(settings.uri if settings else None, question.run_dir / "run")
+        uri = resolve_uri(settings.uri if settings else None, question.folder / "run")
     except ConfigurationError as error:
         yield failure("tracking", "; ".join(str(error).splitlines()), "Correct the address of the tracking server.")
         return

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from disttrain.errors import ConfigurationError
 
@@ -36,6 +37,7 @@ def file_system(url: str) -> tuple[AbstractFileSystem, str]:
             "environment or to the configuration of the library that opens it."
         )
     try:
+        urlsplit(url)  # some libraries notice only at the first request that it is none
         opened, path = url_to_fs(url)
     except ImportError as error:
         raise ConfigurationError(f"{url}: {error}: it is a package of its own, to be installed with pip.") from error

@@ -28,8 +28,8 @@ def _host_and_port(ctx: click.Context, parameter: click.Parameter, value: str | 
     "--run-dir",
     default="runs",
     show_default=True,
-    type=click.Path(),
-    help="The folder in which runs are to live; what the check makes there it removes.",
+    metavar="DIR|URL",
+    help="The folder, or the URL, in which runs are to live; what the check makes there it removes.",
 )
 @click.option(
     "--rendezvous",

@@ -21,7 +21,20 @@ from click.testing import CliRunner
 from torchvision.datasets import CIFAR10
 
 from disttrain.commands import doctor as doctor_command
-from disttrain.doctor import Check, Finding, Question, examine, files, machine, network, recipes, server, software
+from disttrain.doctor import (
+    Check,
+    Finding,
+    Question,
+    checks_for,
+    examine,
+    files,
+    machine,
+    network,
+    recipes,
+    server,
+    software,
+    url,
+)
 from disttrain.testing import blackhole_port, disk, hosts, refusing_port, small_disk
 from tests.disttrain.data.cifar_files import write_cifar
 
@@ -291,6 +304,20 @@ def wait_until(condition: Any) -> None:
 def test_a_clock_that_differs(tmp_path: Path) -> None:
     assert files._clock(tmp_path, 4.0).status == "ok"
     assert "60 s behind" in files._clock(tmp_path, -60.0).detail
+
+
+def test_runs_behind_a_url(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    found = only(url.run_url(f"file://{tmp_path}/bucket"))
+    assert (found.status, os.listdir(tmp_path / "bucket")) == ("ok", [])
+    assert only(url.run_url("memory://runs")).status == "ok"
+    found = only(url.run_url(f"file://{tmp_path}/nowhere/at/all"))
+    assert (found.status, "No such file" in found.detail) == ("failure", True)
+    for address in ("nothing://runs", "http://[", "http://me:secret@host/runs"):
+        found = only(url.run_url(address))
+        assert (found.status, "secret" in found.detail) == ("failure", False)
+    names = [check.name for check in checks_for(Question(run_dir="memory://runs"))]
+    assert names.index("run-url") == names.index("run-directory") + 1
 
 
 # The tracking server

@@ -20,7 +20,7 @@ def test_it_writes_and_leaves_nothing_to_be_seen(
     before = [experiment.name for experiment in client.search_experiments()]
 
     def found(experiment: str) -> Finding:
-        question = Question(tmp_path, "digits", (f"tracking.experiment={experiment}",))
+        question = Question(str(tmp_path), "digits", (f"tracking.experiment={experiment}",))
         finding, clock = tracking(question)
         assert (clock.name, clock.status) == ("server-clock", "ok")
         return finding
