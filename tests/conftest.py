@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,13 @@ def cifar10_root() -> Path:
     if not folder:
         pytest.skip("DISTTRAIN_TEST_CIFAR10 names no folder that holds cifar-10-batches-py")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_ignored() -> Iterator[None]:
+    """What a test run ignores is ignored by every process it starts: SIGHUP under nohup, SIGINT in the background."""
+    ours = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

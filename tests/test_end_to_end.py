@@ -118,7 +118,7 @@ def test_torchrun_and_disttrain_train_give_the_same_weights(machine: Machine, un
     assert machine.is_clean()
 
 
-@pytest.mark.parametrize("whom", ["launcher", "worker"])
+@pytest.mark.parametrize("whom", ["launcher", pytest.param("worker", marks=pytest.mark.long)])
 def test_ctrl_c_leaves_nothing_behind_and_a_run_that_goes_on(
     machine: Machine, undisturbed: tuple[str, str], whom: str
 ) -> None:

@@ -51,6 +51,7 @@ def test_disttrain_train_and_torchrun_give_the_same_bits(tmp_path: Path) -> None
 
 
 @needs_hosts
+@pytest.mark.long
 def test_two_machines_give_the_bits_of_one(tmp_path: Path) -> None:
     undisturbed(tmp_path / "reference")
     with cluster(2) as machines:

@@ -135,6 +135,7 @@ def test_training_goes_on_while_nothing_arrives_and_is_not_done_before_it_has(
     assert at_the_url(url) == undisturbed
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_command_takes_a_url_and_goes_on_without_a_recipe(tmp_path: Path) -> None:
     url = (tmp_path / "bucket" / "run").as_uri()

@@ -94,16 +94,6 @@ class Launcher:
 StartLauncher = Callable[..., Launcher]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _nothing_is_ignored() -> Iterator[None]:
-    """What a test run ignores is ignored by every process it starts: SIGHUP under nohup, SIGINT in the background."""
-    ours = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
     """Starts a launcher of workers that run the given code."""

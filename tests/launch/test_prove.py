@@ -75,6 +75,7 @@ def test_exact_mode_is_proven_at_several_numbers_of_workers(tmp_path: Path) -> N
     assert done.stderr == ""
 
 
+@pytest.mark.long
 def test_the_first_step_and_tensor_that_differ_are_named(tmp_path: Path) -> None:
     (tmp_path / "peeking.py").write_text(PEEKING)
     sparse = ["-o", "model.name=peeking:build", "-o", "checkpoint.every_steps=3"]
@@ -88,6 +89,7 @@ def test_the_first_step_and_tensor_that_differ_are_named(tmp_path: Path) -> None
     assert f"The runs are kept in {kept}" in done.stdout
 
 
+@pytest.mark.long
 def test_fast_mode_is_proven_at_one_number_of_workers(tmp_path: Path) -> None:
     done = prove(tmp_path, "--workers", "1", "--kills", "0", "--steps", "3")
     assert "fast mode, which promises the same bits at one number of workers only" in done.stderr
