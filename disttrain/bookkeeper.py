@@ -11,22 +11,19 @@ from pathlib import Path
 
 import torch
 
-from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
-from disttrain.checkpoint.store import step_of
+from disttrain.checkpoint import CheckpointStore
 from disttrain.collectives import Agreement, decided_by_main, sum_
 from disttrain.console import Console
 from disttrain.diagnosis import listed
-from disttrain.errors import AgreedError, ConfigurationError, DivergedError, StoppedError
+from disttrain.errors import DivergedError, StoppedError
 from disttrain.evaluate import Evaluation, evaluate
 from disttrain.finite import Incident, is_finite
 from disttrain.guard import StopRequest
 from disttrain.job import Job
-from disttrain.rundir import EVALUATION, RECIPE, go_on_with, store_recipe, write_evaluation
+from disttrain.rundir import EVALUATION, go_on_with, write_evaluation
+from disttrain.saver import Saver
 from disttrain.spikes import RolledBack, write_skipped
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
-
-_WORTH_A_WORD_S = 0.5
-_PATIENCE_S = 60.0  # how long a URL that cannot be reached is tried again, with the newest checkpoint not there yet
 
 
 class Bookkeeper:
@@ -45,17 +42,13 @@ class Bookkeeper:
     ) -> None:
         self.job = job
         self.run_dir = run_dir
-        self._address = address  # where the run lives: the folder, or a URL
-        self._store = store
-        self._writer = CheckpointWriter(store, job.optimizer)
+        self.saver = Saver(job, run_dir, address, store, tracker, console)
         self._tracker = tracker
         self._console = console
         self._stop = stop
         self._agreement = Agreement(num_flags=2)
         self._sampler = sampler
-        self._last_save = self._last_log = time.monotonic()
-        self._saved_step = job.step
-        self._has_waited = False
+        self._last_log = time.monotonic()
         self._samples_since_log = 0
         self._pace = ""
 
@@ -78,9 +71,9 @@ class Bookkeeper:
         incident = job.finite.take_incident()
         if incident is not None:
             self._tell_of(incident)
-        self._report(self._writer.poll())
+        self.saver.poll()
         seconds = recipe.checkpoint.every_seconds
-        time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self._last_save
+        time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self.saver.last_save
         self._act(self._agreement.ask(self._stop.received is not None, time_is_up))
 
     def _act(self, answer: list[bool]) -> None:
@@ -91,13 +84,13 @@ class Bookkeeper:
             answer = [early or late for early, late in zip(answer, self._agreement.finish(), strict=True)]
         stop, time_is_up = answer
         if stop:
-            self._save_or_fail()
+            self.saver.save_or_fail()
             raise StoppedError(
                 f"stopped on request ({self._stop.received or 'another worker'}) after step {self.job.step} of "
-                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self._address)}"
+                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self.saver.address)}"
             )
         if due or time_is_up:
-            self._save_unless_saved()
+            self.saver.save_unless_saved()
 
     def _tell_of(self, incident: Incident) -> None:
         """Journal a step that was not finite; warn of the first, the second, the fourth, the eighth and so on."""
@@ -119,14 +112,14 @@ class Bookkeeper:
         A state that a step before has spoilt already (a finite gradient times a huge rate) is not worth saving.
         """
         self._agreement.finish()
-        self._report(self._writer.wait())
-        paths = self._store.paths()
-        is_new = not paths or step_of(paths[-1]) < self.job.step
+        self.saver.finish()
+        newest = self.saver.newest_step()
+        is_new = newest is None or newest < self.job.step
         if self.job.world.is_main and is_new and is_finite(self.job.model_tensors().values()):
-            self._save()
-            self._report(self._writer.wait())
+            self.saver.save()
+            self.saver.finish()
         self._tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))
-        words = decided_by_main(self.job.world, self._checkpoint_words)
+        words = decided_by_main(self.job.world, self.saver.words)
         return DivergedError(f"{error} {words}")
 
     def _look_for_a_spike(self, losses: torch.Tensor) -> None:
@@ -136,7 +129,7 @@ class Bookkeeper:
         if usual is None:
             return
         self._agreement.finish()
-        self._report(self._writer.wait())
+        self.saver.finish()
         what = f"the loss of step {job.step} is {loss:.4g}, more than {spikes.factor:g} times the usual {usual:.4g}"
         if len(spikes.skipped) >= spikes.limit:
             raise DivergedError(
@@ -146,15 +139,7 @@ class Bookkeeper:
         decided_by_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
         self._tracker.event("spike", step=job.step, loss=loss, usual=usual)
         self._console.warn(f"{what}: back to the newest checkpoint, and on without that step.")
-        raise RolledBack(self._address)
-
-    def save_the_start(self) -> None:
-        """Save before the first step, so that there is something to go back to. Every rank must call it."""
-        self._save()
-
-    def _checkpoint_words(self) -> str:
-        paths = self._store.paths()
-        return f"The newest checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
+        raise RolledBack(self.saver.address)
 
     def _log(self, losses: torch.Tensor) -> None:
         job, world = self.job, self.job.world
@@ -196,7 +181,7 @@ class Bookkeeper:
         seconds = time.monotonic() - started
         self._act(self._agreement.finish())
         if self.job.step % self.job.steps_per_epoch == 0:
-            self._save_unless_saved()
+            self.saver.save_unless_saved()
         if whole and self.job.step % self.job.steps_per_epoch == 0:
             self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
             self._pace = f", {seconds:.1f} s, {len(self.job.data.train) / seconds:,.0f} images/s"
@@ -227,9 +212,9 @@ class Bookkeeper:
         )
         self._pace = ""
         if job.step >= job.total_steps:
-            self._save_or_fail()
+            self.saver.save_or_fail()
         else:
-            self._save()
+            self.saver.save()
 
     def _write_evaluation(self, result: Evaluation) -> None:
         job = self.job
@@ -248,77 +233,4 @@ class Bookkeeper:
 
     def close(self) -> None:
         """Finish the checkpoint that is being written."""
-        self._report(self._writer.wait())
-        self._writer.close()
-
-    def _save_unless_saved(self) -> None:
-        """Save, but for a step that is saved, or will be with its evaluation."""
-        if self._saved_step != self.job.step and not self.job.evaluation_is_due:
-            self._save()
-
-    def _save(self) -> None:
-        """Have rank 0 save, beside the training."""
-        job = self.job
-        self._last_save, self._saved_step = time.monotonic(), job.step
-        if job.world.is_main:
-            self._report(self._writer.save(job.model_tensors(), job.optimizer_tensors()[0], job.state()))
-
-    def _report(self, outcome: Outcome | None) -> bool:
-        """Tell what became of a checkpoint, if anything did; return whether it is there.
-
-        A save that fails is a warning: the checkpoint before stands, and training goes on.
-        """
-        if outcome is None:
-            return False
-        if outcome.path is None:
-            self._console.warn(f"step {outcome.step} could not be saved: {outcome.error}. {self._checkpoint_words()}")
-            self._tracker.event("checkpoint-failed", step=outcome.step, error=str(outcome.error))
-            return False
-        if not (self.run_dir / RECIPE).exists():
-            self._restore_run_dir()
-        self._tell_of_waiting(outcome)
-        path, waited_s = str(outcome.path.relative_to(self.run_dir)), round(outcome.waited_s, 3)
-        self._tracker.event("checkpoint", step=outcome.step, path=path, waited_s=waited_s)
-        return True
-
-    def _restore_run_dir(self) -> None:
-        """The folder was deleted under the job: the save has made it anew, and here comes what makes it a run again."""
-        self._tracker.restore()
-        try:
-            store_recipe(self.run_dir, self.job.recipe)
-        except ConfigurationError as error:
-            self._console.warn(f"{self.run_dir} was deleted under the job: {error}")
-            return
-        self._console.warn(
-            f"{self.run_dir} was deleted under the job. It is there again, with recipe, journal and the checkpoint "
-            "just saved; what else was in it is gone."
-        )
-
-    def _tell_of_waiting(self, outcome: Outcome) -> None:
-        if outcome.waited_s > _WORTH_A_WORD_S and not self._has_waited:
-            self._has_waited = True
-            self._console.warn(
-                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the checkpoint before to be written: save "
-                "less often (checkpoint.every_steps, checkpoint.every_seconds), or to a faster disk. The journal has "
-                "each wait."
-            )
-
-    def _save_or_fail(self) -> None:
-        with self.job.progress.patiently("saving"):
-            self._save()
-            saved = decided_by_main(self.job.world, lambda: self._report(self._writer.wait()))
-        if not saved:
-            raise AgreedError(
-                f"the checkpoint of step {self.job.step} could not be saved: make room on the disk of {self.run_dir}, "
-                f"and start again with: {go_on_with(self._address)}"
-            )
-        self.settle(_PATIENCE_S)
-
-    def settle(self, patience_s: float) -> None:
-        """Wait until the checkpoints are where the run lives. Raises DisttrainError, on every rank, if they cannot be.
-
-        Every rank must call it: they hear of it every few seconds, so that none takes the others for dead.
-        """
-        arrival = self._store.settle(patience_s)
-        while not decided_by_main(self.job.world, lambda: next(arrival)):
-            pass
+        self.saver.close()

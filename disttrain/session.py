@@ -140,9 +140,9 @@ def _session_in(
         ):
             try:
                 if job.is_finished:  # it may have ended without being able to bring all of it to its URL
-                    books.settle(0)
+                    books.saver.settle(0)
                 if job.spikes.is_on and checkpoint is None:
-                    books.save_the_start()
+                    books.saver.save()  # so that there is something to go back to
                 yield books
             finally:
                 progress.at("ending", job.step, patient=True)

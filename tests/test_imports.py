@@ -55,9 +55,10 @@ LAYERS = {
         "progress", "recipe", "rng", "spikes", "world",
     },
     "model_check": {"buffers", "job", "trial"},
+    "saver": {"checkpoint", "collectives", "console", "job", "rundir", "tracking"},
     "bookkeeper": {
         "checkpoint", "collectives", "console", "diagnosis", "evaluate", "finite", "guard", "job", "rundir",
-        "spikes", "tracking",
+        "saver", "spikes", "tracking",
     },
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "progress",
