@@ -2,8 +2,8 @@
 
     python benchmarks/restart.py [--rounds 5]
 
-Each round starts `disttrain train digits -n 2 --max-restarts 1` as users do, timed from the command to the first step in the
-journal. Then one of its workers gets SIGKILL, timed from there to the first step that was not in the journal.
+Each round starts `disttrain train digits -n 2 --max-restarts 1` as users do, timed from the command to the first step
+in the journal. Then one of its workers gets SIGKILL, timed from there to the first step that was not in the journal.
 """
 
 from __future__ import annotations
