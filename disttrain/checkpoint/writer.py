@@ -35,7 +35,8 @@ class CheckpointWriter:
 
     Without an `optimizer`, `save` returns when everything is copied. With one, what only its steps change is copied on
     the thread, and the next `optimizer.step()` waits until that is done: a forward and backward pass takes longer.
-    A model that changes its own parameters meanwhile costs that checkpoint, and is copied at once from then on.
+    The first copy is made at once, and compared after the pass: a model that changes its own parameters in there is
+    copied at once from then on, too. One that begins to do so later costs a checkpoint.
     """
 
     def __init__(self, store: CheckpointStore, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -47,7 +48,7 @@ class CheckpointWriter:
         self._under_copy: tuple[dict[str, Any], float] | None = None  # state, and how long its save has waited
         self._copying: Future[None] | None = None
         self._writing: Future[Outcome] | None = None
-        self._was_compared = False
+        self._was_compared = self._copied_at_once = False
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Outcome | None:
         """Begin to write the checkpoint of `state["step"]`.
@@ -63,7 +64,11 @@ class CheckpointWriter:
         self._snapshot.begin(model, optimizer, steady)
         reached("checkpoint: asked for", step=state["step"])
         self._under_copy = dict(state), waited_s
-        self._copying = self._thread.submit(self._snapshot.copy_the_rest)
+        self._copied_at_once = not self._was_compared
+        if self._copied_at_once:
+            self._snapshot.copy_the_rest()
+        else:
+            self._copying = self._thread.submit(self._snapshot.copy_the_rest)
         if not steady:
             self.finish_copy()
         return before
@@ -89,14 +94,16 @@ class CheckpointWriter:
 
     def finish_copy(self) -> None:
         """Wait until the copy is whole, and have it written: to be called before what is copied changes."""
-        if self._copying is None or self._under_copy is None:
+        if self._under_copy is None:
             return
-        self._copying.result()
-        changed = self._snapshot.changed(to_the_bit=not self._was_compared)
+        if self._copying is not None:
+            self._copying.result()
+        changed = self._snapshot.changed(to_the_bit=self._copied_at_once)
         self._was_compared = True
         if changed is not None:
             self._optimizer = None  # from now on all is copied at once
-        self._writing = self._thread.submit(self._write, *self._under_copy, changed)
+        spoilt = changed if not self._copied_at_once else None
+        self._writing = self._thread.submit(self._write, *self._under_copy, spoilt)
         self._copying = self._under_copy = None
 
     def _write(self, state: dict[str, Any], waited_s: float, changed: str | None) -> Outcome:

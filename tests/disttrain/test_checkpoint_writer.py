@@ -135,7 +135,7 @@ def test_a_save_takes_one_copy_and_the_next_the_same_one(tmp_path: Path) -> None
 
 
 class Clipping(nn.Linear):
-    """Changes its own weights in its forward pass, in one of three ways."""
+    """Changes its own weights in its forward pass, if it is told how."""
 
     def __init__(self, how: str) -> None:
         super().__init__(4, 3)
@@ -194,9 +194,11 @@ def test_the_copy_runs_beside_the_next_forward_pass_and_the_optimizer_waits_for_
         copy_the_rest(self)
         copied_late.append(True)
 
-    monkeypatch.setattr(Snapshot, "copy_the_rest", late)
     loop = Loop(tmp_path, nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     loop.step()
+    loop.save()  # the first is copied at once, and compared
+    loop.step()
+    monkeypatch.setattr(Snapshot, "copy_the_rest", late)
     _, weights, moments = loop.save()
     loop.forward_backward()  # changes BatchNorm's statistics, which were copied at once
     assert not copied_late, "the forward and backward pass did not wait"
@@ -208,39 +210,61 @@ def test_the_copy_runs_beside_the_next_forward_pass_and_the_optimizer_waits_for_
         loop.step()
     outcome = loop.writer.wait()
     assert outcome is not None
-    assert outcome.path == tmp_path / "step-00000001"
+    assert outcome.path == tmp_path / "step-00000002"
     assert_holds(outcome.path, weights, moments)
     loop.writer.close()
 
 
 @pytest.mark.parametrize("how", ["in place", "behind autograd's back"])
-def test_a_model_that_changes_its_own_weights_is_never_saved_torn(tmp_path: Path, how: str) -> None:
+def test_a_model_that_changes_its_own_weights_is_saved_as_it_was(tmp_path: Path, how: str) -> None:
     loop = Loop(tmp_path, Clipping(how))
+    loop.step()
+    for number in range(3):
+        _, weights, moments = loop.save()
+        loop.step()
+        outcome = loop.writer.wait()
+        assert outcome is not None
+        assert outcome.path == tmp_path / f"step-{number + 1:08d}"
+        assert_holds(outcome.path, weights, moments)
+    loop.writer.close()
+
+
+def test_a_model_that_begins_to_change_its_weights_is_never_saved_torn(tmp_path: Path) -> None:
+    model = Clipping("not at all")
+    loop = Loop(tmp_path, model)
     loop.step()
     loop.save()
     loop.step()
-    first, weights, moments = loop.save()
+    model.how = "in place"
+    loop.save()
     loop.step()
-    second = loop.writer.wait()
+    spoilt, weights, moments = loop.save()
+    loop.step()
+    last = loop.writer.wait()
     loop.writer.close()
-    assert first is not None
-    assert first.path is None
-    assert "'weight'" in first.error
-    assert second is not None
-    assert second.path is not None
-    assert_holds(second.path, weights, moments)
+    assert spoilt is not None
+    assert spoilt.path is None
+    assert "'weight'" in spoilt.error
+    assert last is not None
+    assert last.path is not None
+    assert_holds(last.path, weights, moments)
 
 
 def test_a_run_that_fails_in_its_forward_pass_leaves_no_torn_checkpoint(tmp_path: Path) -> None:
-    loop = Loop(tmp_path, Clipping("in place"))
+    model = Clipping("not at all")
+    loop = Loop(tmp_path / "checkpoints", model)
     loop.step()
+    loop.save()
+    loop.step()
+    loop.writer.wait()
+    model.how = "in place"
     loop.save()
     loop.forward_backward()  # and then something is raised: the optimizer makes no step
     outcome = loop.writer.wait()
     loop.writer.close()
     assert outcome is not None
     assert outcome.path is None
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_closed_writer_has_let_go_of_the_optimizer(tmp_path: Path) -> None:
