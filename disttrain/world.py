@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch._C._distributed_c10d import HashStore, Store
 
+from disttrain.affinity import near_memory
 from disttrain.errors import ConfigurationError
 
 _AFTER_THE_WATCHDOG_S = 15.0
@@ -79,16 +80,18 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    try:
-        if size == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None)
-        yield World(rank, local_rank, size, local_size, chosen, socket.gethostname())
-    finally:
-        torch.set_num_threads(threads_before)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with near_memory(local_rank, local_size):
+        try:
+            if size == 1:
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+            else:
+                device_id = chosen if chosen.type == "cuda" else None
+                dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+            yield World(rank, local_rank, size, local_size, chosen, socket.gethostname())
+        finally:
+            torch.set_num_threads(threads_before)
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def store_for_a_thread(timeout_s: float) -> Store | None:

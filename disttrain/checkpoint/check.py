@@ -102,6 +102,10 @@ def _is_data(value: Any) -> bool:
     )
 
 
+def _is_non_finite(value: Any) -> bool:
+    return _table_of(_is_count)(value) and value.keys() == {"in_a_row", "total"}
+
+
 def _is_finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
@@ -121,7 +125,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metrics": (_table_of(is_number), "a table of numbers"),
     "optimizer": (_is_optimizer, "a table of 'values' and 'param_groups'"),
     "scaler": (_table_of(is_number), "a table of numbers"),
-    "non_finite": (_table_of(_is_count), "a table of whole numbers"),
+    "non_finite": (_is_non_finite, "a table of the whole numbers in_a_row and total"),
     "recent_losses": (_list_of(is_number), "a list of numbers"),
     "expected_magnitudes": (_is_expectation, "null or a list of numbers"),
     "recipe": (_is_table, "a table"),
