@@ -55,6 +55,9 @@ def optimizer_from_tensors(
             f"the checkpoint's optimizer state does not fit this optimizer: it is of {len(numbers)} parameters, "
             f"and this one has {len(parameters)}, or their order differs."
         )
+    for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
+        for name, value in ours.items():  # another version of torch may not have had an option yet
+            theirs.setdefault(name, value)
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (KeyError, ValueError, TypeError) as error:

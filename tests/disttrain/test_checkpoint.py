@@ -250,6 +250,17 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_happened(kind: 
     assert weights_sha256(resumed.state_dict()) == weights_sha256(network.state_dict())
 
 
+def test_an_option_that_the_checkpoint_does_not_know_keeps_its_value() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    tensors, rest = optimizer_to_tensors(optimizer)
+    del rest["param_groups"][0]["momentum"]
+    optimizer_from_tensors(optimizer, tensors, rest)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
 def test_another_optimizers_state_is_refused() -> None:
     saved, rest = optimizer_to_tensors(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
