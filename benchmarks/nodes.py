@@ -22,33 +22,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from endless import OVERRIDES, newest_step
 
 from disttrain.testing import cluster
 from disttrain.testing.hosts import Cluster, Host
 
-_OPTIONS = {
-    "tracking.uri": "none",
-    "tracking.system_metrics": "false",
-    "train.log_every_steps": "1",
-    "train.epochs": "100000",
-    "train.eval_every_epochs": "100000",
-    "schedule.name": "constant",
-    "checkpoint.every_steps": "1",
-}
-
 
 def start(machine: Host, machines: Cluster, run_dir: Path) -> subprocess.Popen[bytes]:
     """`disttrain node` on a machine."""
-    words = [word for key, value in _OPTIONS.items() for word in ("-o", f"{key}={value}")]
-    command = [sys.executable, "-m", "disttrain_launch", "node", "digits", *words, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "disttrain_launch", "node", "digits", *OVERRIDES, "--run-dir", str(run_dir)]
     command += ["--nodes", "2", "--rendezvous", f"{machines[0].address}:29400", "--max-restarts", "3"]
     return machine.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def newest_step(run_dir: Path) -> int:
-    """How many steps the journal has."""
-    journal = run_dir / "journal.jsonl"
-    return journal.read_text().count('"train/loss"') if journal.exists() else 0
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:

@@ -20,22 +20,7 @@ from pathlib import Path
 
 import psutil
 import torch
-
-_OPTIONS = {
-    "tracking.uri": "none",
-    "tracking.system_metrics": "false",
-    "train.log_every_steps": "1",
-    "train.epochs": "100000",
-    "train.eval_every_epochs": "100000",
-    "schedule.name": "constant",
-    "checkpoint.every_steps": "1",
-}
-
-
-def newest_step(run_dir: Path) -> int:
-    """How many steps the journal has."""
-    journal = run_dir / "journal.jsonl"
-    return journal.read_text().count('"train/loss"') if journal.exists() else 0
+from endless import OVERRIDES, newest_step
 
 
 def wait_for_step(run_dir: Path, step: int, launcher: psutil.Popen) -> None:
@@ -47,8 +32,18 @@ def wait_for_step(run_dir: Path, step: int, launcher: psutil.Popen) -> None:
 
 def round_trip(run_dir: Path) -> tuple[float, float]:
     """(cold start, from the kill to the next new step), in seconds."""
-    words = [word for key, value in _OPTIONS.items() for word in ("-o", f"{key}={value}")]
-    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", *words, "-n", "2", "--max-restarts", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "disttrain_launch",
+        "train",
+        "digits",
+        *OVERRIDES,
+        "-n",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
     began = time.perf_counter()
     launcher = psutil.Popen([*command, "--run-dir", str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

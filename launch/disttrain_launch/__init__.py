@@ -1,1 +1,1 @@
-"""What starts workers: this machine today. Never imports torch, so that its commands answer at once."""
+"""What starts workers: this machine, several, Slurm, Kubernetes. Never imports torch: its commands answer at once."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from disttrain_launch.options import num_cores
 
 DEFAULT_PORT = 29400
-DEFAULT_GRACE_S = 120
 
 
 @dataclass(frozen=True)
