@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 import click
 
 from disttrain_launch.doctor_command import doctor
-from disttrain_launch.kubernetes.commands import k8s
 from disttrain_launch.messages import complain
 from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
 from disttrain_launch.runs_command import runs
-from disttrain_launch.slurm.commands import slurm
 from disttrain_launch.stop_command import stop
 from disttrain_launch.train_command import train
 from disttrain_launch.worker_commands import evaluate, predict, sync
 
+# Imported when they are called for: `--help` waits for neither. Where they are, and what it says of them.
+_LATE = {
+    "k8s": ("disttrain_launch.kubernetes.commands", "Train on a Kubernetes cluster."),
+    "slurm": ("disttrain_launch.slurm.commands", "Train on a Slurm cluster."),
+}
+
 
 class _Commands(click.Group):
     """A group whose commands may raise the errors of disttrain."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_LATE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _LATE:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(import_module(_LATE[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        limit = formatter.width - 6 - max(map(len, names))
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, _LATE[name][1] if name in _LATE else self.commands[name].get_short_help_str(limit))
+                    for name in names
+                ]
+            )
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -62,5 +87,5 @@ def main() -> None:
     """
 
 
-for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, doctor, k8s, slurm):
+for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, doctor):
     main.add_command(command)
