@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import click
 
-from disttrain.worker import worker
+from disttrain.worker import leave, worker
 
 
 @click.command(name="python -m disttrain")
@@ -22,4 +21,4 @@ def command(recipe: str, overrides: Sequence[str], run_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker(command))
+    leave(worker(command))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import io
 import os
 import re
 import select
 import sys
+import threading
 import traceback
+from typing import NoReturn
 
 import click
 
@@ -63,6 +67,21 @@ def worker(command: click.Command) -> int:
         report_failure(message, ExitCode.FAILURE, trace, failure_time(error), consequence=peer_has_gone)
         return ExitCode.FAILURE
     return ExitCode.DONE
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code` as Python would, but without tearing every module down.
+
+    Taking torch apart costs a second of processor time and frees what the system frees anyway.
+    """
+    if any(thread is not threading.current_thread() and not thread.daemon for thread in threading.enumerate()):
+        sys.exit(code)  # Python knows how to wait for each kind of thread
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # ours is what was written, not where it goes
+                stream.flush()
+    os._exit(code)
 
 
 def _brief(error: Exception) -> str:

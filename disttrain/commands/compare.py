@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from disttrain.worker import worker
+from disttrain.worker import leave, worker
 
 if TYPE_CHECKING:
     import torch
@@ -107,4 +106,4 @@ def _first_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch
 
 
 if __name__ == "__main__":
-    sys.exit(worker(command))
+    leave(worker(command))

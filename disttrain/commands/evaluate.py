@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 
-from disttrain.worker import worker
+from disttrain.worker import leave, worker
 
 
 @click.command(name="disttrain evaluate")
@@ -55,4 +54,4 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker(command))
+    leave(worker(command))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from disttrain.worker import worker
+from disttrain.worker import leave, worker
 
 
 @click.command(name="disttrain predict")
@@ -50,4 +49,4 @@ def command(address: str, images: tuple[Path, ...], top: int, as_json: bool) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(worker(command))
+    leave(worker(command))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from disttrain.worker import worker
+from disttrain.worker import leave, worker
 
 
 @click.group(name="disttrain runs")
@@ -160,4 +159,4 @@ def _words(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(worker(command))
+    leave(worker(command))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from disttrain.worker import worker
+from disttrain.worker import leave, worker
 
 if TYPE_CHECKING:
     from disttrain.tracking import Owed
@@ -60,4 +59,4 @@ def _delivered(run: Path, uri: str | None, timeout_s: float) -> tuple[str, Owed]
 
 
 if __name__ == "__main__":
-    sys.exit(worker(command))
+    leave(worker(command))

@@ -43,7 +43,7 @@ def test_digits_are_scikit_learns(load: Load) -> None:
 
 
 def test_digits_without_scikit_learn(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ConfigurationError, match="'digits' comes with scikit-learn; pip install scikit-learn"):
         load(dataset="digits")
 
