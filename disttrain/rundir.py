@@ -7,8 +7,9 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,19 @@ _MAY_CHANGE = {
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
 
 
-def default_run_dir(recipe: Recipe) -> Path:
-    """A folder for a new run under ./runs, named after the recipe and the time."""
-    return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_run_dir(recipe: Recipe) -> Path:
+    """Make a folder for a new run under ./runs, named after the recipe and the time, and numbered if that is taken.
+
+    It is this run's alone, however many begin in the same second. Raises ConfigurationError if it cannot be made.
+    """
+    stem = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in count(1):
+        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        with _usable(path), suppress(FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            return path
+    raise AssertionError("count() never ends")
 
 
 @contextmanager

@@ -28,9 +28,9 @@ from disttrain.report import report_failure
 from disttrain.rundir import (
     CHECKPOINTS,
     STOP,
-    default_run_dir,
     log_file,
     log_to_file,
+    new_run_dir,
     owned_run_dir,
     refuse_another_job,
     stop_logging,
@@ -55,7 +55,7 @@ def open_session(
 
     Every rank must call it. Raises ConfigurationError if anything that the recipe names does not fit.
     """
-    address = decided_by_main(world, lambda: str(run_dir or default_run_dir(recipe)))
+    address = decided_by_main(world, lambda: str(run_dir or new_run_dir(recipe)))
     path = Path(decided_by_main(world, lambda: str(working_folder(address) if is_url(address) else address)))
     console = Console(speaks=world.is_main)
     keep = {"keep_last": recipe.checkpoint.keep_last, "keep_best": recipe.checkpoint.keep_best}
