@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,15 @@ from disttrain.recipe import Recipe
 
 _debugging: Any = torch.utils.deterministic
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+# What chooses among kernels, or among orders of summation; threads are a fact of their own.
+_VARIABLE = re.compile(
+    r"(?!.*(_NUM_THREADS|VERBOSE|CACHE_CAPACITY)$)"
+    r"((ONEDNN|DNNL|MKL|ATEN)_\w+|OMP_(DYNAMIC|SCHEDULE|THREAD_LIMIT)|NVIDIA_TF32_OVERRIDE"
+    r"|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)"
+)
+# Instructions that oneDNN, MKL and ATen have kernels for; the other flags come and go with the kernel and its patches.
+_INSTRUCTIONS = re.compile(r"s?sse|avx|fma|f16c|amx|asimd|sve|sme(?!p)|bf16|i8mm|fphp")
+_LISTS = ("cpu_flags", "variables")  # facts of many words, of which only those that differ are worth reading
 
 
 @contextmanager
@@ -54,7 +66,10 @@ def what_bits_rest_on(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": device.type,
+        "cpu": _processor()[0],
+        "cpu_flags": _processor()[1],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "variables": " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if _chooses(name)),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
@@ -69,14 +84,46 @@ def what_bits_rest_on(device: torch.device) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The facts that both know and that are not the same, in words."""
-    return [f"{name} was {was}, now {now[name]}" for name, was in before.items() if name in now and now[name] != was]
+    unlike = [name for name, was in before.items() if name in now and now[name] != was]
+    return ["{} was {}, now {}".format(name, *_apart(name, before[name], now[name])) for name in unlike]
 
 
 def unlike_the_first(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """In which facts workers differ from rank 0, in words; `facts` by rank."""
-    return [
-        f"{name} is {value} on rank 0 and {facts[rank].get(name)} on rank {rank}"
+    first_unlike = {
+        name: next((rank for rank, of in enumerate(facts) if of.get(name) != value), 0)
         for name, value in facts[0].items()
-        for rank in [next((rank for rank, of in enumerate(facts) if of.get(name) != value), 0)]
+    }
+    return [
+        "{} is {} on rank 0 and {} on rank {}".format(name, *_apart(name, facts[0][name], facts[rank].get(name)), rank)
+        for name, rank in first_unlike.items()
         if rank
     ]
+
+
+def _apart(name: str, one: Any, other: Any) -> tuple[Any, Any]:
+    """How to name two values that differ: of a list of words, only the words that the other does not have."""
+    if name not in _LISTS or not (isinstance(one, str) and isinstance(other, str)):
+        return one, other
+    mine, theirs = one.split(), other.split()
+    sides = ([word for word in mine if word not in theirs], [word for word in theirs if word not in mine])
+    first, second = (f"with {' '.join(side)}" if side else "without" for side in sides)
+    return first, second
+
+
+def _chooses(variable: str) -> bool:
+    return _VARIABLE.fullmatch(variable) is not None
+
+
+@cache
+def _processor() -> tuple[str, str]:
+    """The model of the CPU, and its instructions for floating-point numbers."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine(), ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    told = [facts[key] for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if key in facts]
+    flags = facts.get("flags") or facts.get("Features") or ""
+    instructions = sorted(flag for flag in flags.split() if _INSTRUCTIONS.match(flag))
+    return " / ".join(told) or platform.machine(), " ".join(instructions)

@@ -401,6 +401,30 @@ def test_differences_in_what_the_bits_rest_on_are_told(tmp_path: Path, capsys: p
     assert unlike_the_first(facts[:2]) == []
 
 
+def test_the_fingerprint_tells_processors_and_kernels_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ONEDNN_MAX_CPU_ISA=AVX2`, or a CPU without avx512_bf16, gives other bits; a first-of-its-kind key is no news."""
+    cpu = torch.device("cpu")
+    for noise in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_VERBOSE"):  # they follow from the world, or say nothing
+        monkeypatch.setenv(noise, "1")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    before = what_bits_rest_on(cpu)
+    assert before["cpu"]
+    assert all(noise not in before["variables"] for noise in ("NUM_THREADS", "VERBOSE"))
+    for name, value in (("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "COMPATIBLE"), ("ATEN_CPU_CAPABILITY", "avx2")):
+        monkeypatch.setenv(name, value)
+        now = what_bits_rest_on(cpu)
+        assert differences(before, now) == [f"variables was without, now with {name}={value}"]
+        assert unlike_the_first([now, before]) == [f"variables is with {name}={value} on rank 0 and without on rank 1"]
+        monkeypatch.delenv(name)
+    older = {**before, "cpu": "another", "cpu_flags": f"{before['cpu_flags']} amx_bf16"}
+    assert differences(older, before) == [
+        f"cpu was another, now {before['cpu']}",
+        "cpu_flags was with amx_bf16, now without",
+    ]
+    of_an_old_checkpoint = {"torch": before["torch"], "threads": before["threads"]}
+    assert differences(of_an_old_checkpoint, before) == []
+
+
 def test_shards_are_dealt_out_in_runs_to_any_number_of_workers() -> None:
     for num_shards in range(1, 9):
         for size in range(1, num_shards + 1):
