@@ -39,6 +39,11 @@ def import_callable(reference: str, key: str) -> Callable[..., Any]:
         raise ConfigurationError(
             f"{key}: importing {module_name!r} failed: {error}; install what is missing."
         ) from error
+    except SystemExit as leaving:
+        raise ConfigurationError(
+            f"{key}: importing {module_name!r} calls sys.exit({leaving.code!r}); a script's own work belongs under "
+            "`if __name__ == '__main__':`."
+        ) from leaving
     except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
     for name in path.split("."):

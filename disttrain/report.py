@@ -1,4 +1,4 @@
-"""How a failure reaches the launcher and the user."""
+"""How a failure, or a worker's having finished, reaches the launcher and the user."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 import os
 import socket
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from disttrain.errors import ExitCode
 from disttrain.world import launched_by, rank_hint
@@ -45,9 +48,35 @@ def report_failure(
             "time": failed_at,
             "timestamp": int(failed_at),  # torchrun's name for it, in whole seconds
         }
-        # In place: it is read when this process is gone, and our launcher's file has no name to rename to.
-        Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
+        _write(error_file, failure)
     told_by_all = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
     if launched_by() not in _SHOWS_FAILURES and (not rank or not told_by_all):
         who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
         print(f"{trace or ''}disttrain: {who}{message}", file=sys.stderr, flush=True)
+
+
+def report_finished() -> None:
+    """Write to the launcher's file that this worker did what it was started for.
+
+    Without that, an exit code of 0 may come from anybody's `os._exit(0)`.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        now = time.time()
+        done = {"message": "finished", "exit_code": int(ExitCode.DONE), "time": now, "timestamp": int(now)}
+        with suppress(OSError):  # torchrun itself does not ask for it
+            _write(error_file, done)
+
+
+def says_finished(error_file: Path | str) -> bool:
+    """Whether the worker that was given this file wrote that it finished."""
+    try:
+        report = json.loads(Path(error_file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("exit_code") == ExitCode.DONE
+
+
+def _write(error_file: str, report: dict[str, Any]) -> None:
+    # In place: it is read when this process is gone, and our launcher's file has no name to rename to.
+    Path(error_file).write_text(json.dumps(report), encoding="utf-8")

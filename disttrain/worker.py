@@ -10,6 +10,7 @@ import re
 import select
 import sys
 import threading
+import time
 import traceback
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ import click
 
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
 from disttrain.guard import end_with_launcher
-from disttrain.report import LAUNCHER, report_failure
+from disttrain.report import LAUNCHER, report_failure, report_finished
 from disttrain.world import launched_by
 
 # What gloo, NCCL and the store say when a peer has gone: mostly the consequence of somebody else's failure.
@@ -32,7 +33,8 @@ def worker(command: click.Command) -> int:
     """Run `command` on this process's arguments and return the exit code that tells the launcher what to do.
 
     A failure goes to the file that the launcher named in TORCHELASTIC_ERROR_FILE, and to standard error unless the
-    launcher is ours, which shows the first failing worker's. Only an unexpected one comes with a traceback.
+    launcher is ours, which shows the first failing worker's. Only an unexpected one comes with a traceback. That the
+    command came to its end is written there, too: a user's code may end the process with 0 in the middle.
     """
     if launched_by() == LAUNCHER:
         end_with_launcher()
@@ -43,6 +45,7 @@ def worker(command: click.Command) -> int:
         with command.make_context(command.name, sys.argv[1:]) as context:
             command.invoke(context)
         sys.stdout.flush()
+        report_finished()
     except click.exceptions.Exit as ending:
         return ending.exit_code
     except click.ClickException as error:
@@ -54,6 +57,11 @@ def worker(command: click.Command) -> int:
         is_agreed = isinstance(error, AgreedError)
         report_failure(str(error), error.exit_code, None, failure_time(error), is_agreed=is_agreed)
         return error.exit_code
+    except SystemExit as leaving:
+        place = traceback.extract_tb(leaving.__traceback__)[-1]
+        message = f"{place.filename}:{place.lineno} called sys.exit({leaving.code!r}) before the work was done"
+        report_failure(message, ExitCode.FAILURE, None, time.time())
+        return ExitCode.FAILURE
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be flushed at the end must not fail again

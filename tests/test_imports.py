@@ -49,7 +49,7 @@ LAYERS = {
     "report": {"world"},
     "watchdog": {"collectives", "progress", "world"},
     "worker": {"guard", "report", "world"},
-    "agent": {"checkpoint", "rundir", "tracking"},
+    "agent": {"checkpoint", "report", "rundir", "tracking"},
     "trial": {"job", "rng"},
     "job": {
         "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "models", "optim", "parallel",

@@ -51,6 +51,15 @@ def first_cause(failures: Mapping[int, ProcessFailure], host: str) -> Cause:
     return min(causes, key=lambda one: one[0])[1] if causes else Cause(ExitCode.FAILURE, f"a worker on {host} ended")
 
 
+def left_early(rank: int, host: str) -> Cause:
+    """The cause that a worker makes that ended with 0 and did not say that it had finished."""
+    return Cause(
+        ExitCode.FAILURE,
+        f"rank {rank} on {host} ended with exit code 0 before its work was done: code that it imports or calls has "
+        "left with os._exit(0)",
+    )
+
+
 def _order(failure: ProcessFailure) -> tuple[int, float]:
     report = _report(failure)
     killed_from_outside = failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT
@@ -76,7 +85,8 @@ def _cause(rank: int, failure: ProcessFailure, host: str) -> Cause:
 def _report(failure: ProcessFailure) -> dict[str, Any]:
     """What the worker wrote to its error file, if anything that can be read."""
     report = failure.error_file_data  # of torch's own making, with no more than a message, if there was no file
-    return report if isinstance(report, dict) and "exit_code" in report and "message" in report else {}
+    is_ours = isinstance(report, dict) and "exit_code" in report and "message" in report
+    return report if is_ours and report["exit_code"] != ExitCode.DONE else {}
 
 
 class Bulletin:

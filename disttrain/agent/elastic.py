@@ -13,8 +13,9 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
-from disttrain.agent.cause import Bulletin, Cause, first_cause
+from disttrain.agent.cause import Bulletin, Cause, first_cause, left_early
 from disttrain.errors import ExitCode
+from disttrain.report import says_finished
 
 # Workers that wait for a dead one cannot save any more: between SIGTERM and SIGKILL there is nothing to wait for.
 _TO_END_S = 5
@@ -68,6 +69,9 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         bulletin = self.bulletin()
+        early = self._left_early(worker_group)
+        if early is not None and result.state in (WorkerState.HEALTHY, WorkerState.SUCCEEDED):
+            result = RunResult(state=WorkerState.FAILED)
         if bulletin is None or result.state not in (WorkerState.HEALTHY, WorkerState.FAILED):
             return result
         if result.state is WorkerState.HEALTHY:
@@ -77,13 +81,24 @@ class Agent(LocalElasticAgent):
             self.cause = ended
             self._remaining_restarts = 0
             return RunResult(state=WorkerState.FAILED)
-        self.cause = bulletin.first_of_all(first_cause(result.failures, self._host), _TO_HEAR_THE_CAUSE_S)
+        cause = first_cause(result.failures, self._host)
+        if early is not None and (cause.is_consequence or not result.failures):
+            cause = early
+        self.cause = bulletin.first_of_all(cause, _TO_HEAR_THE_CAUSE_S)
         if not self.cause.is_final:
             self._give_up_where_it_stands_still()
         if self.cause.is_final or self._remaining_restarts == 0:
             self._remaining_restarts = 0
             bulletin.announce(self.cause)
         return result
+
+    def _left_early(self, worker_group: WorkerGroup) -> Cause | None:
+        """A worker of this node that ended with 0, which torch takes for success, but did not finish."""
+        error_files = getattr(self._pcontext, "error_files", {})
+        for local_rank, code in enumerate(self.exit_codes()):
+            if code == ExitCode.DONE and not says_finished(error_files[local_rank]):
+                return left_early(worker_group.workers[local_rank].global_rank, self._host)
+        return None
 
     def _give_up_where_it_stands_still(self) -> None:
         """Starting again does not help a job that has come no further since the failure before."""

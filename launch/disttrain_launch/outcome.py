@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,11 +134,18 @@ def settle(endings: Sequence[Ending], *, stop_requested: bool) -> Outcome:
     )
 
 
+def left_early() -> Report:
+    """What to say of a worker that ended with 0 and did not say that it had finished."""
+    message = "ended with exit code 0 before its work was done: code that it imports or calls has left with os._exit(0)"
+    return Report(message, _host(), time.time(), None)
+
+
 def read_report(file: IO[bytes]) -> Report | None:
-    """What the worker wrote to its error file, if anything that can be read."""
-    file.seek(0)
+    """What the worker wrote to its error file of a failure, if anything that can be read."""
+    fields = _read(file)
+    if fields.get("exit_code") == ExitCode.DONE:
+        return None
     try:
-        fields: dict[str, Any] = json.loads(file.read())
         return Report(
             message=str(fields["message"]).strip(),
             host=str(fields.get("host") or _host()),
@@ -146,8 +154,22 @@ def read_report(file: IO[bytes]) -> Report | None:
             is_consequence=fields.get("consequence") is True,
             is_agreed=fields.get("is_agreed") is True,
         )
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError):
         return None
+
+
+def says_finished(file: IO[bytes]) -> bool:
+    """Whether the worker wrote to its error file that it did what it was started for."""
+    return _read(file).get("exit_code") == ExitCode.DONE
+
+
+def _read(file: IO[bytes]) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        fields = json.loads(file.read())
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _host() -> str:

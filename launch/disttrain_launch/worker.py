@@ -11,8 +11,9 @@ from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import IO
 
+from disttrain.recipe import ExitCode
 from disttrain_launch.group import WorkerGroup
-from disttrain_launch.outcome import Ending, read_report
+from disttrain_launch.outcome import Ending, left_early, read_report, says_finished
 
 
 class Worker:
@@ -24,7 +25,7 @@ class Worker:
         self._group, self._rank = group, rank
         self._asked_to_end = False
         # Files without a name vanish with their last user: nobody has to remove them, however this process dies.
-        self._report: IO[bytes] = TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._report = _memory_file()
         self._output = self._open_output()
         report = self._report.fileno()
         self._process = subprocess.Popen(
@@ -40,7 +41,9 @@ class Worker:
     def has_ended(self) -> bool:
         """Whether it has ended. The first time it has, `ending` says how."""
         if self.ending is None and self._process.poll() is not None:
-            code = self._process.returncode
+            code, report = self._process.returncode, read_report(self._report)
+            if code == ExitCode.DONE and not says_finished(self._report):
+                code, report = ExitCode.FAILURE, left_early()
             self.was_killed = code < 0
             if self.was_killed:
                 self._kill_group()  # the children it can no longer end itself
@@ -49,7 +52,7 @@ class Worker:
                 code=code,
                 time=time.time(),
                 asked=self._asked_to_end,
-                report=read_report(self._report),
+                report=report,
                 log=self._group.log(self._rank),
                 last_words=self._last_words(),
             )
@@ -92,3 +95,10 @@ class Worker:
         size = self._output.seek(0, os.SEEK_END)
         self._output.seek(max(0, size - 2000))
         return self._output.read().decode(errors="replace").strip()
+
+
+def _memory_file() -> IO[bytes]:
+    """A file that no full disk keeps from being written to, where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("disttrain-report"), "w+b")
+    return TemporaryFile()

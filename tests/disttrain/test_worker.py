@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from disttrain.errors import ConfigurationError
+from disttrain.reference import import_callable
+from disttrain.report import says_finished
+from disttrain.worker import worker
 
 _ENDS_WITH_7 = """
 import atexit, concurrent.futures, sys, threading, time
@@ -32,3 +42,23 @@ def test_handlers_are_run_and_output_is_flushed_before_a_quick_end() -> None:
 def test_threads_that_python_waits_for_are_waited_for() -> None:
     pool = "concurrent.futures.ThreadPoolExecutor().submit(late)"
     assert _ending(pool) == (7, ["thread done", "handler run"])
+
+
+def test_code_that_leaves_in_the_middle_has_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it leaves with, 0 included; and whoever comes to the end says so."""
+    report = tmp_path / "report.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    monkeypatch.setattr(sys, "argv", ["train"])
+    assert worker(click.Command("train", callback=lambda: sys.exit(0))) == 1
+    assert "test_worker.py" in json.loads(report.read_text())["message"]
+    assert "called sys.exit(0) before the work was done" in json.loads(report.read_text())["message"]
+    assert not says_finished(report)
+    assert worker(click.Command("train", callback=lambda: None)) == 0
+    assert says_finished(report)
+
+
+def test_a_module_that_calls_sys_exit_is_refused_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving_at_import.py").write_text("import sys; sys.exit(0)")
+    with pytest.raises(ConfigurationError, match=r"^model.name: importing 'leaving_at_import' calls sys.exit\(0\)"):
+        import_callable("leaving_at_import:build", "model.name")

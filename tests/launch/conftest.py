@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 _PREAMBLE = """
-import json, os, signal, sys, time
+import atexit, json, os, signal, sys, time
 from pathlib import Path
 from disttrain.guard import end_with_launcher
 end_with_launcher()
@@ -32,6 +32,9 @@ def report(message, code, at=None, traceback=None):
     words = {"message": message, "exit_code": code, "rank": rank, "host": "box", "traceback": traceback}
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(words | {"time": at or time.time()}))
     os._exit(code)
+def finished():  # a worker that comes to the end of its code says so, one that leaves in the middle does not
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"exit_code": 0}))
+atexit.register(finished)
 """
 _LAUNCHER = """
 import json, sys

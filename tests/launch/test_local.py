@@ -136,6 +136,17 @@ def test_a_silent_exit_is_shown_with_its_last_words(start_launcher: StartLaunche
     )
 
 
+def test_a_worker_that_leaves_with_0_before_it_has_finished_has_failed(start_launcher: StartLauncher) -> None:
+    """And the others do not wait for it."""
+    launcher = start_launcher("os._exit(0) if rank == 1 else time.sleep(600)", 2)
+    assert launcher.end() == (
+        1,
+        "",
+        f"disttrain: rank 1 on {socket.gethostname()}: ended with exit code 0 before its work was done: code that it "
+        "imports or calls has left with os._exit(0)\n",
+    )
+
+
 def test_a_worker_that_ignores_sigterm_is_killed_when_another_fails(start_launcher: StartLauncher) -> None:
     launcher = start_launcher(
         """
