@@ -90,8 +90,12 @@ def _sum_as_expected_(
 
 
 def broadcast_(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-    """Replace `tensor` by the one that rank `source` holds."""
-    dist.broadcast(tensor, src=source)
+    """Replace `tensor`, of any type, by the one that rank `source` holds."""
+    if tensor.numel():
+        whole = tensor.contiguous()
+        dist.broadcast(whole.reshape(-1).view(torch.uint8), src=source)  # gloo and NCCL do not know every type
+        if whole is not tensor:
+            tensor.copy_(whole)
     return tensor
 
 

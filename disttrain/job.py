@@ -17,12 +17,13 @@ from disttrain.checkpoint import (
     optimizer_from_tensors,
     optimizer_to_tensors,
 )
-from disttrain.collectives import decided_by_main, one_per_machine_first
+from disttrain.collectives import one_per_machine_first
 from disttrain.conditions import differences, what_bits_rest_on
 from disttrain.data import Datasets, EvalLoader, Loader, StepSampler, as_datasets, load_datasets
 from disttrain.errors import ConfigurationError, brief
 from disttrain.finite import FiniteGate
 from disttrain.fixed_point import ABSENT
+from disttrain.handout import hand_out, read_by_main
 from disttrain.models import build_model
 from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
@@ -149,6 +150,7 @@ class Job:
     def resume(self, checkpoint: Checkpoint) -> list[str]:
         """Put back what `checkpoint` holds; return what this run rests on that is different now.
 
+        Every rank must call it, the others than rank 0 with an outline of the checkpoint: the tensors are rank 0's.
         Raises ConfigurationError if it belongs to another model, optimizer or data set, or is past the last step.
         """
         state = checkpoint.state
@@ -164,8 +166,8 @@ class Job:
                 "train.epochs and train.max_steps ask for. Raise them to go on, or start a new --run-dir."
             )
         self._check_tensors(checkpoint)
-        self.model.load_state_dict(checkpoint.model)
-        optimizer_from_tensors(self.optimizer, checkpoint.optimizer, state["optimizer"])
+        self.model.load_state_dict(hand_out(self.world, checkpoint.model, self.model.state_dict()))
+        optimizer_from_tensors(self.optimizer, hand_out(self.world, checkpoint.optimizer), state["optimizer"])
         if state["scaler"]:
             self._restore_scaler(checkpoint)
         if "non_finite" in state:
@@ -279,8 +281,8 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
 
 
 def newest_checkpoint(store: CheckpointStore, world: World, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest good checkpoint, read and verified by rank 0, on every rank. Every rank must call it."""
-    return decided_by_main(world, lambda: store.newest(warn))
+    """The newest good checkpoint, read and verified by rank 0; its outline on the others. Every rank must call it."""
+    return read_by_main(world, lambda: store.newest(warn))
 
 
 def _datasets(recipe: Recipe, world: World, objects: dict[str, Any]) -> Datasets:

@@ -118,10 +118,12 @@ def _session_in(
         job.progress = progress
         if job.spikes.is_on:
             job.spikes.skipped = decided_by_main(world, lambda: read_skipped(path))
+        resumed = checkpoint is not None
         if checkpoint is not None:
             differences = job.resume(checkpoint)
             for difference in differences if not job.is_finished else []:
                 console.warn(f"the checkpoint rests on something else: {difference}; the bits may differ.")
+        checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
         if not job.is_finished:
             check_model(job)
         if recipe.parallel.exact and not job.is_finished:
@@ -134,14 +136,14 @@ def _session_in(
             console,
             closing(job),
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
-            _tracked(job, path, address, console, resumed=checkpoint is not None) as tracker,
+            _tracked(job, path, address, console, resumed=resumed) as tracker,
             closing(Bookkeeper(job, path, store, tracker, console, stop, sampler, address)) as books,
             stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
             try:
                 if job.is_finished:  # it may have ended without being able to bring all of it to its URL
                     books.saver.settle(0)
-                if job.spikes.is_on and checkpoint is None:
+                if job.spikes.is_on and not resumed:
                     books.saver.save()  # so that there is something to go back to
                 yield books
             finally:

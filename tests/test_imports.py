@@ -35,6 +35,7 @@ LAYERS = {
     "world": {"affinity"},
     "rundir": {"lock", "recipe"},
     "collectives": {"fixed_point", "world"},
+    "handout": {"checkpoint", "collectives", "world"},
     "data": {"recipe", "reference", "rng", "world"},
     "models": {"recipe", "reference"},
     "optim": {"recipe"},
@@ -52,8 +53,8 @@ LAYERS = {
     "agent": {"checkpoint", "report", "rundir", "tracking"},
     "trial": {"job", "rng"},
     "job": {
-        "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "models", "optim", "parallel",
-        "progress", "recipe", "rng", "spikes", "world",
+        "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "handout", "models", "optim",
+        "parallel", "progress", "recipe", "rng", "spikes", "world",
     },
     "model_check": {"buffers", "job", "trial"},
     "saver": {"checkpoint", "collectives", "console", "job", "rundir", "tracking"},
@@ -70,7 +71,8 @@ LAYERS = {
         "world",
     },
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "job", "models", "recipe", "remote",
+        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "handout", "job", "models", "recipe",
+        "remote",
         "rundir",
         "tracking", "worker", "world",
     },

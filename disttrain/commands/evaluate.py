@@ -15,21 +15,25 @@ from disttrain.worker import leave, worker
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Evaluate the run or checkpoint at ADDRESS, a path or URL, as one worker."""
-    from disttrain.collectives import decided_by_main, one_per_machine_first
+    from dataclasses import replace
+
+    from disttrain.collectives import one_per_machine_first
     from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
     from disttrain.conditions import exact_conditions
     from disttrain.data import EvalLoader, load_datasets
     from disttrain.errors import ConfigurationError
     from disttrain.evaluate import evaluate
+    from disttrain.handout import hand_out, read_by_main
     from disttrain.job import AUTOCAST
     from disttrain.world import join_world
 
     with join_world() as world:
-        checkpoint = decided_by_main(world, lambda: find_checkpoint(address))
+        checkpoint = read_by_main(world, lambda: find_checkpoint(address))
         recipe = recipe_of(checkpoint, overrides)
         data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
         if list(data.test.classes) != data_of(checkpoint)["classes"]:
             raise ConfigurationError(f"{checkpoint.path} was trained on other classes than {recipe.data.root} holds.")
+        checkpoint = replace(checkpoint, model=hand_out(world, checkpoint.model))
         model = restore_model(checkpoint, recipe).to(world.device)
         loader = EvalLoader(
             data.test,

@@ -142,7 +142,8 @@ class Loader:
 class EvalLoader:
     """A split in its own order, in batches that have the same content and shape at every world size.
 
-    Batch k belongs to worker k % size. Iterating yields (k, images, labels), normalised and never augmented.
+    Batch k belongs to worker k % size. Iterating yields (k, images, labels), normalised and never augmented. All
+    workers get equally many: k >= num_batches is an earlier batch once more, for a model with collectives of its own.
     """
 
     def __init__(
@@ -170,8 +171,9 @@ class EvalLoader:
         self._reader.close()
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        mine = range(self._rank, self.num_batches, self._size)
-        fetched = self._reader.read((self._indices(number) for number in mine), seed=0)
+        rounds = -(-self.num_batches // self._size)
+        mine = range(self._rank, rounds * self._size, self._size)
+        fetched = self._reader.read((self._indices(number % self.num_batches) for number in mine), seed=0)
         for number, (images, labels) in zip(mine, fetched, strict=True):
             if images.dtype == torch.uint8:
                 images = normalise(images, self._mean, self._std)

@@ -395,6 +395,34 @@ def test_evaluation_is_the_same_at_every_world_size() -> None:
     assert math.isclose(answers[0][1], functional.cross_entropy(logits, split.labels).item(), rel_tol=1e-5)
 
 
+class _Meeting(nn.Module):
+    """Has the ranks meet in its forward pass, as a model that normalises over all of them does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.passes = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        torch.distributed.all_reduce(torch.ones(1))
+        scores: torch.Tensor = self.inner(images)
+        return scores
+
+
+@pytest.mark.distributed(world_size=[2, 3], process_group=False)
+def test_a_model_with_collectives_is_evaluated_in_as_many_passes_on_every_rank() -> None:
+    """3 batches for 2 workers, and 2 for 3."""
+    for num in (9, 7):
+        with join_world("cpu", threads=1) as world:
+            split = MemorySplit(*samples(num, 1), ("a", "b", "c"), (0.5,), (0.5,))
+            sizes = {"batch_size": 4, "rank": world.rank, "size": world.size}
+            model, loader = _Meeting(), EvalLoader(split, DataRecipe(), **sizes)
+            result = evaluate(model, loader, split.classes)
+            assert model.passes == -(-loader.num_batches // world.size)
+        assert result.total == num
+
+
 def test_nothing_is_left_running_after_training(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
