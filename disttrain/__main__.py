@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from disttrain.guard import ending_undisturbed
 from disttrain.worker import leave, worker
 
 
@@ -17,7 +18,8 @@ def command(recipe: str, overrides: Sequence[str], run_dir: str | None) -> None:
     """Train RECIPE, a shipped recipe's name or a TOML file, as one worker."""
     from disttrain.train import train
 
-    train(recipe, overrides=overrides, run_dir=run_dir)
+    with ending_undisturbed():
+        train(recipe, overrides=overrides, run_dir=run_dir)
 
 
 if __name__ == "__main__":

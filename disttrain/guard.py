@@ -91,6 +91,20 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def ending_undisturbed() -> Iterator[None]:
+    """Once the block has ended, requests to stop change nothing: all that this process does is to end.
+
+    One that came in its last second would kill a process whose work is done, and make the launcher believe that it is
+    not. For a process that does nothing else.
+    """
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def end_with_launcher() -> None:
     """End this process when its launcher is gone: the launcher holds the other end of standard input."""
 

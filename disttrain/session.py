@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 from disttrain.bookkeeper import Bookkeeper
 from disttrain.checkpoint import CheckpointStore
 from disttrain.collectives import decided_by_main, gather_objects
+from disttrain.conclusion import is_concluded, tracked
 from disttrain.conditions import unlike_the_first
 from disttrain.console import Console
-from disttrain.errors import DisttrainError, ExitCode, StoppedError, mark_failure
+from disttrain.errors import DisttrainError, ExitCode, mark_failure
 from disttrain.faultpoints import reached
 from disttrain.guard import StopRequest, stop_file
 from disttrain.job import Job, build_job, newest_checkpoint
@@ -37,14 +38,12 @@ from disttrain.rundir import (
     store_recipe,
 )
 from disttrain.spikes import RolledBack, read_skipped
-from disttrain.tracking import NullTracker, SystemSampler, Tracker, how_to_open
+from disttrain.tracking import SystemSampler
 from disttrain.trial import try_exactness
 from disttrain.watchdog import Watchdog
 from disttrain.world import World, launched_by
 
 _log = logging.getLogger("disttrain")
-# How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
-_LAST_WORDS_S = 5.0
 
 
 @contextmanager
@@ -131,12 +130,13 @@ def _session_in(
                 console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
             try_exactness(job)
         decided_by_main(world, lambda: store_recipe(path, recipe))
-        _introduce(job, address, console)
+        is_done = decided_by_main(world, lambda: is_concluded(job, path))
+        _introduce(job, address, console, is_done=is_done)
         with (
             console,
             closing(job),
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
-            _tracked(job, path, address, console, resumed=resumed) as tracker,
+            tracked(job, path, address, console, stop, resumed=resumed, is_done=is_done) as tracker,
             closing(Bookkeeper(job, path, store, tracker, console, stop, sampler, address)) as books,
             stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
@@ -157,46 +157,7 @@ def _session_in(
         raise
 
 
-@contextmanager
-def _tracked(
-    job: Job, run_dir: Path, address: str, console: Console, *, resumed: bool
-) -> Iterator[Tracker | NullTracker]:
-    """Journal and MLflow run of the job, with how it ended."""
-    if not job.world.is_main or job.is_finished:
-        yield NullTracker()
-        return
-    started = time.monotonic()
-    world_info = {
-        "launcher": launched_by(),
-        "world_size": job.world.size,
-        "num_nodes": job.world.num_nodes,
-        "strategy": job.parallel.name,
-        "host": job.world.host,
-    }
-    tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)
-    tracker.start(resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.rests_on())
-    console.start_progress(job.step, job.total_steps)
-    try:
-        yield tracker
-    except BaseException as error:
-        console.end_progress()
-        if isinstance(error, RolledBack):
-            tracker.finish("RUNNING", timeout_s=_LAST_WORDS_S)
-            raise
-        stopped = isinstance(error, StoppedError | KeyboardInterrupt)
-        tracker.event("stopped" if stopped else "failed", step=job.step, reason=str(error))
-        tracker.finish("KILLED" if stopped else "FAILED", timeout_s=_LAST_WORDS_S)
-        raise
-    seconds = time.monotonic() - started
-    console.end_progress()
-    tracker.event("finished", step=job.step)
-    split = job.data.train
-    tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
-    tracker.finish("FINISHED")
-    _conclude(job, address, console, tracker, seconds)
-
-
-def _introduce(job: Job, address: str, console: Console) -> None:
+def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> None:
     world, data = job.world, job.data
     num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
     console.line(
@@ -204,16 +165,9 @@ def _introduce(job: Job, address: str, console: Console) -> None:
         f"({len(data.train):,} training, {len(data.test):,} test samples)"
     )
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.parallel.reason}")
-    if job.is_finished:
+    if is_done:
         console.line(f"{address} is finished already: {job.step} of {job.total_steps} steps.")
+    elif job.is_finished:
+        console.line(f"{address} was interrupted after its last step: finishing it")
     elif job.step:
         console.line(f"going on from step {job.step} of {job.total_steps} in {address}")
-
-
-def _conclude(job: Job, address: str, console: Console, tracker: Tracker, seconds: float) -> None:
-    assert job.metrics is not None
-    console.line(f"done in {seconds:.1f} s: accuracy {job.metrics['eval/accuracy']:.2%}")
-    console.line(f"run         {address}")
-    console.line(f"checkpoint  {address}/{CHECKPOINTS}/step-{job.step:08d}")
-    if tracker.uri is not None:
-        console.line(f"MLflow      {how_to_open(tracker.uri)}")

@@ -16,7 +16,7 @@ WORKER, LAUNCH = ROOT / "disttrain", ROOT / "launch" / "disttrain_launch"
 # What each room of disttrain may import from disttrain, besides itself and `errors`.
 LAYERS = {
     "__init__": {"recipe", "train"},
-    "__main__": {"train", "worker"},
+    "__main__": {"guard", "train", "worker"},
     "errors": set(),
     "recipe": set(),
     "faultpoints": set(),
@@ -62,9 +62,11 @@ LAYERS = {
         "checkpoint", "collectives", "console", "diagnosis", "evaluate", "finite", "guard", "job", "rundir",
         "saver", "spikes", "tracking",
     },
+    "conclusion": {"console", "guard", "job", "rundir", "spikes", "tracking", "world"},
     "session": {
-        "bookkeeper", "checkpoint", "collectives", "conditions", "console", "guard", "job", "model_check", "progress",
-        "recipe", "remote", "report", "rundir", "spikes", "tracking", "trial", "watchdog", "world",
+        "bookkeeper", "checkpoint", "collectives", "conclusion", "conditions", "console", "guard", "job",
+        "model_check", "progress", "recipe", "remote", "report", "rundir", "spikes", "tracking", "trial", "watchdog",
+        "world",
     },
     "train": {
         "bookkeeper", "conditions", "data", "finite", "guard", "job", "optim", "recipe", "rng", "session", "spikes",

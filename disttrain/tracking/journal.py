@@ -43,12 +43,20 @@ class Journal:
     write, so that it survives the death of the process; `sync` makes it survive the death of the machine.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open or create the file at `path`; its folder must exist. Raises OSError."""
+    def __init__(self, path: str | os.PathLike[str], first_step: int = 0) -> None:
+        """Open or create the file at `path`; its folder must exist. Metrics of earlier steps than `first_step` will not
+        be journalled again. Raises OSError.
+        """
         self.path = Path(path)
         self._lock = threading.Lock()
         self._owed = b""
-        self._highest: dict[str, int] = {}  # the last step journalled, by metric
+        self._first_step = first_step
+        # By metric: the last step that this process journalled, and the steps that earlier ones did. Not the highest of
+        # them: one wrong digit in a line must not keep every later step out.
+        self._last: dict[str, int] = {}
+        self._earlier: dict[str, set[int]] = {}
+        self.model_step: int | None = None
+        """The step of the last exported model that is journalled."""
         self._params: dict[str, Any] = {}
         self._tags: dict[str, str] = {}
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -77,14 +85,17 @@ class Journal:
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of one step.
 
-        A metric whose value at this step or a later one is journalled already is left out: a run that was killed
-        repeats the steps since its last checkpoint, and they must count once.
+        A metric whose value at this step is journalled already is left out: a run that was killed repeats the steps
+        since its last checkpoint, and they must count once.
         """
         with self._lock:
-            news = {name: _number(value) for name, value in metrics.items() if self._highest.get(name, -1) < step}
+            news = {name: _number(value) for name, value in metrics.items() if self._is_new(name, step)}
             if news:
-                self._highest.update(dict.fromkeys(news, int(step)))
+                self._last.update(dict.fromkeys(news, int(step)))
                 self._append("metrics", step=int(step), metrics=news)
+
+    def _is_new(self, name: str, step: int) -> bool:
+        return step > self._last.get(name, -1) and step not in self._earlier.get(name, ())
 
     def event(self, name: str, **fields: Any) -> None:
         """Record that something happened."""
@@ -164,8 +175,10 @@ class Journal:
     def _learn(self, record: dict[str, Any]) -> None:
         match record:
             case {"kind": "metrics", "step": int(step), "metrics": dict(metrics)}:
-                for name in metrics:
-                    self._highest[name] = max(step, self._highest.get(name, -1))
+                for name in metrics if step >= self._first_step else ():
+                    self._earlier.setdefault(name, set()).add(step)
+            case {"kind": "model", "step": int(step)}:
+                self.model_step = step
             case {"kind": "params", "params": dict(params)}:
                 self._params.update(params)
             case {"kind": "tags", "tags": dict(tags)}:
@@ -180,6 +193,16 @@ def read_journal(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     for record, _ in read_records(path, 0):
         if record is not None:
             yield record
+
+
+def last_status(path: str | os.PathLike[str]) -> str | None:
+    """The last status in a journal; None if there is none, or no journal that can be read."""
+    status = None
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for line in file:
+            if b'"status"' in line and (record := _decode(line)) is not None and record["kind"] == "status":
+                status = record.get("status")
+    return status if isinstance(status, str) else None
 
 
 def read_records(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from disttrain.tracking.delivery_state import Owed, load_state, owed, state_for
 from disttrain.tracking.redact import redact, split_credentials
 
+_LOOK_EVERY_S = 0.1
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 _START = "import sys; sys.path.append(sys.argv[1]); from disttrain.tracking.sender_process import main; main()"
 # MLflow's own defaults wait four minutes for a server that is not there. A user's own settings stand.
@@ -103,18 +104,19 @@ class MlflowSender:
                     self._warn(str(message))
         return bool(data)
 
-    def finish(self, timeout_s: float) -> Owed:
+    def finish(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Owed:
         """Let the sender deliver what it can within `timeout_s`, end it, and tell what MLflow is still owed.
 
-        A server that does not answer is asked twice, not for the whole time.
+        A server that does not answer is asked twice, not for the whole time. `unless` is asked again and again; once it
+        is True, the wait is over.
         """
         deadline = time.monotonic() + timeout_s
         self._order(f"finish {max(timeout_s, 0.0)}")
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         heard = True
-        while heard and (left := deadline - time.monotonic()) > 0:
-            if select.select([self._process.stdout], [], [], left)[0]:
+        while heard and (left := deadline - time.monotonic()) > 0 and not (unless is not None and unless()):
+            if select.select([self._process.stdout], [], [], min(left, _LOOK_EVERY_S))[0]:
                 heard = self._hear()
         if heard:
             self._process.kill()
@@ -129,6 +131,13 @@ class MlflowSender:
         with contextlib.suppress(OSError):  # it has ended already; `finish` finds that out
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
+
+
+def backlog(run_dir: Path, uri: str, experiment: str) -> Owed:
+    """What MLflow at `uri` lacks of a run that was being sent there; nothing if it never was."""
+    state = load_state(run_dir)
+    place = redact(split_credentials(uri)[0])
+    return owed(run_dir) if (state.uri, state.experiment) == (place, experiment) else Owed()
 
 
 def deliver(

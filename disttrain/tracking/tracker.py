@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from disttrain.faultpoints import reached
 from disttrain.tracking.delivery_state import Owed
 from disttrain.tracking.journal import JOURNAL_FILE, Journal
-from disttrain.tracking.mlflow_sender import MlflowSender
+from disttrain.tracking.mlflow_sender import MlflowSender, backlog
 from disttrain.tracking.redact import redact
 from disttrain.tracking.server_uri import TrackingSettings, resolve_uri
 from disttrain.tracking.source import git_commit
@@ -66,8 +67,13 @@ class Tracker:
         self._troubled = False
         self.uri = resolve_uri(self._settings.uri, self._run_dir) if enabled else None
 
-    def start(self, resumed: bool, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-        """Open the journal and start the sender.
+    @property
+    def exports_models(self) -> bool:
+        """Whether `model` has anything to do."""
+        return self._journal is not None and self._sender is not None and self._settings.log_model
+
+    def start(self, resumed: bool, params: Mapping[str, Any], tags: Mapping[str, Any], step: int = 0) -> None:
+        """Open the journal, of a job that goes on from `step`, and start the sender.
 
         `params` may be nested, as a dumped recipe is; names are joined by dots. `tags`, `world_info`, the git commit
         of the current folder and the versions in use become tags.
@@ -75,7 +81,8 @@ class Tracker:
         if not self._enabled:
             return
         with self._harmless():
-            self._journal = Journal(self._run_dir / JOURNAL_FILE)
+            self._step = step
+            self._journal = Journal(self._run_dir / JOURNAL_FILE, first_step=step)
             self._journal.event("resume" if resumed else "start", world=self._world_info)
             self._journal.params(dict(_flatten(params)))
             self._journal.tags({**_versions(), **_texts(self._world_info), **_texts(tags)})
@@ -134,21 +141,25 @@ class Tracker:
         from disttrain.tracking.model import MODEL_FOLDER, export_model
 
         with self._harmless():
-            if self._journal is not None and self._sender is not None and self._settings.log_model:
-                reason = export_model(self._run_dir / MODEL_FOLDER, module, mean, std, classes, sample_shape)
-                if reason is not None:
-                    self._warn(
-                        f"the model cannot be exported, so MLflow gets its weights alone ({reason}). "
-                        "The checkpoints are not affected."
-                    )
-                self._journal.append("model", path=MODEL_FOLDER, step=self._step)
+            if self._journal is None or not self.exports_models:
+                return
+            if self._journal.model_step == self._step and (self._run_dir / MODEL_FOLDER).is_dir():
+                return  # exported by a start that was interrupted after that
+            reason = export_model(self._run_dir / MODEL_FOLDER, module, mean, std, classes, sample_shape)
+            if reason is not None:
+                self._warn(
+                    f"the model cannot be exported, so MLflow gets its weights alone ({reason}). "
+                    "The checkpoints are not affected."
+                )
+            self._journal.append("model", path=MODEL_FOLDER, step=self._step)
 
-    def finish(self, status: str, timeout_s: float = 120.0) -> Owed:
+    def finish(self, status: str, timeout_s: float = 120.0, unless: Callable[[], bool] | None = None) -> Owed:
         """Close the journal, let the sender finish, and tell what MLflow is still owed; the user is told as well.
 
         Args:
             status: FINISHED, FAILED or KILLED (stopped on request).
             timeout_s: how long to wait for MLflow at most. A server that does not answer is not waited for.
+            unless: asked again and again while waiting; True ends the wait.
         """
         with self._harmless():
             if self._journal is not None:
@@ -160,15 +171,30 @@ class Tracker:
                 self._journal.sync()
                 self._journal.close()
         self._journal = None
+        reached("conclusion: written")
+        return self._finish_sender(timeout_s, unless)
+
+    def backlog(self) -> Owed:
+        """What MLflow lacks of a run that was being sent there."""
+        return Owed() if self.uri is None else backlog(self._run_dir, self.uri, self._settings.experiment)
+
+    def catch_up(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Owed:
+        """Bring MLflow what it lacks of a run that has ended, as far as it takes it now; see `finish`."""
+        with self._harmless():
+            if self.uri is not None:
+                self._sender = MlflowSender(self._run_dir, self.uri, self._settings.experiment, None, self._warn)
+        return self._finish_sender(timeout_s, unless)
+
+    def _finish_sender(self, timeout_s: float, unless: Callable[[], bool] | None) -> Owed:
         missing = Owed()
         with self._harmless():
             if self._sender is not None:
                 sender, self._sender = self._sender, None
-                missing = sender.finish(timeout_s)
+                missing = sender.finish(timeout_s, unless)
                 if missing:
                     self._warn(
                         f"MLflow at {redact(self.uri or '')} still lacks {missing} of this run; the journal has "
-                        f"everything. `disttrain sync {shlex.quote(str(self._run_dir))}` delivers the rest."
+                        f"everything. `{sync_command(self._run_dir)}` delivers the rest."
                     )
         return missing
 
@@ -216,6 +242,11 @@ class NullTracker:
     def finish(self, status: str, timeout_s: float = 120.0) -> Owed:
         """Do nothing."""
         return Owed()
+
+
+def sync_command(run: str | os.PathLike[str]) -> str:
+    """The command that brings MLflow what it lacks of a run, as a shell takes it."""
+    return f"disttrain sync {shlex.quote(str(run))}"
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

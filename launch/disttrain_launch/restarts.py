@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from disttrain.recipe import ExitCode
@@ -33,7 +34,7 @@ class Restarts:
         if outcome.exit_code in _NEVER or self.made >= self.most:
             return False
         before, self._failed_at = self._failed_at, self._newest_step()
-        if before is not None and self._failed_at <= before:
+        if before is not None and self._failed_at == before:  # not <=: a damaged line may have told of too many
             self.gave_up = f"it failed again, and no step was made since the restart (step {before}): giving up"
             return False
         self.made += 1
@@ -44,15 +45,15 @@ class Restarts:
         if self._run_dir is None:
             return 0
         names = [_CHECKPOINT.fullmatch(path.name) for path in (self._run_dir / "checkpoints").glob("step-*")]
-        steps = [int(match[1]) for match in names if match]
-        try:
-            lines = (self._run_dir / "journal.jsonl").read_bytes().splitlines(keepends=True)
-        except OSError:
-            lines = []
+        return max([_last_step(self._run_dir / "journal.jsonl"), *(int(match[1]) for match in names if match)])
+
+
+def _last_step(journal: Path) -> int:
+    """The step of the last metrics in a journal; 0 if there are none."""
+    step = 0
+    with suppress(OSError), journal.open("rb") as lines:
         for line in lines:
             if line.endswith(b"\n") and b'"metrics"' in line:
-                try:
-                    steps.append(int(json.loads(line)["step"]))
-                except (ValueError, KeyError, TypeError):
-                    continue
-        return max(steps, default=0)
+                with suppress(ValueError, KeyError, TypeError):
+                    step = int(json.loads(line)["step"])
+    return step

@@ -222,6 +222,25 @@ def test_stopped_before_the_workers_listen(start_launcher: StartLauncher) -> Non
     assert err.endswith("disttrain: stopped before the workers were ready; start again to go on\n")
 
 
+def test_a_request_that_comes_when_all_is_done_changes_nothing(start_launcher: StartLauncher) -> None:
+    """Not "stopped before the workers were ready": what they had to do is done."""
+    code = """
+    from disttrain.guard import ending_undisturbed
+    with ending_undisturbed():
+        pass
+    here("done")
+    wait_for("go")
+    """
+    launcher = start_launcher(code, 1)
+    launcher.wait_for("done-0")
+    launcher.send(signal.SIGINT)
+    assert launcher.process.stderr is not None
+    assert "asked to save and stop" in launcher.process.stderr.readline()  # so the worker was sent its SIGTERM, or is
+    time.sleep(0.1)
+    (launcher.folder / "go").touch()
+    assert launcher.end() == (0, "", "")
+
+
 def test_a_worker_may_take_its_time_to_save(start_launcher: StartLauncher) -> None:
     launcher = start_launcher("os._exit(75) if rank == 1 else (time.sleep(1), os._exit(75))", 2, grace_s=0.1)
     assert launcher.end() == (75, "", "")

@@ -112,3 +112,11 @@ def test_how_far_a_run_has_come_is_seen_in_its_journal_too(tmp_path: Path) -> No
     assert not restarts.helps(failure)
     assert restarts.gave_up is not None
     assert "step 5" in restarts.gave_up
+
+
+def test_a_wrong_digit_in_the_journal_ends_no_restarts(tmp_path: Path) -> None:
+    restarts = Restarts(5, tmp_path)
+    for steps in ([4], [900], [900, 5]):
+        lines = [json.dumps({"kind": "metrics", "step": step, "metrics": {}}) + "\n" for step in steps]
+        (tmp_path / "journal.jsonl").write_text("".join(lines))
+        assert restarts.helps(Outcome(ExitCode.FAILURE, "killed"))

@@ -105,7 +105,25 @@ def test_steps_repeated_after_a_restart_count_once(tmp_path: Path) -> None:
         (30, 30.0),
         (40, -1.0),
     ]
-    assert [(step, value) for step, name, value in metrics_of(path) if name == "eval/loss"] == [(30, 3.0), (40, -1.0)]
+    evaluated = [(step, value) for step, name, value in metrics_of(path) if name == "eval/loss"]
+    assert evaluated == [(30, 3.0), (20, -1.0), (40, -1.0)]
+
+
+@pytest.mark.parametrize("damaged", [2, 3])
+def test_one_wrong_digit_in_a_step_mutes_no_metric(tmp_path: Path, damaged: int) -> None:
+    """In the midst of the steps, and in the last one."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    for step in (101, 102, 103):
+        journal.metrics(step, {"train/loss": float(step)})
+    journal.close()
+    path.write_text(path.read_text().replace(f'"step": 10{damaged}', f'"step": 90{damaged}'))
+    journal = Journal(path, first_step=101)  # the checkpoint of step 101 is the newest
+    for step in (102, 103, 104, 105):
+        journal.metrics(step, {"train/loss": float(step)})
+    journal.close()
+    steps = sorted(step for step, _, _ in metrics_of(path))
+    assert steps == [101, 102, 103, 104, 105, 900 + damaged]
 
 
 def test_values_that_json_cannot_hold_survive(tmp_path: Path) -> None:

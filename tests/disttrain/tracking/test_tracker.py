@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.tracking import NullTracker, Owed, Tracker, deliver, load_state, owed, read_journal
+from disttrain.tracking import NullTracker, Owed, Tracker, last_status, load_state, owed, read_journal
 
 EVALUATION = {
     "classes": ["cat", "dog", "emu"],
@@ -173,7 +173,9 @@ def test_no_server_at_all_costs_little_and_is_made_up_for(line: Any, run_dir: Pa
     assert (run_dir / "charts" / "learning_curves.png").is_file()
 
     line.connect()
-    assert deliver(run_dir, uri=line.uri, experiment="tests", timeout_s=60) == Owed()
+    later = Tracker(run_dir, recipe(uri=line.uri), {}, warn=said.append)
+    assert later.backlog() == missing
+    assert later.catch_up(timeout_s=60) == later.backlog() == Owed()
     run = MlflowClient(line.uri).get_run(load_state(run_dir).run_id)
     assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})
 
@@ -188,6 +190,17 @@ def test_a_server_that_never_answers_is_left_at_the_deadline(run_dir: Path, reci
         assert time.monotonic() - begin < 4
     assert missing.records == len(kinds(run_dir))
     assert "1.5 s" in missing.reason
+
+
+def test_the_wait_for_a_server_can_be_ended(run_dir: Path, recipe: Any) -> None:
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracker = Tracker(run_dir, recipe(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), {}, warn=said.append)
+        tracker.start(False, {}, {})
+        asked: list[int] = []
+        assert tracker.finish("FINISHED", timeout_s=1e6, unless=lambda: bool(asked) or asked.append(1) is not None)
+    assert f"`disttrain sync {run_dir}` delivers the rest" in said[-1]
+    assert last_status(run_dir / "journal.jsonl") == "FINISHED"
 
 
 def test_without_mlflow_installed_the_user_hears_of_it(
