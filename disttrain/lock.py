@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from disttrain.errors import ConfigurationError
+from disttrain.files import open_safely
 
 LOCK = ".lock"
 # How long the workers of a job that was killed a moment ago may take to end.
@@ -28,7 +29,7 @@ def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
     path = folder / LOCK
     deadline = time.monotonic() + patience_s
     while True:
-        with path.open("a+") as file:
+        with os.fdopen(open_safely(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+") as file:
             if _locked(file.fileno()) and _is_still(path, file.fileno()):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -58,6 +59,6 @@ def _locked(descriptor: int) -> bool:
 def _is_still(path: Path, descriptor: int) -> bool:
     """Whether the open file is the one that has the name now: its owner removes it in the end."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False

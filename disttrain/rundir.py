@@ -9,11 +9,12 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from disttrain.errors import ConfigurationError
+from disttrain.files import being_written, make_folder, open_safely, refuse_irregular, replace_file
 from disttrain.lock import LOCK, owned
 from disttrain.recipe import Recipe, load_recipe, to_toml
 
@@ -24,6 +25,9 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 STOP = "stop"
 SPIKES = "spikes.json"
+# What a run writes, besides hidden files: nothing of it may be a link, which would lead the run elsewhere.
+_FILES = (RECIPE, JOURNAL, EVALUATION, SPIKES, "mlflow.json")
+_FOLDERS = (CHECKPOINTS, LOGS, "charts", "model", ".model.tmp")
 
 # What may change when a run goes on: where things are, how long, how many, how it is watched; never what is learnt.
 _MAY_CHANGE = {
@@ -62,8 +66,9 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[No
     with ExitStack() as until_the_end:
         with _usable(path):
             path.mkdir(parents=True, exist_ok=True)
+            refuse_links(path)
             # A first start that was killed or refused leaves its logs, and perhaps a recipe half written.
-            leftovers = (LOGS, LOCK, _being_written(stored).name)
+            leftovers = (LOGS, LOCK, being_written(stored).name)
             is_run = whatever_is_there or stored.exists()
             if not is_run and any(entry.name not in leftovers for entry in path.iterdir()):
                 raise ConfigurationError(
@@ -73,6 +78,33 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[No
         yield
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Raise ConfigurationError if anything that a run writes is no file or folder of its own in `run_dir`.
+
+    The folder itself may be a link. Looks and changes nothing. Raises OSError.
+    """
+    if not run_dir.is_dir():
+        return
+    for name in _FILES:
+        refuse_entry(run_dir / name)
+    for name in _FOLDERS:
+        refuse_entry(run_dir / name, is_folder=True)
+    written = (run_dir.glob(".*"), (run_dir / CHECKPOINTS).glob("*step-*"), (run_dir / LOGS).glob("*"))
+    for entry in chain.from_iterable(written):
+        refuse_entry(entry, is_folder=entry.is_dir())
+
+
+def refuse_entry(path: Path, *, is_folder: bool = False) -> None:
+    """Raise ConfigurationError if something else than a regular file, or a folder, is at `path`."""
+    try:
+        refuse_irregular(path, is_folder=is_folder)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: {error.strerror or error}; a run writes to files and folders of its own alone. Remove it, or "
+            "choose another run directory."
+        ) from error
+
+
 def store_recipe(path: Path, recipe: Recipe) -> None:
     """Make the owned folder `path` the run directory of `recipe`: from here on no other can take it.
 
@@ -80,7 +112,7 @@ def store_recipe(path: Path, recipe: Recipe) -> None:
     ConfigurationError if it cannot be written.
     """
     with _usable(path):
-        write_atomically(path / RECIPE, to_toml(recipe))
+        replace_file(path / RECIPE, to_toml(recipe))
 
 
 @contextmanager
@@ -89,7 +121,8 @@ def _usable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigurationError(
-            f"the run directory {path} cannot be used: {error.strerror or error}. Choose another --run-dir."
+            f"the run directory {path} cannot be used: {error.filename or path}: {error.strerror or error}. "
+            "Choose another --run-dir."
         ) from error
 
 
@@ -130,28 +163,10 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file `path` by `text`: a reader sees the old one or the new one. Raises OSError."""
-    temporary = _being_written(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a power failure may leave the new name with nothing behind it
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _being_written(path: Path) -> Path:
-    return path.with_name(f".{path.name}.writing")
-
-
 def write_evaluation(run_dir: Path, evaluation: Mapping[str, Any]) -> None:
     """Keep the newest evaluation as evaluation.json. Raises OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / EVALUATION, json.dumps(evaluation, indent=1) + "\n")
+    replace_file(run_dir / EVALUATION, json.dumps(evaluation, indent=1) + "\n")
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
@@ -162,14 +177,22 @@ def log_file(run_dir: Path, rank: int) -> Path:
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
     """Send what this worker logs to its file in the run directory; `stop_logging` undoes it."""
     path = log_file(run_dir, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    with _usable(run_dir):
+        make_folder(path.parent)
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("disttrain")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
     return handler
+
+
+class _LogFile(logging.FileHandler):
+    """A file handler that follows no link."""
+
+    def _open(self) -> IO[str]:  # type: ignore[override]
+        return os.fdopen(open_safely(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
 
 
 def stop_logging(handler: logging.Handler) -> None:

@@ -13,8 +13,9 @@ from statistics import median
 from typing import Any
 
 from disttrain.errors import ConfigurationError
+from disttrain.files import read_text, replace_file
 from disttrain.recipe import TrainRecipe
-from disttrain.rundir import SPIKES, write_atomically
+from disttrain.rundir import SPIKES
 
 
 class RolledBack(Exception):
@@ -60,7 +61,7 @@ def read_skipped(run_dir: Path) -> frozenset[int]:
     """The steps that the run leaves out. Raises ConfigurationError if the file that says so is damaged."""
     path = run_dir / SPIKES
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_text(path))
         steps = content["skipped_steps"]
         if not all(isinstance(step, int) and step >= 0 for step in steps):
             raise ValueError("its steps are no whole numbers")
@@ -75,4 +76,4 @@ def read_skipped(run_dir: Path) -> frozenset[int]:
 
 def write_skipped(run_dir: Path, steps: frozenset[int]) -> None:
     """Keep the steps that the run leaves out. Raises OSError."""
-    write_atomically(run_dir / SPIKES, json.dumps({"skipped_steps": sorted(steps)}) + "\n")
+    replace_file(run_dir / SPIKES, json.dumps({"skipped_steps": sorted(steps)}) + "\n")

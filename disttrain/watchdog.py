@@ -27,6 +27,7 @@ from typing import IO, Any, Self
 from torch._C._distributed_c10d import Store
 
 from disttrain.collectives import gather_objects
+from disttrain.files import open_to_append
 from disttrain.progress import Progress
 from disttrain.world import World, store_for_a_thread
 
@@ -101,7 +102,7 @@ class Watchdog:
         store = store_for_a_thread(_STORE_TIMEOUT_S)
         for beat in gather_objects(self._own_beat()):
             self._hear(beat)
-        self._stacks: IO[bytes] = self._log.open("ab", buffering=0)
+        self._stacks: IO[bytes] = open_to_append(self._log)
         for name, target in (("beats", lambda: self._beat_on(store)), ("judge", self._judge)):
             thread = threading.Thread(target=target, name=f"disttrain-{name}", daemon=True)
             self._threads.append(thread)

@@ -20,6 +20,7 @@ LAYERS = {
     "errors": set(),
     "recipe": set(),
     "faultpoints": set(),
+    "files": set(),
     "fixed_point": set(),
     "reference": set(),
     "rng": set(),
@@ -81,8 +82,8 @@ LAYERS = {
     "doctor": {"collectives", "data", "lock", "recipe", "tracking", "world"},
     "testing": set(),
 }  # fmt: skip
-# Points where a test may injure the product cost nothing unarmed, so that any room may have some.
-ANYWHERE = {"errors", "faultpoints"}
+# Points where a test may injure the product cost nothing unarmed, and any room may have files to open.
+ANYWHERE = {"errors", "faultpoints", "files"}
 
 # What a room never does, as the packages it never imports.
 NEVER = {

@@ -15,7 +15,9 @@ SOURCES = sorted([*(ROOT / "disttrain").rglob("*.py"), *(ROOT / "launch").rglob(
 DANGEROUS = {
     "pickle.load", "pickle.loads", "pickle.Unpickler", "cloudpickle.load", "cloudpickle.loads", "dill.load",
     "dill.loads", "marshal.load", "marshal.loads", "shelve.open", "joblib.load", "torch.load", "numpy.load",
-    "pandas.read_pickle", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system",
+    "torch.export.load", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter",
+    "numpy.lib.format.read_array", "mlflow.pytorch.load_model", "mlflow.pyfunc.load_model", "pandas.read_pickle",
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system",
     "tempfile.mktemp", "extract_archive", "download_and_extract_archive", "shutil.unpack_archive", "extractall",
     "extract",
 }  # fmt: skip

@@ -10,7 +10,6 @@ Nothing in it is a pickle, so reading one runs no code.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from disttrain.checkpoint.check import check_state
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
+from disttrain.files import make_folder, open_to_read, read_text
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -160,23 +160,22 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _make_folder(path: Path) -> None:
     """Make a folder in one that is on the disk by name: without that, a power failure would lose both."""
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.parent.is_dir()
+    make_folder(path.parent)
+    if is_new:
         _fsync(path.parent.parent)
     path.mkdir()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    if not path.is_file():  # a pipe or a device might never end
-        raise FileNotFoundError(errno.ENOENT, "there is no such file")
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         digest = hashlib.file_digest(file, "sha256")
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": digest.hexdigest()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:

@@ -24,6 +24,7 @@ from disttrain.checkpoint.folder import (
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
+from disttrain.files import read_text
 
 Name = TypeVar("Name", bound=Hashable)
 _NAME = re.compile(r"step-(\d{8,})")
@@ -134,7 +135,7 @@ def step_of(path: Path) -> int:
 def accuracy_of(path: Path) -> float | None:
     """The accuracy that was measured at this checkpoint, if any was."""
     try:
-        accuracy = json.loads((path / STATE).read_text(encoding="utf-8"))["metrics"]["eval/accuracy"]
+        accuracy = json.loads(read_text(path / STATE))["metrics"]["eval/accuracy"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return accuracy if isinstance(accuracy, float) else None

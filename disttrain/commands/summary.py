@@ -9,6 +9,7 @@ from typing import Any
 from disttrain.checkpoint import CheckpointStore
 from disttrain.checkpoint.folder import STATE
 from disttrain.checkpoint.store import accuracy_of, step_of
+from disttrain.files import read_text
 from disttrain.rundir import CHECKPOINTS, JOURNAL
 from disttrain.tracking.journal import read_journal
 
@@ -44,7 +45,7 @@ def _journal(run: Path) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

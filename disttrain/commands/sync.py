@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
     """Deliver what MLflow still lacks of RUN; doing it twice changes nothing."""
     from disttrain.errors import DisttrainError
+    from disttrain.files import read_bytes
     from disttrain.recipe.address import is_url
     from disttrain.remote import RemoteRun, local_copy
     from disttrain.tracking import load_state
@@ -30,7 +31,7 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
         target, missing = _delivered(folder, uri, timeout_s)
         mlflow_run_id = load_state(folder).run_id or None
         if is_url(run):
-            RemoteRun(run).write("mlflow.json", (folder / "mlflow.json").read_bytes())
+            RemoteRun(run).write("mlflow.json", read_bytes(folder / "mlflow.json"))
     if as_json:
         lacking = {"journal_records": missing.records, "uploads": missing.files}
         report = {"uri": target, "mlflow_run_id": mlflow_run_id, "complete": not missing, "missing": lacking}
@@ -46,11 +47,12 @@ def _delivered(run: Path, uri: str | None, timeout_s: float) -> tuple[str, Owed]
     from disttrain.commands.locate import is_run
     from disttrain.errors import UsageError
     from disttrain.recipe import load_recipe
-    from disttrain.rundir import JOURNAL, RECIPE
+    from disttrain.rundir import JOURNAL, RECIPE, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
     if not is_run(run) or not (run / JOURNAL).is_file():
         raise UsageError(f"{run} is not a run directory with a journal: see `disttrain runs list`.")
+    refuse_links(run)
     settings = load_recipe(str(run / RECIPE)).tracking
     target = uri or load_state(run).uri or resolve_uri(settings.uri, run)
     if target is None:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from disttrain.data.dataset import Datasets, MemorySplit
 from disttrain.errors import ConfigurationError
+from disttrain.files import make_folder, refuse_irregular
 
 _log = logging.getLogger(__name__)
 _FORMAT = "2"
@@ -71,6 +72,7 @@ def cached(root: Path, name: str, build: Callable[[], Datasets]) -> Datasets:
 
 def _mapped(file: Path) -> Datasets | None:
     try:
+        refuse_irregular(file, follow=True)  # a pipe, say, would be waited for
         # A private map: pages come from the page cache, whoever read them first, and nobody can write to the file.
         with safe_open(file, framework="pt") as opened:
             facts = json.loads(opened.metadata()["disttrain"])
@@ -119,7 +121,7 @@ def _publish(datasets: Datasets, file: Path) -> None:
     sums = {name: _crc32(tensor) for name, tensor in tensors.items()}
     facts: dict[str, Any] = {"classes": split.classes, "mean": split.mean, "std": split.std}
     facts["crc32"] = {**sums, "facts": _crc32_of_facts(facts)}
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)  # not through a link, which would put the file anywhere
     temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata={"disttrain": json.dumps(facts)})

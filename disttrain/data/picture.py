@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from disttrain.errors import ConfigurationError
+from disttrain.files import open_to_read
 
 
 def read_picture(path: Path, size: tuple[int, int] | None = None, channels: int = 3) -> torch.Tensor:
@@ -18,10 +19,12 @@ def read_picture(path: Path, size: tuple[int, int] | None = None, channels: int 
     ConfigurationError, which names the file, if it cannot be read.
     """
     try:
-        with Image.open(path) as opened:
+        with open_to_read(path, follow=True) as file, Image.open(file) as opened:
             picture = opened.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
-        raise ConfigurationError(f"{path}: cannot be read as a picture ({error}); replace or remove it.") from error
+        reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else error
+        reason = getattr(error, "strerror", None) or reason
+        raise ConfigurationError(f"{path}: cannot be read as a picture ({reason}); replace or remove it.") from error
     if size is not None and size != (picture.height, picture.width):
         picture = _fitted(picture, *size)
     pixels = torch.from_numpy(np.array(picture))

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from disttrain.errors import ConfigurationError
+from disttrain.files import open_to_read
 
 _NUMBERS = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
 
@@ -24,7 +25,7 @@ def read_pickle(path: Path) -> Any:
     Raises ConfigurationError, which names the file, if it is damaged or asks for anything else.
     """
     try:
-        with path.open("rb") as file:
+        with open_to_read(path, follow=True) as file:
             return _arrays_built(_Unpickler(file, encoding="latin1").load())
     except _Refused as error:
         raise ConfigurationError(

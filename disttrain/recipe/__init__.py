@@ -1,6 +1,7 @@
 """The recipe: one training job as typed, validated values, from TOML and `-o key=value`. Imports no torch."""
 
 from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError
+from disttrain.files import make_folder, open_to_append, open_to_read
 from disttrain.recipe.installed import check_installed
 from disttrain.recipe.load import load_recipe, parse_recipe, recipe_text, shipped_recipes
 from disttrain.recipe.model import (
@@ -34,6 +35,9 @@ __all__ = [
     "check_installed",
     "json_schema",
     "load_recipe",
+    "make_folder",
+    "open_to_append",
+    "open_to_read",
     "parse_recipe",
     "recipe_text",
     "shipped_recipes",

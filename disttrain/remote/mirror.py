@@ -16,6 +16,7 @@ from disttrain.checkpoint.folder import LEAVING, MANIFEST, hidden
 from disttrain.checkpoint.store import accuracy_of, to_keep
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError, DisttrainError
+from disttrain.files import read_bytes, read_text, replace_file
 from disttrain.remote.lease import Lease
 from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
 from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE, SPIKES
@@ -53,12 +54,12 @@ class Mirror:
         with self.run.opening():
             mark = self.folder / _OWNER
             # The lock on the folder is ours, so whoever worked in it has ended.
-            last = mark.read_text() if mark.exists() else ""
+            last = read_text(mark) if mark.exists() else ""
             self._lease.acquire(dead=last)
             try:
                 if last != self._lease.previous or not last:
                     self._fetch()
-                mark.write_text(self._lease.id)
+                replace_file(mark, self._lease.id)
                 for name in self.run.checkpoints().unfinished:
                     self.run.remove_checkpoint(name)
             except BaseException:
@@ -81,8 +82,8 @@ class Mirror:
             self._bring_files()
             for name in _AT_THE_END:
                 for path in sorted((self.folder / name).rglob("*")):
-                    if path.is_file():
-                        self.run.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
+                    if path.is_file() and not path.is_symlink():
+                        self.run.write(path.relative_to(self.folder).as_posix(), read_bytes(path))
             self._lease.release()
         except OSError as failure:
             self._warn(f"the last of the run's files could not be brought to its place: {failure}")
@@ -164,7 +165,7 @@ class Mirror:
         """What a local checkpoint is to be called there; None if it is there, or here no more."""
         if not (path / MANIFEST).exists():
             return None
-        manifest, name = (path / MANIFEST).read_bytes(), path.name
+        manifest, name = read_bytes(path / MANIFEST), path.name
         while (there := self.run.manifest(name)) is not None:
             if there == manifest and name not in damaged:
                 return None
@@ -195,7 +196,7 @@ class Mirror:
     def _bring_files(self) -> None:
         # What MLflow has of the journal is read before the journal: it must not say more than that holds.
         files = {name: self.folder / name for name in (_DELIVERY, RECIPE, EVALUATION, SPIKES)}
-        contents = {name: path.read_bytes() for name, path in files.items() if path.exists()}
+        contents = {name: read_bytes(path) for name, path in files.items() if path.exists()}
         if (self.folder / JOURNAL).exists():
             self._journal_there = self.run.write_journal(self.folder / JOURNAL, self._journal_there)
         for name, content in contents.items():
@@ -213,13 +214,13 @@ class Mirror:
             if self.run.checkpoints().good:
                 raise ConfigurationError(f"{self.run.url} holds checkpoints but no {RECIPE}: choose another --run-dir.")
             return
-        (self.folder / JOURNAL).write_bytes(self.run.read_journal())
+        replace_file(self.folder / JOURNAL, self.run.read_journal())
         for name in (EVALUATION, SPIKES, _DELIVERY):
             content = self.run.read(name)
             if content is not None:
-                (self.folder / name).write_bytes(content)
+                replace_file(self.folder / name, content)
         self._fetch_newest_checkpoint()
-        (self.folder / RECIPE).write_bytes(recipe)  # last: with it, the folder is a run's
+        replace_file(self.folder / RECIPE, recipe)  # last: with it, the folder is a run's
 
     def _fetch_newest_checkpoint(self) -> None:
         names = self.run.checkpoints().good

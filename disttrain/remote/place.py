@@ -23,6 +23,7 @@ from disttrain.checkpoint import CONTENTS, MANIFEST, STATE, verify_checkpoint
 from disttrain.checkpoint.folder import WRITING, hidden
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.faultpoints import reached
+from disttrain.files import open_to_read
 from disttrain.recipe.address import file_system
 
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -67,7 +68,7 @@ class RemoteRun:
 
         An object cannot be appended to, so the newest piece is written anew until it is full.
         """
-        with journal.open("rb") as file:
+        with open_to_read(journal) as file:
             number = done // _JOURNAL_PIECE
             file.seek(number * _JOURNAL_PIECE)
             content = file.read()

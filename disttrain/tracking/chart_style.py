@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from disttrain.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +52,7 @@ def short_name(name: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.2)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", bbox_inches="tight", pad_inches=0.2)
+    replace_file(path, picture.getvalue())
     return path

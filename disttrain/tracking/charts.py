@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from disttrain.files import make_folder, read_text
 from disttrain.tracking.chart_style import (
     BLUE,
     INK,
@@ -38,7 +39,7 @@ def draw_charts(run_dir: str | os.PathLike[str]) -> list[Path]:
     Raises OSError, ValueError or ImportError (no matplotlib).
     """
     folder = Path(run_dir) / CHARTS_FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     drawn = []
     journal = Path(run_dir) / JOURNAL_FILE
     if journal.exists():
@@ -47,7 +48,7 @@ def draw_charts(run_dir: str | os.PathLike[str]) -> list[Path]:
             drawn.append(save_figure(figure, folder / "learning_curves.png"))
     evaluation_file = Path(run_dir) / "evaluation.json"
     if evaluation_file.exists():
-        evaluation = json.loads(evaluation_file.read_text())
+        evaluation = json.loads(read_text(evaluation_file))
         classes = [str(name) for name in evaluation["classes"]]
         drawn.append(save_figure(confusion_matrix(evaluation["confusion"], classes), folder / "confusion_matrix.png"))
         accuracies = [evaluation["per_class"][name] for name in classes]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from disttrain.files import read_text, replace_file
 from disttrain.tracking.journal import JOURNAL_FILE, count_records
 
 STATE_FILE = "mlflow.json"
@@ -29,12 +30,8 @@ class DeliveryState:
 
     def save(self, run_dir: Path) -> None:
         """Replace the file in one step. Raises OSError."""
-        temporary = run_dir / f".{STATE_FILE}.{os.getpid()}"
-        try:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-            temporary.replace(run_dir / STATE_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = json.dumps(asdict(self), indent=1) + "\n"
+        replace_file(run_dir / STATE_FILE, content, temporary=run_dir / f".{STATE_FILE}.{os.getpid()}")
 
 
 def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
@@ -44,7 +41,7 @@ def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
     the run is found again by the job's name.
     """
     try:
-        stored = json.loads((Path(run_dir) / STATE_FILE).read_text())
+        stored = json.loads(read_text(Path(run_dir) / STATE_FILE))
         state = DeliveryState(**stored)
     except (OSError, ValueError, TypeError, RecursionError):
         return DeliveryState()

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from disttrain.files import open_safely, open_to_read
 from disttrain.tracking.redact import redact
 
 JOURNAL_FILE = "journal.jsonl"
@@ -59,7 +60,7 @@ class Journal:
         """The step of the last exported model that is journalled."""
         self._params: dict[str, Any] = {}
         self._tags: dict[str, str] = {}
-        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._fd = open_safely(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             self._repair()
         except BaseException:
@@ -121,7 +122,7 @@ class Journal:
             if self._fd < 0 or os.fstat(self._fd).st_nlink:
                 return
             content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-            renewed = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            renewed = open_safely(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             os.write(renewed, content)
             os.close(self._fd)
             self._fd = renewed
@@ -155,7 +156,7 @@ class Journal:
     def _repair(self) -> None:
         """Learn what the file holds, and make it end with a whole line."""
         whole = 0
-        with open(self.path, "rb") as file:
+        with open_to_read(self.path) as file:
             for line in file:
                 record = _decode(line)
                 if not line.endswith(b"\n"):
@@ -207,7 +208,7 @@ def last_status(path: str | os.PathLike[str]) -> str | None:
 
 def read_records(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:
     """Each whole line from a byte offset on: its record, None if damaged, and the offset of its end."""
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
@@ -219,7 +220,7 @@ def read_records(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[di
 def count_records(path: str | os.PathLike[str], offset: int) -> int:
     """How many whole lines follow the byte offset; 0 when there is no such file."""
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             file.seek(offset)
             return sum(line.endswith(b"\n") for line in file)
     except FileNotFoundError:

@@ -38,6 +38,7 @@ _SURROUNDINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "CUDA_VISIBLE_DEVICES": "",  # the GPUs are the training's
     "GIT_PYTHON_REFRESH": "quiet",
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # nothing is loaded there; should a library begin to, no code comes along
 }
 
 

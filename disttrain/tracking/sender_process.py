@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from disttrain.files import open_safely, open_to_read
 from disttrain.tracking.journal import JOURNAL_FILE
 from disttrain.tracking.redact import redact
 
@@ -130,7 +131,7 @@ class Sender:
 
     def _sync(self) -> None:
         """Bring the journal to the disk: here, where it costs the training nothing."""
-        with contextlib.suppress(OSError), open(self._journal, "rb") as file:
+        with contextlib.suppress(OSError), open_to_read(self._journal) as file:
             size = os.fstat(file.fileno()).st_size
             if size != self._synced:
                 os.fsync(file.fileno())
@@ -175,7 +176,7 @@ def sole_sender(run_dir: Path, orders: Orders) -> Iterator[bool]:
     except ImportError:  # Windows: two senders would repeat each other's work, which MLflow does not mind
         yield True
         return
-    with open(run_dir / LOCK_FILE, "w") as lock:
+    with os.fdopen(open_safely(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT), "r+") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

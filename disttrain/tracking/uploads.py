@@ -1,14 +1,23 @@
-"""Files, charts and the model on their way to MLflow. Runs in the sender's own process."""
+"""Files, charts and the model on their way to MLflow. Runs in the sender's own process.
+
+A run directory may come from anywhere. So what is sent is a regular file in it, reached through no link; it is copied
+once it is open, and the copy is sent as it is: nothing is loaded, and nothing can be put in its place meanwhile.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlflow.tracking import MlflowClient
+
+from disttrain.files import open_to_read, path_inside
+from disttrain.tracking.model import DESCRIPTION_FILE, EXPORT_FILE, WEIGHTS_FILE
 
 MODEL_PLACE = "model"
 
@@ -29,25 +38,57 @@ def upload(
     kind = record.get("kind")
     if kind == "charts":
         return _upload_charts(client, run_dir, run_id, files, say)
-    path = _inside(run_dir, str(record.get("path", "")))
-    folder = str(record.get("artifact_path", ""))
-    if path is None or not (os.path.isdir(path) if kind == "model" else os.path.isfile(path)) or not _is_below(folder):
-        say(f"{record.get('path')} is not in {run_dir} any more and was not sent to MLflow")
+    name, folder = str(record.get("path", "")), str(record.get("artifact_path", ""))
+    try:
+        if not _is_below(folder):
+            raise _NotSentError(f"{name} is to go to {folder!r}, which is no folder of an MLflow run,")
+        if kind == "model":
+            return _upload_model(client, run_dir, name, run_id, files, _step(record.get("step")))
+        return _upload_file(client, run_dir, name, run_id, folder, files)
+    except _NotSentError as error:
+        say(f"{error} and was not sent to MLflow")
         return {}
-    if kind == "model":
-        return _upload_model(client, path, run_id, files, _step(record.get("step")))
-    return _upload_file(client, path, run_id, folder, files)
+
+
+class _NotSentError(Exception):
+    """What a record names is no file of the run; the message says what it is instead."""
+
+
+@contextmanager
+def _copies(run_dir: Path, *names: str) -> Iterator[tuple[list[Path], str]]:
+    """Copies of files of the run, in a folder of their own while the block runs, and the SHA-256 of the first.
+
+    Raises _NotSentError, OSError if there is no room for them.
+    """
+    with tempfile.TemporaryDirectory(prefix="disttrain-") as folder:
+        copies = []
+        for name in names:
+            path = path_inside(run_dir, name)
+            if path is None:
+                raise _NotSentError(f"{name} leads out of {run_dir}")
+            try:
+                file = open_to_read(path)
+            except OSError as error:
+                is_gone = isinstance(error, FileNotFoundError)
+                what = "is not there any more" if is_gone else f"cannot be read ({error.strerror})"
+                raise _NotSentError(f"{name} in {run_dir} {what}") from error
+            copies.append(Path(folder) / path.name)
+            with file, copies[-1].open("xb") as copy:
+                shutil.copyfileobj(file, copy)
+        with copies[0].open("rb") as first:
+            digest = hashlib.file_digest(first, "sha256").hexdigest()
+        yield copies, digest
 
 
 def _upload_file(
-    client: MlflowClient, path: Path, run_id: str, artifact_path: str, files: Mapping[str, str]
+    client: MlflowClient, run_dir: Path, name: str, run_id: str, artifact_path: str, files: Mapping[str, str]
 ) -> dict[str, str]:
-    place = f"{artifact_path}/{path.name}".lstrip("/")
-    digest = _sha256(path)
-    if files.get(place) == digest:
-        return {}
-    client.log_artifact(run_id, str(path), artifact_path or None)
-    return {place: digest}
+    with _copies(run_dir, name) as ((copy,), digest):
+        place = f"{artifact_path}/{copy.name}".lstrip("/")
+        if files.get(place) == digest:
+            return {}
+        client.log_artifact(run_id, str(copy), artifact_path or None)
+        return {place: digest}
 
 
 def _upload_charts(
@@ -62,33 +103,26 @@ def _upload_charts(
         return {}
     sent: dict[str, str] = {}
     for chart in charts:
-        sent |= _upload_file(client, chart, run_id, "charts", files)
+        sent |= _upload_file(client, run_dir, chart.relative_to(run_dir).as_posix(), run_id, "charts", files)
     return sent
 
 
 def _upload_model(
-    client: MlflowClient, folder: Path, run_id: str, files: Mapping[str, str], step: int
+    client: MlflowClient, run_dir: Path, folder: str, run_id: str, files: Mapping[str, str], step: int
 ) -> dict[str, str]:
-    from disttrain.tracking.model import EXPORT_FILE, WEIGHTS_FILE
+    path = path_inside(run_dir, f"{folder}/{EXPORT_FILE}")
+    if path is not None and not path.exists():  # a module that cannot be exported: its weights at least
+        return _upload_file(client, run_dir, f"{folder}/{WEIGHTS_FILE}", run_id, MODEL_PLACE, files)
+    with _copies(run_dir, f"{folder}/{EXPORT_FILE}", f"{folder}/{DESCRIPTION_FILE}") as ((exported, about), digest):
+        if files.get(MODEL_PLACE) != digest:
+            from disttrain.tracking.mlflow_model import log_exported_model, read_description
 
-    exported = folder / EXPORT_FILE
-    if not exported.exists():  # a module that cannot be exported: its weights at least
-        return _upload_file(client, folder / WEIGHTS_FILE, run_id, MODEL_PLACE, files)
-    digest = _sha256(exported)
-    if files.get(MODEL_PLACE) != digest:
-        from disttrain.tracking.mlflow_model import log_exported_model
-
-        log_exported_model(client, run_id, folder, digest, step)
-    return {MODEL_PLACE: digest}
-
-
-def _inside(folder: Path, name: str) -> Path | None:
-    """`name` within `folder`, or None if it leads out of it: a journal may come from anywhere."""
-    try:
-        path = (folder / name).resolve()
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have
-        return None
-    return path if path.is_relative_to(folder.resolve()) else None
+            try:
+                description = read_description(about)
+            except ValueError as error:
+                raise _NotSentError(f"{folder}/{EXPORT_FILE} in {run_dir} cannot be described ({error})") from error
+            log_exported_model(client, run_id, exported, description, digest, step)
+        return {MODEL_PLACE: digest}
 
 
 def _is_below(folder: str) -> bool:
@@ -98,8 +132,3 @@ def _is_below(folder: str) -> bool:
 
 def _step(value: Any) -> int:
     return value if isinstance(value, int) and 0 <= value < 2**63 else 0
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,14 +20,14 @@ def stop(run: Path, wait: bool, timeout: float) -> None:
 
     Makes the file RUN/stop, which all workers obey at the same step, and which is gone once they have.
     """
-    from disttrain.recipe import ConfigurationError, DisttrainError, UsageError
+    from disttrain.recipe import ConfigurationError, DisttrainError, UsageError, open_to_append
 
     if not (run / "recipe.toml").is_file():
         raise UsageError(f"{run} is not a run directory (it has no recipe.toml): see `disttrain runs list`.")
     if not _is_in_use(run):
         raise UsageError(f"nothing trains in {run}: there is nothing to stop.")
     try:
-        (run / "stop").touch()
+        open_to_append(run / "stop").close()
     except OSError as error:
         raise ConfigurationError(f"{run / 'stop'} cannot be made: {error.strerror}. Send SIGTERM instead.") from error
     if not wait:
@@ -44,11 +44,15 @@ def stop(run: Path, wait: bool, timeout: float) -> None:
 
 def _is_in_use(run: Path) -> bool:
     """Whether somebody holds the run's lock (see `disttrain.lock`); if nobody does, this process does for a moment."""
+    from disttrain.recipe import ConfigurationError, open_to_read
+
     try:
-        with (run / ".lock").open("r+") as file:
+        with open_to_read(run / ".lock") as file:
             fcntl.lockf(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except (BlockingIOError, PermissionError):
         return True
+    except OSError as error:
+        raise ConfigurationError(f"{run / '.lock'}: {error.strerror}; no run makes such a lock. Remove it.") from None
     return False

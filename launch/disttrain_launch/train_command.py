@@ -114,12 +114,12 @@ def _opened(run_dir: Path) -> Path:
 
 def _with_logs(folder: Path) -> Path:
     """The folder, with one for logs in it."""
-    from disttrain.recipe import ConfigurationError
+    from disttrain.recipe import ConfigurationError, make_folder
 
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "logs")
     except OSError as error:
-        raise ConfigurationError(f"{folder}: {error.strerror}; a run cannot be written there") from None
+        raise ConfigurationError(f"{folder / 'logs'}: {error.strerror}; a run cannot be written there") from None
     return folder
 
 

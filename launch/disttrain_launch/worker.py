@@ -82,7 +82,14 @@ class Worker:
         if self._rank == 0:
             return None  # the launcher's own
         path = self._group.log(self._rank)
-        return path.open("ab") if path is not None else TemporaryFile()
+        if path is None:
+            return TemporaryFile()
+        from disttrain.recipe import ConfigurationError, open_to_append
+
+        try:
+            return open_to_append(path)
+        except OSError as error:
+            raise ConfigurationError(f"{path}: {error.strerror or error}; a worker cannot log there") from None
 
     def _kill_group(self) -> None:
         with suppress(ProcessLookupError, PermissionError):  # the latter is macOS's answer for zombies
