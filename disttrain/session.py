@@ -165,6 +165,8 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
         f"({len(data.train):,} training, {len(data.test):,} test samples)"
     )
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.parallel.reason}")
+    if world.remark:
+        console.line(world.remark)
     if is_done:
         console.line(f"{address} is finished already: {job.step} of {job.total_steps} steps.")
     elif job.is_finished:

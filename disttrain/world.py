@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -20,12 +20,17 @@ import torch.distributed as dist
 # an optimizer does. Imported here, before there is one, it holds none: else `destroy_process_group` could not end
 # gloo's threads, and one of them that is late aborts the process at its exit (pytorch/pytorch#179291, #190489).
 import torch.distributed.nn.functional
-from torch._C._distributed_c10d import HashStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from disttrain.affinity import near_memory
-from disttrain.errors import ConfigurationError
+from disttrain.cores import usable_cores
+from disttrain.device import choose_device, refuse_a_mixture, why_not_gpus
+from disttrain.errors import ConfigurationError, DisttrainError
 
 _AFTER_THE_WATCHDOG_S = 15.0
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_BACKLOG = 2048  # as torch has it: all workers may connect at once
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -39,6 +44,8 @@ class World:
     local_size: int
     device: torch.device
     host: str
+    remark: str = ""
+    """What a user should know of the device; empty if it is the one to expect."""
 
     @property
     def is_main(self) -> bool:
@@ -73,21 +80,26 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
     Raises ConfigurationError if the variables are incomplete or the device is not there.
     """
     rank, local_rank, size, local_size = _place(os.environ)
-    chosen = choose_device(device, local_rank, size)
+    chosen = choose_device(device, local_rank, local_size, size)
     threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads or max(1, available_cores() // local_size))
+    torch.set_num_threads(threads or num_threads(local_size))
     timeout = timedelta(seconds=timeout_s + max(_AFTER_THE_WATCHDOG_S, timeout_s / 4))
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    with near_memory(local_rank, local_size):
+    with near_memory(local_rank, local_size), _gloo_on_loopback(is_alone=local_size == size):
         try:
             if size == 1:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
             else:
+                store = _meeting_place(rank, size, local_size, timeout)
+                _all_have_the_same_device(store, rank, size, chosen)
                 device_id = chosen if chosen.type == "cuda" else None
-                dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-            yield World(rank, local_rank, size, local_size, chosen, socket.gethostname())
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+                )
+            remark = why_not_gpus(device, chosen, local_size)
+            yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark)
         finally:
             torch.set_num_threads(threads_before)
             if dist.is_initialized():
@@ -119,36 +131,87 @@ def rank_hint(environment: Mapping[str, str] = os.environ) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def available_cores() -> int:
-    """The processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The CPU threads of a worker: OMP_NUM_THREADS if it is set, else its share of the machine's usable cores.
 
-
-def choose_device(name: str, local_rank: int, size: int) -> torch.device:
-    """The device for "auto", "cpu", "cuda" or "mps"; `cuda` is bound to the local rank, `mps` serves a lone worker.
-
-    Raises ConfigurationError if it is not there.
+    torchrun sets OMP_NUM_THREADS=1 for several workers that have none: that is nobody's wish, and not distinguishable
+    from one; `train.threads = 1` is.
     """
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and size == 1 else "cpu"
-    if name == "mps" and not has_mps:
-        raise ConfigurationError("train.device = 'mps': this machine has no Apple GPU; use 'auto' or 'cpu'.")
-    if name == "mps" and size > 1:
-        raise ConfigurationError("train.device = 'mps' serves one worker only: use -n 1, or train.device = 'cpu'.")
-    if name != "cuda":
-        return torch.device(name)
-    num_gpus = torch.cuda.device_count()
-    if num_gpus == 0:
-        raise ConfigurationError("train.device = 'cuda': PyTorch sees no GPU here; use 'auto' or 'cpu'.")
-    if local_rank >= num_gpus:
-        raise ConfigurationError(
-            f"worker {local_rank} of this machine has no GPU of its own: PyTorch sees {num_gpus}. "
-            f"Start at most {num_gpus} (-n gpu), or set train.device = 'cpu'."
+    text = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    asked = int(text) if text.isdecimal() else 0
+    if asked == 1 and local_size > 1 and launched_by(environment) == "torchrun":
+        asked = 0
+    return asked or max(1, usable_cores() // local_size)
+
+
+def on_device(world: World, name: str) -> World:
+    """The same place with the device that `name` asks for, for those who learn of it only when they have joined.
+
+    The process group is as it was. Every rank must call it. Raises ConfigurationError if the device is not there.
+    """
+    chosen = choose_device(name, world.local_rank, world.local_size, world.size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    places = [""] * world.size
+    dist.all_gather_object(places, f"{chosen.type} on {world.host}")
+    refuse_a_mixture(places)
+    return replace(world, device=chosen, remark=why_not_gpus(name, chosen, world.local_size))
+
+
+def _all_have_the_same_device(store: Store, rank: int, size: int, device: torch.device) -> None:
+    """Raise ConfigurationError on every rank if not; by the store, as NCCL would wait for those who have no GPU."""
+    store.set(f"disttrain/device/{rank}", f"{device.type} on {socket.gethostname()}")
+    refuse_a_mixture([store.get(f"disttrain/device/{other}").decode() for other in range(size)])
+
+
+@contextmanager
+def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
+    """Where one machine has all workers, have gloo listen where no other can connect. What the user has set stands."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if not is_alone or loopback is None or _GLOO_INTERFACE in os.environ:
+        yield
+        return
+    os.environ[_GLOO_INTERFACE] = loopback
+    try:
+        yield
+    finally:
+        os.environ.pop(_GLOO_INTERFACE, None)
+
+
+def _meeting_place(rank: int, size: int, local_size: int, timeout: timedelta) -> Store:
+    """The store of all ranks. On one machine no other can reach it, unless torchrun serves it."""
+    listener = _loopback_listener() if rank == 0 and local_size == size else None
+    store: Store
+    if listener is not None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torch's own socket would listen at every address of the machine.
+        store = TCPStore(
+            host, port, size, is_master=True, timeout=timeout, multi_tenant=True, master_listen_fd=listener.detach()
         )
-    return torch.device("cuda", local_rank)
+    else:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    store.set_timeout(timeout)
+    return PrefixStore("default_pg", store)  # as `init_process_group` has it
+
+
+def _loopback_listener() -> socket.socket | None:
+    """A socket that listens at MASTER_ADDR:MASTER_PORT; None if that is not loopback, or the agent's own store."""
+    addresses = {"127.0.0.1": socket.AF_INET, "localhost": socket.AF_INET, "::1": socket.AF_INET6}
+    host = os.environ["MASTER_ADDR"]
+    if host not in addresses or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    listener = socket.socket(addresses[host], socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1" if host == "localhost" else host, int(os.environ["MASTER_PORT"])))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise DisttrainError(
+            f"MASTER_ADDR:MASTER_PORT = {host}:{os.environ['MASTER_PORT']}: {error.strerror}, so the workers cannot "
+            "meet there. Wait for the job that has the port, or choose another."
+        ) from error
+    return listener
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("disttrain", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("disttrain")
 
+# Tests are about CPUs: with one GPU, `auto` would have some workers take it and others not. All processes inherit it.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 @pytest.fixture(scope="session")
 def cifar10_root() -> Path:

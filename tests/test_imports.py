@@ -33,11 +33,13 @@ LAYERS = {
     "guard": set(),
     "lock": set(),
     "affinity": set(),
-    "world": {"affinity"},
+    "cores": set(),
+    "device": set(),
+    "world": {"affinity", "cores", "device"},
     "rundir": {"lock", "recipe"},
     "collectives": {"fixed_point", "world"},
     "handout": {"checkpoint", "collectives", "world"},
-    "data": {"recipe", "reference", "rng", "world"},
+    "data": {"cores", "recipe", "reference", "rng", "world"},
     "models": {"recipe", "reference"},
     "optim": {"recipe"},
     "sync_batchnorm": {"collectives"},
@@ -79,7 +81,7 @@ LAYERS = {
         "rundir",
         "tracking", "worker", "world",
     },
-    "doctor": {"collectives", "data", "lock", "recipe", "tracking", "world"},
+    "doctor": {"collectives", "cores", "data", "lock", "recipe", "tracking", "world"},
     "testing": set(),
 }  # fmt: skip
 # Points where a test may injure the product cost nothing unarmed, and any room may have files to open.
@@ -89,6 +91,7 @@ ANYWHERE = {"errors", "faultpoints", "files"}
 NEVER = {
     "__init__": {"torch", "pydantic"},
     "errors": {"torch", "pydantic"},
+    "cores": {"torch"},
     "recipe": {"torch", "click"},
     "rng": {"random", "numpy"},
     "collectives": {"mlflow", "click"},
@@ -162,12 +165,12 @@ def test_workers_know_nothing_of_launchers() -> None:
         assert not any(is_or_is_in(name, "disttrain_launch") for name in imports(path)), path
 
 
-def test_launchers_know_only_the_recipe() -> None:
+def test_launchers_know_only_the_recipe_and_the_cores() -> None:
     for path in LAUNCH.rglob("*.py"):
         for name in imports(path):
             assert not any(is_or_is_in(name, package) for package in ("torch", "mlflow", "numpy")), f"{path}: {name}"
             if is_or_is_in(name, "disttrain"):
-                assert is_or_is_in(name, "disttrain.recipe"), f"{path}: {name}"
+                assert any(is_or_is_in(name, f"disttrain.{room}") for room in ("recipe", "cores")), f"{path}: {name}"
 
 
 def test_only_world_reads_who_a_worker_is_and_starts_the_process_group() -> None:

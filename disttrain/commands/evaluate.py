@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
@@ -25,11 +26,12 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from disttrain.evaluate import evaluate
     from disttrain.handout import hand_out, read_by_main
     from disttrain.job import AUTOCAST
-    from disttrain.world import join_world
+    from disttrain.world import join_world, on_device
 
-    with join_world() as world:
+    with join_world("cpu") as world:  # what is summed is on the CPU
         checkpoint = read_by_main(world, lambda: find_checkpoint(address))
         recipe = recipe_of(checkpoint, overrides)
+        world = on_device(world, recipe.train.device)
         data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
         if list(data.test.classes) != data_of(checkpoint)["classes"]:
             raise ConfigurationError(f"{checkpoint.path} was trained on other classes than {recipe.data.root} holds.")
@@ -47,6 +49,8 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
             result = evaluate(model, loader, data.test.classes, autocast=AUTOCAST[recipe.train.precision])
         if not world.is_main:
             return
+        if world.remark:
+            print(world.remark, file=sys.stderr)
         if as_json:
             print(json.dumps(result.to_json()))
             return

@@ -11,6 +11,7 @@ import torch
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from disttrain.cores import usable_cores
 from disttrain.data.cache import cached, fingerprint
 from disttrain.data.dataset import Datasets, MemorySplit, StreamSplit
 from disttrain.data.picture import read_picture
@@ -129,7 +130,7 @@ def _in_memory(pictures: PictureFiles, classes: tuple[str, ...], size: tuple[int
         images[index] = picture
 
     # Pillow decodes outside the interpreter's lock, and the other workers of the machine are waiting.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(place, range(len(pictures))):
             pass
     labels = torch.tensor([label for _, label in pictures.files])

@@ -67,6 +67,7 @@ def checks_for(question: Question) -> list[Check]:
     return [
         check("python", "software", "python"),
         check("libraries", "software", "libraries"),
+        check("cores", "machine", "cores"),
         check("memory", "machine", "memory"),
         check("shared-memory", "machine", "shared_memory"),
         check("open-files", "machine", "open_files"),

@@ -1,4 +1,4 @@
-"""What the machine, or the container, gives a process: memory, shared memory, open files."""
+"""What the machine, or the container, gives a process: cores, memory, shared memory, open files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from disttrain.cores import cpu_quota, usable_cores
 from disttrain.doctor.finding import Finding, failure, ok, warning
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -20,6 +21,13 @@ _LITTLE_MEMORY = 1024 * _MIB
 _LITTLE_SHARED_MEMORY = 512 * _MIB
 # Each batch on its way from a DataLoader worker, each connection to another rank and each shard of a file takes some.
 _FEW_FILES = 1024
+
+
+def cores() -> Iterator[Finding]:
+    """The processor cores that the workers of this machine share."""
+    cores, quota = usable_cores(), cpu_quota()
+    told = f"{cores} of this machine's {os.cpu_count()} are for workers"
+    yield ok("cores", told + (f", by a CPU quota of {quota:g}" if quota is not None and int(quota) <= cores else ""))
 
 
 def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Finding]:

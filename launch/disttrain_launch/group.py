@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from disttrain_launch.options import num_cores
+from disttrain.cores import usable_cores
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class WorkerGroup:
     def variables(self, rank: int, port: str) -> dict[str, str]:
         """What is set for a worker; where it is no part of the contract, what the user has set stands."""
         defaults = {
-            "OMP_NUM_THREADS": str(max(1, num_cores() // self.size)),
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // self.size)),
             "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log
             "PYTHONUNBUFFERED": "1",  # the log of a killed worker is complete
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a peer that is gone or hangs, it warns again and again

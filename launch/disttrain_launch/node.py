@@ -9,7 +9,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from disttrain_launch.options import num_cores
+from disttrain.cores import usable_cores
 
 DEFAULT_PORT = 29400
 
@@ -63,7 +63,7 @@ class Node:
     def variables(self) -> dict[str, str]:
         """What is set in its environment; what the user has set stands, but for who started the workers."""
         defaults = {
-            "OMP_NUM_THREADS": str(max(1, num_cores() // self.workers)),
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // self.workers)),
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+from disttrain.cores import usable_cores
 from disttrain_launch.gpus import count_gpus
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def num_cores() -> int:
-    """The cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def most_workers() -> int:
     """More workers than this on one machine are a slip of the finger: each one holds its own copy of torch."""
-    return max(64, 16 * num_cores())
+    return max(64, 16 * usable_cores())
 
 
 def _num_workers(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
@@ -44,7 +37,7 @@ def _num_workers(ctx: click.Context, parameter: click.Parameter, value: str) -> 
         raise click.BadParameter(f"{count} workers cannot work; give 1 or more.", ctx, parameter)
     if count > most_workers():
         raise click.BadParameter(
-            f"{count} workers are too many for {num_cores()} cores; give at most {most_workers()}.", ctx, parameter
+            f"{count} workers are too many for {usable_cores()} cores; give at most {most_workers()}.", ctx, parameter
         )
     return count
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from disttrain import world as world_module
 from disttrain.collectives import Agreement, decided_by_main, gather_objects, one_per_machine_first, sum_
 from disttrain.errors import ConfigurationError, DisttrainError
-from disttrain.world import choose_device, join_world
+from disttrain.testing import run_workers
+from disttrain.world import join_world, num_threads, on_device
 
 
 @pytest.fixture(autouse=True)
@@ -78,23 +82,33 @@ def test_a_launcher_that_sets_nonsense_is_told_so(monkeypatch: pytest.MonkeyPatc
         pass
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert choose_device("auto", 0, 1) == torch.device("cpu")
-    with pytest.raises(ConfigurationError, match="sees no GPU"):
-        choose_device("cuda", 0, 1)
-    with pytest.raises(ConfigurationError, match="no Apple GPU"):
-        choose_device("mps", 0, 1)
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 3),
+        ({"OMP_NUM_THREADS": "5"}, 5),
+        ({"OMP_NUM_THREADS": "5,2"}, 5),
+        ({"OMP_NUM_THREADS": "many"}, 3),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 3),  # torchrun's own
+        ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, 2),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "DISTTRAIN_LAUNCHER": "disttrain node"}, 1),
+    ],
+)
+def test_threads_are_what_the_user_says_or_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(world_module, "usable_cores", lambda: 7)
+    assert num_threads(2, environment) == expected
+    assert num_threads(9, {}) == 1
 
 
-def test_each_worker_has_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto", 1, 2) == torch.device("cuda", 1)
-    with pytest.raises(ConfigurationError, match="worker 2 of this machine has no GPU of its own"):
-        choose_device("auto", 2, 3)
+def test_a_worker_takes_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with join_world("cpu"):
+        assert torch.get_num_threads() == 3
+    with join_world("cpu", threads=2):  # the recipe's word is the more particular one
+        assert torch.get_num_threads() == 2
 
 
 # These workers join the world by themselves, as those of a launcher do, so the harness leaves that to them.
@@ -149,3 +163,111 @@ def test_all_ranks_learn_of_a_flag_at_the_same_step(rank: int, who: int) -> None
         answers = [agreement.ask(False, rank == who and step == 1) for step in range(3)]
         nothing, raised = [False, False], [False, True]
         assert [*answers, agreement.finish()] == [nothing, nothing, raised, nothing]
+
+
+def listening_addresses() -> set[str]:
+    """Where this process listens for TCP connections, in the kernel's hexadecimal."""
+    mine = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            mine.add(os.readlink(entry))
+        except FileNotFoundError:  # the one that lists the folder
+            continue
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="sockets are listed under /proc")
+
+
+@only_linux
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_other_machine_can_reach_the_workers_of_one_machine(host: str) -> None:
+    def body() -> set[str]:
+        os.environ.pop("GLOO_SOCKET_IFNAME")  # that of the harness
+        os.environ["MASTER_ADDR"] = host
+        with join_world("cpu") as world:
+            sum_(torch.ones(1))
+            found = listening_addresses()
+            assert found or not world.is_main
+            assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0"), "where the host's name leads is anybody's guess"
+        assert "GLOO_SOCKET_IFNAME" not in os.environ
+        return found
+
+    found = run_workers(body, 2, process_group=False)
+    assert found[0]
+    assert set().union(*found) <= LOOPBACK
+
+
+@only_linux
+def test_a_lone_worker_listens_on_loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with join_world("cpu"):
+        assert listening_addresses() <= LOOPBACK
+
+
+@only_linux
+@pytest.mark.distributed(world_size=2)
+def test_the_harness_listens_on_loopback_alone() -> None:
+    assert listening_addresses() <= LOOPBACK
+
+
+@pytest.mark.distributed(world_size=1, process_group=False)
+def test_the_users_interface_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,lo")
+    with join_world("cpu"):
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo,lo"
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    def body(port: str) -> None:
+        os.environ["MASTER_PORT"] = port
+        if os.environ["RANK"] == "0":
+            with (
+                pytest.raises(DisttrainError, match=rf"MASTER_PORT = 127.0.0.1:{port}: Address already in use"),
+                join_world("cpu"),
+            ):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        run_workers(body, 2, args=(str(taken.getsockname()[1]),), process_group=False)
+
+
+# Devices. There is no GPU here: what torch says of them is put on.
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Have torch see so many GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_tests_see_no_gpu() -> None:
+    assert torch.cuda.device_count() == 0
+
+
+@pytest.mark.distributed(world_size=2)
+def test_tests_workers_see_no_gpu() -> None:
+    assert torch.cuda.device_count() == 0
+
+
+@three_workers
+def test_a_mixture_of_devices_is_refused_on_every_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_module, "choose_device", lambda *_: torch.device("meta" if rank == 1 else "cpu"))
+    words = r"rank 0 would use cpu on .*, and rank 1 meta on .*: set train.device = 'cpu'"
+    with pytest.raises(ConfigurationError, match=words), join_world("cpu"):
+        pass
+
+
+@pytest.mark.distributed(world_size=2, process_group=False)
+def test_a_device_may_be_chosen_among_the_others(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with join_world("cpu") as world:
+        assert on_device(world, "auto") == world
+        pretend_gpus(monkeypatch, 1)
+        assert on_device(world, "auto").device == torch.device("cpu")
+        assert "2 workers on a machine with 1 GPU: all use the CPU" in on_device(world, "auto").remark
+        monkeypatch.setattr(world_module, "choose_device", lambda *_: torch.device("meta" if rank else "cpu"))
+        with pytest.raises(ConfigurationError, match="rank 1 meta"):
+            on_device(world, "auto")

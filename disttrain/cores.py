@@ -1,0 +1,64 @@
+"""How many processor cores this process may use. Everything that shares cores out asks here; needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on, and no more than its container's CPU quota pays for; at least 1.
+
+    A quota of two and a half cores counts as two: a third thread would be paused in each period, and the others wait
+    for it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cpu_quota(control_groups: Path = _CONTROL_GROUPS, membership: Path = _MEMBERSHIP) -> float | None:
+    """How many cores' time the control groups of this process allow it (Linux, version 1 and 2); None: no limit."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            quotas += [_version_2(folder) for folder in _folders(control_groups, path)]
+        elif "cpu" in controllers.split(","):
+            quotas += [_version_1(folder) for folder in _folders(control_groups / "cpu", path)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _folders(root: Path, path: str) -> Iterator[Path]:
+    """The folder of a group, and those of the groups around it, each of which may have a quota of its own.
+
+    A container often sees the path of the host here, of which it has the root alone.
+    """
+    group = PurePosixPath(path)
+    if ".." not in group.parts:
+        for one in (group, *group.parents):
+            yield root / one.relative_to("/")
+
+
+def _version_2(folder: Path) -> float | None:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _version_1(folder: Path) -> float | None:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        return None if quota < 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
