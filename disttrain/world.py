@@ -161,7 +161,14 @@ def on_device(world: World, name: str) -> World:
 def _all_have_the_same_device(store: Store, rank: int, size: int, device: torch.device) -> None:
     """Raise ConfigurationError on every rank if not; by the store, as NCCL would wait for those who have no GPU."""
     store.set(f"disttrain/device/{rank}", f"{device.type} on {socket.gethostname()}")
-    refuse_a_mixture([store.get(f"disttrain/device/{other}").decode() for other in range(size)])
+    places = [store.get(f"disttrain/device/{other}").decode() for other in range(size)]
+    try:
+        refuse_a_mixture(places)
+    except ConfigurationError:
+        store.set(f"disttrain/device/{rank}/read", "")
+        if rank == 0:  # with whom the store may end
+            store.wait([f"disttrain/device/{other}/read" for other in range(size)])
+        raise
 
 
 @contextmanager

@@ -105,8 +105,12 @@ class TrainRecipe(Section):
         default=0.0, description="the share of each label spread over all classes"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
-    threads: WholeNumber = Field(default=0, description="CPU threads per worker (0: OMP_NUM_THREADS, or the usable cores shared out)")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: GPUs if each worker has one, else the CPU")
+    threads: WholeNumber = Field(
+        default=0, description="CPU threads per worker (0: OMP_NUM_THREADS, or the usable cores shared out)"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="auto: GPUs if each worker has one, else the CPU"
+    )
     log_every_steps: Count = Field(default=50, description="steps between two rows of metrics")
     eval_every_epochs: Count = Field(default=1, description="epochs between two evaluations")
     eval_batch_size: Count = Field(default=500, description="samples per evaluation batch")
