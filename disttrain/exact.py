@@ -62,6 +62,7 @@ class ExactShards:
         self._begin_step()
 
     def _begin_step(self) -> None:
+        self._versions_at_start: list[int] = []
         self._buffers_at_start: list[torch.Tensor] | None = None
         self._discrete_of_first: list[torch.Tensor] | None = None
         self._summands: list[Summands] = []
@@ -79,13 +80,24 @@ class ExactShards:
         """Give the model the buffers that the step started from."""
         if self._buffers_at_start is None:
             self._buffers_at_start = [buffer.clone() for buffer in self._buffers()]
+            self._versions_at_start = [parameter._version for parameter in self._parameters.values()]
         else:
             self._restore_buffers()
 
     @torch.no_grad()
     def close(self, shard: int) -> None:
-        """Take the shard's gradients, and what it changed in the buffers, out of the model."""
+        """Take the shard's gradients, and what it changed in the buffers, out of the model.
+
+        Raises ConfigurationError if the model has written to a parameter of its own.
+        """
         assert self._buffers_at_start is not None, "a shard must be opened first"
+        for (name, parameter), version in zip(self._parameters.items(), self._versions_at_start, strict=True):
+            if parameter._version != version:
+                raise ConfigurationError(
+                    f"the model wrote to its parameter '{name}' in a forward or backward pass, where each worker sees "
+                    "other samples, so the workers' weights would part: make it a buffer, which all workers share, or "
+                    "set parallel.exact = false."
+                )
         buffers = self._buffers()
         changes = [
             _change(before, after)

@@ -8,6 +8,9 @@ Generators", OOPSLA 2014).
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
@@ -60,9 +63,14 @@ def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Ten
 
 
 def seed_layers(device: torch.device, seed: int, step: int, shard: int) -> None:
-    """Give dropout and its like their numbers for this step and shard: they know no other source than PyTorch's own."""
+    """Give dropout and its like their numbers for this step and shard.
+
+    They know no other sources than the global generators: PyTorch's own, and in users' models Python's and NumPy's.
+    """
     number = derive(seed, step, shard)
     torch.default_generator.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
     elif device.type == "mps":

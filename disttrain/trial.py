@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from disttrain import rng
+from disttrain.collectives import decided_by_main
+from disttrain.data import unlike_when_read_again
 from disttrain.errors import ConfigurationError
 from disttrain.job import Job
 
@@ -26,15 +26,16 @@ _OR_FAST = "or set parallel.exact = false"
 def try_exactness(job: Job) -> None:
     """Compute a step of two samples twice, and evaluate them, as exact mode would; leave the job as it was.
 
-    Raises ConfigurationError, on every rank alike, for an operator without a deterministic kernel, numbers drawn from
-    Python's or NumPy's global generator, sparse gradients, parts of a step that are too small for the model, state that
+    Raises ConfigurationError, on every rank alike, for a data set that draws from a generator of its own, an operator
+    without a deterministic kernel, sparse gradients, parts of a step that are too small for the model, state that
     changes where no checkpoint or no other worker would know of it, and results that differ from the first time to the
     second, as they do when a model keeps state or a generator of its own.
     """
+    decided_by_main(job.world, lambda: _read_again(job))
     model = job.model
-    python, legacy_numpy = random.getstate(), np.random.get_state()
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    versions = {key: parameter._version for key, parameter in model.named_parameters()}
     with generators_kept():
         try:
             with named_operators(job.world.device):
@@ -45,8 +46,7 @@ def try_exactness(job: Job) -> None:
                 _restore(model, buffers)
                 _evaluate(job)
             _refuse_changes_in_evaluation(model, buffers)
-            _refuse_changed_parameters(model, parameters)
-            _refuse_global_generators(python, legacy_numpy)
+            _refuse_changed_parameters(model, parameters, versions)
         finally:
             _put_back(model, buffers, parameters)
     for key, tensor in first.items():
@@ -65,6 +65,23 @@ def refuse_modules(model: nn.Module) -> None:
             raise ConfigurationError(
                 f"{_MODEL}: '{path}' is a SyncBatchNorm, whose sums over workers are not exact: use BatchNorm, which "
                 f"in exact mode has the statistics of each shard, {_OR_FAST}."
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise ConfigurationError(
+                f"{_MODEL}: '{path}' is an {type(module).__name__} with max_norm = {module.max_norm}, which writes to "
+                f"its weight in each forward pass, where each worker sees other samples: leave it out, {_OR_FAST}."
+            )
+
+
+def _read_again(job: Job) -> None:
+    for split, name in ((job.data.train, "the training set"), (job.data.test, "the test set")):
+        changed = unlike_when_read_again(split)
+        if changed is not None:
+            raise ConfigurationError(
+                f"{changed} of {getattr(split, 'name', '') or name} is another one when it is read again with the same "
+                "seed, so the set draws from a generator of its own: draw from the global ones of torch, random or "
+                "NumPy, which are seeded for each sample, or seed its own in __getitem__ with torch.initial_seed(), "
+                f"{_OR_FAST}."
             )
 
 
@@ -159,9 +176,10 @@ def _refuse_changes_in_evaluation(model: nn.Module, before: dict[str, torch.Tens
             )
 
 
-def _refuse_changed_parameters(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+def _refuse_changed_parameters(model: nn.Module, before: dict[str, torch.Tensor], versions: dict[str, int]) -> None:
     for key, parameter in model.named_parameters():
-        if key not in before or not _same_bits(parameter, before[key]):
+        # Written to with the same numbers today, as by a clamp, may be with others tomorrow.
+        if parameter._version != versions.get(key) or not _same_bits(parameter, before[key]):
             raise ConfigurationError(
                 f"{_MODEL} changes its parameter '{key}' by itself, where each worker sees other samples: make it a "
                 f"buffer, which all workers share, {_OR_FAST}."
@@ -179,19 +197,6 @@ def _put_back(model: nn.Module, *tensors: dict[str, torch.Tensor]) -> None:
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     raw = [tensor.detach().resolve_conj().contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
     return one.dtype == other.dtype and torch.equal(*raw)
-
-
-def _refuse_global_generators(python: object, legacy_numpy: Any) -> None:
-    drawn = []
-    if random.getstate() != python:
-        drawn.append("Python's random module")
-    if pickle.dumps(np.random.get_state()) != pickle.dumps(legacy_numpy):
-        drawn.append("NumPy's global generator")
-    if drawn:
-        raise ConfigurationError(
-            f"{_MODEL} draws from {' and '.join(drawn)}, whose numbers would depend on the number of workers: draw "
-            f"from torch (torch.rand, nn.Dropout), which gets a seed for every shard, {_OR_FAST}."
-        )
 
 
 @contextmanager

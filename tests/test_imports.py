@@ -54,7 +54,7 @@ LAYERS = {
     "watchdog": {"collectives", "progress", "world"},
     "worker": {"guard", "report", "world"},
     "agent": {"checkpoint", "report", "rundir", "tracking"},
-    "trial": {"job", "rng"},
+    "trial": {"collectives", "data", "job", "rng"},
     "job": {
         "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "handout", "models", "optim",
         "parallel", "progress", "recipe", "rng", "spikes", "world",
@@ -93,7 +93,6 @@ NEVER = {
     "errors": {"torch", "pydantic"},
     "cores": {"torch"},
     "recipe": {"torch", "click"},
-    "rng": {"random", "numpy"},
     "collectives": {"mlflow", "click"},
     "data": {"torch.distributed", "mlflow", "click"},
     "models": {"torch.distributed", "mlflow", "click"},

@@ -7,6 +7,7 @@ from disttrain.data.load import load_datasets
 from disttrain.data.loader import Batch, EvalLoader, Loader, StepBatch
 from disttrain.data.normalise import normalise
 from disttrain.data.picture import read_picture
+from disttrain.data.repeat import unlike_when_read_again
 from disttrain.data.sampler import StepSampler
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "load_datasets",
     "normalise",
     "read_picture",
+    "unlike_when_read_again",
 ]

@@ -159,6 +159,17 @@ class _Batches(Dataset[Any]):
         return image
 
 
+def read_samples(split: StreamSplit, seed: int, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples as `StreamReader.read` gives them, read in this process: images (b, C, H, W) and labels (b,).
+
+    Raises ConfigurationError for a sample that cannot be read or does not fit.
+    """
+    fetched = _Batches(split).__getitems__((seed, indices))
+    if isinstance(fetched, _Refusal):
+        raise ConfigurationError(str(fetched))
+    return fetched
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 

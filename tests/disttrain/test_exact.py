@@ -291,17 +291,16 @@ def _shifting(model: Any, images: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def _only_in_evaluation(model: Any, images: torch.Tensor) -> torch.Tensor:
-    return images if model.training else images * random.random()
+def _clamping(model: Any, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        model.frozen.clamp_(-1, 1)  # which changes nothing yet
+    return images
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
         (_unpooled, "the operator max_unpooling2d_forward_out has no deterministic kernel on cpu"),
-        (lambda model, images: images * random.random(), "the model draws from Python's random module"),
-        (_only_in_evaluation, "the model draws from Python's random module"),
-        (lambda model, images: images * np.random.rand(), "the model draws from NumPy's global generator"),
         (lambda model, images: images * torch.rand(1, generator=model.generator), "gives another result for 'loss'"),
         (_counting, "gives another result for 'loss'"),
         (lambda model, images: images + model.embedding(torch.tensor([0])).sum(), "'embedding.weight' is sparse"),
@@ -309,6 +308,7 @@ def _only_in_evaluation(model: Any, images: torch.Tensor) -> torch.Tensor:
         (_watching, "the buffer 'seen' changes in evaluation"),
         (_forgetting, "the buffer 'lost' changes in training and is not persistent"),
         (_shifting, "the model changes its parameter 'frozen' by itself"),
+        (_clamping, "the model changes its parameter 'frozen' by itself"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(
@@ -331,10 +331,34 @@ def test_a_shard_that_is_too_small_for_the_model_is_refused_before_training(tmp_
     train(tmp_path, "data.batch_size=14", "train.max_steps=1", model=model)  # five of 14, and none left over
 
 
-def test_torchs_own_generator_may_be_drawn_from_in_training_and_in_evaluation(tmp_path: Path) -> None:
+def test_a_parameter_that_the_model_begins_to_write_to_later_is_refused_at_that_step(tmp_path: Path) -> None:
+    def late(model: Any, images: torch.Tensor) -> torch.Tensor:
+        if model.training and images.std() > 0 and (images.sum() * 1e3).long() % 5 == 0:
+            with torch.no_grad():
+                model.frozen.add_(0)
+        return images
+
+    with pytest.raises(ConfigurationError, match="the model wrote to its parameter 'frozen' in a forward"):
+        train(tmp_path, model=Drawing(late))
+    assert (tmp_path / "journal.jsonl").exists(), "not seen in two samples"
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_renormalise_themselves_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
+    """Norms reach `max_norm` only after some steps, and a checkpoint from then on could not be resumed."""
+    model = Drawing(lambda model, images: images)
+    model.add_module("words", kind(4, 2, max_norm=10.0))
+    with pytest.raises(ConfigurationError, match=rf"'words' is an {kind.__name__} with max_norm = 10.0"):
+        train(tmp_path, model=model)
+
+
+def test_global_generators_may_be_drawn_from_in_training_and_in_evaluation(tmp_path: Path) -> None:
+    def noise() -> Any:
+        return torch.rand(()) + random.random() + np.random.rand()
+
     def drawing(run_dir: Path) -> None:
         torch.manual_seed(0)
-        train(run_dir, "train.epochs=1", model=Drawing(lambda model, images: images * torch.rand(())))
+        train(run_dir, "train.epochs=1", model=Drawing(lambda model, images: images * noise()))
 
     for size in (1, 2):
         run_workers(drawing, size, args=(tmp_path / str(size),), process_group=False)

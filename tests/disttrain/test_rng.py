@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,12 +49,20 @@ def test_derived_seeds_differ_in_every_part_and_in_order() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_dropout_follows_from_seed_step_and_shard() -> None:
+DRAWS: dict[str, Callable[[], torch.Tensor]] = {
+    "torch": lambda: torch.nn.functional.dropout(torch.ones(64)),
+    "python": lambda: torch.tensor([random.random() for _ in range(8)]),
+    "numpy": lambda: torch.from_numpy(np.random.rand(8)),
+}
+
+
+@pytest.mark.parametrize("source", DRAWS)
+def test_what_a_layer_draws_follows_from_seed_step_and_shard(source: str) -> None:
     cpu = torch.device("cpu")
 
     def mask(step: int, shard: int) -> torch.Tensor:
         rng.seed_layers(cpu, 5, step, shard)
-        return torch.nn.functional.dropout(torch.ones(64))
+        return DRAWS[source]()
 
     assert torch.equal(mask(1, 0), mask(1, 0))
     assert not torch.equal(mask(1, 0), mask(2, 0))
