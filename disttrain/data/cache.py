@@ -40,7 +40,8 @@ def fingerprint(parts: Iterable[str], files: Iterable[Path], root: Path) -> str:
         digest.update(part.encode() + b"\0")
     for file in files:
         status = file.stat()
-        digest.update(f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        name = os.fsencode(file.relative_to(root))  # which need not be text
+        digest.update(name + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()[:16]
 
 
@@ -50,9 +51,11 @@ def cached(root: Path, name: str, build: Callable[[], Datasets]) -> Datasets:
     The file is in `root`/.disttrain, or below the user's cache folder where `root` cannot be written to. Where neither
     can, the data set stays in this worker's own memory, with a warning.
     """
-    elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "disttrain"
-    owner = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    files = [folder / f"{name}.safetensors" for folder in (root / ".disttrain", elsewhere / owner)]
+    folders = [root / ".disttrain"]
+    with suppress(RuntimeError):  # neither HOME nor an entry in passwd
+        elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "disttrain"
+        folders.append(elsewhere / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])
+    files = [folder / f"{name}.safetensors" for folder in folders]
     for file in files:
         datasets = _mapped(file)
         if datasets is not None:

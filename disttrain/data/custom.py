@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import TensorDataset
 
 from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.data.pixels import as_tensor, channels_first
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 from disttrain.reference import import_callable
+
+_log = logging.getLogger(__name__)
 
 
 def load_callable(data: DataRecipe) -> Datasets:
@@ -49,6 +52,8 @@ def as_datasets(train_set: Any, test_set: Any, data: DataRecipe, source: str = "
     of_source = f" of {source}" if source else ""
     train = as_split(train_set, data, name=f"the training set{of_source}")
     test = as_split(test_set, data, train.classes, name=f"the test set{of_source}")
+    if train.mean is None and data.mean is not None:
+        _log.warning("data.mean and data.std are for bytes: the training set gives floats, which are used as they are.")
     with _said_of(source):
         return Datasets(train, test)
 
@@ -57,11 +62,11 @@ def as_split(samples: Any, data: DataRecipe, classes: tuple[str, ...] | None = N
     """A user's object as a split.
 
     Taken are: MemorySplit and StreamSplit as they are; a pair (images, labels) of tensors or arrays, or a TensorDataset
-    of the two, images (N, C, H, W) uint8, or floating point that is already normalised; and any map-style data set of
-    (image, label) with a length, its images tensors (C, H, W), arrays or PIL pictures. `classes` are the names where
-    the object has none in an attribute `classes`; pairs without names count from 0. Byte images are normalised by
-    `data.mean` and `data.std`, by default to [-1, 1]. Raises ConfigurationError, which calls it by `name`, for anything
-    else.
+    of the two, images (N, C, H, W), arrays also (N, H, W, C); and any map-style data set of (image, label) with a
+    length, its images tensors (C, H, W), arrays or PIL pictures. `classes` are the names where the object has none in
+    an attribute `classes`; pairs without names count from 0. Byte images are normalised by `data.mean` and `data.std`,
+    by default to [-1, 1]; floating-point ones are used as they are. Raises ConfigurationError, which calls it by
+    `name`, for anything else.
     """
     if isinstance(samples, MemorySplit | StreamSplit):
         return samples
@@ -70,7 +75,7 @@ def as_split(samples: Any, data: DataRecipe, classes: tuple[str, ...] | None = N
         samples = samples.tensors
     if isinstance(samples, tuple | list) and len(samples) == 2 and all(_is_array(part) for part in samples):
         with _said_of(name):
-            return _memory_split(torch.as_tensor(samples[0]), torch.as_tensor(samples[1]), names, data)
+            return _memory_split(channels_first(samples[0]), torch.as_tensor(samples[1]), names, data)
     if not isinstance(samples, Sized) or not hasattr(samples, "__getitem__") or _is_array(samples):
         raise ConfigurationError(
             f"{name or 'the data set'}: a {type(samples).__name__} is no data set; give (images, labels), "
@@ -102,7 +107,7 @@ class _AsTensors:
         sample = self.dataset[index]
         try:
             image, label = sample
-            return _as_tensor(image), int(label)
+            return as_tensor(image), int(label)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"sample {index} of {self.name or 'the data set'} is no pair (image, label): {error}."
@@ -148,21 +153,3 @@ def _class_names(samples: Any) -> tuple[str, ...] | None:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor | np.ndarray)
-
-
-def _as_tensor(image: Any) -> torch.Tensor:
-    """A picture or an array of (H, W, C) as (C, H, W); tensors as they are, floating point as float32."""
-    if isinstance(image, Image.Image):
-        if image.mode not in ("L", "RGB"):
-            image = image.convert("RGB")
-        image = np.array(image)
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image)
-        image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    if not isinstance(image, torch.Tensor) or image.ndim != 3:
-        raise TypeError(f"the image is a {type(image).__name__}, not a picture or a tensor (channels, height, width)")
-    if image.is_floating_point():
-        return image.float()
-    if image.dtype != torch.uint8:
-        raise TypeError(f"the image is {image.dtype}, neither uint8 nor floating point")
-    return image

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from disttrain.cores import usable_cores
 from disttrain.data.cache import cached, fingerprint
@@ -18,8 +18,11 @@ from disttrain.data.picture import read_picture
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 
+_log = logging.getLogger(__name__)
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes of all images together, up to which `data.layout = "auto"` holds them in memory."""
+_DECODING = "folder 2"  # what is kept of pictures that were decoded in another way is not used
 # ImageNet's, which most torchvision recipes use.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -74,7 +77,7 @@ def load_folder(data: DataRecipe) -> Datasets:
         )
 
     paths = [path for path, _ in (*train_files, *test_files)]
-    return cached(root, f"folder-{fingerprint(['folder', str(data.image_size)], paths, root)}", build)
+    return cached(root, f"folder-{fingerprint([_DECODING, str(data.image_size)], paths, root)}", build)
 
 
 def _split_folder(root: Path, *names: str) -> Path:
@@ -89,22 +92,60 @@ def _split_folder(root: Path, *names: str) -> Path:
 
 
 def _find(folder: Path) -> tuple[tuple[str, ...], tuple[tuple[Path, int], ...]]:
-    try:
-        found = ImageFolder(folder)
-    except FileNotFoundError as error:
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        if not classes:
-            raise ConfigurationError(f"data.root: {folder} holds no folders; make one for each class.") from error
-        empty = [name for name in classes if not _has_pictures(folder / name)]
-        raise ConfigurationError(
-            f"data.root: no pictures in {folder / empty[0] if empty else folder} "
-            f"(looked for {', '.join(IMG_EXTENSIONS)}); add some or remove the folder."
-        ) from error
-    return tuple(found.classes), tuple((Path(path), label) for path, label in found.samples)
+    """The classes and the pictures of a split, in the order of torchvision's ImageFolder.
+
+    What is hidden (.ipynb_checkpoints, macOS's ._1.jpg) is left out, and so are links to a folder of the split itself,
+    whose pictures would count twice.
+    """
+    split = os.path.realpath(folder)
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = [name for name in names if not _leads_back(folder / name, split, ())]
+    if not names:
+        raise ConfigurationError(f"data.root: {folder} holds no folders; make one for each class.")
+    files: list[tuple[Path, int]] = []
+    for label, name in enumerate(names):
+        found = sorted(_pictures(folder / name, split, (os.path.realpath(folder / name),)))
+        if not found:
+            raise ConfigurationError(
+                f"data.root: no pictures in {folder / name} (looked for {', '.join(IMG_EXTENSIONS)}); add some or "
+                "remove the folder."
+            )
+        files += [(Path(place, file), label) for place, file in found]
+    return tuple(map(_as_text, names)), tuple(files)
 
 
-def _has_pictures(folder: Path) -> bool:
-    return any(file.lower().endswith(IMG_EXTENSIONS) for _, _, files in os.walk(folder) for file in files)
+def _pictures(folder: Path, split: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(folder, name) of the pictures in and below `folder`, which was reached through the real folders `above`."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            if entry.name.lower().endswith(IMG_EXTENSIONS):
+                yield str(folder), entry.name
+            continue
+        if not _leads_back(Path(entry.path), split, above):
+            yield from _pictures(Path(entry.path), split, (*above, os.path.realpath(entry.path)))
+
+
+def _leads_back(folder: Path, split: str, above: tuple[str, ...]) -> bool:
+    """Whether `folder` is a link to where the walk comes through anyway: into the split, or to a folder `above`."""
+    if not folder.is_symlink():
+        return False
+    real = os.path.realpath(folder)
+    back = any(_is_within(one, real) for one in (split, *above)) or (bool(above) and _is_within(real, split))
+    if back:
+        _log.warning("%s is a link to %s, whose pictures count already; it is left out.", folder, real)
+    return back
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Whether a real path is `folder` or in it."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _as_text(name: str) -> str:
+    """A folder's name as a class is called: bytes that are not UTF-8 as \\xNN, which every file and terminal takes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _check_same_classes(train: Path, classes: tuple[str, ...], test: Path, test_classes: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,51 @@ def test_pictures_and_labels_come_from_the_folders(load: Load, root: Path) -> No
     assert data.train.sample_shape == (3, 10, 12)
     with Image.open(root / "train" / "bird" / "2.png") as opened:
         assert np.array_equal(data.train.images[1].permute(1, 2, 0).numpy(), np.asarray(opened))
+
+
+@pytest.mark.parametrize("layout", ["memory", "stream"])
+def test_links_multiply_no_pictures_and_what_is_hidden_is_no_class(
+    layout: str, load: Load, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = load(dataset="folder", root=str(root))
+    picture(root / "train" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    picture(root / "train" / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (root / "train" / "cat" / "._1.png").write_bytes(b"what macOS leaves")
+    (root / "train" / "cat" / "up").symlink_to("..")
+    (root / "train" / "cat" / "self").symlink_to(".")
+    (root / "train" / "bird" / "other").symlink_to(root / "train" / "cat")
+    (root / "train" / "all").symlink_to(root / "train")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "again").symlink_to(elsewhere)
+    (root / "train" / "cat" / "elsewhere").symlink_to(elsewhere)
+    data = load(dataset="folder", root=str(root), layout=layout)
+    assert data.train.classes == before.train.classes == ("bird", "cat")
+    assert len(data.train) == len(before.train) == 5
+    assert f"{root / 'train' / 'cat' / 'up'} is a link to {root / 'train'}, whose pictures count already" in caplog.text
+    picture(elsewhere / "further.png", seed=9)  # pictures that are nowhere else may be linked
+    assert len(load(dataset="folder", root=str(root), layout=layout).train) == 6
+
+
+def test_names_need_not_be_utf8_nor_plain(load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 #1%20?[x]"))
+    for split in ("train", "test"):
+        for name in (b"caf\xe9", "naïve &;".encode()):
+            picture(root / split / os.fsdecode(name) / os.fsdecode(b"\xff\n'\"$.png"))
+    for layout in ("memory", "memory", "stream"):  # the second time from what was converted
+        data = load(dataset="folder", root=str(root), layout=layout)
+        assert data.train.classes == (r"caf\xe9", "naïve &;")
+        assert len(list(EvalLoader(data.test, DataRecipe(workers=1), batch_size=1))) == 2
+    assert "is not kept" not in caplog.text
+    next((root / "test").glob("*/*")).write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="cannot be read as a picture"):
+        load(dataset="folder", root=str(root))
+
+
+def test_neither_a_home_nor_a_name_is_needed(load: Load, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert len(load(dataset="folder", root=str(root)).train) == 5
 
 
 def test_the_test_split_may_be_called_val(load: Load, root: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from disttrain.data import Datasets, MemorySplit, StreamSplit, as_datasets, as_split
+from disttrain.data import Datasets, EvalLoader, MemorySplit, StreamSplit, as_datasets, as_split
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 
@@ -114,16 +114,77 @@ def test_tensors_are_held_in_memory(samples: Any, dtype: torch.dtype) -> None:
     assert isinstance(split, MemorySplit)
     assert split.images.dtype == dtype
     assert split.classes == ("0", "1", "2")
-    assert (split.mean, split.std) == ((0.5,), (0.5,))
+    assert split.mean == split.std == ((0.5,) if dtype == torch.uint8 else None)
     assert as_split(split, DataRecipe()) is split
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((5, 28, 28, 1), (1, 28, 28)),
+        ((5, 6, 8, 3), (3, 6, 8)),
+        ((5, 4, 4, 3), (3, 4, 4)),
+        ((5, 12, 12, 6), (6, 12, 12)),
+        ((5, 3, 6, 8), (3, 6, 8)),
+        ((5, 1, 4, 4), (1, 4, 4)),
+        ((5, 6, 12, 12), (6, 12, 12)),
+    ],
+)
+def test_arrays_are_taken_as_their_shape_says(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    images = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
+    right = images if shape[1:] == expected else images.transpose(0, 3, 1, 2)
+    held = as_split((images, np.arange(5)), DataRecipe())
+    read = as_split(Pairs(*images, classes=list("abcde")), DataRecipe())
+    assert isinstance(held, MemorySplit)
+    assert isinstance(read, StreamSplit)
+    assert held.sample_shape == read.sample_shape == expected
+    assert np.array_equal(held.images.numpy(), right)
+    assert np.array_equal(read.dataset[3][0].numpy(), right[3])
+    turned = as_split(Pairs(*images[..., ::-1], classes=list("abcde")), DataRecipe())  # strides that torch refuses
+    assert turned.sample_shape == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((6, 3, 8, 3), np.uint8), r"an array \(3, 8, 3\) may be \(height, width, channels\) or \(channels"),
+        (np.zeros((6, 64, 4, 4), np.uint8), r"an array \(64, 4, 4\) may be"),
+        (torch.zeros(6, 28, 28, 1), r"a tensor \(28, 28, 1\) looks like \(height, width, channels\).*use permute"),
+        (torch.zeros(6, 6, 8, 3), r"a tensor \(6, 8, 3\) looks like"),
+        (np.zeros((6, 1, 4, 4), object), "can't convert np.ndarray of type numpy.object_"),
+    ],
+)
+def test_images_that_may_be_either_way_round_are_refused(images: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        as_split((images, LABELS), DataRecipe())
+    with pytest.raises(ConfigurationError, match=f"sample 0 of the data set is no pair .*{message}"):
+        as_split(Pairs(*images, classes=list("abcdef")), DataRecipe())
+
+
+def test_floats_are_used_as_they_are_and_one_set_has_one_type(caplog: pytest.LogCaptureFixture) -> None:
+    data = as_datasets((FLOATS, LABELS), (FLOATS, LABELS), DataRecipe(mean=[0.1], std=[0.2]))
+    assert data.train.mean is data.test.std is None
+    assert "data.mean and data.std are for bytes: the training set gives floats" in caplog.text
+    streamed = as_split(Pairs(FLOATS[0], BYTES[0], classes=["a", "b"]), DataRecipe(workers=0))
+    with pytest.raises(ConfigurationError, match=r"sample 1 is torch\.uint8 and the first sample torch\.float32"):
+        list(EvalLoader(streamed, DataRecipe(workers=0), batch_size=2))
+    with pytest.raises(ConfigurationError, match=r"training images are torch\.float32 and test .*torch\.uint8"):
+        as_datasets((FLOATS, LABELS), (BYTES, LABELS), DataRecipe())
+    one, other = (MemorySplit(BYTES, LABELS, ("a", "b", "c"), (mean,), (0.5,)) for mean in (0.5, 0.4))
+    with pytest.raises(ConfigurationError, match=r"normalised by mean \(0.5,\) .* and test images by \(0.4,\)"):
+        Datasets(one, other)
+    with pytest.raises(ConfigurationError, match="images of bytes need a mean and a std"):
+        MemorySplit(BYTES, LABELS, ("a", "b", "c"))
+    with pytest.raises(ConfigurationError, match=r"the images must be uint8 or float32, not torch\.int32"):
+        StreamSplit([(BYTES[0].int(), 0)], ("a", "b"))
+
+
 def test_map_style_sets_are_streamed_as_tensors() -> None:
-    grey = np.zeros((4, 5), dtype=np.uint8)
-    for image, channels in ((Image.fromarray(grey), 1), (grey, 1), (np.zeros((4, 5, 3), dtype=np.uint8), 3)):
+    grey = np.zeros((5, 6), dtype=np.uint8)
+    for image, channels in ((Image.fromarray(grey), 1), (grey, 1), (np.zeros((5, 6, 3), dtype=np.uint8), 3)):
         split = as_split(Pairs(image, image, classes=["a", "b"]), DataRecipe())
         assert isinstance(split, StreamSplit)
-        assert split.sample_shape == (channels, 4, 5)
+        assert split.sample_shape == (channels, 5, 6)
         assert split.dataset[1][0].dtype == torch.uint8
         assert split.classes == ("a", "b")
     assert as_split(Pairs(FLOATS[0], classes=["a"]), DataRecipe()).dataset[0][0].dtype == torch.float32
