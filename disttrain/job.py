@@ -133,8 +133,9 @@ class Job:
                 "num_train": len(self.data.train),
                 "classes": list(self.data.train.classes),
                 "sample_shape": list(self.data.train.sample_shape),
-                "mean": list(self.data.train.mean),
-                "std": list(self.data.train.std),
+                "dtype": str(self.data.train.dtype).removeprefix("torch."),
+                "mean": None if self.data.train.mean is None else list(self.data.train.mean),
+                "std": None if self.data.train.std is None else list(self.data.train.std),
             },
             "rests_on": self.rests_on(),
         }
@@ -220,9 +221,9 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
             "Give at least two; a folder needs one folder for each class."
         )
     torch.manual_seed(recipe.train.seed)
-    model = objects.get("model") or build_model(
-        recipe.model, num_classes=len(data.train.classes), sample_shape=data.train.sample_shape
-    )
+    model = objects.get("model")
+    if model is None:  # not "or": a module with a length may be empty
+        model = build_model(recipe.model, num_classes=len(data.train.classes), sample_shape=data.train.sample_shape)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         instead = "the model given in place of " if objects.get("model") is not None else ""
         raise ConfigurationError(f"{instead}model.name = '{recipe.model.name}': it has no parameters to train.")

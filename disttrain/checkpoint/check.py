@@ -95,10 +95,17 @@ def _is_data(value: Any) -> bool:
         and isinstance(shape, list)
         and len(shape) == 3
         and all(_is_whole(side) and 0 < side <= _LARGEST_SIDE for side in shape)
-        and _list_of(_is_finite)(mean)
+        and value.get("dtype", "uint8") in ("uint8", "float32")
+        and (_are_statistics(mean, std, shape[0]) or (value.get("dtype") == "float32" and mean is None and std is None))
+    )
+
+
+def _are_statistics(mean: Any, std: Any, num_channels: int) -> bool:
+    return (
+        _list_of(_is_finite)(mean)
         and _list_of(_is_finite)(std)
-        and len(mean or ()) == len(std or ()) == shape[0]
-        and all(deviation > 0 for deviation in std or ())
+        and len(mean) == len(std) == num_channels
+        and all(deviation > 0 for deviation in std)
     )
 
 

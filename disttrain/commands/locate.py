@@ -65,10 +65,36 @@ def recipe_of(checkpoint: Checkpoint, overrides: tuple[str, ...] = ()) -> Recipe
 
 
 def data_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the checkpoint was trained on: num_train, classes, sample_shape, mean, std. Raises ConfigurationError."""
+    """What the checkpoint was trained on: num_train, classes, sample_shape, dtype, mean, std.
+
+    There is no mean and std of floats, and no dtype in older checkpoints. Raises ConfigurationError.
+    """
     check_describes_model(checkpoint.state, f"{checkpoint.path}/state.json")
     data: dict[str, Any] = checkpoint.state["data"]
     return data
+
+
+def refuse_other_than_pictures(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise ConfigurationError unless what it was trained on can be made of a picture file."""
+    data = data_of(checkpoint)
+    channels, mean = data["sample_shape"][0], data["mean"]
+    if data.get("dtype") == "float32":
+        raise ConfigurationError(
+            f"{checkpoint.path}: trained on floats that its data set made, and how it makes them of a picture is not "
+            "known here: give them to the model from Python, or train on bytes (uint8) with data.mean and data.std."
+        )
+    if channels not in (1, 3):
+        raise ConfigurationError(
+            f"{checkpoint.path}: trained on images of {channels} channels, and pictures are read in 3 (colour) or 1 "
+            "(grey)."
+        )
+    # Earlier versions wrote 0.5 for floats, too, whatever their data set had done.
+    if "dtype" not in data and set(mean) == {0.5} and recipe.data.mean is None:
+        print(
+            f"warning: {checkpoint.path} is of an earlier version, which did not note whether the data set gave bytes "
+            "or floats; if it gave floats, the answers are wrong.",
+            file=sys.stderr,
+        )
 
 
 def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:

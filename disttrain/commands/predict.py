@@ -17,15 +17,19 @@ from disttrain.worker import leave, worker
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(address: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
-    """Name what is in each of IMAGES with the run or checkpoint at ADDRESS, a path or URL."""
+    """Name what is in each of IMAGES with the run or checkpoint at ADDRESS, a path or URL.
+
+    Pictures are read as the data set `folder` reads them, which serves runs that were trained on bytes.
+    """
     import torch
 
-    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
+    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, refuse_other_than_pictures, restore_model
     from disttrain.data import normalise, read_picture
 
     checkpoint = find_checkpoint(address)
-    data = data_of(checkpoint)
-    model = restore_model(checkpoint, recipe_of(checkpoint)).eval()
+    data, recipe = data_of(checkpoint), recipe_of(checkpoint)
+    refuse_other_than_pictures(checkpoint, recipe)
+    model = restore_model(checkpoint, recipe).eval()
     channels, height, width = data["sample_shape"]
     pixels = torch.stack([read_picture(image, (height, width), channels) for image in images])
     with torch.no_grad():

@@ -15,15 +15,16 @@ from disttrain.errors import ConfigurationError
 class MemorySplit:
     """A split that is held as one tensor, for data sets up to a few GiB.
 
-    `images`: (N, C, H, W) uint8, or float32 that is already normalised. `labels`: (N,) int64, below len(classes).
-    `mean`, `std`: one number per channel, for pixels in 0..1. Raises ConfigurationError if they do not fit together.
+    `images`: (N, C, H, W) uint8, or float32. `labels`: (N,) int64, below len(classes). `mean`, `std`: one number per
+    channel, for bytes as pixels in 0..1; None for floats, which are used as they are, whatever was given. Raises
+    ConfigurationError if they do not fit together.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
@@ -43,10 +44,15 @@ class MemorySplit:
             raise ConfigurationError(
                 f"label {wrong} is outside 0..{len(self.classes) - 1}, the {len(self.classes)} classes."
             )
-        _check_statistics(self.mean, self.std, self.images.shape[1])
+        _settle_statistics(self)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, or float32."""
+        return self.images.dtype
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -59,29 +65,43 @@ class MemorySplit:
 class StreamSplit:
     """A split whose samples are read one by one, in DataLoader workers, when they are needed.
 
-    `dataset`: map-style, of (image, label) with image (C, H, W) uint8, or float32 that is already normalised, the same
-    shape for all. `mean`, `std`: one number per channel, for pixels in 0..1. `name` is for messages.
+    `dataset`: map-style, of (image, label) with image (C, H, W) uint8, or float32, all of one type and shape. `mean`,
+    `std`: as in MemorySplit. `name` is for messages.
     """
 
     dataset: Any
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
         if len(self) == 0:
             raise ConfigurationError("the data set is empty.")
-        _check_statistics(self.mean, self.std, self.sample_shape[0])
+        if self.dtype not in (torch.uint8, torch.float32):
+            raise ConfigurationError(
+                f"the images{f' of {self.name}' if self.name else ''} must be uint8 or float32, not {self.dtype}."
+            )
+        _settle_statistics(self)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @cached_property
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the first image; every other must have the same."""
-        channels, height, width = self.dataset[0][0].shape
-        return channels, height, width
+        return self._first[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, or float32: that of the first image; every other must have the same."""
+        return self._first[1]
+
+    @cached_property
+    def _first(self) -> tuple[tuple[int, int, int], torch.dtype]:
+        image = self.dataset[0][0]
+        channels, height, width = image.shape
+        return (channels, height, width), image.dtype
 
 
 Split: TypeAlias = MemorySplit | StreamSplit
@@ -105,9 +125,27 @@ class Datasets:
                 f"the training set has {len(self.train.classes)} classes and the test set {len(self.test.classes)}, "
                 "or their names or order differ; both need the same."
             )
+        if self.train.dtype != self.test.dtype:
+            raise ConfigurationError(
+                f"training images are {self.train.dtype} and test images {self.test.dtype}; have both sets prepare "
+                "their images in the same way."
+            )
+        if (self.train.mean, self.train.std) != (self.test.mean, self.test.std):
+            raise ConfigurationError(
+                f"training images are normalised by mean {self.train.mean} and std {self.train.std}, and test images "
+                f"by {self.test.mean} and {self.test.std}; both need the same."
+            )
 
 
-def _check_statistics(mean: tuple[float, ...], std: tuple[float, ...], num_channels: int) -> None:
+def _settle_statistics(split: Split) -> None:
+    """Take `mean` and `std` away from a split of floats: nothing is done to those. Raises ConfigurationError."""
+    if split.dtype != torch.uint8:
+        for name in ("mean", "std"):
+            object.__setattr__(split, name, None)  # the split is frozen
+        return
+    mean, std, num_channels = split.mean, split.std, split.sample_shape[0]
+    if mean is None or std is None:
+        raise ConfigurationError("images of bytes need a mean and a std, one number for each channel.")
     if len(mean) != num_channels or len(std) != num_channels:
         raise ConfigurationError(
             f"data.mean and data.std: {len(mean)} and {len(std)} numbers for images of {num_channels} channels; "

@@ -11,7 +11,7 @@ import torch
 from disttrain import rng
 from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM, crop, cutout, flip
 from disttrain.data.dataset import Split
-from disttrain.data.normalise import normalise, per_channel
+from disttrain.data.normalise import normaliser
 from disttrain.data.reader import open_reader
 from disttrain.data.sampler import StepSampler
 from disttrain.recipe import DataRecipe
@@ -85,7 +85,7 @@ class Loader:
         self._num_shards = num_shards or sampler.num_replicas
         self._fills_empty = fills_empty
         self._reader = open_reader(split, self._device, data.workers)
-        self._mean, self._std = per_channel(split.mean, self._device), per_channel(split.std, self._device)
+        self._normalised = normaliser(split.mean, split.std, self._device)
         self._augments = training and bool(data.crop_padding or data.flip or data.cutout)
 
     def __len__(self) -> int:
@@ -135,9 +135,6 @@ class Loader:
             images = cutout(images, self._data.cutout, u[:, CUTOUT_COLUMNS])
         return images
 
-    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
-        return normalise(images, self._mean, self._std) if images.dtype == torch.uint8 else images
-
 
 class EvalLoader:
     """A split in its own order, in batches that have the same content and shape at every world size.
@@ -159,7 +156,7 @@ class EvalLoader:
         self._device = device or torch.device("cpu")
         self._length, self._batch_size, self._rank, self._size = len(split), batch_size, rank, size
         self._reader = open_reader(split, self._device, data.workers)
-        self._mean, self._std = per_channel(split.mean, self._device), per_channel(split.std, self._device)
+        self._normalised = normaliser(split.mean, split.std, self._device)
 
     @property
     def num_batches(self) -> int:
@@ -175,9 +172,7 @@ class EvalLoader:
         mine = range(self._rank, rounds * self._size, self._size)
         fetched = self._reader.read((self._indices(number % self.num_batches) for number in mine), seed=0)
         for number, (images, labels) in zip(mine, fetched, strict=True):
-            if images.dtype == torch.uint8:
-                images = normalise(images, self._mean, self._std)
-            yield number, images, labels
+            yield number, self._normalised(images), labels
 
     def _indices(self, number: int) -> torch.Tensor:
         return torch.arange(number * self._batch_size, min((number + 1) * self._batch_size, self._length))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,6 +18,16 @@ def normalise(
     mean, std = per_channel(mean, images.device), per_channel(std, images.device)
     # In place on the fresh copy: one allocation instead of four, the same bits.
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def normaliser(
+    mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`normalise` with a split's `mean` and `std`; without them (floats) images pass as they are."""
+    if mean is None or std is None:
+        return lambda images: images
+    mean_there, std_there = per_channel(mean, device), per_channel(std, device)
+    return lambda images: normalise(images, mean_there, std_there)
 
 
 def per_channel(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:

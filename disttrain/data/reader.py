@@ -129,7 +129,8 @@ class _Batches(Dataset[Any]):
     """A data set that is asked for whole batches, which DataLoader does through `__getitems__`."""
 
     def __init__(self, split: StreamSplit) -> None:
-        self._dataset, self._sample_shape, self._num_classes = split.dataset, split.sample_shape, len(split.classes)
+        self._dataset, self._num_classes = split.dataset, len(split.classes)
+        self._sample_shape, self._dtype = split.sample_shape, split.dtype
         self._of_set = f" of {split.name}" if split.name else ""
 
     def __getitems__(self, request: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor] | _Refusal:
@@ -151,6 +152,10 @@ class _Batches(Dataset[Any]):
             raise ConfigurationError(
                 f"sample {index}{self._of_set} is {tuple(image.shape)} (channels, height, width) and the first sample "
                 f"{self._sample_shape}; bring all to one size."
+            )
+        if image.dtype != self._dtype:
+            raise ConfigurationError(
+                f"sample {index}{self._of_set} is {image.dtype} and the first sample {self._dtype}; give all one type."
             )
         if not 0 <= label < self._num_classes:
             raise ConfigurationError(

@@ -106,7 +106,7 @@ def save_exported_model(exported: Path, description: dict[str, Any], target: Pat
         "build_dependencies": ["pip", "setuptools", "wheel"],
         "dependencies": [f"-r {_PIP}"],
     }
-    images = _example_images(shape)
+    images = _example_images(shape, are_pixels=description["are_pixels"])
     contents = {
         _CONDA: yaml.safe_dump(conda, sort_keys=False),
         _PYTHON: yaml.safe_dump(virtualenv, sort_keys=False),
@@ -137,11 +137,17 @@ def read_description(file: Path) -> dict[str, Any]:
     )
     if not sound:
         raise ValueError(f"{file.name} does not describe a model")
-    return {"classes": classes, "sample_shape": shape, "torch": version}
+    return {
+        "classes": classes,
+        "sample_shape": shape,
+        "torch": version,
+        "are_pixels": found.get("mean", ()) is not None,
+    }
 
 
-def _example_images(shape: list[int]) -> list[Any]:
+def _example_images(shape: list[int], *, are_pixels: bool) -> list[Any]:
     """Two images of a smooth ramp of grey, one the negative of the other, as `disttrain.tracking.model` has them."""
     ramp = np.linspace(0, 255, math.prod(shape), dtype=np.float32).round().reshape(shape)
-    images: list[Any] = np.stack([ramp, 255 - ramp]).tolist()
-    return images
+    images = np.stack([ramp, 255 - ramp])
+    examples: list[Any] = (images if are_pixels else images / 127.5 - 1).tolist()
+    return examples

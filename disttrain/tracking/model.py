@@ -1,8 +1,10 @@
 """The trained model as a file that predicts without our code: a graph and its weights, made by `torch.export`.
 
-The exported model takes images as they are stored and does the rest itself:
+The exported model takes images as the data set holds them and does the rest itself:
 
-    images: (N, C, H, W) float32, pixel values 0 to 255, any N  ->  probabilities: (N, num_classes) float32
+    images: (N, C, H, W) float32, any N  ->  probabilities: (N, num_classes) float32
+
+The images are pixels from 0 to 255, or, of a data set that gives floats, those floats; `model.json` says which.
 
 Plain PyTorch runs it: `torch.export.load("model/model.pt2").module()(images)`. Nothing in it is a pickle of code.
 """
@@ -54,8 +56,9 @@ def export_model(
     """
     import torch
 
+    are_pixels = mean is not None and std is not None
     # An example of one image would fix the batch size to 1 (torch.export specialises sizes 0 and 1).
-    example = example_images(2, sample_shape)
+    example = example_images(2, sample_shape, are_pixels=are_pixels)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -64,7 +67,7 @@ def export_model(
         with _quiet():
             served = _served(module, mean, std)
             program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-            _check(program.module(), served, sample_shape)
+            _check(program.module(), served, example_images(3, sample_shape, are_pixels=are_pixels))
             torch.export.save(program, temporary / EXPORT_FILE)
     except OSError:
         raise
@@ -79,6 +82,7 @@ def export_model(
     description = {
         "classes": list(classes),
         "sample_shape": list(sample_shape),
+        "images": "pixels from 0 to 255" if are_pixels else "floats, as the data set gives them",
         "mean": None if mean is None else list(mean),
         "std": None if std is None else list(std),
         "torch": torch.__version__,
@@ -89,15 +93,16 @@ def export_model(
     return reason
 
 
-def example_images(num: int, sample_shape: tuple[int, ...]) -> Tensor:
-    """`num` images of a smooth ramp of grey, whole numbers 0 to 255: (num, C, H, W) float32."""
+def example_images(num: int, sample_shape: tuple[int, ...], *, are_pixels: bool = True) -> Tensor:
+    """`num` images of a smooth ramp of grey, (num, C, H, W) float32: whole numbers 0 to 255, or floats of -1 to 1."""
     import torch
 
     size = 1
     for length in sample_shape:
         size *= length
     ramp = torch.linspace(0, 255, size).round().reshape(1, *sample_shape)
-    return torch.cat([ramp if i % 2 == 0 else 255 - ramp for i in range(num)])
+    images = torch.cat([ramp if i % 2 == 0 else 255 - ramp for i in range(num)])
+    return images if are_pixels else images / 127.5 - 1
 
 
 def _served(module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
@@ -129,11 +134,10 @@ def _served(module: nn.Module, mean: Sequence[float] | None, std: Sequence[float
     return served
 
 
-def _check(exported: nn.Module, served: nn.Module, sample_shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless both give the same probabilities on a batch of a size that was not traced."""
+def _check(exported: nn.Module, served: nn.Module, images: Tensor) -> None:
+    """Raise ValueError unless both give the same probabilities on `images`, a batch of a size that was not traced."""
     import torch
 
-    images = example_images(3, sample_shape)
     with torch.no_grad():
         if not torch.allclose(exported(images), served(images), rtol=1e-4, atol=1e-5):
             raise ValueError("the exported model predicts differently; its forward may use random numbers")
