@@ -6,7 +6,9 @@ import difflib
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from inspect import isclass, isroutine
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from disttrain.errors import ConfigurationError
@@ -21,12 +23,8 @@ def import_callable(reference: str, key: str) -> Callable[..., Any]:
     module_name, _, path = reference.partition(":")
     if not module_name or not path:
         raise ConfigurationError(f"{key}: {reference!r} is not of the form package.module:callable.")
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
-        # A recipe may come with a stranger's checkpoint: `os:system` is no data set.
-        raise ConfigurationError(
-            f"{key}: {reference!r} is of Python's standard library, where neither models nor data sets live; name your "
-            "own."
-        )
+    if _is_of_python(module_name):
+        raise _refusal(reference, key, module_name)
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, so that a file in the folder cannot take an installed package's place
     try:
@@ -53,7 +51,32 @@ def import_callable(reference: str, key: str) -> Callable[..., Any]:
             hint = f"did you mean {near[0]!r}?" if near else "check the name after the colon."
             raise ConfigurationError(f"{key}: module {module_name!r} has no {path!r}; {hint}")
         value = getattr(value, name)
+        if _is_of_python(origin := _origin(value)):
+            raise _refusal(reference, key, origin)
     if not callable(value):
         raise ConfigurationError(f"{key}: {reference!r} is a {type(value).__name__}, not something that can be called.")
     result: Callable[..., Any] = value
     return result
+
+
+def _origin(value: object) -> str:
+    """The module that `value` is, or in which a function or class was defined; empty for other objects."""
+    if isinstance(value, ModuleType):
+        return value.__name__
+    return str(getattr(value, "__module__", "")) if isroutine(value) or isclass(value) else ""
+
+
+def _is_of_python(module_name: str) -> bool:
+    """Whether the module is of the standard library, where neither models nor data sets live.
+
+    A slip, or a stranger's checkpoint that means `torch:os.system`. No more than a help: what a recipe names is code,
+    and other packages have functions that run commands, too (docs/security.md).
+    """
+    return module_name.partition(".")[0] in sys.stdlib_module_names
+
+
+def _refusal(reference: str, key: str, module_name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{key}: {reference!r} is of Python's standard library ({module_name}), where neither models nor data sets "
+        "live; name your own, in a module of another name."
+    )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from disttrain_launch.group import module_arguments
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "disttrain").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
@@ -56,6 +60,27 @@ def calls(path: Path) -> Iterator[tuple[str, int]]:
                 "download_and_extract_archive",
             ):
                 yield last, node.lineno
+
+
+def test_a_module_in_the_current_folder_takes_no_other_ones_place(tmp_path: Path) -> None:
+    for name in ("click", "select", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('planted')")
+    (tmp_path / "my_model.py").write_text("def other(): ...")
+    words = ("digits", "-o", "model.name=my_model:net", "--run-dir", "run")
+    command = [sys.executable, *module_arguments("disttrain", *words)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 78
+    assert "model.name: module 'my_model' has no 'net'" in done.stderr, (
+        "what a recipe names is found there all the same"
+    )
+
+
+def test_no_module_is_run_with_the_current_folder_in_front() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.List | ast.Tuple):
+                words = [word.value for word in node.elts if isinstance(word, ast.Constant)]
+                assert "-m" not in words or "-P" in words, f"{path}:{node.lineno}"
 
 
 def test_nothing_runs_what_it_reads() -> None:

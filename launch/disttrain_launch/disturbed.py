@@ -18,6 +18,8 @@ from typing import Self
 
 import psutil
 
+from disttrain_launch.group import module_arguments
+
 _POLL_S = 0.01
 _TO_END_S = 60.0
 # Of the kills, this share comes while workers start: everything before the first new step.
@@ -131,7 +133,7 @@ class DisturbedRun:
         step = int(newest.name.removeprefix("step-")) if newest else 0
         self.story.starts.append(Start(workers, step))
         self.story.steps_repeated += max(0, self.newest_step() - step)
-        command = [sys.executable, "-m", "disttrain_launch", "train", *self._arguments]
+        command = [sys.executable, *module_arguments("disttrain_launch", "train", *self._arguments)]
         with self._log.open("ab") as log:
             self._launcher = subprocess.Popen(
                 [*command, "-n", str(workers), "--run-dir", str(self.run_dir)],

@@ -11,6 +11,14 @@ from pathlib import Path
 from disttrain.cores import usable_cores
 
 
+def module_arguments(module: str, *arguments: str) -> tuple[str, ...]:
+    """What follows the interpreter on the command line that runs a module.
+
+    -P keeps the current folder off the front of sys.path, where its `select.py` would take the place of Python's own.
+    """
+    return ("-P", "-m", module, *arguments)
+
+
 @dataclass(frozen=True)
 class WorkerGroup:
     """`size` times `python *arguments`.

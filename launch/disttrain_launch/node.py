@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from disttrain.cores import usable_cores
+from disttrain_launch.group import module_arguments
 
 DEFAULT_PORT = 29400
 
@@ -47,7 +48,7 @@ class Node:
         """The agent's command line."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return [
-            sys.executable, "-m", "disttrain.agent",
+            sys.executable, *module_arguments("disttrain.agent"),
             "--nodes", *map(str, self.nodes),
             "--rendezvous", f"{host}:{self.port}",
             "--serves", str(self.serves).lower(),

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from disttrain_launch.group import module_arguments
 from disttrain_launch.node_options import NodeOptions, node_options, planned_node
 from disttrain_launch.options import (
     dry_run_option,
@@ -55,7 +56,7 @@ def run_node(
     if run_dir is None:
         raise click.UsageError("--run-dir is missing: machines that come later, or again, must find the run.")
     checked = checked_recipe(recipe, run_dir, overrides)
-    arguments = ("-m", "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
+    arguments = module_arguments("disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
     planned = planned_node((*arguments, *override_arguments(overrides)), num_workers, run_dir, options, max_restarts)
     fewest = planned.nodes[0] * planned.workers
     said = f"--nodes {planned.nodes[0]} with -n {num_workers}, at least {fewest} workers"

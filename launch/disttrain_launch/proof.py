@@ -13,6 +13,7 @@ from typing import Any
 
 from disttrain.recipe import DisttrainError, ExitCode
 from disttrain_launch.disturbed import DisturbedRun, Pace, RunFailed, Story, disturb
+from disttrain_launch.group import module_arguments
 from disttrain_launch.prove_report import counted
 
 
@@ -85,7 +86,8 @@ class Proof:
         }
 
     def _compared(self, run_dir: Path, reference: Path | None = None) -> dict[str, Any]:
-        command = [sys.executable, "-m", "disttrain.commands.compare", str(reference or self._reference), str(run_dir)]
+        folders = (str(reference or self._reference), str(run_dir))
+        command = [sys.executable, *module_arguments("disttrain.commands.compare", *folders)]
         answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if answer.returncode != 0:
             raise RunFailed(answer.returncode, answer.stderr.strip())

@@ -52,7 +52,7 @@ def train(
     Started again with the same --run-dir, a run goes on from its newest checkpoint; RECIPE may then be left out.
     With --nodes and --rendezvous this machine is one of several: start the same command on each.
     """
-    from disttrain_launch.group import WorkerGroup
+    from disttrain_launch.group import WorkerGroup, module_arguments
     from disttrain_launch.local import run_workers
     from disttrain_launch.restarts import Restarts
 
@@ -67,7 +67,7 @@ def train(
         folder = _working_folder(run_dir)
     else:
         run_dir, folder = _opened_run_dir(run_dir, checked)
-    arguments = ("-m", "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
+    arguments = module_arguments("disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
     group = WorkerGroup((*arguments, *override_arguments(overrides)), num_workers, log_dir=folder / "logs")
     if dry_run:
         click.echo(group.described())

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import click
 
+from disttrain_launch.group import WorkerGroup, module_arguments
 from disttrain_launch.options import json_option, num_workers_option, override_arguments, overrides_option
 from disttrain_launch.run_argument import RUN
 
@@ -16,7 +17,7 @@ def become(module: str, *arguments: str) -> NoReturn:
     """Replace this process by `python -m module`: one process, so signals and its exit code need no messenger."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    os.execv(sys.executable, [sys.executable, *module_arguments(module, *arguments)])
 
 
 @click.command(short_help="Measure accuracy on the held-out set.")
@@ -26,11 +27,10 @@ def become(module: str, *arguments: str) -> NoReturn:
 @json_option
 def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bool) -> None:
     """Measure the accuracy of a run's newest checkpoint, or of the one given, on the held-out set."""
-    from disttrain_launch.group import WorkerGroup
     from disttrain_launch.local import run_workers
 
-    arguments = ("-m", "disttrain.commands.evaluate", run, *override_arguments(overrides), *["--json"] * as_json)
-    run_workers(WorkerGroup(arguments, num_workers))
+    words = (run, *override_arguments(overrides), *["--json"] * as_json)
+    run_workers(WorkerGroup(module_arguments("disttrain.commands.evaluate", *words), num_workers))
 
 
 @click.command()

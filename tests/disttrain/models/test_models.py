@@ -144,6 +144,8 @@ def test_a_torchvision_model_that_does_not_fit() -> None:
 
 MODULE = """
 import torch
+from collections import OrderedDict as Ordered
+from subprocess import run
 
 def linear(num_classes, sample_shape, bias=True):
     channels, height, width = sample_shape
@@ -192,7 +194,11 @@ def test_a_callable_builds_the_model() -> None:
         ("my_models:nonsense", {}, "model.name: my_models:nonsense returned a str, not a torch.nn.Module"),
         ("my_models:linear", {"depth": 1}, "model.options: my_models:linear does not take num_classes, sample_shape, "),
         ("my_models:without_classes", {}, "model.options: my_models:without_classes does not take num_classes"),
-        ("os:system", {"command": "true"}, "model.name: 'os:system' is of Python's standard library"),
+        ("os:system", {"command": "true"}, "model.name: 'os:system' is of Python's standard library (os)"),
+        ("torch:os.system", {"command": "true"}, "model.name: 'torch:os.system' is of Python's standard library (os)"),
+        ("numpy.f2py:os.system", {"command": "true"}, "model.name: 'numpy.f2py:os.system' is of Python's standard"),
+        ("my_models:run", {"args": "true"}, "model.name: 'my_models:run' is of Python's standard library (subprocess)"),
+        ("my_models:Ordered", {}, "model.name: 'my_models:Ordered' is of Python's standard library (collections)"),
         ("broken:linear", {}, "model.name: importing 'broken' failed: ZeroDivisionError: division by zero"),
         ("needy:linear", {}, "model.name: importing 'needy' failed: No module named 'not_installed'; install what"),
         ("net", {"depth": 1}, "model.options: net does not take num_classes, sample_shape, depth"),
