@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from disttrain.guard import ending_undisturbed
+from disttrain.output import have_unbreakable_output
 from disttrain.worker import leave, worker
 
 
@@ -23,4 +24,5 @@ def command(recipe: str, overrides: Sequence[str], run_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
+    have_unbreakable_output()
     leave(worker(command))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _log = logging.getLogger("disttrain")
+
+
+def _write(text: str, stream: TextIO) -> None:
+    with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk, a closed stream: the log has it
+        print(text, file=stream, flush=True)
 
 
 class _Relay(logging.Handler):
@@ -54,7 +59,7 @@ class Console:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            _write(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Show a warning, on standard error."""
@@ -67,7 +72,7 @@ class Console:
         if self._progress is not None:
             self._progress.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
         else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            _write(f"warning: {text}", sys.stderr)
 
     @contextmanager
     def relaying(self, logger: str) -> Iterator[None]:

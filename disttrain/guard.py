@@ -15,7 +15,7 @@ from types import FrameType
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from the launcher: within this time it is one.
 _SAME_REQUEST_S = 2.0
 _LOOK_EVERY_S = 1.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -75,20 +75,25 @@ def stop_file(path: Path, request: StopRequest, say: Callable[[str], None]) -> I
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a request to stop, for as long as the block runs.
+    """Turn SIGTERM, SIGINT, SIGUSR1 and SIGHUP into a request to stop, for as long as the block runs.
 
-    Outside the main thread, where Python cannot handle signals, no request ever arrives.
+    Under `nohup`, SIGHUP stays ignored. Outside the main thread, where Python cannot handle signals, no request ever
+    arrives.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in _SIGNALS}
+    before = {number: signal.signal(number, request.receive) for number in _heard()}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _heard() -> list[signal.Signals]:
+    return [number for number in _SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager

@@ -31,11 +31,11 @@ def report_failure(
     """Write the failure to the file that the launcher named in TORCHELASTIC_ERROR_FILE, if it named one.
 
     Without our launcher, print it on standard error too. `failed_at` is in seconds since 1970; a `consequence` is
-    mostly somebody else's failure, and one that `is_agreed` is no rank's own. Raises OSError if the file cannot be
-    written.
+    mostly somebody else's failure, and one that `is_agreed` is no rank's own.
     """
     rank, host = rank_hint(), socket.gethostname()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    is_written = False
     if error_file:
         failure = {
             "message": message,
@@ -48,9 +48,12 @@ def report_failure(
             "time": failed_at,
             "timestamp": int(failed_at),  # torchrun's name for it, in whole seconds
         }
-        _write(error_file, failure)
+        with suppress(OSError):  # a full disk: it is printed then, whoever would have shown it
+            _write(error_file, failure)
+            is_written = True
     told_by_all = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
-    if launched_by() not in _SHOWS_FAILURES and (not rank or not told_by_all):
+    is_shown = is_written and launched_by() in _SHOWS_FAILURES
+    if not is_shown and (not rank or not told_by_all):
         who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
         print(f"{trace or ''}disttrain: {who}{message}", file=sys.stderr, flush=True)
 

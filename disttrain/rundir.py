@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from disttrain.errors import ConfigurationError
-from disttrain.files import being_written, make_folder, open_safely, refuse_irregular, replace_file
+from disttrain.files import being_written, make_folder, open_to_append, refuse_irregular, replace_file
 from disttrain.lock import LOCK, owned
+from disttrain.log import LogFile
 from disttrain.recipe import Recipe, load_recipe, to_toml
 
 RECIPE = "recipe.toml"
@@ -179,20 +179,13 @@ def log_to_file(run_dir: Path, rank: int) -> logging.Handler:
     path = log_file(run_dir, rank)
     with _usable(run_dir):
         make_folder(path.parent)
-        handler = _LogFile(path, encoding="utf-8")
+        handler = LogFile(open_to_append(path), path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("disttrain")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
     return handler
-
-
-class _LogFile(logging.FileHandler):
-    """A file handler that follows no link."""
-
-    def _open(self) -> IO[str]:  # type: ignore[override]
-        return os.fdopen(open_safely(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
 
 
 def stop_logging(handler: logging.Handler) -> None:

@@ -18,6 +18,7 @@ import click
 
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
 from disttrain.guard import end_with_launcher
+from disttrain.output import have_standard_streams
 from disttrain.report import LAUNCHER, report_failure, report_finished
 from disttrain.world import launched_by
 
@@ -36,6 +37,7 @@ def worker(command: click.Command) -> int:
     launcher is ours, which shows the first failing worker's. Only an unexpected one comes with a traceback. That the
     command came to its end is written there, too: a user's code may end the process with 0 in the middle.
     """
+    have_standard_streams()
     if launched_by() == LAUNCHER:
         end_with_launcher()
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -25,6 +25,7 @@ from disttrain.agent.elastic import Agent, job_code
 from disttrain.checkpoint import CheckpointStore
 from disttrain.checkpoint.store import step_of
 from disttrain.errors import ConfigurationError, DisttrainError, ExitCode
+from disttrain.output import have_unbreakable_output
 from disttrain.rundir import CHECKPOINTS, JOURNAL, go_on_with
 from disttrain.tracking import read_journal
 
@@ -60,10 +61,11 @@ def command(
     arguments: tuple[str, ...],
 ) -> None:
     """Run the workers `python ARGUMENTS` of this node, and exit with their own code."""
-    for name in _STOP_SIGNALS:
+    stop_signals = [name for name in _STOP_SIGNALS if name != "SIGHUP" or not _is_ignored(signal.SIGHUP)]
+    for name in stop_signals:
         signal.signal(getattr(signal, name), _stop)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said by us
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(_STOP_SIGNALS)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(stop_signals)
     # With torch 2.14 a node that joins later is not told the address of a store that the nodes share.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     log_dir = tempfile.mkdtemp(prefix="disttrain-node-")
@@ -98,6 +100,11 @@ def command(
         ) from error
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    """As `nohup` has it of SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -187,6 +194,7 @@ def _newest_step(run_dir: Path) -> int | None:
 
 def main() -> int:
     """The command, and its exit code."""
+    have_unbreakable_output()
     try:
         with command.make_context(command.name, sys.argv[1:]) as context:
             command.invoke(context)

@@ -181,7 +181,7 @@ def _as_it_is(batch: Any) -> Any:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; readers go on until their parent has saved."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # Not ignored: it is also how a parent that fails gets rid of its workers, and it waits until they are gone.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -70,7 +70,7 @@ class MlflowSender:
         }
         # Ctrl-C and the signals of schedulers go to all processes of a job, but this one has to outlive the training:
         # it inherits a mask without them, so that there is no moment in which one could hit it.
-        outlived = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else set())
+        outlived = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, outlived)
         try:
             self._process = subprocess.Popen(

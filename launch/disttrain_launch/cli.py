@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from disttrain_launch.doctor_command import doctor
-from disttrain_launch.messages import complain
+from disttrain_launch.messages import complain, have_standard_streams
 from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe
@@ -28,6 +28,10 @@ _LATE = {
 
 class _Commands(click.Group):
     """A group whose commands may raise the errors of disttrain."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        have_standard_streams()
+        return super().main(*arguments, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_LATE])

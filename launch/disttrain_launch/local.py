@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-import click
-
 from disttrain_launch.group import WorkerGroup
-from disttrain_launch.messages import complain
+from disttrain_launch.messages import complain, say
 from disttrain_launch.outcome import Outcome, settle
 from disttrain_launch.ports import reserved_port
 from disttrain_launch.restarts import Restarts
@@ -42,9 +40,9 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoRetur
                 watch = _Watch(group, workers, signals)
                 outcome = watch.until_the_end()
             if sys.stdout.isatty() and workers[0].was_killed:
-                click.echo("\x1b[?25h")  # its progress bar had hidden the cursor
+                say("\x1b[?25h")  # its progress bar had hidden the cursor
             if outcome.traceback:
-                click.echo(outcome.traceback.rstrip(), err=True)
+                say(outcome.traceback.rstrip(), err=True)
             complain(outcome.message)
             if watch.was_asked_to_stop or not restarts.helps(outcome):
                 break
@@ -150,6 +148,8 @@ class _Watch:
 
     def _is_second_request(self, number: int) -> bool:
         now = time.monotonic()
+        if number == signal.SIGHUP and self.was_asked_to_stop:
+            return False  # a terminal that closes sends more than one, and nobody is there who means "at once"
         if self._stop_requested_at is None:
             self._stop_requested_at = now
             name = signal.Signals(number).name

@@ -202,6 +202,20 @@ def test_a_signal_that_arrives_twice_at_once_is_one_request(start_launcher: Star
     assert launcher.end()[0] == 75
 
 
+def test_a_terminal_that_closes_is_a_request_though_nothing_can_be_said_to_it(start_launcher: StartLauncher) -> None:
+    """It may send more than one SIGHUP: that is still no "at once"."""
+    launcher = start_launcher(STOPPABLE.replace("time.sleep(0.3)", "wait_for('go')"), 2)
+    launcher.wait_for("ready-0", "ready-1")
+    assert launcher.process.stderr is not None
+    launcher.process.stderr.close()
+    launcher.send(signal.SIGHUP)
+    time.sleep(1.2)
+    launcher.send(signal.SIGHUP)
+    time.sleep(0.1)
+    (launcher.folder / "go").touch()
+    assert launcher.end()[0] == 75
+
+
 def test_a_second_request_kills(start_launcher: StartLauncher) -> None:
     launcher = start_launcher("signal.signal(signal.SIGTERM, signal.SIG_IGN); here('deaf'); time.sleep(60)", 2)
     launcher.wait_for("deaf-0", "deaf-1")

@@ -1,0 +1,77 @@
+"""Output that ends no run, whatever becomes of it: a terminal that is gone, a full disk, a pipe that nobody reads."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_log = logging.getLogger("disttrain")
+
+
+def have_standard_streams() -> None:
+    """Give this process the standard streams that it was started without, as `>&-` does: they lead nowhere.
+
+    Otherwise the next file that is opened, a checkpoint perhaps, takes the place of standard output, and gets all that
+    C code prints there.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    sys.stdout = sys.stdout or _stream(1)
+    sys.stderr = sys.stderr or _stream(2)
+
+
+def have_unbreakable_output() -> None:
+    """Have nothing that this process prints, in its own or in a user's code, fail; what cannot be written is dropped.
+
+    For a process that trains: its log has all that it says itself.
+    """
+    have_standard_streams()
+    sys.stdout, sys.stderr = _stream(1, like=sys.stdout), _stream(2, like=sys.stderr)
+
+
+def _stream(descriptor: int, like: TextIO | None = None) -> TextIO:
+    encoding = getattr(like, "encoding", None) or "utf-8"
+    errors = getattr(like, "errors", None) or "backslashreplace"
+    # Written through: a buffer that could not be emptied would be tried again, and fail again, at the process's end.
+    return io.TextIOWrapper(_Lossy(descriptor), encoding=encoding, errors=errors, write_through=True)
+
+
+class _Lossy(io.RawIOBase):
+    """Writes to a descriptor all that it takes. What it does not take counts as written; that is logged once."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.name = {1: "standard output", 2: "standard error"}[descriptor]
+        self.mode = "wb"
+        self._descriptor = descriptor
+        self._is_known = False
+
+    def write(self, data: ReadableBuffer) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except OSError as error:
+                if not self._is_known:
+                    self._is_known = True
+                    _log.warning("%s can no longer be written: %s. Training goes on.", self.name, error.strerror)
+                break
+        return size
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
