@@ -55,7 +55,7 @@ LAYERS = {
     "report": {"world"},
     "watchdog": {"collectives", "progress", "world"},
     "worker": {"guard", "output", "report", "world"},
-    "agent": {"checkpoint", "output", "report", "rundir", "tracking"},
+    "agent": {"checkpoint", "output", "recipe", "remote", "report", "rundir", "tracking"},
     "trial": {"collectives", "data", "job", "rng"},
     "job": {
         "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "handout", "models", "optim",

@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -18,23 +19,30 @@ import click
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from disttrain.agent.elastic import Agent, job_code
+from disttrain.agent.cause import Cause
+from disttrain.agent.elastic import STOP_SIGNALS, Agent, StoppedOnRequest, ignore_requests
+from disttrain.agent.finished import is_finished
 from disttrain.checkpoint import CheckpointStore
 from disttrain.checkpoint.store import step_of
-from disttrain.errors import ConfigurationError, DisttrainError, ExitCode
+from disttrain.errors import DisttrainError, ExitCode
 from disttrain.output import have_unbreakable_output
-from disttrain.rundir import CHECKPOINTS, JOURNAL, go_on_with
+from disttrain.rundir import CHECKPOINTS, JOURNAL
 from disttrain.tracking import read_journal
 
 _MONITOR_S = 0.3
 _TO_LEAVE_S = 15.0  # how long the node that serves the store waits for the others to have read it
 _TO_RESOLVE_S = 60.0  # a cluster knows the name of a machine that it has just started some seconds later
+_LOOK_EVERY_S = 0.5
 _JOIN_S = 600
 _LAST_CALL_S = 5  # with the least number of nodes there, how long more may come
-_STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
 @click.command(name="python -m disttrain.agent", context_settings={"ignore_unknown_options": True})
@@ -43,10 +51,17 @@ _STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 @click.option("--workers", type=int, required=True, help="Workers on this node.")
 @click.option("--max-restarts", type=int, required=True)
 @click.option("--job-id", required=True)
-@click.option("--serves", type=bool, required=True, help="Whether the store of the rendezvous is on this node.")
+@click.option(
+    "--serves",
+    type=click.Choice(("true", "false", "unknown")),
+    required=True,
+    help="Whether the store of the rendezvous is on this node.",
+)
 @click.option("--local-addr", help="The address by which the other nodes reach this one.")
 @click.option("--stop-grace", type=int, required=True, help="Seconds that workers may take to save.")
 @click.option("--run-dir", required=True)
+@click.option("--epochs", type=int, required=True, help="How long the run is to be: train.epochs of its recipe.")
+@click.option("--max-steps", type=int, help="And its train.max_steps.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     nodes: tuple[int, int],
@@ -54,28 +69,38 @@ def command(
     workers: int,
     max_restarts: int,
     job_id: str,
-    serves: bool,
+    serves: str,
     local_addr: str | None,
     stop_grace: int,
     run_dir: str,
+    epochs: int,
+    max_steps: int | None,
     arguments: tuple[str, ...],
 ) -> None:
     """Run the workers `python ARGUMENTS` of this node, and exit with their own code."""
-    stop_signals = [name for name in _STOP_SIGNALS if name != "SIGHUP" or not _is_ignored(signal.SIGHUP)]
-    for name in stop_signals:
+    signals = [name for name in STOP_SIGNALS if name != "SIGHUP" or not _is_ignored(signal.SIGHUP)]
+    for name in signals:
         signal.signal(getattr(signal, name), _stop)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said by us
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(stop_signals)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signals)
     # With torch 2.14 a node that joins later is not told the address of a store that the nodes share.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     log_dir = tempfile.mkdtemp(prefix="disttrain-node-")
+
+    def finished() -> bool:
+        return is_finished(run_dir, (epochs, max_steps))
+
     try:
-        handler = _join(rendezvous, job_id, nodes, local_addr, serves=serves)
+        # Held back since `disttrain node` began: the first process of a container would never hear of them otherwise.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in STOP_SIGNALS])
+        _leave_if(finished, run_dir)
+        _wait_for_name(rendezvous, serves, finished, run_dir)
+        handler = _handler(rendezvous, job_id, nodes, local_addr, serves=serves == "true")
         spec = WorkerSpec(
             role="worker",
             local_world_size=workers,
             entrypoint=sys.executable,
-            args=arguments,
+            args=tuple(argument.replace("$", "$$") for argument in arguments),  # torchrun fills in $-templates
             rdzv_handler=handler,
             max_restarts=max_restarts,
             monitor_interval=_MONITOR_S,
@@ -87,13 +112,15 @@ def command(
             grace_s=stop_grace,
             host=socket.gethostname(),
             newest_step=lambda: _newest_step(Path(run_dir)),
+            is_finished=finished,
             say=_say,
         )
-        _run(agent, handler, run_dir, serves=serves)
+        _run(agent, handler, serves=serves == "true")
     except SignalException:
         _say("stopped before the workers were ready; start again to go on")
         raise click.exceptions.Exit(ExitCode.STOPPED) from None
     except RendezvousError as error:
+        _leave_if(finished, run_dir)  # by the others, who are gone now
         raise DisttrainError(
             f"job {job_id!r}: the nodes do not find each other at {rendezvous} ({_deepest(error)}). The node with "
             f"--node-rank 0 must serve that address, and at least {nodes[0]} must come within {_JOIN_S} s."
@@ -103,7 +130,7 @@ def command(
 
 
 def _is_ignored(number: signal.Signals) -> bool:
-    """As `nohup` has it of SIGHUP."""
+    """As SIGHUP is under `nohup`."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
@@ -111,23 +138,38 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise SignalException("asked to stop", signal.Signals(number))
 
 
-def _join(
-    rendezvous: str, job_id: str, nodes: tuple[int, int], local_addr: str | None, *, serves: bool
-) -> RendezvousHandler:
-    """This node's part in the rendezvous. Raises RendezvousError, or ConfigurationError for an unknown name."""
+def _leave_if(finished: Callable[[], bool], run_dir: str) -> None:
+    """Raise click's Exit if the run is finished."""
+    if finished():
+        _say(f"{run_dir} is finished already: there is nothing left to do")
+        raise click.exceptions.Exit(ExitCode.DONE)
+
+
+def _wait_for_name(rendezvous: str, serves: str, finished: Callable[[], bool], run_dir: str) -> None:
+    """Wait until the rendezvous has an address. Raises DisttrainError if it gets none: it may have one at a retry."""
     host = rendezvous.rpartition(":")[0].strip("[]")
     deadline = time.monotonic() + _TO_RESOLVE_S
     while True:
         try:
             socket.getaddrinfo(host, None)
-            break
         except OSError as error:
-            if time.monotonic() >= deadline:
-                raise ConfigurationError(
-                    f"--rendezvous {rendezvous}: the name {host!r} does not resolve here ({error.strerror}); give an "
-                    "address, or a name that every node knows."
+            where = f"--rendezvous {rendezvous}: the name {host!r} does not resolve here ({error.strerror})"
+            if serves == "unknown":
+                raise DisttrainError(
+                    f"{where}, so that nobody can tell which machine it is. Give an address, or --node-rank."
                 ) from error
-        time.sleep(0.5)
+            if time.monotonic() >= deadline:
+                raise DisttrainError(f"{where}; give an address, or a name that every node knows.") from error
+            time.sleep(_LOOK_EVERY_S)
+            _leave_if(finished, run_dir)  # meanwhile, by the others
+        else:
+            return
+
+
+def _handler(
+    rendezvous: str, job_id: str, nodes: tuple[int, int], local_addr: str | None, *, serves: bool
+) -> RendezvousHandler:
+    """This node's part in the rendezvous. Raises RendezvousError."""
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=rendezvous,
@@ -142,33 +184,29 @@ def _join(
     return get_rendezvous_handler(parameters)
 
 
-def _run(agent: Agent, handler: RendezvousHandler, run_dir: str, *, serves: bool) -> None:
+def _run(agent: Agent, handler: RendezvousHandler, *, serves: bool) -> None:
     """Run the agent to its end. Raises click's Exit with the code of the job."""
+    end: Cause | None
     try:
         result = agent.run()
-    except SignalException as request:
-        bulletin = agent.bulletin()
-        if bulletin is None:
-            raise
-        _say(f"{request.sigval.name}: the workers are asked to save and stop")
-        agent.stop_workers()
-        code = job_code(agent.exit_codes())
-        bulletin.leave(_TO_LEAVE_S, serves=serves)
-        _say(
-            f"stopped. Go on with: {go_on_with(Path(run_dir))}" if code == ExitCode.STOPPED else "ended without a save"
-        )
-        raise click.exceptions.Exit(code) from None
-    if not result.is_failed():
+    except StoppedOnRequest as stopped:
+        end = stopped.end
+    else:
+        if result is None:  # more nodes had come than there was room for, and the others have ended
+            raise RendezvousClosedError("the others ended while this node waited for a place among them")
+        end = agent.cause if result.is_failed() else None
+    ignore_requests()
+    if end is None:
         handler.shutdown()
         return
-    assert agent.cause is not None
-    if agent.cause.traceback:
-        print(agent.cause.traceback.rstrip(), file=sys.stderr)
-    _say(agent.cause.message)
+    if end.traceback:
+        print(end.traceback.rstrip(), file=sys.stderr)
+    if end.message:
+        _say(end.message)
     bulletin = agent.bulletin()
     if bulletin is not None:
         bulletin.leave(_TO_LEAVE_S, serves=serves)
-    raise click.exceptions.Exit(agent.cause.code)
+    raise click.exceptions.Exit(end.code)
 
 
 def _say(message: str) -> None:

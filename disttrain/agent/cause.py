@@ -120,6 +120,21 @@ class Bulletin:
             time.sleep(_POLL_S)
         return cause
 
+    def end_of_all(self, cause: Cause, patience_s: float, *, is_sure: bool) -> Cause:
+        """How the job ends on all nodes that were asked to stop.
+
+        One worker that ended by saving is proof that all have saved, whatever became of the others after that: who is
+        not sure of its own end waits for the word of another node.
+        """
+        if not is_sure:
+            deadline = time.monotonic() + patience_s if self._num_nodes > 1 else 0.0
+            while self.ended() is None and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        found = self.ended()
+        if found is None and cause.is_final:
+            self.announce(cause)
+        return found or cause
+
     def leave(self, patience_s: float, *, serves: bool) -> None:
         """Say that this node has read what there is; the one that serves the store waits until all others have."""
         with suppress(RuntimeError):

@@ -1,25 +1,55 @@
 """torchrun's agent, told what disttrain's exit codes mean.
 
-torchrun starts the workers again after every failure, and exits with 1 whatever their code was. This one starts them
-again only where that can help, tells the other nodes why the job ends, and knows the code to end with.
+torchrun starts the workers again after every failure, exits with 1 whatever their code was, and kills workers that take
+longer than a few seconds to save. This one starts them again only where that can help, leaves them their time to save,
+tells the other nodes why the job ends, and knows the code to end with.
 """
 
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from types import FrameType
+from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from disttrain.agent.cause import Bulletin, Cause, first_cause, left_early
 from disttrain.errors import ExitCode
 from disttrain.report import says_finished
 
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+"""What asks a node to stop."""
+
+# `timeout` and `uv run` pass on a signal that reached this process already: within this time it is one request.
+_SAME_REQUEST_S = 1.0
 # Workers that wait for a dead one cannot save any more: between SIGTERM and SIGKILL there is nothing to wait for.
 _TO_END_S = 5
+# One that a request to stop has ended before it was ready leaves others that wait for it.
+_TO_FOLLOW_S = 15.0
 _TO_HEAR_THE_CAUSE_S = 3.0
+_POLL_S = 0.1
+
+
+class StoppedOnRequest(Exception):
+    """Somebody asked this node to stop, and its workers have ended: what that makes of the job."""
+
+    def __init__(self, end: Cause) -> None:
+        super().__init__(end.message)
+        self.end = end
 
 
 class Agent(LocalElasticAgent):
@@ -29,6 +59,7 @@ class Agent(LocalElasticAgent):
         grace_s: how long workers that are asked to stop may take to save.
         host: what this machine is called in messages.
         newest_step: how far the run has come, as far as can be seen from here; None where it cannot be seen.
+        is_finished: whether it has been trained to its end, as far as can be seen from here.
         say: for messages to the user.
     """
 
@@ -40,11 +71,13 @@ class Agent(LocalElasticAgent):
         grace_s: int,
         host: str,
         newest_step: Callable[[], int | None],
+        is_finished: Callable[[], bool],
         say: Callable[[str], None],
     ) -> None:
         super().__init__(spec=spec, logs_specs=logs_specs)
         self.cause: Cause | None = None
-        self._grace_s, self._host, self._newest_step, self._say = grace_s, host, newest_step, say
+        self._grace_s, self._host, self._say = grace_s, host, say
+        self._newest_step, self._is_finished = newest_step, is_finished
         self._failed_at: int | None = None
 
     def bulletin(self) -> Bulletin | None:
@@ -56,12 +89,68 @@ class Agent(LocalElasticAgent):
 
     def exit_codes(self) -> list[int | None]:
         """Those of the workers, by local rank; None for one that runs."""
-        handlers = getattr(self._pcontext, "subprocess_handlers", {})
-        return [handler.proc.poll() for _, handler in sorted(handlers.items())]
+        return [handler.proc.poll() for handler in self._handlers()]
 
-    def stop_workers(self) -> None:
-        """Ask the workers to save and stop, and wait until they have, or until the time for that is over."""
-        super()._shutdown(signal.SIGTERM, self._grace_s)
+    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        try:
+            result: RunResult = super()._invoke_run(role)
+        except SignalException as request:
+            # Not left to torchrun, whose `run` would kill in a few seconds what has not ended.
+            raise StoppedOnRequest(self._stop(request.sigval)) from None
+        return result
+
+    def _stop(self, request: signal.Signals) -> Cause:
+        """Have the workers save and end, and agree with the other nodes on what that makes of the job."""
+        kill = ignore_requests()
+        killed = ""
+        were_running = None in self.exit_codes()
+        if were_running:
+            self._say(f"{request.name}: the workers are asked to save and stop; a second Ctrl-C kills them")
+            if not self._ended_by_request(kill):
+                killed = "on request" if kill.is_set() else f"after {self._grace_s} s (--stop-grace)"
+            super()._shutdown(signal.SIGKILL, _TO_END_S)
+        codes = self.exit_codes()
+        if codes and not any(codes) and self._left_early(self._worker_group) is None:
+            return Cause(ExitCode.DONE, "")
+        has_saved = ExitCode.STOPPED in codes
+        if has_saved:
+            cause = first_cause(self._failures(), self._host)
+        elif not were_running or -signal.SIGTERM in codes:
+            when = "between two attempts" if codes and not were_running else "before the workers were ready"
+            cause = Cause(ExitCode.STOPPED, f"stopped {when}; start again to go on")
+        elif killed:
+            cause = Cause(ExitCode.FAILURE, f"the workers were killed {killed}")
+        else:
+            cause = first_cause(self._failures(), self._host)
+        bulletin = self.bulletin()
+        if bulletin is not None:
+            cause = bulletin.end_of_all(cause, _TO_HEAR_THE_CAUSE_S, is_sure=has_saved)
+        return cause if cause.is_final else replace(cause, message=f"ended without a save: {cause.message}")
+
+    def _ended_by_request(self, kill: threading.Event) -> bool:
+        """Send the workers SIGTERM, and wait until they have ended; whether they did before they had to be killed."""
+        for handler in self._handlers():
+            if handler.proc.poll() is None:
+                handler.close(death_sig=signal.SIGTERM)
+        deadline = time.monotonic() + self._grace_s
+        while None in (codes := self.exit_codes()):
+            if kill.is_set() or time.monotonic() >= deadline:
+                return False
+            if -signal.SIGTERM in codes:
+                deadline = min(deadline, time.monotonic() + _TO_FOLLOW_S)
+            time.sleep(_POLL_S)
+        return True
+
+    def _handlers(self) -> list[Any]:
+        """torchrun's handlers of the workers' processes, by local rank."""
+        return [handler for _, handler in sorted(getattr(self._pcontext, "subprocess_handlers", {}).items())]
+
+    def _failures(self) -> dict[int, ProcessFailure]:
+        """Of the workers of this node, all of which have ended, by rank."""
+        result = self._pcontext.wait(0) if self._pcontext is not None else None
+        workers = self._worker_group.workers
+        failures = result.failures if result is not None else {}
+        return {workers[local_rank].global_rank: failure for local_rank, failure in failures.items()}
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _TO_END_S) -> None:
         super()._shutdown(signal.SIGTERM, _TO_END_S)
@@ -85,6 +174,9 @@ class Agent(LocalElasticAgent):
         if early is not None and (cause.is_consequence or not result.failures):
             cause = early
         self.cause = bulletin.first_of_all(cause, _TO_HEAR_THE_CAUSE_S)
+        if not self.cause.is_final and self._is_finished():  # it failed after the end: the others will not come again
+            self.cause = None
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(result.failures))
         if not self.cause.is_final:
             self._give_up_where_it_stands_still()
         if self.cause.is_final or self._remaining_restarts == 0:
@@ -122,7 +214,17 @@ class Agent(LocalElasticAgent):
         super()._restart_workers(worker_group)
 
 
-def job_code(codes: list[int | None]) -> int:
-    """What the exit codes of workers that were asked to stop make of the job."""
-    saved = all(code in (ExitCode.DONE, ExitCode.STOPPED, -signal.SIGTERM) for code in codes)
-    return ExitCode.STOPPED if saved else ExitCode.FAILURE
+def ignore_requests() -> threading.Event:
+    """From now on requests to stop mean nothing, but for another Ctrl-C, which sets the event.
+
+    Whoever stops a pod or a service may say so several times while it saves, and has SIGKILL.
+    """
+    kill, began = threading.Event(), time.monotonic()
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - began > _SAME_REQUEST_S:
+            kill.set()
+
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), interrupted if name == "SIGINT" else signal.SIG_IGN)
+    return kill

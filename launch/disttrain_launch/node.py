@@ -25,11 +25,12 @@ class Node:
         host, port: where they meet.
         workers: how many workers this one runs.
         run_dir: where the run lives.
-        serves: whether the store of the rendezvous is on this machine.
+        serves: whether the store of the rendezvous is on this machine; None where that cannot be told.
         address: by which the others reach this one.
         max_restarts: how often the workers are started again after failures.
         job_id: the same on all machines; jobs that share a store are told apart by it.
         grace_s: how long workers that are asked to stop may take to save.
+        epochs, max_steps: how long the run is to be, by which a node knows that there is nothing left to do.
     """
 
     arguments: tuple[str, ...]
@@ -38,11 +39,13 @@ class Node:
     port: int
     workers: int
     run_dir: str
-    serves: bool
+    serves: bool | None
     address: str | None
     max_restarts: int
     job_id: str
     grace_s: int
+    epochs: int
+    max_steps: int | None
 
     def command(self) -> list[str]:
         """The agent's command line."""
@@ -51,13 +54,15 @@ class Node:
             sys.executable, *module_arguments("disttrain.agent"),
             "--nodes", *map(str, self.nodes),
             "--rendezvous", f"{host}:{self.port}",
-            "--serves", str(self.serves).lower(),
+            "--serves", "unknown" if self.serves is None else str(self.serves).lower(),
             *(["--local-addr", self.address] if self.address else []),
             "--workers", str(self.workers),
             "--max-restarts", str(self.max_restarts),
             "--job-id", self.job_id,
             "--stop-grace", str(self.grace_s),
             "--run-dir", self.run_dir,
+            "--epochs", str(self.epochs),
+            *(["--max-steps", str(self.max_steps)] if self.max_steps is not None else []),
             "--", *self.arguments,
         ]  # fmt: skip
 
@@ -107,7 +112,12 @@ def parse_rendezvous(text: str) -> tuple[str, int]:
     port = int(match["p6"] or match["port"] or DEFAULT_PORT)
     if not 0 < port < 65536:
         raise ValueError(f"{text!r}: a port is a number from 1 to 65535")
-    return match["v6"] or match["host"], port
+    host = match["v6"] or match["host"]
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"{text!r}: {host!r} is not a valid name of a machine") from None
+    return host, port
 
 
 def own_addresses() -> dict[str, str]:

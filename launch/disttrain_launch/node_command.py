@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import signal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,11 @@ from disttrain_launch.options import (
     overrides_option,
 )
 from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
+
+if TYPE_CHECKING:
+    from disttrain_launch.node import Node
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @click.command(short_help="Run one machine's part of a job on several.")
@@ -53,15 +59,33 @@ def run_node(
     dry_run: bool,
 ) -> None:
     """Check everything, and become this machine's agent (or say what it would be)."""
+    # The agent lets them through once it can handle them: the first process of a container would not hear of them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        planned = _planned(recipe, num_workers, run_dir, overrides, options, max_restarts)
+        if dry_run:
+            click.echo(planned.described())
+        else:
+            planned.become()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _planned(
+    recipe: str | None,
+    num_workers: int,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    options: NodeOptions,
+    max_restarts: int,
+) -> Node:
     if run_dir is None:
         raise click.UsageError("--run-dir is missing: machines that come later, or again, must find the run.")
     checked = checked_recipe(recipe, run_dir, overrides)
-    arguments = module_arguments("disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
-    planned = planned_node((*arguments, *override_arguments(overrides)), num_workers, run_dir, options, max_restarts)
+    options_of_workers = ("--run-dir", run_dir, *override_arguments(overrides))
+    arguments = module_arguments("disttrain", recipe_source(recipe, run_dir), *options_of_workers)
+    planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, checked)
     fewest = planned.nodes[0] * planned.workers
     said = f"--nodes {planned.nodes[0]} with -n {num_workers}, at least {fewest} workers"
     refuse_more_workers_than_shards(checked, fewest, said)
-    if dry_run:
-        click.echo(planned.described())
-        return
-    planned.become()
+    return planned

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from disttrain.recipe import Recipe
     from disttrain_launch.node import Node
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -57,7 +58,12 @@ def node_options(function: _Function) -> _Function:
 
 
 def planned_node(
-    arguments: tuple[str, ...], num_workers: int, run_dir: str, options: NodeOptions, max_restarts: int
+    arguments: tuple[str, ...],
+    num_workers: int,
+    run_dir: str,
+    options: NodeOptions,
+    max_restarts: int,
+    recipe: Recipe,
 ) -> Node:
     """What the options come to on this machine. Raises click.UsageError or ConfigurationError."""
     from disttrain.recipe import ConfigurationError
@@ -74,12 +80,9 @@ def planned_node(
     except ValueError as error:
         raise click.BadParameter(f"{error}.", param_hint="'--rendezvous'") from None
     found, mine = resolve(host), own_addresses()
-    if options.node_rank is None and not found:
-        raise ConfigurationError(
-            f"--rendezvous {options.rendezvous}: the name {host!r} does not resolve here, so that nobody can tell "
-            "which machine it is. Give an address, or --node-rank."
-        )
-    serves = options.node_rank == 0 if options.node_rank is not None else any(one in mine for one in found)
+    serves = None  # the agent knows what an unknown name means: that of a finished run's machine may be gone
+    if options.node_rank is not None or found:
+        serves = options.node_rank == 0 if options.node_rank is not None else any(one in mine for one in found)
     address = options.local_addr or address_towards(host, port)
     is_loopback = address is not None and (address.startswith("127.") or address == "::1")
     if is_loopback and options.local_addr is None and nodes[1] > 1 and host not in ("localhost", "127.0.0.1", "::1"):
@@ -99,4 +102,6 @@ def planned_node(
         max_restarts=max_restarts,
         job_id=options.job_id,
         grace_s=options.stop_grace,
+        epochs=recipe.train.epochs,
+        max_steps=recipe.train.max_steps,
     )

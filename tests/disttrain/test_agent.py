@@ -1,58 +1,154 @@
-"""What the agent of a node makes of its workers' ends."""
+"""A node's agent, with stand-ins for its workers: what becomes of requests to stop, and of a run that is finished."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from disttrain.agent.cause import Cause
-from disttrain.agent.elastic import Agent
-from disttrain.report import report_finished
+from disttrain.agent import __main__ as program
+from disttrain.agent import elastic
+from disttrain.recipe import load_recipe, to_toml
+from disttrain.testing import run_workers
+
+# Each is ready, and then does what the line after it says. As a real worker, it takes a second request for impatience.
+_WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+rank, folder = os.environ["RANK"], Path(sys.argv[1])
+requests = []
+signal.signal(signal.SIGTERM, lambda *_: requests.append(time.monotonic()))
+def end(code, message):
+    report = {"exit_code": code, "message": message, "time": time.time()}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
+    os._exit(code)
+def all_ready():
+    (folder / f"ready-{rank}").touch()
+    while len(list(folder.glob("ready-*"))) < 2:
+        time.sleep(0.02)
+"""
+SAVES_FOR_THREE_SECONDS = """
+all_ready()
+while not requests:
+    time.sleep(0.02)
+time.sleep(3)
+end(75, "saved") if len(requests) == 1 else end(130, "asked more than once")
+"""
+IS_NOT_READY_YET = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nall_ready()\ntime.sleep(300)"
+FAILS_AFTER_THE_END = """
+all_ready()
+if rank == "1":
+    with (folder / "run/journal.jsonl").open("a") as journal:
+        journal.write('{"kind": "status", "status": "FINISHED"}\\n')
+    end(1, "a connection was lost")
+end(0, "done")
+"""
 
 
-class Bulletin:
-    """One node's own."""
+def node(folder: Path, port: int, does: str = "", rendezvous: str = "", serves: str = "", epochs: int = 2) -> str:
+    """Be one of two nodes; the exit code, and what was said."""
+    rank = os.environ.pop("RANK")
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+    elastic._TO_END_S = 1
+    sys.argv = [
+        "agent", "--nodes", "2", "2", "--rendezvous", rendezvous or f"127.0.0.1:{port}", "--workers", "1",
+        "--max-restarts", "0", "--job-id", "job", "--serves", serves or str(rank == "0").lower(),
+        "--local-addr", "127.0.0.1", "--stop-grace", "60", "--run-dir", str(folder / "run"), "--epochs", str(epochs),
+        "--", "-c", _WORKER + does, str(folder),
+    ]  # fmt: skip
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        code = program.main()
+        said.seek(0)
+        return f"{code}: {said.read().decode()}"
 
-    def __init__(self) -> None:
-        self.announced: list[Cause] = []
 
-    def ended(self) -> None:
-        return None
+def two_nodes(folder: Path, does: str, requests: Sequence[signal.Signals] = ()) -> list[str]:
+    """Two nodes, both of which are sent these signals, a second apart, once their workers are ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
 
-    def first_of_all(self, cause: Cause, patience_s: float) -> Cause:
-        return cause
+    def ask() -> None:
+        while len(list(folder.glob("ready-*"))) < 2:
+            time.sleep(0.02)
+        for number in requests:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
 
-    def announce(self, cause: Cause) -> None:
-        self.announced.append(cause)
+    def work() -> str:
+        threading.Thread(target=ask, daemon=True).start()
+        return node(folder, port, does)
+
+    return run_workers(work, 2, process_group=False, timeout_s=120)
 
 
-@pytest.mark.parametrize("state", [WorkerState.HEALTHY, WorkerState.SUCCEEDED])
-def test_a_worker_that_left_with_0_and_has_not_finished_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: WorkerState
-) -> None:
-    """torch takes its 0 for success; the others may be waiting for it."""
-    files = {rank: str(tmp_path / f"error-{rank}.json") for rank in range(2)}
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", files[0])
-    report_finished()
-    codes = {0: 0, 1: 0}
-    handlers = {rank: SimpleNamespace(proc=SimpleNamespace(poll=lambda rank=rank: codes[rank])) for rank in codes}
-    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda *_: RunResult(state=state))
-    agent: Any = Agent.__new__(Agent)
-    agent.cause, agent._host, agent._remaining_restarts, bulletin = None, "box", 0, Bulletin()
-    agent._pcontext = SimpleNamespace(subprocess_handlers=handlers, error_files=files)
-    agent._newest_step, agent._failed_at = lambda: 0, None
-    agent.bulletin = lambda: bulletin
-    group: Any = SimpleNamespace(workers=[SimpleNamespace(global_rank=rank + 4) for rank in range(2)])
-    assert agent._monitor_workers(group).state is WorkerState.FAILED
-    assert agent.cause.message.startswith("rank 5 on box ended with exit code 0 before its work was done")
-    assert bulletin.announced == [agent.cause]
-    agent.cause = None
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", files[1])
-    report_finished()
-    assert agent._monitor_workers(group).state is state
-    assert agent.cause is None
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of two epochs that has begun."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "recipe.toml").write_text(to_toml(load_recipe("digits", ["train.epochs=2"])))
+    (path / "journal.jsonl").write_text('{"kind": "journal"}\n{"kind": "status", "status": "RUNNING"}\n')
+    return path
+
+
+def test_nodes_that_are_stopped_at_once_leave_their_workers_the_time_to_save(tmp_path: Path) -> None:
+    """However often it is said: whoever stops a pod may do so several times while it saves."""
+    said = two_nodes(tmp_path, SAVES_FOR_THREE_SECONDS, [signal.SIGTERM] * 3)
+    for words in said:
+        assert words.startswith("75: disttrain: SIGTERM: the workers are asked to save and stop"), said
+        assert words.endswith("\ndisttrain: saved\n")
+
+
+def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
+    for words in two_nodes(tmp_path, SAVES_FOR_THREE_SECONDS, [signal.SIGINT] * 3):
+        assert words.startswith("1: disttrain: SIGINT: the workers are asked to save and stop; a second Ctrl-C kills")
+        assert words.endswith("ended without a save: the workers were killed on request\n")
+
+
+def test_workers_that_are_not_ready_have_nothing_to_save(tmp_path: Path) -> None:
+    for words in two_nodes(tmp_path, IS_NOT_READY_YET, [signal.SIGTERM]):
+        assert words.startswith("75: ")
+        assert "stopped before the workers were ready" in words
+
+
+def test_a_worker_that_fails_after_the_end_of_the_run_is_not_waited_for(tmp_path: Path, run_dir: Path) -> None:
+    assert two_nodes(tmp_path, FAILS_AFTER_THE_END) == ["0: ", "0: "]
+
+
+def test_a_node_that_comes_after_the_end_is_done(tmp_path: Path, run_dir: Path) -> None:
+    """The name of the node that served the rendezvous may be gone with it."""
+
+    def late(epochs: int) -> str:
+        return node(tmp_path, 1, rendezvous="gone.invalid:1", serves="unknown", epochs=epochs)
+
+    (running,) = run_workers(lambda: late(2), 1, process_group=False)
+    assert running.startswith("1: disttrain: --rendezvous gone.invalid:1: the name 'gone.invalid' does not resolve")
+    with (run_dir / "journal.jsonl").open("a") as journal:
+        journal.write('{"kind": "status", "status": "FINISHED"}\n{"kind": "event", "name": "status"}\n')
+    (finished,) = run_workers(lambda: late(2), 1, process_group=False)
+    assert finished == f"0: disttrain: {run_dir} is finished already: there is nothing left to do\n"
+    (longer,) = run_workers(lambda: late(3), 1, process_group=False)
+    assert longer.startswith("1: ")
+
+
+def test_so_is_one_of_a_run_behind_a_url(tmp_path: Path, run_dir: Path) -> None:
+    from disttrain.agent.finished import is_finished
+
+    url = f"file://{run_dir}"
+    assert not is_finished(url, (2, None))
+    with (run_dir / "journal.jsonl").open("a") as journal:
+        journal.write('{"kind": "status", "status": "FINISHED"}\n')
+    assert is_finished(url, (2, None))
+    assert not is_finished(url, (2, 7))
+    assert not is_finished(f"{url}-nowhere", (2, None))

@@ -14,6 +14,7 @@ PODS = Api("", "v1", "Pod", "pods")
 EVENTS = Api("", "v1", "Event", "events")
 WORKLOADS = Api("kueue.x-k8s.io", "v1beta1", "Workload", "workloads")
 _NOT_FOUND, _BAD_REQUEST, _FORBIDDEN = 404, 400, 403
+_BUSY, _SERVER_ERROR = (408, 429), 500
 _NATIVE_GROUPS = ("", "batch", "networking.k8s.io")
 
 
@@ -38,6 +39,7 @@ class Cluster:
 
         from disttrain.recipe import ConfigurationError
 
+        self._context, self._namespace = context, namespace
         try:
             config = KubeConfig.from_env().get(context)
             if config is None:
@@ -50,6 +52,10 @@ class Cluster:
             ) from None
         self.namespace = self._client.namespace
         self._server = str(self._client.config.cluster.server)
+
+    def log_in_again(self) -> None:
+        """Read the kubeconfig anew: whoever logs in writes a new token there. Raises ConfigurationError."""
+        self._client = Cluster(self._context, self._namespace)._client
 
     def apply(self, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
         """Make the object, or change it into this (server-side apply); its state afterwards."""
@@ -156,6 +162,7 @@ class Cluster:
         """
         import httpx2
         from lightkube import ApiError
+        from lightkube.core.exceptions import ConfigError
 
         try:
             yield from self._client.log(pod, namespace=self.namespace, follow=follow, timestamps=True, newlines=False)
@@ -164,7 +171,7 @@ class Cluster:
                 raise FileNotFoundError(pod) from None
             if error.status.code != _BAD_REQUEST:  # which says that it has not started
                 raise LostConnection(str(error.status.message)) from None
-        except (httpx2.HTTPError, httpx2.StreamError) as error:
+        except (httpx2.HTTPError, httpx2.StreamError, ConfigError) as error:
             raise LostConnection(str(error)) from None
 
     @contextmanager
@@ -179,6 +186,9 @@ class Cluster:
         try:
             yield
         except ApiError as error:
+            code = error.status.code or 0
+            if code in _BUSY or code >= _SERVER_ERROR:
+                raise DisttrainError(f"the cluster cannot answer for {what}: {error.status.message}") from None
             raise ConfigurationError(f"the cluster refused {what}: {error.status.message}") from None
         except ConfigError as error:
             raise ConfigurationError(f"cannot log in to {self._server}: {error}") from None

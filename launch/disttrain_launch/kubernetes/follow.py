@@ -29,22 +29,30 @@ def follow(
     Args:
         all_pods: the logs of all pods, or of those with rank 0.
 
-    Returns the job's exit code: 0, 75 if it was stopped, or that of the pod that failed.
+    Returns the job's exit code: 0, 75 if it was stopped, or that of the pod that failed; 1 if it could not be seen.
     """
+    from disttrain.recipe import ConfigurationError
+
     logs, said, ended = LogFollower(cluster, emit), "", set[str]()
     codes: list[int] = []
+    is_done = False  # a node ends with 0 only if the run is finished
     while True:
-        seen = _look(cluster, kind, name, say)
+        try:
+            seen = _look(cluster, kind, name, say)
+        except ConfigurationError as error:
+            say(f"{error}; the job itself is not affected. `disttrain k8s status {name}` tells how it stands")
+            return _FAILURE
         if seen is None:
             logs.finish()
             say("the job has been deleted")
-            return _FAILURE
+            return 0 if is_done else _FAILURE
         job, pods = seen
         logs.update([pod for pod in pods if all_pods or pod.is_first])
         for pod in pods:
             if pod.phase == "ended" and pod.name not in ended:
                 ended.add(pod.name)
                 codes += [pod.exit_code] if pod.exit_code else []
+                is_done = is_done or pod.exit_code == 0
                 if pod.exit_code != 0:
                     say(f"node {pod.node}: {pod.words}")
         line = summary(kind, job, pods)
@@ -54,12 +62,17 @@ def follow(
         state = state_of(kind, job, pods)
         if state in ("complete", "failed", "suspended"):
             logs.finish()
+            if state == "failed" and is_done:
+                say("the run is finished: a node has trained it to its end, whatever became of the job")
+                return 0
             return {"complete": 0, "suspended": _STOPPED}.get(state, _worst(codes))
         time.sleep(_POLL_S)
 
 
 def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
     """Ask the job to save and stop, wait until its pods have ended, and say whether that is safe; whether it is."""
+    from disttrain.recipe import DisttrainError
+
     name = job["metadata"]["name"]
     labels = labels_of(name)
     manifests, version = cluster.snapshot(PODS, labels)  # before asking, so that no end goes unseen
@@ -70,6 +83,27 @@ def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
         return True
     say(f"asked {len(live)} nodes to save and stop")
     firsts = {pod.name for pod in live.values() if pod.is_first}
+    try:
+        codes = _watched_to_the_end(cluster, labels, version, live, say)
+    except DisttrainError as error:
+        say(f"{error}; the job was asked, but how it ends is not seen: `disttrain k8s status {name}` tells")
+        return False
+    ends = [codes.get(pod_name) for pod_name in firsts]
+    if ends and all(code in (0, _STOPPED) for code in ends):
+        say(f"safe: the checkpoint is saved. `disttrain k8s submit` with the same arguments goes on; "
+            f"`disttrain k8s stop {name} --now` removes the job")  # fmt: skip
+        return True
+    if not ends or None in ends:
+        say("the pods are gone, but how node 0 ended was not seen: look at the run's newest checkpoint")
+    else:
+        say("NOT saved: node 0 did not end by saving; the run goes on from an earlier checkpoint")
+    return False
+
+
+def _watched_to_the_end(
+    cluster: Cluster, labels: dict[str, str], version: str, live: dict[str, Pod], say: Say
+) -> dict[str, int]:
+    """The exit codes of these pods, as far as they were seen, once none of the job's runs any more."""
     codes: dict[str, int] = {}
     while live:
         for change, manifest in cluster.watch(PODS, labels, since=version, for_s=_WATCH_S):
@@ -85,16 +119,7 @@ def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
             time.sleep(_POLL_S)  # the watch broke off
         manifests, version = cluster.snapshot(PODS, labels)
         live = _live(manifests)
-    ends = [codes.get(pod_name) for pod_name in firsts]
-    if ends and all(code in (0, _STOPPED) for code in ends):
-        say(f"safe: the checkpoint is saved. `disttrain k8s submit` with the same arguments goes on; "
-            f"`disttrain k8s stop {name} --now` removes the job")  # fmt: skip
-        return True
-    if not ends or None in ends:
-        say("the pods are gone, but how node 0 ended was not seen: look at the run's newest checkpoint")
-    else:
-        say("NOT saved: node 0 did not end by saving; the run goes on from an earlier checkpoint")
-    return False
+    return codes
 
 
 def _live(manifests: list[Manifest]) -> dict[str, Pod]:
@@ -103,10 +128,13 @@ def _live(manifests: list[Manifest]) -> dict[str, Pod]:
 
 
 def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, list[Pod]] | None:
-    """The job and its pods; None once it is gone. A cluster that cannot be reached is asked again."""
+    """The job and its pods; None once it is gone. A cluster that cannot be reached is asked again.
+
+    Raises ConfigurationError if it refuses, after reading the kubeconfig anew: a token may have expired.
+    """
     from disttrain.recipe import ConfigurationError, DisttrainError
 
-    complained = False
+    complained = logged_in = False
     while True:
         try:
             # The pods first: a job that is then seen to have ended has its last pods in the list.
@@ -116,7 +144,10 @@ def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, 
                 pods = pods_of(cluster, labels_of(name))
             return None if job is None else (job, pods)
         except ConfigurationError:
-            raise
+            if logged_in:
+                raise
+            cluster.log_in_again()
+            logged_in = True
         except DisttrainError as error:
             if not complained:
                 say(f"{error}; trying again")

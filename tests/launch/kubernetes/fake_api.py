@@ -48,6 +48,7 @@ class Store:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.refuse: Callable[[Object], str | None] = lambda _manifest: None
         self.forbidden: set[str] = set()  # plurals that the user may not see
+        self.token = "secret"  # of the user; another one is refused
         self.drop_logs_after: list[int] = []  # the next log streams break off after so many lines
         self._version = 0
 
@@ -143,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.store.requests.append((self.command, url.path, query))
         found = _PATH.fullmatch(url.path)
         try:
+            if self.headers["Authorization"] != f"Bearer {self.store.token}":
+                raise Refused(401, "Unauthorized", "Unauthorized")
             if url.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
                 self._send(201, self._review(json.loads(body)))
                 return

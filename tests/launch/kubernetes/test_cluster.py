@@ -162,6 +162,43 @@ def test_what_would_fail_again_is_not_tried_again(desk: Desk, code: int) -> None
     desk.cluster.wait("the other's end", lambda: desk.num_running() == 0)
 
 
+def test_a_finished_run_is_not_a_failure_whatever_becomes_of_its_job(desk: Desk) -> None:
+    """A node that was replaced or late may fail once the others have gone."""
+    desk.submit()
+    desk.wait_for_nodes(2)
+    follower = desk.follow()
+    desk.tell("exit-0", "0")
+    desk.cluster.wait("the end of node 0", lambda: desk.num_running() == 1)
+    desk.tell("exit-1", "78")
+    end(follower)
+    assert desk.exit_code == 0
+    assert desk.said[-2].startswith("failed: Job has exceeded")
+    assert desk.said[-1].startswith("the run is finished")
+
+
+def test_a_token_that_expires_leaves_the_job_alone(desk: Desk) -> None:
+    desk.submit()
+    desk.wait_for_nodes(2)
+    follower = desk.follow()
+    desk.cluster.wait("word of its start", lambda: "running: 2 of 2 nodes" in desk.said)
+    desk.cluster.store.token = "new"
+    end(follower)
+    assert desk.exit_code == 1  # and not 78, which says that trying again is useless
+    assert desk.said[-1] == (
+        "the cluster refused pods: Unauthorized; the job itself is not affected. `disttrain k8s status digits` tells "
+        "how it stands"
+    )
+    desk.cluster.store.token = "secret"
+    follower = desk.follow()
+    desk.cluster.wait("word of its start", lambda: desk.said.count("running: 2 of 2 nodes") == 2)
+    config = desk.cluster.kubeconfig
+    config.write_text(config.read_text().replace("token: secret", "token: new"))  # by whoever logs in again
+    desk.cluster.store.token = "new"
+    desk.tell("done")
+    end(follower)
+    assert desk.exit_code == 0
+
+
 def test_stop_asks_for_a_checkpoint_and_submit_goes_on(desk: Desk) -> None:
     desk.submit()
     desk.wait_for_nodes(2)
