@@ -16,6 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PLUGINS = (
+    "pytest-asyncio", "pytest-cov", "pytest-json-report", "pytest-mock", "pytest-randomly", "pytest-rerunfailures",
+    "pytest-sugar",
+)  # fmt: skip
 pytestmark = [pytest.mark.wheel, pytest.mark.timeout(1800)]
 
 
@@ -107,3 +111,23 @@ def test_the_example_project_tests_its_own_code_with_it(installed: Installed) ->
     project = shutil.copytree(ROOT / "examples" / "test_your_own_code", installed.folder / "project")
     out = installed.run("python", "-m", "pytest", "-q", str(project), "--rootdir", str(project))
     assert "14 passed, 2 xfailed" in out
+
+
+@pytest.mark.parametrize("options", [("--force-sugar",), ("-n", "2")], ids=["alone", "xdist"])
+def test_other_plugins_of_pytest_work_with_it(installed: Installed, options: tuple[str, ...], tmp_path: Path) -> None:
+    """The last of this file: it installs what changes how every pytest runs."""
+    install = ["-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), *PLUGINS]
+    subprocess.run([installed.bin / "python", *install], check=True, timeout=600)
+    source = ROOT / "tests" / "disttrain" / "testing" / "project_with_plugins"
+    project = shutil.copytree(source, tmp_path / "project")
+    report, coverage = tmp_path / "report.json", tmp_path / "coverage.json"
+    command = ["python", "-m", "pytest", str(project), "--rootdir", str(project), f"--cov={project}"]
+    reports = ["--json-report", "--json-report-file", str(report), f"--cov-report=json:{coverage}"]
+    installed.run(*command, *reports, *options)
+    summary = json.loads(report.read_text())["summary"]
+    assert (summary["total"], summary["passed"], summary["rerun"]) == (7, 6, 1)  # which has passed in the end
+    (missing,) = [
+        file["missing_lines"] for path, file in json.loads(coverage.read_text())["files"].items() if "measured" in path
+    ]
+    assert missing[-1] == 15
+    assert len(missing) == 2 or "-n" in options  # pytest-cov's no_cover leaves one of its two measurements running

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from disttrain.testing import diagnosis, processes, stacks
+from disttrain.testing import diagnosis, measuring, processes, stacks
 from disttrain.testing.errors import HarnessError
 from disttrain.testing.pool import Server
 from disttrain.testing.spec import WorkerSpec
@@ -114,9 +114,10 @@ class Crew:
         if self.spent:
             raise HarnessError("a worker of this group has died or hung before; make a new group with `workers(...)`")
         self.spent = True  # unless everybody answers; also if we are interrupted
+        wanted = measuring.wanted()
         for worker, argument in zip(self.workers, arguments, strict=True):
             with contextlib.suppress(OSError):  # it died: the wait finds out
-                worker.channel.send((command, argument))
+                worker.channel.send((command, argument, wanted))
         replies, reason = self._wait(time.monotonic() + timeout_s, timeout_s, patient)
         pending = [worker for worker in self.workers if worker.rank not in replies]
         if pending:
@@ -165,6 +166,7 @@ class Crew:
             status = self._server.status(worker.pid)
             return Reply(worker.rank, "died", {"status": status, "stacks": worker.stacks_from(0)})
         self.late_imports.update(content["late_imports"])
+        measuring.add(content["measured"])
         return Reply(worker.rank, content["kind"], content)
 
     def histories(self) -> dict[int, diagnosis.History]:

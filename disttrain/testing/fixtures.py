@@ -17,45 +17,49 @@ import pytest
 _OF_PYTEST = ("_pytest.", "disttrain.testing.")
 
 
-def names_to_send(item: pytest.Function) -> list[str]:
-    """The fixtures whose values the workers need from here."""
+def levels_to_send(item: pytest.Function) -> list[tuple[str, int]]:
+    """The fixtures whose values the workers need from here: a name, and which of the fixtures of that name.
+
+    -1 is the one that the test sees, -2 the one that this overrides and may ask for by its own name, and so on.
+    """
     manager: Any = item.session._fixturemanager
     autouse = set(manager._getautousenames(item))
-    pending = list(item._fixtureinfo.initialnames)
-    seen: set[str] = set()
+    pending: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in item._fixtureinfo.initialnames]
+    seen: set[tuple[str, int]] = set()
     found = []
     while pending:
-        name = pending.pop()
+        name, asked_by = pending.pop()
         definitions = item._fixtureinfo.name2fixturedefs.get(name)
-        if name in seen or not definitions:
+        level = -1 - asked_by.count(name)
+        if (name, level) in seen or not definitions or -level > len(definitions):
             continue
-        seen.add(name)
-        definition = definitions[-1]
+        seen.add((name, level))
+        definition = definitions[level]
         if name == "tmp_path" and definition.func.__module__ == "_pytest.tmpdir":
-            found.append(name)
+            found.append((name, level))
         elif definition.func.__module__.startswith(_OF_PYTEST):
             continue
         elif definition.scope == "function" or name in autouse:
-            pending.extend(definition.argnames)
+            pending.extend((argname, (*asked_by, name)) for argname in definition.argnames)
         else:
-            found.append(name)
+            found.append((name, level))
     return found
 
 
-def make_and_pickle(item: pytest.Function) -> dict[str, bytes]:
+def make_and_pickle(item: pytest.Function) -> dict[tuple[str, int], bytes]:
     """Make those fixtures, and pickle their values. Fails the test with a hint where that cannot be done."""
     import cloudpickle  # type: ignore[import-untyped]
 
     pickled = {}
-    for name in names_to_send(item):
-        value = item._request.getfixturevalue(name)
+    for name, level in levels_to_send(item):
+        value = _value(item, name, level)
         error: Exception | None = None
         try:
-            pickled[name] = cloudpickle.dumps(value)
+            pickled[name, level] = cloudpickle.dumps(value)
         except Exception as raised:
             error = raised
         if error is not None:
-            scope = item._fixtureinfo.name2fixturedefs[name][-1].scope
+            scope = item._fixtureinfo.name2fixturedefs[name][level].scope
             pytest.fail(
                 f"the fixture '{name}' has {scope} scope, so it is made once and its value is sent to the workers, but "
                 f"a {type(value).__name__} cannot be pickled ({error}). Give it function scope, and every worker makes "
@@ -63,3 +67,16 @@ def make_and_pickle(item: pytest.Function) -> dict[str, bytes]:
                 pytrace=False,
             )
     return pickled
+
+
+def _value(item: pytest.Function, name: str, level: int) -> object:
+    if level == -1:
+        return item._request.getfixturevalue(name)
+    definitions: Any = item._fixtureinfo.name2fixturedefs
+    known = definitions[name]
+    definitions[name] = known[: level + 1]  # without those that override it, which are made in the workers
+    try:
+        return item._request.getfixturevalue(name)
+    finally:
+        definitions[name] = known
+        item._request._fixture_defs.pop(name, None)

@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 from _pytest._code.code import ExceptionChainRepr, ExceptionInfo, TerminalRepr
+from _pytest.unittest import TestCaseFunction
 
 from disttrain.testing import examples, narrative, subtests
 from disttrain.testing.crew import Reply
@@ -26,8 +28,11 @@ from disttrain.testing.reports import RanksFailed, merged, of_rank, text_only
 
 
 def distributed(item: pytest.Item) -> pytest.Item:
-    """The same test, to be run in workers. Items of other plugins stay what they are, and are refused later."""
-    if type(item) is not pytest.Function:
+    """The same test, to be run in workers. What is not a function stays what it is, and fails when it is set up.
+
+    A function that another plugin runs in its way, such as pytest-asyncio a coroutine, is run in that way there.
+    """
+    if not isinstance(item, pytest.Function) or isinstance(item, TestCaseFunction):
         return item
     return DistributedFunction.from_parent(
         item.parent,
@@ -229,9 +234,9 @@ def _skip(skipped: Sequence[Reply], world_size: int) -> None:
 
 
 def _warning_class(name: str) -> type[Warning]:
-    module, _, attribute = name.partition(":")
+    module, _, qualified = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        found = attrgetter(qualified)(import_module(module))
     except (ImportError, AttributeError):
         return UserWarning
     return found if isinstance(found, type) and issubclass(found, Warning) else UserWarning

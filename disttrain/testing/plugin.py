@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("world_size", sizes, ids=[f"world_size={size}" for size in sizes])
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the last to see what was made: other plugins replace items of theirs
 def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, Any, Any]:
     made = yield
     if in_worker(collector.config) or not isinstance(made, list):
@@ -58,14 +58,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     marked = [item for item in session.items if item.get_closest_marker(MARKER)]
     if not marked:
         return
-    from disttrain.testing.item import DistributedFunction
-
-    for item in marked:
-        if not isinstance(item, DistributedFunction):
-            raise pytest.UsageError(
-                f"{item.nodeid}: @pytest.mark.{MARKER} is for plain test functions and methods, and this is a "
-                f"{type(item).__name__} of unittest or another plugin; call disttrain.testing.run_workers in it instead"
-            )
     if session.config.getoption("usepdb", False) or session.config.getoption("trace", False):
         raise pytest.UsageError(
             f"--pdb and --trace cannot reach into worker processes, and {len(marked)} of these tests run in workers "
@@ -75,6 +67,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     from disttrain.testing.pool import default_pool
 
     default_pool().start()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse what cannot run in workers: this test, not the others."""
+    if in_worker(item.config) or item.get_closest_marker(MARKER) is None:
+        return
+    from disttrain.testing.item import DistributedFunction
+
+    if not isinstance(item, DistributedFunction):
+        pytest.fail(
+            f"@pytest.mark.{MARKER} is for test functions and methods of plain classes, and this is a "
+            f"{type(item).__name__} of unittest or another plugin; call disttrain.testing.run_workers in it instead",
+            pytrace=False,
+        )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,10 +18,11 @@ _NOT_IN_WORKERS: dict[str, Any] = {
     "basetemp": None,
     "capture": "no",
     "collectonly": False,
-    "cov_source": [],
+    "cov_source": [],  # the workers' coverage is ours to collect: see measuring
     "deselect": None,
     "dist": "no",
     "failedfirst": False,
+    "force_sugar": False,
     "keyword": "",
     "lf": False,
     "looponfail": False,
@@ -38,7 +39,7 @@ _NOT_IN_WORKERS: dict[str, Any] = {
     "usepdb": False,
     "xmlpath": None,
 }
-_PLUGINS_NOT_IN_WORKERS = ("no:terminal", "no:_cov", "no:pytest_cov")
+_PLUGINS_NOT_IN_WORKERS = ("no:terminal",)
 
 
 class Providers:
@@ -65,14 +66,14 @@ PROVIDERS = Providers()
 
 def pytest_preload(item: pytest.Item) -> PytestPreload:
     """Have workers collect the file of this test, with the options of its session."""
+    from disttrain.testing.workerinput import workerinput
+
     config = item.config
-    options = {name: value for name, value in vars(config.option).items() if _can_be_sent(value)}
+    options = {name: value for name, value in vars(config.option).items() if can_be_sent(value)}
     options |= {name: value for name, value in _NOT_IN_WORKERS.items() if name in options}
     options["plugins"] = list(_PLUGINS_NOT_IN_WORKERS)
     options["rootdir"] = str(config.rootpath)
     options["inifilename"] = str(config.inipath) if config.inipath else None
-    workerinput = {"disttrain": True, "workerid": "master", "workercount": 1, "testrunuid": "disttrain", "mainargv": []}
-    workerinput |= {name: value for name, value in getattr(config, "workerinput", {}).items() if _can_be_sent(value)}
     return PytestPreload(
         session=id(config),
         path=str(item.path),
@@ -83,11 +84,13 @@ def pytest_preload(item: pytest.Item) -> PytestPreload:
         options=options,
         sys_path=tuple(sys.path),
         env=dict(os.environ),
-        workerinput=workerinput,
+        # What plugins give a worker is mostly an option; without xdist nobody asks them, and this is what they find.
+        workerinput=options | workerinput(config),
     )
 
 
-def _can_be_sent(value: object) -> bool:
+def can_be_sent(value: object) -> bool:
+    """Whether another process can have it."""
     try:
         pickle.loads(pickle.dumps(value))
     except Exception:

@@ -7,7 +7,7 @@ from typing import Any
 
 # What torch imports only when it is first needed: making an optimizer imports torch._dynamo, which is 1.2 s of work.
 # A worker tells which of these it came to have, and the fork server imports them for the workers to come.
-LATE_IMPORTS = ("torch._dynamo", "torch.distributed.checkpoint", "torch.export")
+LATE_IMPORTS = ("coverage", "torch._dynamo", "torch.distributed.checkpoint", "torch.export")
 
 
 @dataclass(frozen=True)

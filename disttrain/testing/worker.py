@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from disttrain.testing import processes, stacks
 from disttrain.testing.loading import load
+from disttrain.testing.measuring import Measuring
 from disttrain.testing.spec import LATE_IMPORTS, WorkerSpec
 from disttrain.testing.wire import Channel
 
@@ -38,6 +39,27 @@ def warm_up() -> None:
     register: Callable[[str], None] | None = getattr(c10d.Backend, "_ensure_backend_registered", None)
     if register is not None and dist.is_gloo_available():
         register("gloo")
+
+
+class Orders:
+    """What the test process tells a worker to do: one command at a time, each of which is answered."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._measuring = Measuring()
+        self._command = ""
+
+    def receive(self) -> tuple[str, Any]:
+        """The next command and its argument. Raises EOFError when the test process has hung up."""
+        (self._command, argument, wanted), _ = self._channel.receive()
+        self._measuring.follow(wanted)
+        return self._command, argument
+
+    def answer(self, reply: dict[str, Any]) -> None:
+        """Answer the last command."""
+        late_imports = [name for name in LATE_IMPORTS if name in sys.modules]
+        measured = self._measuring.take() if self._command in ("function", "teardown") else None
+        self._channel.send(reply | {"late_imports": late_imports, "measured": measured})
 
 
 def work(spec: WorkerSpec, fds: list[int], session: Any) -> NoReturn:
@@ -93,23 +115,18 @@ def _serve(spec: WorkerSpec, channel: Channel, fds: list[int], session: Any) -> 
         broken = None
     except Exception as error:
         broken = failure(error)
-    runner: Any = None
-    while True:
-        try:
-            (command, argument), _ = channel.receive()
-        except EOFError:
-            break
-        if broken is not None:
-            reply = broken
-        elif command == "function":
-            reply = _call(argument)
-        else:
-            from disttrain.testing.worker_pytest import ItemRunner
+    orders = Orders(channel)
+    with contextlib.suppress(EOFError):
+        while True:
+            command, argument = orders.receive()
+            if broken is not None:
+                orders.answer(broken)
+            elif command == "function":
+                orders.answer(_call(argument))
+            else:
+                from disttrain.testing.worker_pytest import ItemRunner
 
-            if runner is None:
-                runner = ItemRunner(session, spec)
-            reply = runner.run(command, argument)
-        channel.send(reply | {"late_imports": [name for name in LATE_IMPORTS if name in sys.modules]})
+                orders.answer(ItemRunner(session, spec, orders).run(argument))
     del store
 
 

@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Generator
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _pytest.config import Config
 from _pytest.runner import call_and_report
-from _pytest.warnings import catch_warnings_for_item
 
 from disttrain.testing import examples, subtests
 from disttrain.testing.errors import HarnessError
 from disttrain.testing.spec import PytestPreload, WorkerSpec
-from disttrain.testing.worker import failure
+from disttrain.testing.worker import Orders, failure
 
 
 def collect(preload: PytestPreload) -> pytest.Session:
     """A session that has collected the one file. Raises what pytest raises when it cannot be collected."""
     plugins = [part for plugin in preload.plugins for part in ("-p", plugin)]
-    config = Config.fromdictargs(preload.options, [*plugins, preload.path])
-    config.workerinput = preload.workerinput  # type: ignore[attr-defined]  # as plugins know a worker of xdist
-    config._do_configure()
+    with _nothing_to_say_of_the_configuration():
+        config = Config.fromdictargs(preload.options, [*plugins, preload.path])
+        config.workerinput = preload.workerinput  # type: ignore[attr-defined]  # as plugins know a worker of xdist
+        config.workeroutput = {}  # type: ignore[attr-defined]
+        config._do_configure()
     session = pytest.Session.from_config(config)
     config.hook.pytest_sessionstart(session=session)
     session.perform_collect([preload.path])
@@ -37,17 +39,52 @@ def collect(preload: PytestPreload) -> pytest.Session:
     return session
 
 
-class ItemRunner:
-    """Runs the setup, call and teardown of one test, each upon command, and answers with its report."""
+@contextmanager
+def _nothing_to_say_of_the_configuration() -> Iterator[None]:
+    """The session at home has warned of what is wrong with it; here, pytest also finds modules imported before it."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # or `python -W error` makes errors of them
+        patch.setattr(Config, "issue_config_time_warning", lambda *_, **__: None)
+        yield
 
-    def __init__(self, session: pytest.Session, spec: WorkerSpec) -> None:
+
+class ItemRunner:
+    """Runs one test: its setup, call and teardown each upon command, and answered with the report."""
+
+    def __init__(self, session: pytest.Session, spec: WorkerSpec, orders: Orders) -> None:
         self._session = session
         self._spec = spec
-        self._item: pytest.Function | None = None
+        self._orders = orders
+        self._answer: dict[str, Any] = {}
         self._scratch: Path | None = None  # of this test, shared by its ranks and the session at home
         self._warnings: list[tuple[str, str, str, int]] = []
-        self._catching: AbstractContextManager[None] | None = None
-        session.config.pluginmanager.register(self)
+
+    def run(self, argument: Any) -> dict[str, Any]:
+        """The whole test, once setup is commanded. Returns the answer to the last command."""
+        try:
+            item = self._find(argument["nodeid"])
+            self._furnish(item, argument)
+            examples.agree(item)
+            self._session.config.pluginmanager.register(self)
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+        except EOFError:
+            raise
+        except HarnessError as error:
+            return {"kind": "report", "outcome": "unusable", "message": str(error), "warnings": []}
+        except BaseException as error:
+            return failure(error)
+        return self._answer
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
+        """pytest's hook: what other plugins wrap around a test is wrapped around it here as well."""
+        phase = "setup"
+        while True:
+            self._answer = self._run(item, phase)
+            if phase == "teardown":
+                return True
+            self._orders.answer(self._answer)
+            phase, _ = self._orders.receive()
 
     def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, when: str) -> None:
         """pytest's hook: keep the warning for the session at home."""
@@ -69,39 +106,22 @@ class ItemRunner:
         with examples.shown():
             return (yield)
 
-    def run(self, phase: str, argument: Any) -> dict[str, Any]:
+    def _run(self, item: pytest.Item, phase: str) -> dict[str, Any]:
         """One phase. Returns the report as the session at home can read it."""
+        options: dict[str, Any] = {"nextitem": None} if phase == "teardown" else {}
         try:
-            return self._run(phase, argument)
+            report = call_and_report(item, phase, log=False, **options)  # type: ignore[arg-type]
+            config = self._session.config
+            return {
+                "kind": "report",
+                "outcome": report.outcome,
+                "report": config.hook.pytest_report_to_serializable(config=config, report=report),
+                "warnings": self._warnings,
+            }
         except pytest.exit.Exception as error:
             return {"kind": "report", "outcome": "exit", "message": error.msg, "warnings": []}
-        except HarnessError as error:
-            return {"kind": "report", "outcome": "unusable", "message": str(error), "warnings": []}
         except BaseException as error:
             return failure(error)
-
-    def _run(self, phase: str, argument: Any) -> dict[str, Any]:
-        if phase == "setup":
-            self._item = self._find(argument["nodeid"])
-            self._furnish(self._item, argument)
-            examples.agree(self._item)
-            self._catching = catch_warnings_for_item(
-                config=self._session.config, ihook=self._item.ihook, when="runtest", item=self._item
-            )
-            self._catching.__enter__()
-        assert self._item is not None
-        assert self._catching is not None
-        options: dict[str, Any] = {"nextitem": None} if phase == "teardown" else {}
-        report = call_and_report(self._item, phase, log=False, **options)  # type: ignore[arg-type]
-        if phase == "teardown":
-            self._catching.__exit__(None, None, None)
-        config = self._session.config
-        return {
-            "kind": "report",
-            "outcome": report.outcome,
-            "report": config.hook.pytest_report_to_serializable(config=config, report=report),
-            "warnings": self._warnings,
-        }
 
     def _find(self, nodeid: str) -> pytest.Function:
         ungrouped = nodeid.rpartition("@")[0]  # xdist's loadgroup appends the group
@@ -122,8 +142,9 @@ class ItemRunner:
         self._scratch = Path(argument["scratch"])
         config._tmp_path_factory._given_basetemp = self._scratch / f"rank-{self._spec.rank}"
         config._tmp_path_factory._basetemp = None
-        for name, pickled in argument["fixtures"].items():
-            definition: Any = item._fixtureinfo.name2fixturedefs[name][-1]
+        for (name, level), pickled in argument["fixtures"].items():
+            definitions: Any = item._fixtureinfo.name2fixturedefs
+            definition = definitions[name][level]
             try:
                 value = cloudpickle.loads(pickled)
             except Exception as error:
@@ -132,5 +153,11 @@ class ItemRunner:
                     f"the workers, but there it cannot be unpickled ({type(error).__name__}: {error}). Give it "
                     "function scope, and every worker makes its own; or have it return a path or plain values."
                 ) from error
-            definition.cached_result = (value, None, None)
-            item._request._fixture_defs[name] = definition
+            if level == -1:
+                definition.cached_result = (value, None, None)
+                item._request._fixture_defs[name] = definition
+            else:
+                params = item.callspec.params if hasattr(item, "callspec") else {}
+                made = copy(definition)
+                made.argnames, made.cached_result = (), (value, params.get(name), None)
+                definitions[name] = [made if known is definition else known for known in definitions[name]]

@@ -512,7 +512,7 @@ def test_sizes(world_size):
     )
 
 
-def test_unittest_classes_are_refused(pytester: pytest.Pytester) -> None:
+def test_what_cannot_run_in_workers_fails_and_nothing_else(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
@@ -521,10 +521,21 @@ class TestOld(unittest.TestCase):
     @pytest.mark.distributed
     def test_old(self):
         pass
+    def test_unmarked(self):
+        pass
+
+@pytest.mark.distributed
+async def test_nobody_awaits():
+    pass
+
+@pytest.mark.distributed
+def test_plain():
+    pass
 """,
     )
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*call disttrain.testing.run_workers in it instead*"])
+    result.assert_outcomes(errors=1, failed=1, passed=2)
+    result.stdout.fnmatch_lines(["*call disttrain.testing.run_workers in it instead*"])
+    result.stdout.fnmatch_lines(["*async def functions are not natively supported*"])
 
 
 def test_a_module_that_starts_threads_still_works(pytester: pytest.Pytester) -> None:
