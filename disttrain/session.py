@@ -23,7 +23,7 @@ from disttrain.job import Job, build_job, newest_checkpoint
 from disttrain.model_check import check_model
 from disttrain.progress import Progress
 from disttrain.recipe import Recipe
-from disttrain.recipe.address import is_url, working_folder
+from disttrain.recipe.address import is_url, settled, working_folder
 from disttrain.remote import Mirror, MirroredStore, RemoteRun
 from disttrain.report import report_failure
 from disttrain.rundir import (
@@ -54,7 +54,7 @@ def open_session(
 
     Every rank must call it. Raises ConfigurationError if anything that the recipe names does not fit.
     """
-    address = decided_by_main(world, lambda: str(run_dir or new_run_dir(recipe)))
+    address = decided_by_main(world, lambda: settled(str(run_dir or new_run_dir(recipe))))
     path = Path(decided_by_main(world, lambda: str(working_folder(address) if is_url(address) else address)))
     console = Console(speaks=world.is_main)
     keep = {"keep_last": recipe.checkpoint.keep_last, "keep_best": recipe.checkpoint.keep_best}

@@ -16,4 +16,4 @@ def test_the_program_of_the_python_page_trains(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Sequential (650 parameters) on the sets given (1,400 training, 397 test samples)" in done.stdout
     accuracy, run_dir = done.stdout.splitlines()[-1].split()
-    assert (float(accuracy) > 0.5, run_dir) == (True, "runs/mine")
+    assert (float(accuracy) > 0.5, run_dir) == (True, str(tmp_path / "runs/mine"))

@@ -24,6 +24,21 @@ def is_url(address: object) -> bool:
     return isinstance(address, str) and _URL.match(address) is not None
 
 
+def settled(address: str) -> str:
+    """The address as it holds wherever this process goes: a path is absolute, with the home folder for `~`; URLs stand.
+
+    Raises ConfigurationError if the current folder has been removed.
+    """
+    if is_url(address):
+        return address
+    try:
+        return str(Path(os.path.expanduser(address)).absolute())
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{address}: the current folder has been removed; start in one that exists, or give an absolute path."
+        ) from None
+
+
 def file_system(url: str) -> tuple[AbstractFileSystem, str]:
     """What opens the URL, and the path there, without a slash at its end.
 

@@ -7,6 +7,7 @@ import json
 import click
 
 from disttrain_launch.options import json_option, override_arguments, overrides_option
+from disttrain_launch.run_argument import run_dir_callback
 from disttrain_launch.worker_commands import become
 
 _PORTS = range(1, 65536)
@@ -26,6 +27,7 @@ def _host_and_port(ctx: click.Context, parameter: click.Parameter, value: str | 
 @overrides_option
 @click.option(
     "--run-dir",
+    callback=run_dir_callback,
     default="runs",
     show_default=True,
     metavar="DIR|URL",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from disttrain_launch.options import json_option
@@ -19,7 +21,7 @@ def runs() -> None:
 @json_option
 def list_runs(runs_dir: str, as_json: bool) -> None:
     """List the runs, newest last."""
-    become("disttrain.commands.runs", "list", "--runs-dir", runs_dir, *["--json"] * as_json)
+    become("disttrain.commands.runs", "list", "--runs-dir", os.path.expanduser(runs_dir), *["--json"] * as_json)
 
 
 @runs.command()

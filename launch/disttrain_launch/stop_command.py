@@ -8,37 +8,42 @@ from pathlib import Path
 
 import click
 
+from disttrain_launch.run_argument import RUN
+
 _LOOK_EVERY_S = 0.2
 
 
 @click.command(short_help="Ask a run to save and stop.")
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--wait", is_flag=True, help="Return when the run has stopped.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=600.0, show_default=True, help="Seconds to wait for.")
-def stop(run: Path, wait: bool, timeout: float) -> None:
+def stop(run: str, wait: bool, timeout: float) -> None:
     """Ask whatever trains in RUN to save a checkpoint and stop; it then ends with exit code 75.
 
     Makes the file RUN/stop, which all workers obey at the same step, and which is gone once they have.
     """
     from disttrain.recipe import ConfigurationError, DisttrainError, UsageError, open_to_append
 
-    if not (run / "recipe.toml").is_file():
+    folder = Path(run)
+    if not (folder / "recipe.toml").is_file():
         raise UsageError(f"{run} is not a run directory (it has no recipe.toml): see `disttrain runs list`.")
-    if not _is_in_use(run):
+    if not _is_in_use(folder):
         raise UsageError(f"nothing trains in {run}: there is nothing to stop.")
     try:
-        open_to_append(run / "stop").close()
+        open_to_append(folder / "stop").close()
     except OSError as error:
-        raise ConfigurationError(f"{run / 'stop'} cannot be made: {error.strerror}. Send SIGTERM instead.") from error
+        raise ConfigurationError(
+            f"{folder / 'stop'} cannot be made: {error.strerror}. Send SIGTERM instead."
+        ) from error
     if not wait:
         click.echo(f"{run} is asked to save and stop; `disttrain runs show {run}` tells when it has")
         return
     deadline = time.monotonic() + timeout
-    while _is_in_use(run):
+    while _is_in_use(folder):
         if time.monotonic() >= deadline:
             raise DisttrainError(f"{run} has not stopped within {timeout:g} s: it is still asked to.")
         time.sleep(_LOOK_EVERY_S)
-    newest = max((run / "checkpoints").glob("step-????????"), default=None)
+    newest = max((folder / "checkpoints").glob("step-????????"), default=None)
     click.echo(f"{run} has stopped; {f'its newest checkpoint is {newest}' if newest else 'it has no checkpoint'}")
 
 

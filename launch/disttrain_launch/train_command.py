@@ -18,6 +18,7 @@ from disttrain_launch.options import (
     overrides_option,
 )
 from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
+from disttrain_launch.run_argument import run_dir_callback
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
@@ -32,6 +33,8 @@ _OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing"}
 @num_workers_option
 @click.option(
     "--run-dir",
+    callback=run_dir_callback,
+    metavar="DIR|URL",
     help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to go on with it.",
 )
 @overrides_option
@@ -63,7 +66,7 @@ def train(
     checked = checked_recipe(recipe, run_dir, overrides)
     refuse_more_workers_than_shards(checked, num_workers, f"-n {num_workers}")
     if dry_run:
-        run_dir = run_dir or f"runs/{_new_name(checked)}"
+        run_dir = run_dir or str(Path("runs", _new_name(checked)).absolute())
         folder = _working_folder(run_dir)
     else:
         run_dir, folder = _opened_run_dir(run_dir, checked)
@@ -125,15 +128,15 @@ def _with_logs(folder: Path) -> Path:
 
 def _made(recipe: Recipe) -> Path:
     """A new run directory under ./runs; two runs that begin in the same second get two."""
-    stem = _new_name(recipe)
+    stem, runs = _new_name(recipe), Path("runs").absolute()
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 100))):
         try:
-            Path("runs", name).mkdir(parents=True)
+            (runs / name).mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError:
             pass  # _opened says what is wrong
-        return _opened(Path("runs", name))
+        return _opened(runs / name)
     raise AssertionError(f"a hundred runs called {stem}")
 
 

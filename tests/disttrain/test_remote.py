@@ -22,7 +22,7 @@ from disttrain.commands.locate import find_checkpoint
 from disttrain.errors import ConfigurationError, DisttrainError, UsageError
 from disttrain.faultpoints import VARIABLE, arm
 from disttrain.recipe import load_recipe
-from disttrain.recipe.address import file_system, is_url, working_folder
+from disttrain.recipe.address import file_system, is_url, settled, working_folder
 from disttrain.remote import Lease, Mirror, MirroredStore, RemoteRun, place
 from disttrain.testing import faults, small_disk
 from disttrain.testing.disk import why_not
@@ -357,6 +357,23 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.parent.parent == other.parent.parent == Path("/scratch")
     assert other.name == "run"
     assert working_folder("gs://bucket/runs/one") != one
+
+
+def test_paths_are_settled_and_urls_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    assert settled("~/runs/a") == "/home/me/runs/a"
+    assert settled("runs/~") == f"{tmp_path}/runs/~"
+    assert settled("./~/a") == f"{tmp_path}/~/a"
+    assert settled("/runs/a") == "/runs/a"
+    assert settled("s3://bucket/~/a") == "s3://bucket/~/a"
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert settled("/runs/a") == "/runs/a"
+    with pytest.raises(ConfigurationError, match="the current folder has been removed"):
+        settled("runs/a")
 
 
 def test_what_cannot_open_a_url_is_said_in_a_line() -> None:

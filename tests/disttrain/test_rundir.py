@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 
 import disttrain
 from disttrain import rundir
@@ -42,7 +45,30 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: 
         for steps in (1, 2)
     ]
     assert [result.step for result in results] == [1, 2]
-    assert [str(result.run_dir) for result in results] == [f"runs/digits-20260102-030405{end}" for end in ("", "-2")]
+    names = [f"digits-20260102-030405{end}" for end in ("", "-2")]
+    assert [result.run_dir for result in results] == [tmp_path / "runs" / name for name in names]
+
+
+class Wanderer(torch.nn.Sequential):
+    """A user's model that leaves the folder in which it was started."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        os.chdir("/")
+        return cast("torch.Tensor", super().forward(images))
+
+
+@pytest.mark.parametrize("run_dir", ["~/mine", "mine"])
+def test_a_run_stays_where_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    recipe = load_recipe("digits", [*QUIET, "train.max_steps=1", "data.batch_size=64"])
+    model = Wanderer(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    result = disttrain.train(recipe, run_dir=run_dir, model=model, train_set=samples(70), test_set=samples(31, 1))
+    assert result.run_dir == home / "mine"
+    assert {"recipe.toml", "journal.jsonl", "checkpoints"} <= {path.name for path in result.run_dir.iterdir()}
+    assert [path.name for path in home.iterdir()] == ["mine"]
 
 
 @pytest.mark.usefixtures("same_second")

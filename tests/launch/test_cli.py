@@ -93,12 +93,13 @@ def test_wrong_command_lines(arguments: list[str], words: str) -> None:
         (["recipe", "show", "digits", "-o", "train.epochs=0"], "-o train.epochs: should be at least 1, not 0"),
         (
             ["train", "--run-dir", "new"],
-            "--run-dir new: no run to go on with (it has no recipe.toml); give a RECIPE to begin one",
+            "--run-dir HERE/new: no run to go on with (it has no recipe.toml); give a RECIPE to begin one",
         ),
     ],
 )  # fmt: skip
 def test_wrong_recipes(arguments: list[str], message: str) -> None:
     result = run(*arguments)
+    message = message.replace("HERE", os.getcwd())
     assert (result.exit_code, result.stdout, result.stderr) == (78, "", f"disttrain: {message}\n")
     assert os.listdir() == []
 
@@ -117,7 +118,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "holiday/photo.jpg").touch()
     result = run("train", "digits", "--run-dir", "holiday")
     assert result.exit_code == 78
-    assert result.stderr.startswith("disttrain: --run-dir holiday: is not empty and not a run directory")
+    assert result.stderr.startswith(f"disttrain: --run-dir {tmp_path}/holiday: is not empty and not a run directory")
     assert os.listdir("holiday") == ["photo.jpg"]
 
 
@@ -126,7 +127,7 @@ def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:
     for run_dir in ("notes", "notes/run"):
         result = run("train", "digits", "--run-dir", run_dir)
         assert result.exit_code == 78
-        assert result.stderr.startswith(f"disttrain: --run-dir {run_dir}: ")
+        assert result.stderr.startswith(f"disttrain: --run-dir {tmp_path}/{run_dir}: ")
         assert result.stderr.count("\n") == 1
 
 
@@ -167,3 +168,16 @@ def test_help_says_a_sentence_of_every_command() -> None:
                   ["recipe", "schema"], ["doctor"]):  # fmt: skip
         text = run(*words, "--help").stdout
         assert text.split("\n\n")[1].strip().split("\n\n")[0].rstrip().endswith((".", ":")), text
+
+
+def test_a_tilde_is_the_home_folder_and_a_run_directory_is_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    several = ("--nodes=2", "--rendezvous=127.0.0.1:29400")
+    for options in ((), several):
+        for given, meant in (("~/a", f"{tmp_path}/home/a"), ("a", f"{tmp_path}/a"), ("s3://b/a", "s3://b/a")):
+            assert f" --run-dir {meant}" in run("train", "digits", "--run-dir", given, "--dry-run", *options).output
+    made = tmp_path / "home/b"
+    made.mkdir(parents=True)
+    assert f"{made} is not a run directory" in run("stop", "~/b").output

@@ -195,11 +195,11 @@ def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(tmp_path: Path, mon
     one = subprocess.run([*command, "-n", "2"], capture_output=True, text=True, check=True, timeout=60).stdout
     more = subprocess.run([*command, *several], capture_output=True, text=True, check=True, timeout=60).stdout
     assert [line.count("RANK=") for line in one.splitlines()] == [2, 2]
-    assert "-P -m disttrain digits --run-dir runs/digits-" in one
+    assert f"-P -m disttrain digits --run-dir {tmp_path}/runs/digits-" in one
     assert "GLOO_SOCKET_IFNAME=lo" in more
     assert "--nodes 1 4 --rendezvous 127.0.0.1:29400 --serves true" in more
     assert "--epochs 15" in more
-    assert more.rstrip().endswith("-- -P -m disttrain digits --run-dir 'a folder' -o optim.lr=0.5")
+    assert more.rstrip().endswith(f"-- -P -m disttrain digits --run-dir '{tmp_path}/a folder' -o optim.lr=0.5")
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -118,15 +119,17 @@ def _job(
 ) -> SlurmJob:
     """The job that the options make, checked. Raises click.UsageError, RecipeError or ConfigurationError."""
     from disttrain.recipe import shipped_recipes
+    from disttrain.recipe.address import settled
     from disttrain_launch.recipe_source import checked_recipe
     from disttrain_launch.slurm.script import SlurmJob
 
     checks.check_times(warn_s, grace_s)
+    run_dir = os.path.expanduser(run_dir) if run_dir is not None else None
     checked = checked_recipe(recipe, run_dir, overrides)
     checks.check_shards(checked, nodes, workers)
     job = SlurmJob(
         name=name or re.sub(r"[^A-Za-z0-9_.+-]+", "-", checked.name),
-        recipe=recipe if recipe is None or recipe in shipped_recipes() else str(Path(recipe).absolute()),
+        recipe=recipe if recipe is None or recipe in shipped_recipes() else settled(recipe),
         overrides=overrides,
         run_dir=run_dir or f"runs/{name or checked.name}",
         nodes=nodes,
