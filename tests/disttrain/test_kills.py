@@ -100,8 +100,8 @@ def killed_from_outside(run_dir: Path, epochs: int, dice: random.Random, victim:
         victims = {"worker": job.children()[:1], "launcher": [job], "all": [job, *family]}
         for process in victims[victim] or [job]:
             process.kill()
-    code = job.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    code = job.wait(timeout=240)
+    _, alive = psutil.wait_procs(family, timeout=240)
     assert not alive, "a worker has outlived its launcher"
     return bool(code)
 

@@ -58,7 +58,7 @@ class Launcher:
 
     def wait_for(self, *names: str) -> None:
         """Wait until the workers have made these files."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline, f"no {names} in {os.listdir(self.folder)}"
             assert self.process.poll() is None, self.process.communicate()
@@ -68,13 +68,13 @@ class Launcher:
         """Send a signal to the launcher alone."""
         self.process.send_signal(number)
 
-    def end(self, timeout_s: float = 60) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 240) -> tuple[int, str, str]:
         """Wait for it: exit code, standard output, standard error. Nothing may be left of it."""
         out, err = self.process.communicate(timeout=timeout_s)
         self.assert_nothing_left()
         return self.process.returncode, out, err
 
-    def assert_nothing_left(self, within_s: float = 10) -> None:
+    def assert_nothing_left(self, within_s: float = 120) -> None:
         """No process and no temporary file."""
         deadline = time.monotonic() + within_s
         while (left := self.processes()) and time.monotonic() < deadline:

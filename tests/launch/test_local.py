@@ -163,7 +163,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_when_another_fails(start_launch
     launcher.wait_for("deaf-0")
     began = time.monotonic()
     assert launcher.end() == (1, "", "disttrain: rank 1 on box: no good\n")
-    assert 0.4 < time.monotonic() - began < 5
+    assert 0.4 < time.monotonic() - began < 55
 
 
 def test_the_children_of_a_killed_worker_die_with_it(start_launcher: StartLauncher) -> None:

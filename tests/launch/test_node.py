@@ -68,7 +68,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
@@ -192,8 +192,8 @@ def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(tmp_path: Path, mon
     common = ["digits", "-o", "optim.lr=0.5", "--dry-run"]
     several = ["--nodes=1:4", "--rendezvous=127.0.0.1:29400", "--run-dir=a folder", "-n", "3", "--max-restarts=7"]
     command = [sys.executable, "-m", "disttrain_launch", "train", *common]
-    one = subprocess.run([*command, "-n", "2"], capture_output=True, text=True, check=True, timeout=60).stdout
-    more = subprocess.run([*command, *several], capture_output=True, text=True, check=True, timeout=60).stdout
+    one = subprocess.run([*command, "-n", "2"], capture_output=True, text=True, check=True, timeout=240).stdout
+    more = subprocess.run([*command, *several], capture_output=True, text=True, check=True, timeout=240).stdout
     assert [line.count("RANK=") for line in one.splitlines()] == [2, 2]
     assert f"-P -m disttrain digits --run-dir {tmp_path}/runs/digits-" in one
     assert "GLOO_SOCKET_IFNAME=lo" in more

@@ -75,7 +75,7 @@ def race(root: Path, facts: dict[str, Any]) -> int:
 def test_four_workers_race_and_one_downloads(publisher: tuple[Publisher, dict[str, Any]], tmp_path: Path) -> None:
     server, facts = publisher
     root = tmp_path / "root"
-    assert run_workers(race, WORKERS, timeout_s=90, args=(root, facts)) == [5 * ROWS] * WORKERS
+    assert run_workers(race, WORKERS, timeout_s=240, args=(root, facts)) == [5 * ROWS] * WORKERS
     assert server.downloads == 1
     assert sorted(entry.name for entry in root.iterdir()) == [".disttrain", "cifar-10-batches-py"]
     assert len(list((root / ".disttrain").iterdir())) == 1

@@ -253,6 +253,6 @@ def test_a_failure_ends_the_process_at_once_and_its_readers_with_it(tmp_path: Pa
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, env=environment)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, env=environment)
     assert ended.returncode == 1
     assert 'KeyError: "a bug of the user\'s"' in ended.stderr

@@ -165,7 +165,7 @@ def test_processes_of_ones_own_are_armed_by_the_environment() -> None:
             env=os.environ | env | {"RANK": "3"},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
     assert done.returncode == -signal.SIGKILL
@@ -190,7 +190,7 @@ def test_a_fault_happens_once_across_restarts() -> None:
             subprocess.run(
                 [sys.executable, "-c", "from disttrain.faultpoints import reached; reached('step', step=0)"],
                 env=os.environ | env | {"RANK": "0"},
-                timeout=60,
+                timeout=240,
                 check=False,
             ).returncode
             for _ in range(2)

@@ -148,8 +148,8 @@ def test_waiting_for_a_rank_that_is_done_is_noticed_before_the_timeout() -> None
 
     start = time.monotonic()
     with pytest.raises(WorkerTimeout, match="stuck in a collective that a rank which is done never called"):
-        run_workers(body, 2, timeout_s=60)
-    assert time.monotonic() - start < 20
+        run_workers(body, 2, timeout_s=200)
+    assert time.monotonic() - start < 150
 
 
 def test_a_stopped_rank_is_called_that() -> None:
@@ -170,7 +170,7 @@ def test_different_shapes_name_both_call_sites() -> None:
             dist.broadcast(torch.ones(2, 2), src=0)
 
     with pytest.raises(WorkerFailed) as caught:
-        run_workers(body, 2, timeout_s=20)
+        run_workers(body, 2, timeout_s=120)
     message = str(caught.value)
     assert "rank 0 called broadcast(float32 [3], src=0)" in message
     assert "dist.broadcast(torch.ones(3), src=0)" in message
@@ -316,7 +316,7 @@ if __name__ == "__main__":
         file.write(script)
     environment = os.environ | dict([mark.split("=")])
     done = subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, timeout=60, env=environment, check=False
+        [sys.executable, path], capture_output=True, text=True, timeout=240, env=environment, check=False
     )
     assert (done.stdout, done.returncode) == ("[0, 7]\n", 0), done.stderr
     assert marked_processes(mark) == []
@@ -338,7 +338,7 @@ with workers(2) as group:
         process.stdout.readline()
         time.sleep(0.3)
         process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while marked_processes(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert marked_processes(mark) == []

@@ -38,7 +38,7 @@ def serve(host: Host) -> None:
 
 def ask(here: Host, there: str) -> str:
     """The name that the server at the address or name `there` gives; its error's name if there is no answer."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while True:
         done = here.run([sys.executable, "-c", CLIENT, there])
         if done.returncode == 0:
@@ -118,10 +118,11 @@ else:
         return float(taken)
 
     with cluster(2) as machines:
-        machines[1].limit("4mbit")
-        assert seconds(machines) > 0.6  # 500 kB less the first burst, at 500 kB/s
+        machines[1].limit("1mbit")
+        limited = seconds(machines)
+        assert limited > 2.4  # 500 kB less the first bursts, at 125 kB/s
         machines[1].limit(None)
-        assert seconds(machines) < 0.5
+        assert seconds(machines) < limited
 
 
 TRAINING = """

@@ -29,7 +29,7 @@ def test_what_is_owed_is_delivered_and_doing_it_twice_changes_nothing(
     tracker = Tracker(run_dir, dead, {}, warn=warnings.append)
     tracker.start(resumed=False, params={"a": 1}, tags={})
     tracker.metrics(1, {"train/loss": 0.5})
-    assert tracker.finish("FINISHED", timeout_s=5)
+    assert tracker.finish("FINISHED", timeout_s=240)
     assert any("disttrain sync" in warning for warning in warnings)
     refused = sync(run_dir, "--timeout", "3", "--json")
     assert refused.returncode == 1
@@ -64,7 +64,7 @@ def test_the_server_of_the_environment_is_remembered(
     (run_dir / "recipe.toml").write_text(to_toml(settings))
     tracker = Tracker(run_dir, settings, {}, warn=lambda message: None)
     tracker.start(resumed=False, params={}, tags={})
-    assert tracker.finish("FINISHED", timeout_s=20)
+    assert tracker.finish("FINISHED", timeout_s=240)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     refused = sync(run_dir, "--timeout", "3")
     assert refused.returncode == 1

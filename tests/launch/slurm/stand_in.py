@@ -49,18 +49,22 @@ def srun() -> int:
     command = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
     hosts = machines()
     tasks: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []  # passed on by the loop below: here, a task that is just being started would miss it
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        for task in tasks:
-            task.send_signal(number)
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
 
-    signal.signal(signal.SIGUSR1, hand_on)
+    signal.signal(signal.SIGUSR1, receive)
     for node in range(int(os.environ["STAND_IN_NODES"])):
         environment = {**os.environ, "SLURM_NODEID": str(node)}
         tasks.append(
             hosts[node].start(command, env=environment) if hosts else subprocess.Popen(command, env=environment)
         )
     while any(task.poll() is None for task in tasks):
+        while received:
+            number = received.pop()
+            for task in tasks:
+                task.send_signal(number)
         time.sleep(0.05)
     return max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks)
 

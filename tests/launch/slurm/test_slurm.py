@@ -166,7 +166,7 @@ def test_only_a_job_that_was_warned_is_requeued(tmp_path: Path, to: str, requeue
     started = ROOT / "started"
     try:
         with slurm.job() as job:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while not started.exists():
                 assert time.monotonic() < deadline, slurm.log()
                 time.sleep(0.02)
@@ -174,7 +174,7 @@ def test_only_a_job_that_was_warned_is_requeued(tmp_path: Path, to: str, requeue
                 job.send_signal(signal.SIGUSR1)
             else:
                 subprocess.run(["pkill", "-USR1", "-P", str(job.pid)], check=True)
-            assert job.wait(timeout=60) == 75, slurm.log()
+            assert job.wait(timeout=240) == 75, slurm.log()
     finally:
         started.unlink(missing_ok=True)
     assert slurm.requeued() == int(requeues)
@@ -194,7 +194,7 @@ def test_two_nodes_are_warned_requeued_and_end_with_the_bits_of_an_undisturbed_r
         done = slurm.disttrain("submit", "digits", *words, "--run-dir", str(run_dir), "--nodes", "2", "-n", "1")
         assert done.returncode == 0, done.stderr
         with slurm.job() as job:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             journal = run_dir / "journal.jsonl"
             while not journal.exists() or journal.read_text().count('"train/loss"') < 5:
                 assert time.monotonic() < deadline, slurm.log()
