@@ -12,11 +12,12 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.files import being_written, make_folder, open_to_append, refuse_irregular, replace_file
 from disttrain.lock import LOCK, owned
 from disttrain.log import LogFile
-from disttrain.recipe import Recipe, load_recipe, to_toml
+from disttrain.recipe import Recipe, load_recipe, names_code, to_toml
+from disttrain.recipe.address import is_url, working_folder
 
 RECIPE = "recipe.toml"
 JOURNAL = "journal.jsonl"
@@ -149,7 +150,12 @@ def refuse_another_job(path: Path, recipe: Recipe) -> None:
 
 def go_on_with(run_dir: Path | str) -> str:
     """The command that goes on with a run, as a shell takes it."""
-    return f"disttrain train --run-dir {shlex.quote(str(run_dir))}"
+    folder = working_folder(str(run_dir)) if is_url(str(run_dir)) else Path(run_dir)
+    command = f"disttrain train --run-dir {shlex.quote(str(run_dir))}"
+    try:
+        return f"{command} --trust" if names_code(load_recipe(str(folder / RECIPE))) else command
+    except RecipeError:
+        return command
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from disttrain.finite import marked
 from disttrain.guard import stop_requests
 from disttrain.job import Job
 from disttrain.optim import set_learning_rate
-from disttrain.recipe import Recipe, load_recipe
+from disttrain.recipe import Recipe, ask_before_resuming, is_own_recipe, load_recipe
 from disttrain.session import open_session
 from disttrain.spikes import RolledBack
 from disttrain.world import join_world
@@ -46,17 +46,22 @@ def train(
     model: nn.Module | None = None,
     train_set: Any = None,
     test_set: Any = None,
+    trust: bool = False,
 ) -> Result:
     """Train what `recipe` says (a Recipe, the name of a shipped one, or a path), and return how it ended.
 
     Runs as the worker that the launcher's variables make of this process, or alone without them. A `run_dir` that
     holds a run already is gone on with; the default is a new folder under ./runs. `model`, `train_set` and `test_set`
-    take the place of what the recipe names: a set is a map-style Dataset of (image, label), or a pair of tensors.
+    take the place of what the recipe names: a set is a map-style Dataset of (image, label), or a pair of tensors. With
+    `trust`, a run that goes on by the recipe in its own folder may name code to import, and a server to send to.
 
     Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError.
     """
     if isinstance(recipe, str):
+        is_own = is_own_recipe(recipe, run_dir)
         recipe = load_recipe(recipe, overrides)
+        if is_own and run_dir is not None and not trust:
+            ask_before_resuming(recipe, run_dir, overrides)
     objects = {"model": model, "train_set": train_set, "test_set": test_set}
     settings = recipe.train
     with (

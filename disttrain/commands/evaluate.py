@@ -14,7 +14,8 @@ from disttrain.worker import leave, worker
 @click.argument("address")
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option("--trust", is_flag=True, help="Import the code that the run names.")
+def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool) -> None:
     """Evaluate the run or checkpoint at ADDRESS, a path or URL, as one worker."""
     from dataclasses import replace
 
@@ -30,7 +31,7 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     with join_world("cpu") as world:  # what is summed is on the CPU
         checkpoint = read_by_main(world, lambda: find_checkpoint(address))
-        recipe = recipe_of(checkpoint, overrides)
+        recipe = recipe_of(checkpoint, overrides, trust=trust)
         world = on_device(world, recipe.train.device)
         data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
         if list(data.test.classes) != data_of(checkpoint)["classes"]:

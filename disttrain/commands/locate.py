@@ -14,7 +14,7 @@ from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_mo
 from disttrain.checkpoint.folder import MANIFEST, MODEL
 from disttrain.errors import ConfigurationError, UsageError, brief
 from disttrain.models import build_model
-from disttrain.recipe import Recipe, parse_recipe
+from disttrain.recipe import Recipe, ask_before_importing, parse_recipe
 from disttrain.recipe.address import is_url
 from disttrain.remote import local_copy
 from disttrain.rundir import CHECKPOINTS, RECIPE
@@ -59,9 +59,23 @@ def is_run(path: Path) -> bool:
     return os.path.isfile(path / RECIPE) or os.path.isdir(path / CHECKPOINTS)
 
 
-def recipe_of(checkpoint: Checkpoint, overrides: tuple[str, ...] = ()) -> Recipe:
-    """The recipe that the checkpoint was trained with. Raises RecipeError."""
-    return parse_recipe(checkpoint.state["recipe"], overrides, source=f"{checkpoint.path}/state.json")
+def recipe_of(
+    checkpoint: Checkpoint,
+    overrides: tuple[str, ...] = (),
+    *,
+    trust: bool = False,
+    imports: tuple[str, ...] = ("model.name", "data.dataset"),
+) -> Recipe:
+    """The recipe that the checkpoint was trained with. Raises RecipeError.
+
+    Without `trust`, raises ConfigurationError if it names code at one of the keys `imports`, which the caller will have
+    imported.
+    """
+    source = f"{checkpoint.path}/state.json"
+    recipe = parse_recipe(checkpoint.state["recipe"], overrides, source=source)
+    if not trust:
+        ask_before_importing(recipe, source, overrides, imports)
+    return recipe
 
 
 def data_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from disttrain.worker import leave, worker
 @click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def command(address: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
+@click.option("--trust", is_flag=True, help="Import the code that the run names.")
+def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, trust: bool) -> None:
     """Name what is in each of IMAGES with the run or checkpoint at ADDRESS, a path or URL.
 
     Pictures are read as the data set `folder` reads them, which serves runs that were trained on bytes.
@@ -27,7 +28,7 @@ def command(address: str, images: tuple[Path, ...], top: int, as_json: bool) -> 
     from disttrain.data import normalise, read_picture
 
     checkpoint = find_checkpoint(address)
-    data, recipe = data_of(checkpoint), recipe_of(checkpoint)
+    data, recipe = data_of(checkpoint), recipe_of(checkpoint, trust=trust, imports=("model.name",))
     refuse_other_than_pictures(checkpoint, recipe)
     model = restore_model(checkpoint, recipe).eval()
     channels, height, width = data["sample_shape"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
     from disttrain.tracking import load_state
 
     with local_copy(run, checkpoints="none") as folder:
-        target, missing = _delivered(folder, uri, timeout_s)
+        target, missing = _delivered(folder, run, uri, timeout_s)
         mlflow_run_id = load_state(folder).run_id or None
         if is_url(run):
             RemoteRun(run).write("mlflow.json", read_bytes(folder / "mlflow.json"))
@@ -42,11 +43,15 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
         print(f"MLflow at {target} has everything of {run}")
 
 
-def _delivered(run: Path, uri: str | None, timeout_s: float) -> tuple[str, Owed]:
-    """Deliver what MLflow lacks; where MLflow is, without credentials, and what it lacks still. Raises UsageError."""
+def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tuple[str, Owed]:
+    """Deliver what MLflow lacks of the run in the folder `run`, which lives at `address`.
+
+    Returns where MLflow is, without credentials, and what it lacks still. Raises UsageError, or ConfigurationError if
+    the user has to say that the server may be trusted.
+    """
     from disttrain.commands.locate import is_run
     from disttrain.errors import UsageError
-    from disttrain.recipe import load_recipe
+    from disttrain.recipe import ask_before_sending, load_recipe
     from disttrain.rundir import JOURNAL, RECIPE, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
@@ -57,6 +62,8 @@ def _delivered(run: Path, uri: str | None, timeout_s: float) -> tuple[str, Owed]
     target = uri or load_state(run).uri or resolve_uri(settings.uri, run)
     if target is None:
         raise UsageError(f"{run}: tracking.uri is 'none', so there is nowhere to deliver to: give --uri.")
+    if uri is None:
+        ask_before_sending(target, address, f"add --uri {shlex.quote(redact(target))}")
     return redact(target), deliver(run, target, settings.experiment, timeout_s)
 
 

@@ -15,6 +15,13 @@ from disttrain.recipe.model import (
     TrainRecipe,
 )
 from disttrain.recipe.optimizers import OptimRecipe
+from disttrain.recipe.trust import (
+    ask_before_importing,
+    ask_before_resuming,
+    ask_before_sending,
+    is_own_recipe,
+    names_code,
+)
 from disttrain.recipe.write import json_schema, to_toml
 
 __all__ = [
@@ -32,10 +39,15 @@ __all__ = [
     "TrackingRecipe",
     "TrainRecipe",
     "UsageError",
+    "ask_before_importing",
+    "ask_before_resuming",
+    "ask_before_sending",
     "check_installed",
+    "is_own_recipe",
     "json_schema",
     "load_recipe",
     "make_folder",
+    "names_code",
     "open_to_append",
     "open_to_read",
     "parse_recipe",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-_PASSWORD = re.compile(r"^[^/]*://[^/@]*:[^/@]+@")
+_PASSWORD = re.compile(r"^(https?://[^/]*@|[^/]*://[^/@]*:[^/@]+@)", re.IGNORECASE)
 
 
 def is_url(address: object) -> bool:
@@ -48,8 +48,8 @@ def file_system(url: str) -> tuple[AbstractFileSystem, str]:
 
     if _PASSWORD.match(url):
         raise ConfigurationError(
-            f"{url.partition('://')[0]}://…: holds a password, and addresses are stored and logged; leave it to the "
-            "environment or to the configuration of the library that opens it."
+            f"{url.partition('://')[0]}://…: holds a password or a token, and addresses are stored and logged; leave "
+            "it to the environment or to the configuration of the library that opens it."
         )
     try:
         urlsplit(url)  # some libraries notice only at the first request that it is none

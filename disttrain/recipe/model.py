@@ -157,13 +157,19 @@ class CheckpointRecipe(Section):
     keep_best: WholeNumber = Field(default=1, description="keep the checkpoints of best accuracy too, this many")
 
 
-_PASSWORD = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://[^/@]*:[^/@]+@")
+# Of a server, whatever stands before the @ lets somebody in; of a database, a user's name alone does not.
+_SECRET = re.compile(
+    r"^(https?://[^/]*@|[a-z][a-z0-9+.-]*://[^/@]*:[^/@]+@)|[?&](password|passwd|pwd|secret|(access_)?token|api_key)=",
+    re.IGNORECASE,
+)
 
 
 def _without_password(uri: str | None) -> str | None:
     # The recipe is stored in the run directory and logged: a secret in it would be everywhere.
-    if uri is not None and _PASSWORD.match(uri):
-        raise ValueError("holds a password, and recipes are stored and logged; set MLFLOW_TRACKING_URI instead")
+    if uri is not None and _SECRET.search(uri):
+        raise ValueError(
+            "holds a password or a token, and recipes are stored and logged; set MLFLOW_TRACKING_URI instead"
+        )
     return uri
 
 

@@ -30,7 +30,7 @@ from disttrain.tracking.model import EXPORT_FILE
 _NAME = "model"
 _DIGEST_TAG = "disttrain.sha256"
 _VERSION = re.compile(r"\d+\.\d+[\w.+]*")
-_LARGEST_SIDE = 2**14
+_MOST_NUMBERS = 2**26
 # Where MLflow's flavour for PyTorch looks for an exported graph, in the folder of a model.
 _DATA = "data"
 _CONDA, _PYTHON, _PIP = "conda.yaml", "python_env.yaml", "requirements.txt"
@@ -131,7 +131,8 @@ def read_description(file: Path) -> dict[str, Any]:
         and all(isinstance(name, str) for name in classes)
         and isinstance(shape, list)
         and len(shape) == 3
-        and all(type(length) is int and 0 < length <= _LARGEST_SIDE for length in shape)
+        and all(type(length) is int and length > 0 for length in shape)
+        and math.prod(shape) <= _MOST_NUMBERS
         and isinstance(version, str)
         and _VERSION.fullmatch(version)
     )

@@ -15,6 +15,7 @@ from disttrain_launch.options import (
     num_workers_option,
     override_arguments,
     overrides_option,
+    trust_option,
 )
 from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
 from disttrain_launch.run_argument import run_dir_callback
@@ -32,6 +33,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     "--run-dir", callback=run_dir_callback, metavar="DIR|URL", help="Where the run lives: the same on all machines."
 )
 @overrides_option
+@trust_option
 @node_options
 @max_restarts_option
 @dry_run_option
@@ -40,6 +42,7 @@ def node(
     num_workers: int,
     run_dir: str | None,
     overrides: tuple[str, ...],
+    trust: bool,
     max_restarts: int,
     dry_run: bool,
     **options: Any,
@@ -48,7 +51,9 @@ def node(
 
     Exits with the workers' own code. `disttrain train --nodes` comes to the same.
     """
-    run_node(recipe, num_workers, run_dir, overrides, NodeOptions(**options), max_restarts, dry_run=dry_run)
+    run_node(
+        recipe, num_workers, run_dir, overrides, NodeOptions(**options), max_restarts, dry_run=dry_run, trust=trust
+    )
 
 
 def run_node(
@@ -60,12 +65,13 @@ def run_node(
     max_restarts: int,
     *,
     dry_run: bool,
+    trust: bool,
 ) -> None:
     """Check everything, and become this machine's agent (or say what it would be)."""
     # The agent lets them through once it can handle them: the first process of a container would not hear of them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        planned = _planned(recipe, num_workers, run_dir, overrides, options, max_restarts)
+        planned = _planned(recipe, num_workers, run_dir, overrides, options, max_restarts, trust=trust)
         if dry_run:
             click.echo(planned.described())
         else:
@@ -81,11 +87,13 @@ def _planned(
     overrides: tuple[str, ...],
     options: NodeOptions,
     max_restarts: int,
+    *,
+    trust: bool,
 ) -> Node:
     if run_dir is None:
         raise click.UsageError("--run-dir is missing: machines that come later, or again, must find the run.")
-    checked = checked_recipe(recipe, run_dir, overrides)
-    options_of_workers = ("--run-dir", run_dir, *override_arguments(overrides))
+    checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
+    options_of_workers = ("--run-dir", run_dir, *override_arguments(overrides), *["--trust"] * trust)
     arguments = module_arguments("disttrain", recipe_source(recipe, run_dir), *options_of_workers)
     planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, checked)
     fewest = planned.nodes[0] * planned.workers

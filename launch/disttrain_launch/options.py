@@ -72,6 +72,13 @@ def json_option(function: _Function) -> _Function:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(function)
 
 
+def trust_option(function: _Function) -> _Function:
+    """`--trust`."""
+    return click.option(
+        "--trust", is_flag=True, help="Import the code that the run itself names, and use the server it names."
+    )(function)
+
+
 def max_restarts_option(function: _Function) -> _Function:
     """`--max-restarts`."""
     return click.option(

@@ -16,9 +16,20 @@ def recipe_source(recipe: str | None, run_dir: str) -> str:
     return recipe if recipe is not None else f"{run_dir.rstrip('/')}/recipe.toml"
 
 
-def checked_recipe(recipe: str | None, run_dir: str | None, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe, valid and with nothing in it that is not installed. Raises RecipeError or ConfigurationError."""
-    from disttrain.recipe import ConfigurationError, check_installed, load_recipe, shipped_recipes
+def checked_recipe(
+    recipe: str | None, run_dir: str | None, overrides: tuple[str, ...], *, trust: bool = False
+) -> Recipe:
+    """The recipe, valid and with nothing in it that is not installed. Raises RecipeError or ConfigurationError.
+
+    That of a run is asked about if it wants more than a stranger's may, unless there is `trust`.
+    """
+    from disttrain.recipe import (
+        ConfigurationError,
+        ask_before_resuming,
+        check_installed,
+        load_recipe,
+        shipped_recipes,
+    )
     from disttrain.recipe.address import is_url
 
     if recipe is not None:
@@ -34,7 +45,10 @@ def checked_recipe(recipe: str | None, run_dir: str | None, overrides: tuple[str
         raise ConfigurationError(
             f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
         )
-    return load_recipe(recipe_source(None, run_dir), overrides)
+    checked = load_recipe(recipe_source(None, run_dir), overrides)
+    if not trust:
+        ask_before_resuming(checked, run_dir, overrides)
+    return checked
 
 
 def refuse_more_workers_than_shards(recipe: Recipe, num_workers: int, said: str) -> None:

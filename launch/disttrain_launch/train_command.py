@@ -16,6 +16,7 @@ from disttrain_launch.options import (
     num_workers_option,
     override_arguments,
     overrides_option,
+    trust_option,
 )
 from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
 from disttrain_launch.run_argument import run_dir_callback
@@ -38,6 +39,7 @@ _OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing"}
     help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to go on with it.",
 )
 @overrides_option
+@trust_option
 @max_restarts_option
 @node_options
 @dry_run_option
@@ -46,6 +48,7 @@ def train(
     num_workers: int,
     run_dir: str | None,
     overrides: tuple[str, ...],
+    trust: bool,
     max_restarts: int,
     dry_run: bool,
     **options: Any,
@@ -61,16 +64,18 @@ def train(
 
     several = NodeOptions(**options)
     if several.nodes is not None or several.rendezvous is not None:
-        run_node(recipe, num_workers, run_dir, overrides, several, max_restarts, dry_run=dry_run)
+        run_node(recipe, num_workers, run_dir, overrides, several, max_restarts, dry_run=dry_run, trust=trust)
         return
-    checked = checked_recipe(recipe, run_dir, overrides)
+    checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
     refuse_more_workers_than_shards(checked, num_workers, f"-n {num_workers}")
     if dry_run:
         run_dir = run_dir or str(Path("runs", _new_name(checked)).absolute())
         folder = _working_folder(run_dir)
     else:
         run_dir, folder = _opened_run_dir(run_dir, checked)
-    arguments = module_arguments("disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir)
+    arguments = module_arguments(
+        "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir, *["--trust"] * trust
+    )
     group = WorkerGroup((*arguments, *override_arguments(overrides)), num_workers, log_dir=folder / "logs")
     if dry_run:
         click.echo(group.described())

@@ -9,7 +9,13 @@ from typing import NoReturn
 import click
 
 from disttrain_launch.group import WorkerGroup, module_arguments
-from disttrain_launch.options import json_option, num_workers_option, override_arguments, overrides_option
+from disttrain_launch.options import (
+    json_option,
+    num_workers_option,
+    override_arguments,
+    overrides_option,
+    trust_option,
+)
 from disttrain_launch.run_argument import RUN
 
 
@@ -25,11 +31,12 @@ def become(module: str, *arguments: str) -> NoReturn:
 @num_workers_option
 @overrides_option
 @json_option
-def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bool) -> None:
+@trust_option
+def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bool, trust: bool) -> None:
     """Measure the accuracy of a run's newest checkpoint, or of the one given, on the held-out set."""
     from disttrain_launch.local import run_workers
 
-    words = (run, *override_arguments(overrides), *["--json"] * as_json)
+    words = (run, *override_arguments(overrides), *["--json"] * as_json, *["--trust"] * trust)
     run_workers(WorkerGroup(module_arguments("disttrain.commands.evaluate", *words), num_workers))
 
 
@@ -49,6 +56,7 @@ def sync(run: str, uri: str | None, timeout: float, as_json: bool) -> None:
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @json_option
-def predict(run: str, images: tuple[str, ...], top: int, as_json: bool) -> None:
+@trust_option
+def predict(run: str, images: tuple[str, ...], top: int, as_json: bool, trust: bool) -> None:
     """Name the most probable classes of each IMAGE."""
-    become("disttrain.commands.predict", run, *images, "--top", str(top), *["--json"] * as_json)
+    become("disttrain.commands.predict", run, *images, "--top", str(top), *["--json"] * as_json, *["--trust"] * trust)

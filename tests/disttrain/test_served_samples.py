@@ -133,7 +133,7 @@ def test_evaluation_prediction_and_the_model_for_mlflow_agree(
 
     split = datasets(recipe, kind.objects).test
     checkpoint = find_checkpoint(tmp_path / "run")
-    model = restore_model(checkpoint, recipe_of(checkpoint)).eval()
+    model = restore_model(checkpoint, recipe_of(checkpoint, trust=True)).eval()
     loader = EvalLoader(split, recipe.data, batch_size=recipe.train.eval_batch_size)
     with torch.no_grad():
         evaluated = torch.cat([model(images).softmax(1) for _, images, _ in loader])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from disttrain_launch.options import dry_run_option, json_option, overrides_option
+from disttrain_launch.options import dry_run_option, json_option, overrides_option, trust_option
 from disttrain_launch.slurm import checks
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def _job_options(function: _Function) -> _Function:
         (
             click.argument("recipe", required=False),
             overrides_option,
+            trust_option,
             click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines."),
             click.option(
                 "-n", "--num-workers", "workers", metavar="N|gpu|auto", default="auto", show_default=True,
@@ -105,6 +106,7 @@ def submit(dry_run: bool, as_json: bool, **options: Any) -> None:
 def _job(
     recipe: str | None,
     overrides: tuple[str, ...],
+    trust: bool,
     nodes: int,
     workers: str,
     run_dir: str | None,
@@ -125,7 +127,7 @@ def _job(
 
     checks.check_times(warn_s, grace_s)
     run_dir = os.path.expanduser(run_dir) if run_dir is not None else None
-    checked = checked_recipe(recipe, run_dir, overrides)
+    checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
     checks.check_shards(checked, nodes, workers)
     job = SlurmJob(
         name=name or re.sub(r"[^A-Za-z0-9_.+-]+", "-", checked.name),
@@ -139,10 +141,11 @@ def _job(
         grace_s=grace_s,
         max_restarts=max_restarts,
         sweep=sweep,
+        trust=trust,
         prologue=prologue.read_text(encoding="utf-8") if prologue is not None else "",
     )
     for point in job.points:
-        checked_recipe(recipe, run_dir, (*overrides, *point))
+        checked_recipe(recipe, run_dir, (*overrides, *point), trust=trust)
     return job
 
 

@@ -27,6 +27,7 @@ class SlurmJob:
         max_restarts: as in `--max-restarts`.
         sweep: keys and the values that each is to take; a job for each combination.
         prologue: shell lines that every job begins with, such as those that activate an environment.
+        trust: as `--trust`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SlurmJob:
     max_restarts: int
     sweep: tuple[tuple[str, tuple[str, ...]], ...] = ()
     prologue: str = ""
+    trust: bool = False
 
     @property
     def points(self) -> list[tuple[str, ...]]:
@@ -89,6 +91,7 @@ class SlurmJob:
         words = [
             *([shlex.quote(self.recipe)] if self.recipe is not None else []),
             *(f"-o {shlex.quote(override)}" for override in self.overrides),
+            *["--trust"] * self.trust,
         ]
         return [
             *([self.prologue.rstrip("\n"), ""] if self.prologue.strip() else []),
