@@ -16,10 +16,10 @@ from disttrain.errors import StoppedError
 from disttrain.faultpoints import reached
 from disttrain.guard import StopRequest
 from disttrain.job import Job
+from disttrain.launched import launched_by
 from disttrain.rundir import CHECKPOINTS, JOURNAL
 from disttrain.spikes import RolledBack
 from disttrain.tracking import NullTracker, Tracker, how_to_open, last_status, sync_command
-from disttrain.world import launched_by
 
 # How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
 _LAST_WORDS_S = 5.0

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import ExitCode
-from disttrain.world import launched_by, rank_hint
+from disttrain.launched import LAUNCHER, launched_by, rank_hint
 
-LAUNCHER = "disttrain"
-"""What our own launcher of one machine calls itself."""
 _SHOWS_FAILURES = (LAUNCHER, "disttrain node")  # they show the first failing worker's message: the worker need not
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -77,6 +78,11 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[No
                 )
             until_the_end.enter_context(owned(path))
         yield
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run lives in this folder."""
+    return os.path.isfile(path / RECIPE) or os.path.isdir(path / CHECKPOINTS)  # False also for impossible names
 
 
 def refuse_links(run_dir: Path) -> None:

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
-from disttrain.checkpoint.store import step_of
 from disttrain.collectives import decided_by_main
 from disttrain.console import Console
 from disttrain.errors import AgreedError, ConfigurationError
 from disttrain.job import Job
+from disttrain.layout import step_of
 from disttrain.rundir import RECIPE, go_on_with, store_recipe
 from disttrain.tracking import NullTracker, Tracker
 

@@ -20,6 +20,7 @@ from disttrain.errors import DisttrainError, ExitCode, mark_failure
 from disttrain.faultpoints import reached
 from disttrain.guard import StopRequest, stop_file
 from disttrain.job import Job, build_job, newest_checkpoint
+from disttrain.launched import launched_by
 from disttrain.model_check import check_model
 from disttrain.progress import Progress
 from disttrain.recipe import Recipe
@@ -41,7 +42,7 @@ from disttrain.spikes import RolledBack, read_skipped
 from disttrain.tracking import SystemSampler
 from disttrain.trial import try_exactness
 from disttrain.watchdog import Watchdog
-from disttrain.world import World, launched_by
+from disttrain.world import World
 
 _log = logging.getLogger("disttrain")
 

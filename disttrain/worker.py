@@ -18,9 +18,9 @@ import click
 
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
 from disttrain.guard import end_with_launcher
+from disttrain.launched import LAUNCHER, launched_by
 from disttrain.output import have_standard_streams
-from disttrain.report import LAUNCHER, report_failure, report_finished
-from disttrain.world import launched_by
+from disttrain.report import report_failure, report_finished
 
 # What gloo, NCCL and the store say when a peer has gone: mostly the consequence of somebody else's failure.
 _A_PEER_HAS_GONE = re.compile(

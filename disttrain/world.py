@@ -1,7 +1,7 @@
 """Who this worker is, and the process group it shares with the others.
 
-The only reader of RANK-style variables and the only caller of `init_process_group`. One worker has a process group
-too, so there is one path through the code, not two.
+The only reader of RANK-style variables, but for who asks before there is torch (see `launched`), and the only caller of
+`init_process_group`. One worker has a process group too, so there is one path through the code, not two.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from disttrain.affinity import near_memory
 from disttrain.cores import usable_cores
 from disttrain.device import choose_device, refuse_a_mixture, why_not_gpus
 from disttrain.errors import ConfigurationError, DisttrainError
+from disttrain.launched import launched_by
 
 _AFTER_THE_WATCHDOG_S = 15.0
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -116,19 +117,6 @@ def store_for_a_thread(timeout_s: float) -> Store | None:
     store: Store = dist.distributed_c10d._get_default_store().clone()
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
-
-
-def launched_by(environment: Mapping[str, str] = os.environ) -> str:
-    """Which launcher started this worker: "torchrun", what DISTTRAIN_LAUNCHER says, or "python" for none."""
-    if "DISTTRAIN_LAUNCHER" in environment:
-        return environment["DISTTRAIN_LAUNCHER"]
-    return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "python"
-
-
-def rank_hint(environment: Mapping[str, str] = os.environ) -> int | None:
-    """This worker's rank as far as it can be told outside a world; None if no launcher gave it one."""
-    text = environment.get("RANK", "")
-    return int(text) if text.isdecimal() else None
 
 
 def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) -> int:

@@ -21,6 +21,8 @@ LAYERS = {
     "recipe": set(),
     "faultpoints": set(),
     "files": set(),
+    "layout": set(),
+    "launched": set(),
     "fixed_point": set(),
     "reference": set(),
     "rng": set(),
@@ -37,7 +39,7 @@ LAYERS = {
     "affinity": set(),
     "cores": set(),
     "device": set(),
-    "world": {"affinity", "cores", "device"},
+    "world": {"affinity", "cores", "device", "launched"},
     "rundir": {"lock", "log", "recipe"},
     "collectives": {"fixed_point", "world"},
     "handout": {"checkpoint", "collectives", "world"},
@@ -47,30 +49,31 @@ LAYERS = {
     "sync_batchnorm": {"collectives"},
     "exact": {"collectives", "fixed_point", "world"},
     "parallel": {"collectives", "exact", "recipe", "sync_batchnorm", "world"},
-    "checkpoint": set(),
-    "remote": {"checkpoint", "recipe", "rundir"},
+    "checkpoint": {"layout"},
+    "remote": {"checkpoint", "layout", "recipe", "rundir"},
     "tracking": {"__version__", "recipe"},
     "evaluate": {"buffers", "collectives", "data", "rng"},
     "progress": set(),
-    "report": {"world"},
+    "report": {"launched"},
     "watchdog": {"collectives", "progress", "world"},
-    "worker": {"guard", "output", "report", "world"},
-    "agent": {"checkpoint", "output", "recipe", "remote", "report", "rundir", "tracking"},
+    "worker": {"guard", "launched", "output", "report"},
+    "agent": {"checkpoint", "layout", "output", "recipe", "remote", "report", "rundir", "tracking"},
     "trial": {"collectives", "data", "job", "rng"},
     "job": {
         "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "handout", "models", "optim",
         "parallel", "progress", "recipe", "rng", "spikes", "world",
     },
     "model_check": {"buffers", "job", "trial"},
-    "saver": {"checkpoint", "collectives", "console", "job", "rundir", "tracking"},
+    "saver": {"checkpoint", "collectives", "console", "job", "layout", "rundir", "tracking"},
     "bookkeeper": {
         "checkpoint", "collectives", "console", "diagnosis", "evaluate", "finite", "guard", "job", "rundir",
         "saver", "spikes", "tracking",
     },
-    "conclusion": {"console", "guard", "job", "rundir", "spikes", "tracking", "world"},
+    "conclusion": {"console", "guard", "job", "launched", "rundir", "spikes", "tracking", "world"},
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conclusion", "conditions", "console", "guard", "job",
-        "model_check", "progress", "recipe", "remote", "report", "rundir", "spikes", "tracking", "trial", "watchdog",
+        "launched", "model_check", "progress", "recipe", "remote", "report", "rundir", "spikes", "tracking", "trial",
+        "watchdog",
         "world",
     },
     "train": {
@@ -78,9 +81,8 @@ LAYERS = {
         "world",
     },
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "handout", "job", "models", "recipe",
-        "remote",
-        "rundir",
+        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "handout", "job", "layout", "models",
+        "recipe", "remote", "rundir",
         "tracking", "worker", "world",
     },
     "doctor": {"collectives", "cores", "data", "lock", "recipe", "tracking", "world"},
@@ -177,14 +179,20 @@ def test_launchers_know_only_the_recipe_and_the_cores() -> None:
 def test_only_world_reads_who_a_worker_is_and_starts_the_process_group() -> None:
     for path in WORKER.rglob("*.py"):
         room = path.relative_to(WORKER).parts[0].removesuffix(".py")
-        if room in ("world", "testing", "faultpoints"):  # faultpoints only notes the rank in its record
+        if room in ("world", "launched", "testing", "faultpoints"):  # faultpoints only notes the rank in its record
             continue
         text = path.read_text(encoding="utf-8")
         for words in ("init_process_group", '"RANK"', '"LOCAL_RANK"', '"WORLD_SIZE"', '"MASTER_ADDR"'):
             assert words not in text, f"{path.relative_to(ROOT)} has {words}"
 
 
-@pytest.mark.parametrize("module", ["disttrain", "disttrain.recipe", "disttrain_launch.local", "disttrain_launch.cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "disttrain", "disttrain.recipe", "disttrain.commands.runs", "disttrain.commands.summary",
+        "disttrain_launch.local", "disttrain_launch.cli",
+    ],
+)  # fmt: skip
 def test_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(', '.join({{'torch', 'numpy', 'mlflow'}} & set(sys.modules)) or None)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -31,8 +31,8 @@ from disttrain.agent.cause import Cause
 from disttrain.agent.elastic import STOP_SIGNALS, Agent, StoppedOnRequest, ignore_requests
 from disttrain.agent.finished import is_finished
 from disttrain.checkpoint import CheckpointStore
-from disttrain.checkpoint.store import step_of
 from disttrain.errors import DisttrainError, ExitCode
+from disttrain.layout import step_of
 from disttrain.output import have_unbreakable_output
 from disttrain.rundir import CHECKPOINTS, JOURNAL
 from disttrain.tracking import read_journal

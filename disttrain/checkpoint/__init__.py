@@ -2,9 +2,6 @@
 
 from disttrain.checkpoint.check import check_complete as check_complete
 from disttrain.checkpoint.check import check_describes_model as check_describes_model
-from disttrain.checkpoint.folder import CONTENTS as CONTENTS
-from disttrain.checkpoint.folder import MANIFEST as MANIFEST
-from disttrain.checkpoint.folder import STATE as STATE
 from disttrain.checkpoint.folder import Checkpoint as Checkpoint
 from disttrain.checkpoint.folder import read_checkpoint as read_checkpoint
 from disttrain.checkpoint.folder import verify_checkpoint as verify_checkpoint

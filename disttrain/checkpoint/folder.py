@@ -28,12 +28,8 @@ from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
 from disttrain.files import make_folder, open_to_read, read_text
+from disttrain.layout import CONTENTS, MANIFEST, MODEL, OPTIMIZER, STATE
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
-MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-CONTENTS = (MODEL, OPTIMIZER, STATE)
 _FORMAT = 1
 WRITING, REPLACED, RETIRED, LEAVING = "writing", "replaced", "retired", "leaving"
 _CHUNK = 2**20  # hashed and written while it is in the CPU's cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +11,6 @@ from disttrain.checkpoint.folder import (
     LEAVING,
     REPLACED,
     RETIRED,
-    STATE,
     WRITING,
     Checkpoint,
     hidden,
@@ -24,10 +21,9 @@ from disttrain.checkpoint.folder import (
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
-from disttrain.files import read_text
+from disttrain.layout import accuracy_of, checkpoints_in, step_of
 
 Name = TypeVar("Name", bound=Hashable)
-_NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointStore:
@@ -41,10 +37,7 @@ class CheckpointStore:
 
     def paths(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=step_of)
+        return checkpoints_in(self.folder)
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `state["step"]`, then retire those that are no longer needed. Raises OSError.
@@ -123,22 +116,6 @@ class CheckpointStore:
             return False
         self._known_good.add(path.name)
         return True
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
-
-
-def accuracy_of(path: Path) -> float | None:
-    """The accuracy that was measured at this checkpoint, if any was."""
-    try:
-        accuracy = json.loads(read_text(path / STATE))["metrics"]["eval/accuracy"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return accuracy if isinstance(accuracy, float) else None
 
 
 def to_keep(checkpoints: Sequence[tuple[Name, Any, float | None]], keep_last: int, keep_best: int) -> set[Name]:

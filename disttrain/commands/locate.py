@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_model, read_checkpoint
-from disttrain.checkpoint.folder import MANIFEST, MODEL
 from disttrain.errors import ConfigurationError, UsageError, brief
+from disttrain.layout import MANIFEST, is_checkpoint
 from disttrain.models import build_model
 from disttrain.recipe import Recipe, ask_before_importing, parse_recipe
 from disttrain.recipe.address import is_url
 from disttrain.remote import local_copy
-from disttrain.rundir import CHECKPOINTS, RECIPE
+from disttrain.rundir import CHECKPOINTS, RECIPE, is_run
 
 
 def find_checkpoint(address: str | Path) -> Checkpoint:
@@ -47,16 +47,6 @@ def _find(path: Path) -> Checkpoint:
                 raise
             print(f"warning: {error} The checkpoint before it is used.", file=sys.stderr)
     raise UsageError(f"{path} has no good checkpoint yet.")
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is a checkpoint's folder, whole or not."""
-    return any(os.path.isfile(path / name) for name in (MANIFEST, MODEL))  # False also for impossible names
-
-
-def is_run(path: Path) -> bool:
-    """Whether a run lives in this folder."""
-    return os.path.isfile(path / RECIPE) or os.path.isdir(path / CHECKPOINTS)
 
 
 def recipe_of(

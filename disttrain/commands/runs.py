@@ -39,12 +39,13 @@ def list_runs(runs_dir: str, as_json: bool) -> None:
 
 def _runs_in(runs_dir: str) -> list[str]:
     """The runs in a folder, newest last, or behind a URL, by name."""
-    from disttrain.commands.locate import is_run
     from disttrain.errors import UsageError
     from disttrain.recipe.address import is_url
-    from disttrain.remote import runs_behind
+    from disttrain.rundir import is_run
 
     if is_url(runs_dir):
+        from disttrain.remote import runs_behind
+
         return runs_behind(runs_dir)
     folder = Path(runs_dir)
     if not os.path.isdir(folder):  # False also for names that no folder can have
@@ -56,7 +57,11 @@ def _runs_in(runs_dir: str) -> list[str]:
 
 def _summary(run: str) -> dict[str, Any]:
     from disttrain.commands.summary import summarise
-    from disttrain.remote import local_copy
+    from disttrain.recipe.address import is_url
+
+    if not is_url(run):
+        return summarise(_existing_run(Path(run)))
+    from disttrain.remote import local_copy  # which imports torch
 
     with local_copy(run, checkpoints="states") as path:
         summary = summarise(_existing_run(path))
@@ -114,8 +119,8 @@ def verify(run: str, as_json: bool) -> None:
 def _verified(run: Path) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Path, good and detail of each checkpoint; what was set aside; what is unfinished."""
     from disttrain.checkpoint import CheckpointStore, verify_checkpoint
-    from disttrain.commands.locate import is_checkpoint
     from disttrain.errors import ConfigurationError
+    from disttrain.layout import is_checkpoint
     from disttrain.rundir import CHECKPOINTS
 
     store = None if is_checkpoint(run) else CheckpointStore(_existing_run(run) / CHECKPOINTS)
@@ -143,8 +148,8 @@ def hash_weights(run: str) -> None:
 
 
 def _existing_run(path: Path) -> Path:
-    from disttrain.commands.locate import is_run
     from disttrain.errors import UsageError
+    from disttrain.rundir import is_run
 
     if not is_run(path):
         raise UsageError(f"{path} is not a run directory: see `disttrain runs list`.")

@@ -1,4 +1,4 @@
-"""How a run stands, from its files alone."""
+"""How a run stands, from its files alone, and without torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint import CheckpointStore
-from disttrain.checkpoint.folder import STATE
-from disttrain.checkpoint.store import accuracy_of, step_of
 from disttrain.files import read_text
+from disttrain.layout import STATE, accuracy_of, checkpoints_in, step_of
 from disttrain.rundir import CHECKPOINTS, JOURNAL
 from disttrain.tracking.journal import read_journal
 
@@ -23,7 +21,7 @@ def summarise(run: Path) -> dict[str, Any]:
     The state is "finished", "stopped", "failed", "unfinished" (running, or killed without a word) or "new". Step and
     epoch are those of the newest checkpoint. Reads whatever is there, damaged or not, and changes nothing.
     """
-    paths = CheckpointStore(run / CHECKPOINTS).paths()
+    paths = checkpoints_in(run / CHECKPOINTS)
     state = _read_json(paths[-1] / STATE) if paths else {}
     statuses = [record.get("status") for record in _journal(run) if record.get("kind") == "status"]
     return {

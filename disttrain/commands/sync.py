@@ -49,10 +49,9 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     Returns where MLflow is, without credentials, and what it lacks still. Raises UsageError, or ConfigurationError if
     the user has to say that the server may be trusted.
     """
-    from disttrain.commands.locate import is_run
     from disttrain.errors import UsageError
     from disttrain.recipe import ask_before_sending, load_recipe
-    from disttrain.rundir import JOURNAL, RECIPE, refuse_links
+    from disttrain.rundir import JOURNAL, RECIPE, is_run, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
     if not is_run(run) or not (run / JOURNAL).is_file():

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from disttrain.checkpoint import CONTENTS, MANIFEST, STATE
 from disttrain.errors import ConfigurationError, DisttrainError, UsageError
+from disttrain.layout import CONTENTS, MANIFEST, STATE
 from disttrain.recipe.address import file_system, is_url
 from disttrain.remote.place import RemoteRun
 from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, RECIPE, SPIKES

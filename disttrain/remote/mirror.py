@@ -12,11 +12,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from disttrain.checkpoint import CheckpointStore
-from disttrain.checkpoint.folder import LEAVING, MANIFEST, hidden
-from disttrain.checkpoint.store import accuracy_of, to_keep
+from disttrain.checkpoint.folder import LEAVING, hidden
+from disttrain.checkpoint.store import to_keep
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import read_bytes, read_text, replace_file
+from disttrain.layout import MANIFEST, accuracy_of
 from disttrain.remote.lease import Lease
 from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
 from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE, SPIKES

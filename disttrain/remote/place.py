@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint import CONTENTS, MANIFEST, STATE, verify_checkpoint
+from disttrain.checkpoint import verify_checkpoint
 from disttrain.checkpoint.folder import WRITING, hidden
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.faultpoints import reached
 from disttrain.files import open_to_read
+from disttrain.layout import CONTENTS, MANIFEST, STATE
 from disttrain.recipe.address import file_system
 
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")

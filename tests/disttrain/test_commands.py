@@ -56,6 +56,17 @@ def test_every_world_size_evaluates_to_the_same(run: Path) -> None:
     assert set(answers[0]) >= {"correct", "total", "accuracy", "loss", "per_class"}
 
 
+def test_looking_at_runs_imports_no_torch(run: Path) -> None:
+    code = (
+        "import sys; from disttrain.commands.runs import command; "
+        "[command(words, standalone_mode=False) for words in (['list', '--runs-dir', '..'], ['show', '.'])]; "
+        "sys.exit(' '.join({'torch', 'numpy', 'mlflow'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=run, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("finished") == 2
+
+
 @pytest.mark.parametrize(
     "arguments", [("recipe", "schema"), ("runs", "show", "RUN", "--json"), ("evaluate", "RUN", "-n", "2", "--json")]
 )

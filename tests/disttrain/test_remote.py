@@ -16,11 +16,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from disttrain.checkpoint import MANIFEST
 from disttrain.commands import runs
 from disttrain.commands.locate import find_checkpoint
 from disttrain.errors import ConfigurationError, DisttrainError, UsageError
 from disttrain.faultpoints import VARIABLE, arm
+from disttrain.layout import MANIFEST
 from disttrain.recipe import load_recipe
 from disttrain.recipe.address import file_system, is_url, settled, working_folder
 from disttrain.remote import Lease, Mirror, MirroredStore, RemoteRun, place

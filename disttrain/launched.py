@@ -1,0 +1,22 @@
+"""Who started this worker, as far as its environment tells: known before torch is there, and without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+LAUNCHER = "disttrain"
+"""What our own launcher of one machine calls itself."""
+
+
+def launched_by(environment: Mapping[str, str] = os.environ) -> str:
+    """Which launcher started this worker: "torchrun", what DISTTRAIN_LAUNCHER says, or "python" for none."""
+    if "DISTTRAIN_LAUNCHER" in environment:
+        return environment["DISTTRAIN_LAUNCHER"]
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "python"
+
+
+def rank_hint(environment: Mapping[str, str] = os.environ) -> int | None:
+    """This worker's rank as far as it can be told outside a world; None if no launcher gave it one."""
+    text = environment.get("RANK", "")
+    return int(text) if text.isdecimal() else None
