@@ -92,6 +92,43 @@ def test_nothing_runs_what_it_reads() -> None:
     assert not found
 
 
+# Where files of a run are opened, and what of it is done with new files, in new folders that no run holds.
+OF_RUNS = (
+    "agent",
+    "checkpoint",
+    "commands",
+    "tracking",
+    "lock.py",
+    "rundir.py",
+    "spikes.py",
+    "saver.py",
+    "watchdog.py",
+)
+OPENS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
+IN_NEW_FOLDERS = {
+    ("checkpoint/folder.py", "open"),
+    ("tracking/mlflow_model.py", "read_bytes"),
+    ("tracking/mlflow_model.py", "write_text"),
+    ("tracking/model.py", "write_text"),
+    ("tracking/uploads.py", "open"),
+}
+
+
+def test_files_of_a_run_are_opened_by_what_follows_no_link() -> None:
+    found = set()
+    for room in OF_RUNS:
+        place = ROOT / "disttrain" / room
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    whole = dotted(node.func)
+                    name = whole.rpartition(".")[2]
+                    is_imported = name != "open" and "." not in whole  # from disttrain.files, under the same name
+                    if name in OPENS and not is_imported and whole != "os.open":
+                        found.add((path.relative_to(ROOT / "disttrain").as_posix(), name))
+    assert found <= IN_NEW_FOLDERS, "use disttrain.files"
+
+
 @pytest.mark.parametrize(
     "source",
     [

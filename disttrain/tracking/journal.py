@@ -199,7 +199,7 @@ def read_journal(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def last_status(path: str | os.PathLike[str]) -> str | None:
     """The last status in a journal; None if there is none, or no journal that can be read."""
     status = None
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with contextlib.suppress(OSError), open_to_read(path) as file:
         for line in file:
             if b'"status"' in line and (record := _decode(line)) is not None and record["kind"] == "status":
                 status = record.get("status")

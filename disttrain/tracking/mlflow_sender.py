@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from disttrain.recipe import ask_before_sending
 from disttrain.tracking.delivery_state import Owed, load_state, owed, state_for
 from disttrain.tracking.redact import redact, split_credentials
 
@@ -157,9 +158,12 @@ def deliver(
         timeout_s: when to give up.
         warn: called with messages for the user.
 
-    Raises ValueError if the run was never delivered anywhere and `uri` is None.
+    Raises ValueError if the run was never delivered anywhere and `uri` is None; ConfigurationError if the server that
+    it had before would get credentials and is not named by MLFLOW_TRACKING_URI either.
     """
     state = load_state(run_dir)
+    if not uri and state.uri:
+        ask_before_sending(state.uri, Path(run_dir), "pass it as `uri`")
     uri = uri or state.uri
     known = os.environ.get("MLFLOW_TRACKING_URI")
     if known and redact(split_credentials(known)[0]) == uri:

@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from disttrain.recipe import ExitCode
+from disttrain.recipe import ExitCode, open_to_read
 from disttrain_launch.outcome import Outcome
 
 _NEVER = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.STOPPED, ExitCode.CONFIGURATION, ExitCode.UNREAD)
@@ -51,7 +51,7 @@ class Restarts:
 def _last_step(journal: Path) -> int:
     """The step of the last metrics in a journal; 0 if there are none."""
     step = 0
-    with suppress(OSError), journal.open("rb") as lines:
+    with suppress(OSError), open_to_read(journal) as lines:
         for line in lines:
             if line.endswith(b"\n") and b'"metrics"' in line:
                 with suppress(ValueError, KeyError, TypeError):

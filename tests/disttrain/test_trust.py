@@ -17,7 +17,7 @@ from disttrain.commands.locate import find_checkpoint, recipe_of
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import RecipeError, is_own_recipe, load_recipe, parse_recipe, to_toml
 from disttrain.rundir import go_on_with
-from disttrain.tracking import Owed
+from disttrain.tracking import Owed, deliver
 from disttrain.tracking.delivery_state import DeliveryState
 
 OVERRIDES = ("tracking.uri=none", "train.device=cpu", "train.max_steps=1", "model.name=nets_of_a_stranger:Net")
@@ -150,6 +150,13 @@ def test_credentials_go_only_where_the_user_says(synced: Syncer, monkeypatch: py
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{SERVER.replace('//', '//me:secret@')}/")
     assert synced(SERVER) == SERVER
     assert synced("http://elsewhere.example.org:5000") is None
+
+
+def test_python_is_no_way_around(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    DeliveryState(uri=SERVER, experiment="e").save(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    with pytest.raises(ConfigurationError, match="pass it as `uri`"):
+        deliver(run)
 
 
 def test_so_do_those_that_mlflow_keeps(synced: Syncer, tmp_path: Path) -> None:

@@ -122,6 +122,40 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert os.listdir("holiday") == ["photo.jpg"]
 
 
+def test_logs_are_not_written_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/logs").symlink_to(tmp_path / "elsewhere")
+    result = run("train", "digits", "--run-dir", "run")
+    assert result.exit_code == 78
+    assert f"{tmp_path}/run/logs: it is a symbolic link, and none is followed here" in result.stderr
+    assert os.listdir("elsewhere") == []
+
+
+def test_stop_is_held_up_by_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.toml").touch()
+    os.mkfifo(tmp_path / "run/.lock")
+    result = run("stop", "run")
+    assert (result.exit_code, result.stderr) == (
+        78, "disttrain: run/.lock: it is a named pipe, not a file; no run makes such a lock. Remove it.\n"
+    )  # fmt: skip
+
+
+def test_a_run_that_names_code_is_resumed_only_if_it_is_trusted(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.toml").write_text('model.name = "nets:build"\n')
+    refused = run("train", "--run-dir", "run")
+    assert refused.exit_code == 78
+    assert "names code that would be imported and run: model.name = 'nets:build'. Add --trust" in refused.stderr
+    trusted = run("train", "--run-dir", "run", "--trust", "--dry-run")
+    assert trusted.exit_code == 0
+    assert trusted.stdout.rstrip().endswith("--trust")
+    (tmp_path / "mine.toml").write_text('model.name = "nets:build"\n')
+    assert run("train", "mine.toml", "--run-dir", "run", "--dry-run").exit_code == 0
+    assert "--trust" in run("slurm", "render", "--run-dir", "run", "--trust").stdout
+
+
 def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     for run_dir in ("notes", "notes/run"):
