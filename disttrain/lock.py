@@ -37,7 +37,8 @@ def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    path.unlink(missing_ok=True)  # while it is ours: nobody else's can be removed
+                    if _is_still(path, file.fileno()):  # not if the folder was moved, and another is there
+                        path.unlink(missing_ok=True)  # while it is ours: nobody else's can be removed
                 return
             if time.monotonic() >= deadline:
                 file.seek(0)

@@ -115,16 +115,16 @@ class Saver:
         return True
 
     def _restore_run_dir(self) -> None:
-        """The folder was deleted under the job: the save has made it anew, and here comes what makes it a run again."""
+        """The folder was moved or deleted: the save has made it anew, and here comes what makes it a run again."""
         self._tracker.restore()
         try:
             store_recipe(self._run_dir, self._job.recipe)
         except ConfigurationError as error:
-            self._console.warn(f"{self._run_dir} was deleted under the job: {error}")
+            self._console.warn(f"{self._run_dir} was moved or deleted under the job: {error}")
             return
         self._console.warn(
-            f"{self._run_dir} was deleted under the job. It is there again, with recipe, journal and the checkpoint "
-            "just saved; what else was in it is gone."
+            f"{self._run_dir} was moved or deleted under the job. It is there again, with recipe, journal and the "
+            "checkpoint just saved; what else was in it is gone, or in the place that it was moved to."
         )
 
     def _tell_of_waiting(self, outcome: Outcome) -> None:

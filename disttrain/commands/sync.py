@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
         report = {"uri": target, "mlflow_run_id": mlflow_run_id, "complete": not missing, "missing": lacking}
         print(json.dumps(report), flush=True)
     if missing:
-        raise DisttrainError(f"MLflow at {target} still lacks {missing} of {run}: try again when it is up.")
+        reason = missing.reason or "it did not take them"
+        raise DisttrainError(f"MLflow at {target} still lacks {missing} of {run}: {reason}. Try again after that.")
     if not as_json:
         print(f"MLflow at {target} has everything of {run}")
 
@@ -54,6 +56,9 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     from disttrain.rundir import JOURNAL, RECIPE, is_run, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
     if not is_run(run) or not (run / JOURNAL).is_file():
         raise UsageError(f"{run} is not a run directory with a journal: see `disttrain runs list`.")
     refuse_links(run)
@@ -63,7 +68,7 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
         raise UsageError(f"{run}: tracking.uri is 'none', so there is nowhere to deliver to: give --uri.")
     if uri is None:
         ask_before_sending(target, address, f"add --uri {shlex.quote(redact(target))}")
-    return redact(target), deliver(run, target, settings.experiment, timeout_s)
+    return redact(target), deliver(run, target, settings.experiment, timeout_s, warn)
 
 
 if __name__ == "__main__":

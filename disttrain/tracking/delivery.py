@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import re
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -20,9 +19,11 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from disttrain.tracking.database import is_database, one_at_a_time
 from disttrain.tracking.delivery_state import state_for
 from disttrain.tracking.journal import JOURNAL_FILE, read_journal, read_records
 from disttrain.tracking.limits import LONG_VALUE, MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE, metric_key, shorten
+from disttrain.tracking.outage import OutageError, brief
 from disttrain.tracking.redact import redact
 from disttrain.tracking.uploads import upload
 
@@ -32,19 +33,7 @@ _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 _STATUSES = {"RUNNING", "FINISHED", "FAILED", "KILLED"}
 _GONE = {"RESOURCE_DOES_NOT_EXIST"}
 
-_NETWORK_CAUSE = re.compile(
-    r"(?:Max retries exceeded|Connection aborted|timeout exception).*?"
-    r"(Connection refused|Connection reset by peer|Failed to resolve '[^']*'|(?:Read|Connection) timed out|"
-    r"No route to host|Network is unreachable|Remote end closed connection|too many \d+ error responses)",
-    re.IGNORECASE,
-)
-_MAX_REASON = 240
-
 Entity = Metric | Param | RunTag
-
-
-class OutageError(Exception):
-    """MLflow cannot be reached or does not work now; it may later. The message holds no credentials."""
 
 
 class Delivery:
@@ -76,7 +65,14 @@ class Delivery:
         try:
             size = journal.stat().st_size
         except FileNotFoundError:
+            if self._state.offset:
+                self._say_once(
+                    "gone",
+                    f"{journal} is gone: if the run was moved or deleted, MLflow gets nothing more "
+                    "until the next checkpoint makes it anew.",
+                )
             return
+        self._said.discard("gone")
         if size < self._state.offset:  # somebody cut the journal short: what MLflow has twice, it keeps once
             self._state.offset = 0
         if size == self._state.offset and not self._state.uploads and self._state.status is None:
@@ -105,8 +101,9 @@ class Delivery:
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
-            client = MlflowClient(self.uri)
-            run = self._find_run(client)
+            with one_at_a_time(self.uri):
+                client = MlflowClient(self.uri)
+                run = self._find_run(client)
             self._params = dict(run.data.params)
             self._client = client
         return self._client
@@ -157,7 +154,7 @@ class Delivery:
 
     def _artifact_location(self) -> str | None:
         """For a database: a folder beside the runs. MLflow's own default is the current folder. A server decides."""
-        if self.uri.startswith(("http://", "https://", "databricks")):
+        if not is_database(self.uri):
             return None
         return (self.run_dir.parent / "mlartifacts").absolute().as_uri()
 
@@ -257,16 +254,6 @@ class Delivery:
         if about not in self._said:
             self._said.add(about)
             self._say(redact(message))
-
-
-def brief(error: BaseException) -> str:
-    """What went wrong, in a line without credentials."""
-    text = redact(str(error)).strip().partition("\n")[0] or type(error).__name__
-    # The network library tells the whole story of its retries; the last cause is what a user can do something about.
-    cause = _NETWORK_CAUSE.search(text)
-    if cause is not None:
-        return cause.group(1)
-    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "…"
 
 
 def _milliseconds(seconds: Any) -> int:

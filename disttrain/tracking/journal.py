@@ -19,6 +19,7 @@ A reader must skip kinds it does not know.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -117,13 +118,17 @@ class Journal:
             os.fsync(self._fd)
 
     def restore(self) -> None:
-        """If somebody has deleted the file, make it anew with all that it held. Raises OSError."""
+        """If somebody has moved or deleted the file, make it anew with all that it held. Raises OSError."""
         with self._lock:
-            if self._fd < 0 or os.fstat(self._fd).st_nlink:
+            if self._fd < 0 or _is_at(self.path, self._fd):
                 return
             content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
             renewed = open_safely(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-            os.write(renewed, content)
+            there = os.pread(renewed, len(content) + 1, 0)
+            if not content.startswith(there):
+                os.close(renewed)
+                raise OSError(errno.EEXIST, "another journal has taken the place of the job's", str(self.path))
+            os.write(renewed, content[len(there) :])
             os.close(self._fd)
             self._fd = renewed
 
@@ -225,6 +230,13 @@ def count_records(path: str | os.PathLike[str], offset: int) -> int:
             return sum(line.endswith(b"\n") for line in file)
     except FileNotFoundError:
         return 0
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 _ABSENT = object()

@@ -24,6 +24,7 @@ from disttrain.tracking.delivery_state import Owed, load_state, owed, state_for
 from disttrain.tracking.redact import redact, split_credentials
 
 _LOOK_EVERY_S = 0.1
+_MOST_RESTARTS = 3
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 _START = "import sys; sys.path.append(sys.argv[1]); from disttrain.tracking.sender_process import main; main()"
 # MLflow's own defaults wait four minutes for a server that is not there. A user's own settings stand.
@@ -52,23 +53,38 @@ class MlflowSender:
         experiment: name of the MLflow experiment.
         run_name: what a new MLflow run is called; the name of the run directory if None.
         warn: called with messages for the user, by `poll` and `finish`.
+        beside_training: whether an outage is worth a word at once, since training goes on.
     """
 
     def __init__(
-        self, run_dir: Path, uri: str, experiment: str, run_name: str | None, warn: Callable[[str], None]
+        self,
+        run_dir: Path,
+        uri: str,
+        experiment: str,
+        run_name: str | None,
+        warn: Callable[[str], None],
+        *,
+        beside_training: bool = True,
     ) -> None:
         self._run_dir = run_dir
         self._warn = warn
-        self._messages = b""
+        self._beside_training = beside_training
+        self._outage = ""
+        self._num_restarts = 0
         bare_uri, credentials = split_credentials(uri)
         self._place = redact(bare_uri)
         state_for(run_dir, self._place, experiment)  # known from here on, should the sender never come to it
-        settings = {
+        self._credentials = credentials
+        self._settings = {
             "run_dir": str(run_dir.absolute()),
             "uri": bare_uri,
             "experiment": experiment,
             "run_name": run_name or run_dir.absolute().name,
         }
+        self._start()
+
+    def _start(self) -> None:
+        self._messages = b""
         # Ctrl-C and the signals of schedulers go to all processes of a job, but this one has to outlive the training:
         # it inherits a mask without them, so that there is no moment in which one could hit it.
         outlived = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
@@ -79,18 +95,39 @@ class MlflowSender:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**_SHORT_RETRIES, **os.environ, **credentials, **_SURROUNDINGS},
+                env={**_SHORT_RETRIES, **os.environ, **self._credentials, **_SURROUNDINGS},
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
-        self._order(json.dumps(settings))
+        self._order(json.dumps(self._settings))
 
     def poll(self) -> None:
-        """Pass on what the sender has to say. Never waits."""
-        self._hear()
+        """Pass on what the sender has to say, and start it again if it was killed. Never waits."""
+        if not self._hear():
+            self._revive()
+
+    def _revive(self) -> bool:
+        """Start the sender again if it was killed, by a system short of memory for instance; whether it was started."""
+        code = self._process.poll()
+        if code is None or code >= 0 or self._num_restarts == _MOST_RESTARTS:
+            return False
+        self._num_restarts += 1
+        self._close()
+        what = f"the process that feeds MLflow was killed ({signal.Signals(-code).name})"
+        last = "; it will not be started once more" if self._num_restarts == _MOST_RESTARTS else ""
+        self._warn(f"{what}: it is started again, and goes on where it was{last}.")
+        self._start()
+        return True
+
+    def _close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.stdout.close()
 
     def _hear(self) -> bool:
         """Pass on what was said since the last time; False once the sender can say no more."""
@@ -102,9 +139,22 @@ class MlflowSender:
         *lines, self._messages = (self._messages + data).split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError, AttributeError):
-                for message in json.loads(line).values():
-                    self._warn(str(message))
+                for level, message in json.loads(line).items():
+                    self._pass_on(level, str(message))
         return bool(data)
+
+    def _pass_on(self, level: str, message: str) -> None:
+        was_down = bool(self._outage)
+        if level in ("outage", "over"):
+            self._outage = message if level == "outage" else ""
+            if was_down == bool(self._outage) or not self._beside_training:
+                return
+        if level == "outage":
+            message = (
+                f"MLflow at {self._place} does not take the run now ({message}). Training goes on; the journal keeps "
+                "everything for it."
+            )
+        self._warn(message)
 
     def finish(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Owed:
         """Let the sender deliver what it can within `timeout_s`, end it, and tell what MLflow is still owed.
@@ -113,20 +163,26 @@ class MlflowSender:
         is True, the wait is over.
         """
         deadline = time.monotonic() + timeout_s
-        self._order(f"finish {max(timeout_s, 0.0)}")
-        assert self._process.stdin is not None
+        while True:
+            self._order(f"finish {max(deadline - time.monotonic(), 0.0)}")
+            has_ended = self._heard_out(deadline, unless)
+            if not has_ended:
+                self._process.kill()
+            self._process.wait()
+            if not has_ended or not self._revive():
+                break
+        self._close()
+        too_late = "" if has_ended else f"it was not done within {timeout_s:g} s"
+        return owed(self._run_dir, self._outage or too_late)
+
+    def _heard_out(self, deadline: float, unless: Callable[[], bool] | None) -> bool:
+        """Pass on what the sender has to say until it ends; False if it has not by then."""
         assert self._process.stdout is not None
-        heard = True
-        while heard and (left := deadline - time.monotonic()) > 0 and not (unless is not None and unless()):
-            if select.select([self._process.stdout], [], [], min(left, _LOOK_EVERY_S))[0]:
-                heard = self._hear()
-        if heard:
-            self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        return owed(self._run_dir, f"{self._place} was not done within {timeout_s:g} s" if heard else "")
+        while (left := deadline - time.monotonic()) > 0 and not (unless is not None and unless()):
+            ready = select.select([self._process.stdout], [], [], min(left, _LOOK_EVERY_S))[0]
+            if ready and not self._hear():
+                return True
+        return False
 
     def _order(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -170,5 +226,6 @@ def deliver(
         uri = known
     if not uri:
         raise ValueError(f"{run_dir}: no MLflow server is known for this run; name one")
-    sender = MlflowSender(Path(run_dir), uri, experiment or state.experiment or "disttrain", None, warn)
+    experiment = experiment or state.experiment or "disttrain"
+    sender = MlflowSender(Path(run_dir), uri, experiment, None, warn, beside_training=False)
     return sender.finish(timeout_s)

@@ -1,7 +1,8 @@
 """The sender's own process: follows the journal and feeds MLflow until the training process says so or is gone.
 
 Its standard input brings one line of JSON with the settings, later perhaps `finish SECONDS`; its end means that the
-training process is gone. Its standard output carries one JSON object per line: {"warning": text} or {"info": text}.
+training process is gone. Its standard output carries one JSON object per line: {"warning": text}, {"outage": reason}
+when MLflow takes nothing, and {"over": text} when it does again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from disttrain.files import open_safely, open_to_read
+from disttrain.tracking.database import is_database
 from disttrain.tracking.journal import JOURNAL_FILE
+from disttrain.tracking.outage import OutageError
 from disttrain.tracking.redact import redact
 
 if TYPE_CHECKING:
@@ -28,7 +31,9 @@ _INTERVAL_S = 5.0  # between two looks at the journal
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
 _LAST_WORDS_S = 3.0  # what a sender may still take when its training process was killed
-_ATTEMPTS_AT_THE_END = 2
+# Pauses between the attempts at the end. A server that is down is asked twice; a database in a file may only be busy,
+# as when several runs begin or end together.
+_PAUSES_AT_THE_END_S = (0.5, 1.0, 2.0, 4.0, 4.0)
 _NICENESS = 10
 
 
@@ -81,7 +86,7 @@ class Sender:
         self._run_dir = run_dir
         self._journal = run_dir / JOURNAL_FILE
         self._place = redact(delivery.uri)
-        self._down = False
+        self._reason = ""  # why MLflow takes nothing now
         self._synced = 0
 
     def run(self) -> None:
@@ -95,13 +100,14 @@ class Sender:
             else:
                 self._orders.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
-        was_down = self._down
+        was_down = bool(self._reason)
         if was_down:  # before it is asked again: a server that does not answer may take all the time there is
             _draw_charts(self._run_dir)
-        for _ in range(_ATTEMPTS_AT_THE_END):
+        pauses = _PAUSES_AT_THE_END_S if is_database(self._delivery.uri) else _PAUSES_AT_THE_END_S[:1]
+        for pause_s in (*pauses, 0.0):
             if self._attempt():
                 break
-            time.sleep(0.5)
+            time.sleep(pause_s)
         else:
             if not was_down:
                 _draw_charts(self._run_dir)
@@ -110,23 +116,17 @@ class Sender:
                 self._delivery.mark_killed()
 
     def _attempt(self) -> bool:
-        from disttrain.tracking.delivery import OutageError
-
         self._sync()
         try:
             self._delivery.deliver()
         except OutageError as error:
-            if not self._down:
-                self._down = True
-                self._voice.say(
-                    "warning",
-                    f"MLflow at {self._place} does not take the run now ({error}). Training goes on; the journal "
-                    "keeps everything for it.",
-                )
+            if str(error) != self._reason:
+                self._reason = str(error)
+                self._voice.say("outage", self._reason)
             return False
-        if self._down:
-            self._down = False
-            self._voice.say("info", f"MLflow at {self._place} has everything now.")
+        if self._reason:
+            self._reason = ""
+            self._voice.say("over", f"MLflow at {self._place} has everything now.")
         return True
 
     def _sync(self) -> None:

@@ -239,7 +239,7 @@ def test_verify_tells_of_everything_that_is_there(tmp_path: Path) -> None:
     assert "1 of 2 checkpoints damaged" in str(done.exception)
 
 
-def delete_at(run_dir: Path, step: int) -> None:
+def lose_at(run_dir: Path, step: int, moved_to: Path | None) -> None:
     """Train, and lose the run directory after a step."""
     import disttrain.train as loop
 
@@ -248,7 +248,7 @@ def delete_at(run_dir: Path, step: int) -> None:
     def deleting(name: str, **where: int) -> None:
         reached(name, **where)
         if name == "step" and where["step"] == step:
-            shutil.rmtree(run_dir)
+            shutil.rmtree(run_dir) if moved_to is None else run_dir.rename(moved_to)
 
     loop.reached = deleting  # type: ignore[assignment]
     try:
@@ -257,15 +257,18 @@ def delete_at(run_dir: Path, step: int) -> None:
         loop.reached = reached
 
 
-def test_a_run_directory_deleted_under_the_job_comes_back_with_the_next_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moved_to", [None, "elsewhere"])
+def test_a_run_directory_lost_under_the_job_comes_back_with_the_next_save(tmp_path: Path, moved_to: str | None) -> None:
     run_dir = tmp_path / "run"
     with workers(1, process_group=False) as group:
-        group.run(delete_at, run_dir, 3)
+        group.run(lose_at, run_dir, 3, tmp_path / moved_to if moved_to else None)
         group.run(train, run_dir, "checkpoint.every_steps=2")  # finished already: it is a whole run
     assert read_checkpoint(newest(run_dir / "checkpoints")).state["finished"]
     logged = [record["step"] for record in read_journal(run_dir / "journal.jsonl") if record["kind"] == "metrics"]
     assert 1 in logged, "what the journal held is back"
     assert 10 in logged
+    log = (tmp_path / (moved_to or "run") / "logs" / "worker-0.log").read_text()
+    assert moved_to is None or f"{run_dir} was moved or deleted under the job. It is there again" in log
 
 
 def saved_steps(run_dir: Path) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from disttrain.tracking import load_state, owed
+from disttrain.tracking import Tracker, load_state, owed
+from disttrain.tracking.database import one_at_a_time
 from disttrain.tracking.delivery import Delivery, OutageError
 from disttrain.tracking.journal import Journal, read_journal
 
@@ -266,3 +268,75 @@ def test_a_journal_cannot_send_files_from_elsewhere(server: Any, run_dir: Path, 
 def test_a_damaged_state_file_starts_delivery_again(run_dir: Path, rubbish: str) -> None:
     (run_dir / "mlflow.json").write_text(rubbish)
     assert load_state(run_dir).offset == 0
+
+
+def test_a_run_that_is_moved_away_is_said_and_delivered_when_it_is_back(
+    server: Any, run_dir: Path, journal: Journal
+) -> None:
+    said: list[str] = []
+    sender = delivery(run_dir, server.uri, said)
+    journal.metrics(1, {"train/loss": 1.0})
+    sender.deliver()
+    run_dir.rename(run_dir.with_name("elsewhere"))
+    journal.metrics(2, {"train/loss": 0.5})
+    for _ in range(2):
+        sender.deliver()
+    assert said == [
+        f"{run_dir}/journal.jsonl is gone: if the run was moved or deleted, MLflow gets nothing more until the next "
+        "checkpoint makes it anew."
+    ]
+    run_dir.mkdir()  # as a save does
+    journal.restore()
+    journal.metrics(3, {"train/loss": 0.25})
+    sender.deliver()
+    assert [row[0] for row in rows_in_mlflow(server.uri, run_dir)["train/loss"]] == [1, 2, 3]
+    assert len(said) == 1
+
+
+def test_a_new_database_is_made_by_one_at_a_time(
+    run_dir: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{run_dir.parent}/new/mlflow.db"
+    inside: list[int] = []
+    most: list[int] = []
+
+    class Slow:
+        def __init__(self, uri: str) -> None:
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.pop()
+            raise ConnectionError("this is far enough")
+
+    monkeypatch.setattr("disttrain.tracking.delivery.MlflowClient", Slow)
+
+    def send() -> None:
+        with pytest.raises(OutageError, match="far enough"):
+            delivery(run_dir, uri).deliver()
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+def test_a_lock_that_somebody_keeps_is_waited_for_so_long(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with one_at_a_time(uri), one_at_a_time(uri, patience_s=0.2):
+        pass
+
+
+@pytest.mark.long
+def test_four_runs_that_begin_at_once_in_a_new_folder_all_reach_mlflow(tmp_path: Path, recipe: Any) -> None:
+    folders = [tmp_path / "runs" / str(number) for number in range(4)]
+    trackers = []
+    for folder in folders:
+        folder.mkdir(parents=True)
+        trackers.append(Tracker(folder, recipe(), {}, warn=pytest.fail))
+        trackers[-1].start(False, {"number": folder.name}, {})
+    for tracker in trackers:
+        assert not tracker.finish("FINISHED", timeout_s=200)
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert {the_run(uri, folder).data.params["number"] for folder in folders} == {"0", "1", "2", "3"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.tracking import Tracker, load_state
+from disttrain.tracking import Journal, Tracker, load_state
 from tests.disttrain.tracking.conftest import MlflowServer, RecipeMaker
 
 
@@ -51,6 +51,24 @@ def test_what_is_owed_is_delivered_and_doing_it_twice_changes_nothing(
     (run,) = client.search_runs([experiment.experiment_id])
     assert json.loads(again.stdout)["mlflow_run_id"] == run.info.run_id
     assert [(row.step, row.value) for row in client.get_metric_history(run.info.run_id, "train/loss")] == [(1, 0.5)]
+
+
+def test_it_says_why_it_failed(server: MlflowServer, run_dir: Path, recipe: RecipeMaker) -> None:
+    import mlflow
+    from click.testing import CliRunner
+
+    from disttrain.commands.sync import command
+    from disttrain.recipe import to_toml
+
+    client = mlflow.MlflowClient(server.uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    (run_dir / "recipe.toml").write_text(to_toml(recipe(uri=server.uri, experiment="gone")))
+    Journal(run_dir / "journal.jsonl").close()
+    done = CliRunner().invoke(command, [str(run_dir), "--uri", server.uri])
+    assert str(done.exception) == (
+        f"MLflow at {server.uri} still lacks 1 journal record of {run_dir}: the experiment 'gone' is deleted; restore "
+        "it or set tracking.experiment. Try again after that."
+    )
 
 
 def test_the_server_of_the_environment_is_remembered(

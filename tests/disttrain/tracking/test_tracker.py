@@ -174,7 +174,7 @@ def test_no_server_at_all_costs_little_and_is_made_up_for(line: Any, run_dir: Pa
 
     line.connect()
     later = Tracker(run_dir, recipe(uri=line.uri), {}, warn=said.append)
-    assert later.backlog() == missing
+    assert later.backlog().records == missing.records
     assert later.catch_up(timeout_s=240) == later.backlog() == Owed()
     run = MlflowClient(line.uri).get_run(load_state(run_dir).run_id)
     assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})
@@ -190,6 +190,25 @@ def test_a_server_that_never_answers_is_left_at_the_deadline(run_dir: Path, reci
         assert time.monotonic() - begin < 60
     assert missing.records == len(kinds(run_dir))
     assert "1.5 s" in missing.reason
+
+
+def test_a_killed_sender_is_started_again(server: Any, run_dir: Path, recipe: Any) -> None:
+    from mlflow import MlflowClient
+
+    said: list[str] = []
+    tracker = Tracker(run_dir, recipe(uri=server.uri), {}, warn=said.append)
+    tracker.start(False, {}, {})
+    tracker.metrics(1, {"train/loss": 1.0})
+    for number in range(2):  # the second one as the run ends
+        (sender,) = senders()
+        sender.kill()
+        if not number:
+            wait_until(lambda: tracker.metrics(2, {"train/loss": 0.5}) is None and bool(said))
+    assert not tracker.finish("FINISHED", timeout_s=100)
+    words = "the process that feeds MLflow was killed (SIGKILL): it is started again, and goes on where it was."
+    assert said == [words] * 2
+    rows = MlflowClient(server.uri).get_metric_history(load_state(run_dir).run_id, "train/loss")
+    assert [row.step for row in rows] == [1, 2]
 
 
 def test_the_wait_for_a_server_can_be_ended(run_dir: Path, recipe: Any) -> None:
