@@ -43,7 +43,6 @@ class Rerun:
         self, model: nn.Module, recipe: TrainRecipe, device: torch.device, autocast: torch.dtype | None
     ) -> None:
         self._model, self._recipe, self._device, self._autocast = model, recipe, device, autocast
-        self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
 
     def find_first(
         self, batch: StepBatch, step: int, scale: float, restore_buffers: Callable[[], None]
@@ -84,7 +83,8 @@ class Rerun:
             losses = functional.cross_entropy(
                 scores, part.labels, reduction="none", label_smoothing=self._recipe.label_smoothing
             )
-        gradients = torch.autograd.grad(losses.sum() * scale, list(self._parameters.values()), allow_unused=True)
+        parameters = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
+        gradients = torch.autograd.grad(losses.sum() * scale, list(parameters.values()), allow_unused=True)
         if not part.weight:
             return None
         rows = _finite_rows(losses.detach())
@@ -94,7 +94,7 @@ class Rerun:
             return finding(rows, *seen[0])
         if not rows.all():
             return finding(rows, "the loss", "though the model's scores are")
-        for name, gradient in zip(self._parameters, gradients, strict=True):
+        for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and not _is_finite(gradient):
                 return finding(rows, f"the gradient of '{name}'", "though the loss is")
         return None

@@ -39,6 +39,12 @@ class ExactShards:
             raise ConfigurationError(
                 "parallel.exact = true: an Apple GPU serves one worker only; set train.device = 'cpu'."
             )
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.layout != torch.strided:
+                raise ConfigurationError(
+                    f"the model: '{name}' is sparse, which exact mode cannot send or sum: make it dense, or set "
+                    "parallel.exact = false."
+                )
         self.num_shards = num_shards
         self.shards = shards_of(world.rank, world.size, num_shards)
         self._world = world
@@ -190,18 +196,20 @@ def shards_of(rank: int, size: int, num_shards: int) -> range:
 
 def _places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where each buffer is: the module that holds it and its name there, by its full name."""
-    places = {}
+    modules, places = dict(model.named_modules(remove_duplicate=False)), {}
     for full_name, _ in model.named_buffers():
         path, _, name = full_name.rpartition(".")
-        places[full_name] = (model.get_submodule(path), name)
+        places[full_name] = (modules[path], name)
     return places
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
-    """What a shard has added to a buffer, float64; None for nothing. Infinite numbers may stay as they are."""
-    if torch.equal(before, after):
+    """What a shard has added to a buffer, float64; None for nothing. Infinite numbers and NaN may stay as they are."""
+    before, after = before.double(), after.double()
+    stays = (before == after) | (before.isnan() & after.isnan())
+    if stays.all():
         return None
-    return torch.where(before == after, 0.0, after.double() - before.double())
+    return torch.where(stays, 0.0, after - before)
 
 
 def _zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DataParallel
 
 from disttrain.collectives import broadcast_
+from disttrain.ddp import WrappedModel
 from disttrain.errors import ConfigurationError
 from disttrain.exact import ExactShards
 from disttrain.recipe import ParallelRecipe
@@ -25,7 +27,7 @@ from disttrain.world import World
 class Parallel:
     """A model ready for training by all workers.
 
-    `forward` is the module to call in training, `model` the bare one: its names are those of every checkpoint.
+    `forward` is what to call in training, `model` the bare one: its names are those of every checkpoint.
     A loss that has been summed over a worker's samples and divided by the size of the global batch must be multiplied
     by `loss_scale` before `backward`. `reason` says in a line why this way was chosen.
 
@@ -36,27 +38,36 @@ class Parallel:
     name: str
     reason: str
     model: nn.Module
-    forward: nn.Module
+    forward: Callable[..., Any]
     loss_scale: float = 1.0
     without_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     shards: range = range(1)
     num_shards: int = 1
     exact: ExactShards | None = None
+    ddp: WrappedModel | None = None
 
     def open_shard(self) -> None:
         """Called before the first micro-batch of a shard."""
         if self.exact is not None:
             self.exact.open()
+        if self.ddp is not None:
+            self.ddp.share_odd_()
 
     def close_shard(self, shard: int) -> None:
         """Called after the last micro-batch of a shard."""
         if self.exact is not None:
             self.exact.close(shard)
 
-    def finish_step(self, global_size: int) -> None:
-        """Called after the last shard of a step: now the gradients are the global batch's. Every rank must call it."""
+    def finish_step(self, global_size: int, step: int = 0) -> None:
+        """Called after the last shard of a step: now the gradients are the global batch's. Every rank must call it.
+
+        Raises ConfigurationError, on this rank only, if the model left parameters without a gradient that the other
+        workers wait for. `step` counts the steps done before.
+        """
         if self.exact is not None:
             self.exact.finish(min(global_size, self.num_shards))
+        if self.ddp is not None:
+            self.ddp.finish_backward(f"in step {step + 1}")
 
     def backward_of(self, *, is_last: bool) -> AbstractContextManager[None]:
         """The context for one micro-batch: gradients travel once per step, with the last one."""
@@ -67,7 +78,8 @@ class Parallel:
         if self.exact is not None:
             return  # they are the same already
         for buffer in self.model.buffers():
-            broadcast_(buffer)
+            if buffer.layout == torch.strided:  # sparse ones are constant, see WrappedModel
+                broadcast_(buffer)
 
 
 def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_batchnorm: bool = False) -> Parallel:
@@ -83,11 +95,7 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
     if sync_batchnorm and world.size > 1:
         model = convert_sync_batchnorm(model, world.device)
     if strategy == "ddp":
-        ddp = DistributedDataParallel(
-            model,
-            device_ids=[world.device.index] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
+        ddp = WrappedModel(model, world, find_unused=recipe.find_unused_parameters)
         # DDP divides the summed gradients by the number of workers; our losses are shares of the global mean already.
         return Parallel(
             "ddp",
@@ -98,6 +106,7 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
             without_sync=ddp.no_sync,
             shards=range(world.rank, world.rank + 1),
             num_shards=world.size,
+            ddp=ddp,
         )
     if strategy == "dp":
         return Parallel("dp", reason, model, DataParallel(model))

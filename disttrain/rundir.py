@@ -37,7 +37,7 @@ _MAY_CHANGE = {
     "train.epochs", "train.max_steps", "train.device", "train.threads", "train.log_every_steps",
     "train.eval_every_epochs", "train.eval_batch_size", "train.hang_timeout_s", "train.compile",
     "train.non_finite", "train.non_finite_limit",  # or a run that has ended by them could never be gone on with
-    "parallel.strategy",
+    "parallel.strategy", "parallel.find_unused_parameters",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
 

@@ -21,6 +21,7 @@ from disttrain.faultpoints import reached
 from disttrain.finite import marked
 from disttrain.guard import stop_requests
 from disttrain.job import Job
+from disttrain.model_check import rehearse
 from disttrain.optim import set_learning_rate
 from disttrain.recipe import Recipe, ask_before_resuming, is_own_recipe, load_recipe
 from disttrain.session import open_session
@@ -112,6 +113,8 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
     run: the step is then not made.
     """
     settings, parallel = job.recipe.train, job.parallel
+    if parallel.ddp is not None and parallel.ddp.follow_unfreezing():
+        rehearse(job)
     set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
     job.finite.begin_step()
     losses = torch.zeros(parallel.num_shards, device=job.world.device)
@@ -132,7 +135,7 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
             losses[part.shard] += share.detach()
         if part.closes_shard:
             parallel.close_shard(part.shard)
-    parallel.finish_step(batch.global_size)
+    parallel.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
     if job.finite.allows(job.step, batch, losses):
         if settings.clip_norm is not None:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 from disttrain import rng
+from disttrain.buffers import same_bits
 from disttrain.collectives import decided_by_main
-from disttrain.data import unlike_when_read_again
+from disttrain.data import smallest_part, unlike_when_read_again
 from disttrain.errors import ConfigurationError
 from disttrain.job import Job
 
@@ -87,17 +88,12 @@ def _read_again(job: Job) -> None:
 
 def _samples(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """Two samples, or one if there are steps in which the model will see a single one."""
-    num = min(2, _smallest_part(job))
+    recipe = job.recipe
+    sizes = len(job.data.train), recipe.data.batch_size, recipe.parallel.shards, recipe.train.accumulate
+    num = min(2, smallest_part(*sizes))
     images = torch.randn((num, *job.data.train.sample_shape), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(len(images)) % len(job.data.train.classes)
     return images.to(job.world.device), labels.to(job.world.device)
-
-
-def _smallest_part(job: Job) -> int:
-    """The fewest samples that are computed at once in training: in a shard of a full batch or of the last one."""
-    recipe, num_samples = job.recipe, len(job.data.train)
-    batches = {min(recipe.data.batch_size, num_samples), num_samples % recipe.data.batch_size} - {0}
-    return min(max(1, max(1, batch // recipe.parallel.shards) // recipe.train.accumulate) for batch in batches)
 
 
 def _results(job: Job) -> dict[str, torch.Tensor]:
@@ -105,7 +101,7 @@ def _results(job: Job) -> dict[str, torch.Tensor]:
     images, labels = _samples(job)
     rng.seed_layers(job.world.device, 0, 0, 0)
     with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
-        loss = functional.cross_entropy(_scores(job, images), labels)
+        loss = functional.cross_entropy(job.model(images), labels)
     loss.backward()  # type: ignore[no-untyped-call]
     results = {"loss": loss.detach()}
     for key, parameter in job.model.named_parameters():
@@ -119,20 +115,6 @@ def _results(job: Job) -> dict[str, torch.Tensor]:
             )
         results[key] = gradient
     return results
-
-
-def _scores(job: Job, images: torch.Tensor) -> torch.Tensor:
-    try:
-        scores: torch.Tensor = job.model(images)
-    except ValueError as error:
-        if len(images) > 1 or "more than 1 value per channel" not in str(error):
-            raise
-        raise ConfigurationError(
-            f"{_MODEL} normalises over a batch, and with {len(job.data.train):,} training samples, data.batch_size = "
-            f"{job.recipe.data.batch_size} and parallel.shards = {job.recipe.parallel.shards} some shard has a single "
-            f"sample: choose a batch size that leaves a larger last batch, fewer shards, {_OR_FAST}."
-        ) from error
-    return scores
 
 
 def _evaluate(job: Job) -> None:
@@ -160,7 +142,7 @@ def _restore(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
 def _refuse_lost_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     kept = model.state_dict().keys()
     for key, buffer in model.named_buffers():
-        if key not in kept and key in before and not _same_bits(buffer, before[key]):
+        if key not in kept and key in before and not same_bits(buffer, before[key]):
             raise ConfigurationError(
                 f"{_MODEL}: the buffer '{key}' changes in training and is not persistent, so no checkpoint would have "
                 f"it: register it with persistent=True, {_OR_FAST}."
@@ -169,7 +151,7 @@ def _refuse_lost_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> N
 
 def _refuse_changes_in_evaluation(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     for key, buffer in model.named_buffers():
-        if key not in before or not _same_bits(buffer, before[key]):
+        if key not in before or not same_bits(buffer, before[key]):
             raise ConfigurationError(
                 f"{_MODEL}: the buffer '{key}' changes in evaluation, where each worker sees other samples: change it "
                 f"only in training (if self.training), {_OR_FAST}."
@@ -179,7 +161,7 @@ def _refuse_changes_in_evaluation(model: nn.Module, before: dict[str, torch.Tens
 def _refuse_changed_parameters(model: nn.Module, before: dict[str, torch.Tensor], versions: dict[str, int]) -> None:
     for key, parameter in model.named_parameters():
         # Written to with the same numbers today, as by a clamp, may be with others tomorrow.
-        if parameter._version != versions.get(key) or not _same_bits(parameter, before[key]):
+        if parameter._version != versions.get(key) or not same_bits(parameter, before[key]):
             raise ConfigurationError(
                 f"{_MODEL} changes its parameter '{key}' by itself, where each worker sees other samples: make it a "
                 f"buffer, which all workers share, {_OR_FAST}."
@@ -192,11 +174,6 @@ def _put_back(model: nn.Module, *tensors: dict[str, torch.Tensor]) -> None:
         for key, value in (item for some in tensors for item in some.items()):
             if key in now and now[key].shape == value.shape:
                 now[key].copy_(value)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    raw = [tensor.detach().resolve_conj().contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
-    return one.dtype == other.dtype and torch.equal(*raw)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from disttrain.data.normalise import normalise
 from disttrain.data.picture import read_picture
 from disttrain.data.repeat import unlike_when_read_again
 from disttrain.data.sampler import StepSampler
+from disttrain.data.sizes import batch_sizes_without_single_samples, smallest_batch, smallest_part
 
 __all__ = [
     "Batch",
@@ -22,11 +23,14 @@ __all__ = [
     "StreamSplit",
     "as_datasets",
     "as_split",
+    "batch_sizes_without_single_samples",
     "crop",
     "cutout",
     "flip",
     "load_datasets",
     "normalise",
     "read_picture",
+    "smallest_batch",
+    "smallest_part",
     "unlike_when_read_again",
 ]

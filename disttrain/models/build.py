@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from disttrain.buffers import own_memory
 from disttrain.errors import ConfigurationError
 from disttrain.models.net import Net
 from disttrain.models.resnet import resnet18
@@ -23,6 +25,32 @@ def build_model(model: ModelRecipe, *, num_classes: int, sample_shape: tuple[int
     A `package.module:callable` is called with `num_classes`, `sample_shape` and `model.options`. Raises
     ConfigurationError for a name, an option or a sample shape that does not fit.
     """
+    return made_ready(_build(model, num_classes, sample_shape), sample_shape, f"model.name: {model.name}")
+
+
+def made_ready(model: nn.Module, sample_shape: tuple[int, int, int], name: str) -> nn.Module:
+    """The model with what a constructor may leave open: lazy modules get their shapes, expanded buffers their memory.
+
+    What lazy modules draw comes from torch's global generator. Raises ConfigurationError if they fail on such images;
+    `name` says whose they are.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
+        was_training = model.training
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, *sample_shape, device=tensors[0].device))
+        except Exception as error:  # a user's model may raise anything
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise ConfigurationError(
+                f"{name} has lazy modules, and fails on images {sample_shape}: {reason}"
+            ) from error
+        model.train(was_training)
+    own_memory(model)
+    return model
+
+
+def _build(model: ModelRecipe, num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
     if model.name == "net":
         return _construct(model, Net, num_classes=num_classes, sample_shape=sample_shape)
     if model.name == "resnet18":

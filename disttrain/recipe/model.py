@@ -144,6 +144,9 @@ class ParallelRecipe(Section):
         default="auto",
         description="auto: ddp with several workers, dp for one process that sees several GPUs, else none",
     )
+    find_unused_parameters: bool = Field(
+        default=False, description="ddp: a step may leave parameters without a gradient (LayerDrop, an unused head)"
+    )
     exact: bool = Field(default=False, description="the same bits at every number of workers")
     shards: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
 

@@ -171,7 +171,8 @@ def test_accumulation_talks_once_per_step() -> None:
 
     with join_world("cpu", threads=1) as world:
         parallel = parallelize(network(), world, ParallelRecipe())
-        parallel.forward.register_comm_hook(None, hook)  # type: ignore[operator]
+        assert parallel.ddp is not None
+        parallel.ddp.module.register_comm_hook(None, hook)
         for number in range(4):
             with parallel.backward_of(is_last=number == 3):
                 parallel.forward(torch.rand(2, 1, 4, 4, dtype=torch.float64)).sum().backward()
