@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -12,8 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from disttrain.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
+
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from the launcher: within this time it is one.
 _SAME_REQUEST_S = 2.0
+_PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -111,11 +115,23 @@ def ending_undisturbed() -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """End this process when its launcher is gone: the launcher holds the other end of standard input."""
+    """End this process when the launcher that started it is gone, if it is one of ours.
+
+    The kernel ends it (prctl(2), PR_SET_PDEATHSIG), even if it has been stopped. What counts as parent is a thread: our
+    launchers start workers from their main one. The launcher of one machine also holds the other end of standard input.
+    """
+    launcher = launched_by()
+    if launcher not in OUR_LAUNCHERS:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ.get("DISTTRAIN_LAUNCHER_PID") or os.getppid()):
+            os._exit(1)  # it was gone before
 
     def wait() -> None:
         while os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 1024):
             pass
         os._exit(1)
 
-    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
+    if launcher == LAUNCHER:
+        threading.Thread(target=wait, name="launcher-watch", daemon=True).start()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 LAUNCHER = "disttrain"
 """What our own launcher of one machine calls itself."""
+OUR_LAUNCHERS = (LAUNCHER, "disttrain node")
+"""Those that show the first failing worker's message, and that workers end with."""
 
 
 def launched_by(environment: Mapping[str, str] = os.environ) -> str:

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import ExitCode
-from disttrain.launched import LAUNCHER, launched_by, rank_hint
-
-_SHOWS_FAILURES = (LAUNCHER, "disttrain node")  # they show the first failing worker's message: the worker need not
+from disttrain.launched import OUR_LAUNCHERS, launched_by, rank_hint
 
 
 def report_failure(
@@ -50,7 +48,7 @@ def report_failure(
             _write(error_file, failure)
             is_written = True
     told_by_all = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
-    is_shown = is_written and launched_by() in _SHOWS_FAILURES
+    is_shown = is_written and launched_by() in OUR_LAUNCHERS
     if not is_shown and (not rank or not told_by_all):
         who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
         print(f"{trace or ''}disttrain: {who}{message}", file=sys.stderr, flush=True)

@@ -69,8 +69,9 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[No
         with _usable(path):
             path.mkdir(parents=True, exist_ok=True)
             refuse_links(path)
-            # A first start that was killed or refused leaves its logs, and perhaps a recipe half written.
-            leftovers = (LOGS, LOCK, being_written(stored).name)
+            # A first start that was killed or refused leaves its logs, and perhaps a recipe half written; somebody may
+            # have asked it to stop.
+            leftovers = (LOGS, LOCK, being_written(stored).name, STOP)
             is_run = whatever_is_there or stored.exists()
             if not is_run and any(entry.name not in leftovers for entry in path.iterdir()):
                 raise ConfigurationError(

@@ -18,7 +18,6 @@ import click
 
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
 from disttrain.guard import end_with_launcher
-from disttrain.launched import LAUNCHER, launched_by
 from disttrain.output import have_standard_streams
 from disttrain.report import report_failure, report_finished
 
@@ -38,8 +37,7 @@ def worker(command: click.Command) -> int:
     command came to its end is written there, too: a user's code may end the process with 0 in the middle.
     """
     have_standard_streams()
-    if launched_by() == LAUNCHER:
-        end_with_launcher()
+    end_with_launcher()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be UTF-8, and comes out as it is
     try:

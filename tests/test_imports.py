@@ -32,7 +32,8 @@ LAYERS = {
     "diagnosis": {"data", "recipe", "rng"},
     "spikes": {"recipe", "rundir"},
     "finite": {"buffers", "collectives", "data", "diagnosis", "parallel", "recipe", "world"},
-    "guard": set(),
+    "guard": {"launched"},
+    "suspended": set(),
     "lock": set(),
     "log": set(),
     "output": set(),
@@ -58,7 +59,7 @@ LAYERS = {
     "report": {"launched"},
     "watchdog": {"collectives", "progress", "world"},
     "worker": {"guard", "launched", "output", "report"},
-    "agent": {"checkpoint", "layout", "output", "recipe", "remote", "report", "rundir", "tracking"},
+    "agent": {"checkpoint", "layout", "output", "recipe", "remote", "report", "rundir", "suspended", "tracking"},
     "trial": {"buffers", "collectives", "data", "job", "rng"},
     "job": {
         "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "handout", "models", "optim",
@@ -92,11 +93,15 @@ LAYERS = {
 # Points where a test may injure the product cost nothing unarmed, and any room may have files to open.
 ANYWHERE = {"errors", "faultpoints", "files"}
 
+# What launchers share with workers.
+KNOWN_TO_LAUNCHERS = ("recipe", "cores", "suspended")
+
 # What a room never does, as the packages it never imports.
 NEVER = {
     "__init__": {"torch", "pydantic"},
     "errors": {"torch", "pydantic"},
     "cores": {"torch"},
+    "suspended": {"torch"},
     "recipe": {"torch", "click"},
     "collectives": {"mlflow", "click"},
     "data": {"torch.distributed", "mlflow", "click"},
@@ -169,12 +174,12 @@ def test_workers_know_nothing_of_launchers() -> None:
         assert not any(is_or_is_in(name, "disttrain_launch") for name in imports(path)), path
 
 
-def test_launchers_know_only_the_recipe_and_the_cores() -> None:
+def test_launchers_know_only_what_needs_no_torch() -> None:
     for path in LAUNCH.rglob("*.py"):
         for name in imports(path):
             assert not any(is_or_is_in(name, package) for package in ("torch", "mlflow", "numpy")), f"{path}: {name}"
             if is_or_is_in(name, "disttrain"):
-                assert any(is_or_is_in(name, f"disttrain.{room}") for room in ("recipe", "cores")), f"{path}: {name}"
+                assert any(is_or_is_in(name, f"disttrain.{room}") for room in KNOWN_TO_LAUNCHERS), f"{path}: {name}"
 
 
 def test_only_world_reads_who_a_worker_is_and_starts_the_process_group() -> None:

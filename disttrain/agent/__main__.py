@@ -85,6 +85,7 @@ def command(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signals)
     # With torch 2.14 a node that joins later is not told the address of a store that the nodes share.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["DISTTRAIN_LAUNCHER_PID"] = str(os.getpid())  # with which the workers end
     log_dir = tempfile.mkdtemp(prefix="disttrain-node-")
 
     def finished() -> bool:

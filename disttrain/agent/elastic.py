@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from disttrain.agent.cause import Bulletin, Cause, first_cause, left_early
 from disttrain.errors import ExitCode
 from disttrain.report import says_finished
+from disttrain.suspended import Suspended
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """What asks a node to stop."""
@@ -79,6 +80,7 @@ class Agent(LocalElasticAgent):
         self._grace_s, self._host, self._say = grace_s, host, say
         self._newest_step, self._is_finished = newest_step, is_finished
         self._failed_at: int | None = None
+        self._suspended = Suspended()
 
     def bulletin(self) -> Bulletin | None:
         """The bulletin of the round of rendezvous under way, if there was one."""
@@ -132,6 +134,7 @@ class Agent(LocalElasticAgent):
         for handler in self._handlers():
             if handler.proc.poll() is None:
                 handler.close(death_sig=signal.SIGTERM)
+                handler.close(death_sig=signal.SIGCONT)  # one that has been stopped could not save
         deadline = time.monotonic() + self._grace_s
         while None in (codes := self.exit_codes()):
             if kill.is_set() or time.monotonic() >= deadline:
@@ -145,6 +148,15 @@ class Agent(LocalElasticAgent):
         """torchrun's handlers of the workers' processes, by local rank."""
         return [handler for _, handler in sorted(getattr(self._pcontext, "subprocess_handlers", {}).items())]
 
+    def _running(self, worker_group: WorkerGroup) -> dict[int, int]:
+        """The process ids of the workers of this node that run, by rank."""
+        processes = [handler.proc for handler in self._handlers()]
+        return {
+            worker.global_rank: process.pid
+            for worker, process in zip(worker_group.workers, processes, strict=False)  # before they are started: none
+            if process.poll() is None
+        }
+
     def _failures(self) -> dict[int, ProcessFailure]:
         """Of the workers of this node, all of which have ended, by rank."""
         result = self._pcontext.wait(0) if self._pcontext is not None else None
@@ -157,6 +169,8 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
+        for news in self._suspended.news(self._running(worker_group)):
+            self._say(news)
         bulletin = self.bulletin()
         early = self._left_early(worker_group)
         if early is not None and result.state in (WorkerState.HEALTHY, WorkerState.SUCCEEDED):

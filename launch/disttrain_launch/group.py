@@ -41,7 +41,7 @@ class WorkerGroup:
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
         """A worker's environment: this process's own, and the variables that torchrun would set."""
-        return {**os.environ, **self.variables(rank, str(port))}
+        return {**os.environ, **self.variables(rank, str(port)), "DISTTRAIN_LAUNCHER_PID": str(os.getpid())}
 
     def described(self) -> str:
         """The command line of each worker, as a shell takes it; the port is found when they are started."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from disttrain.suspended import LOOK_EVERY_S, Suspended
 from disttrain_launch.group import WorkerGroup
 from disttrain_launch.messages import complain, say
 from disttrain_launch.outcome import Outcome, settle
@@ -105,6 +106,7 @@ class _Watch:
         self._group = group
         self._workers = workers
         self._signals = signals
+        self._suspended = Suspended()
         self._stop_requested_at: float | None = None  # this and the next two: time.monotonic()
         self._terminate_at = _NEVER
         self._kill_at = _NEVER
@@ -113,6 +115,8 @@ class _Watch:
         """Wait until no worker runs any more."""
         while running := [worker for worker in self._workers if not worker.has_ended()]:
             self._end_after_a_failure(running)
+            for news in self._suspended.news({worker.rank: worker.pid for worker in running}):
+                complain(news)
             for number in self._next_signals():
                 if number in _STOP_SIGNALS and self._is_second_request(number):
                     return Outcome(128 + signal.SIGINT, "killed on request")
@@ -142,7 +146,7 @@ class _Watch:
 
     def _next_signals(self) -> bytes:
         deadline = min(self._terminate_at, self._kill_at)
-        timeout = None if deadline == _NEVER else max(0.0, deadline - time.monotonic())
+        timeout = min(LOOK_EVERY_S, max(0.0, deadline - time.monotonic()))
         ready, _, _ = select.select([self._signals], [], [], timeout)
         return os.read(self._signals, 4096) if ready else b""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 # What a first start leaves that was killed before it had a recipe.
-_OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing"}
+_OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing", "stop"}
 
 
 @click.command(short_help="Train a recipe, or go on with a run.")

@@ -22,7 +22,7 @@ class Worker:
     def __init__(self, group: WorkerGroup, rank: int, port: int, lifeline: int) -> None:
         self.ending: Ending | None = None
         self.was_killed = False
-        self._group, self._rank = group, rank
+        self._group, self.rank = group, rank
         self._asked_to_end = False
         # Files without a name vanish with their last user: nobody has to remove them, however this process dies.
         self._report = _memory_file()
@@ -38,6 +38,11 @@ class Worker:
             start_new_session=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
+
     def has_ended(self) -> bool:
         """Whether it has ended. The first time it has, `ending` says how."""
         if self.ending is None and self._process.poll() is not None:
@@ -48,12 +53,12 @@ class Worker:
             if self.was_killed:
                 self._kill_group()  # the children it can no longer end itself
             self.ending = Ending(
-                rank=self._rank,
+                rank=self.rank,
                 code=code,
                 time=time.time(),
                 asked=self._asked_to_end,
                 report=report,
-                log=self._group.log(self._rank),
+                log=self._group.log(self.rank),
                 last_words=self._last_words(),
             )
         return self.ending is not None
@@ -63,6 +68,7 @@ class Worker:
         if not self.has_ended():
             self._asked_to_end = True
             self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)  # one that has been stopped could not save
 
     def kill(self) -> None:
         """End it and its children, and wait until it has ended."""
@@ -79,9 +85,9 @@ class Worker:
             self._output.close()
 
     def _open_output(self) -> IO[bytes] | None:
-        if self._rank == 0:
+        if self.rank == 0:
             return None  # the launcher's own
-        path = self._group.log(self._rank)
+        path = self._group.log(self.rank)
         if path is None:
             return TemporaryFile()
         from disttrain.recipe import ConfigurationError, open_to_append

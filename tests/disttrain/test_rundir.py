@@ -49,6 +49,17 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: 
     assert [result.run_dir for result in results] == [tmp_path / "runs" / name for name in names]
 
 
+def test_a_request_to_stop_a_run_that_never_began_is_no_obstacle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stop").touch()
+    recipe = load_recipe("digits", [*QUIET, "train.max_steps=1", "data.batch_size=64"])
+    result = disttrain.train(recipe, run_dir=tmp_path, model=network(), train_set=samples(70), test_set=samples(31, 1))
+    assert result.step == 1
+    assert not (tmp_path / "stop").exists()
+    assert f"{tmp_path}/stop was left from before this start, and is removed" in capsys.readouterr().out
+
+
 class Wanderer(torch.nn.Sequential):
     """A user's model that leaves the folder in which it was started."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from disttrain_launch import local
 from disttrain_launch.cli import main
 
 RECIPES = ["cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18"]
@@ -154,6 +155,18 @@ def test_a_run_that_names_code_is_resumed_only_if_it_is_trusted(tmp_path: Path) 
     (tmp_path / "mine.toml").write_text('model.name = "nets:build"\n')
     assert run("train", "mine.toml", "--run-dir", "run", "--dry-run").exit_code == 0
     assert "--trust" in run("slurm", "render", "--run-dir", "run", "--trust").stdout
+
+
+def test_what_a_killed_start_or_a_request_to_stop_leaves_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(local, "run_workers", lambda *group: started.append(group))
+    (tmp_path / "new").mkdir()
+    for name in ("stop", ".lock", ".recipe.toml.writing"):
+        (tmp_path / "new" / name).touch()
+    assert run("train", "digits", "--run-dir", "new").stderr == ""
+    assert len(started) == 1
 
 
 def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:

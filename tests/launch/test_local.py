@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from disttrain_launch.ports import reserved_port
-from tests.launch.conftest import StartLauncher
+from tests.launch.conftest import Launcher, StartLauncher
+
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped worker ends when it is continued")
 
 # A worker as the real ones are: asked to stop, it ends with 75 when it has saved.
 STOPPABLE = """
@@ -289,6 +292,50 @@ def test_a_killed_launcher_takes_its_workers_along(start_launcher: StartLauncher
     launcher.send(signal.SIGKILL)
     launcher.process.wait()
     launcher.assert_nothing_left(within_s=5)
+
+
+def suspend(launcher: Launcher, rank: int) -> int:
+    """Stop a worker as SIGSTOP does, and wait until it has stopped; its process id."""
+    pid = int((launcher.folder / f"pid-{rank}").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return pid
+
+
+# Nothing of it depends on what the worker does: it has not even imported torch.
+KNOWN = "Path(f'pid-{rank}').write_text(str(os.getpid()))" + STOPPABLE
+
+
+@only_linux
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stopped_worker_is_named_once_whatever_it_was_doing(start_launcher: StartLauncher, size: int) -> None:
+    launcher = start_launcher(KNOWN, size)
+    launcher.wait_for(*(f"ready-{rank}" for rank in range(size)))
+    pid = suspend(launcher, size - 1)
+    assert launcher.process.stderr is not None
+    assert launcher.process.stderr.readline() == (
+        f"disttrain: rank {size - 1} (process {pid}) is stopped (SIGSTOP) and the job waits for it; "
+        f"resume it with: kill -CONT {pid}\n"
+    )
+    launcher.send(signal.SIGTERM)  # it saves all the same
+    returncode, _, err = launcher.end()
+    assert returncode == 75
+    assert "stopped (SIGSTOP)" not in err
+    assert json.loads((launcher.folder / f"requests-{size - 1}").read_text()) == [signal.SIGTERM]
+
+
+@only_linux
+def test_a_killed_launcher_takes_stopped_workers_along(start_launcher: StartLauncher) -> None:
+    launcher = start_launcher(KNOWN, 2)
+    launcher.wait_for("ready-0", "ready-1")
+    suspend(launcher, 0)
+    suspend(launcher, 1)
+    launcher.send(signal.SIGKILL)
+    launcher.process.wait()
+    launcher.assert_nothing_left(within_s=60)
 
 
 def test_more_workers_than_cores(start_launcher: StartLauncher) -> None:
