@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from disttrain.errors import DisttrainError
+from disttrain.errors import DisttrainError, PeerError
 from disttrain.fixed_point import ABSENT, FixedPointSum, Summands, magnitudes, surprises
 from disttrain.world import World
 
@@ -153,10 +153,11 @@ def decided_by_main(world: World, decide: Callable[[], Decision]) -> Decision:
 
 
 def _portable(failure: Exception | None) -> DisttrainError | None:
-    """A failure that can travel: other people's exceptions may not survive being sent."""
-    if failure is None or isinstance(failure, DisttrainError):
+    """A failure that can travel: other people's exceptions may not survive being sent, and are for it to tell."""
+    if failure is None or (isinstance(failure, DisttrainError) and failure.trace is None):
         return failure
-    return DisttrainError(f"another worker failed: {type(failure).__name__}: {failure}")
+    what = str(failure) if isinstance(failure, DisttrainError) else f"{type(failure).__name__}: {failure}"
+    return PeerError(f"rank {dist.get_rank()} failed: {what}")
 
 
 class Agreement:

@@ -30,6 +30,17 @@ _LISTS = ("cpu_flags", "variables")  # facts of many words, of which only those 
 
 
 @contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make new tensors float32 while the block runs, whatever the program around it has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def exact_conditions(recipe: Recipe) -> Iterator[None]:
     """In exact mode: `train.threads` threads (0: one), and deterministic kernels only; all as before afterwards.
 

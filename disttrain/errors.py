@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
+import traceback
 from enum import IntEnum
 from typing import ClassVar
+
+_NOT_THE_USERS = re.compile(rf"^<|[/\\](site|dist)-packages[/\\]|^{re.escape(os.path.dirname(__file__) + os.sep)}")
 
 
 class ExitCode(IntEnum):
@@ -23,6 +28,19 @@ class DisttrainError(Exception):
     """A failure whose message is written for the user: one or two lines that say what, where and what to do."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
+    trace: str | None = None  # the traceback, as text, where the user needs it
+
+
+class UserCodeError(DisttrainError):
+    """An exception out of the user's own code. `trace` is its traceback, which no process boundary cuts off."""
+
+    def __init__(self, message: str, trace: str | None = None) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+class PeerError(DisttrainError):
+    """The failure of another worker, which reports it itself, with more to say."""
 
 
 class AgreedError(DisttrainError):
@@ -61,6 +79,19 @@ def brief(text: object, limit: int = 200) -> str:
     """`text`, which came from outside, on one line and no longer than a message may be."""
     line = " ".join(str(text).split())
     return line if len(line) <= limit else f"{line[:limit]}…"
+
+
+def failure_in(what: str, error: Exception) -> UserCodeError:
+    """The failure `error` of the user's own code, while it did `what`, with the place in that code."""
+    message = f"{what}: {type(error).__name__}: {brief(error)} ({where(error)})"
+    return UserCodeError(message, "".join(traceback.format_exception(error)))
+
+
+def where(error: BaseException) -> str:
+    """file:line where `error` was raised: the innermost place that is neither installed nor ours, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _NOT_THE_USERS.search(frame.filename)]
+    return f"{(own or frames)[-1].filename}:{(own or frames)[-1].lineno}" if frames else "place unknown"
 
 
 def mark_failure(error: BaseException) -> None:

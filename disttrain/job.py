@@ -24,7 +24,7 @@ from disttrain.errors import ConfigurationError, brief
 from disttrain.finite import FiniteGate
 from disttrain.fixed_point import ABSENT
 from disttrain.handout import hand_out, read_by_main
-from disttrain.models import build_model, made_ready
+from disttrain.models import build_model, given_model, made_ready
 from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
 from disttrain.progress import Progress
@@ -221,11 +221,11 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
             "Give at least two; a folder needs one folder for each class."
         )
     torch.manual_seed(recipe.train.seed)
-    model, shape = objects.get("model"), data.train.sample_shape
+    model, num_classes, shape = objects.get("model"), len(data.train.classes), data.train.sample_shape
     if model is None:  # not "or": a module with a length may be empty
-        model = build_model(recipe.model, num_classes=len(data.train.classes), sample_shape=shape)
+        model = build_model(recipe.model, num_classes=num_classes, sample_shape=shape)
     else:
-        model = made_ready(model, shape, "the model given")
+        model = made_ready(given_model(model, num_classes=num_classes, sample_shape=shape), shape, "the model given")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         instead = "the model given in place of " if objects.get("model") is not None else ""
         raise ConfigurationError(f"{instead}model.name = '{recipe.model.name}': it has no parameters to train.")

@@ -155,6 +155,8 @@ def _session_in(
         mark_failure(error)
         if not isinstance(error, DisttrainError):
             _log.exception("failed")
+        elif error.trace is not None:
+            _log.error("failed\n%s", error.trace)
         raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +15,16 @@ from torch.nn import functional
 
 from disttrain import rng
 from disttrain.bookkeeper import Bookkeeper
-from disttrain.conditions import exact_conditions
+from disttrain.conditions import exact_conditions, float32_by_default
 from disttrain.data import StepBatch
+from disttrain.errors import DisttrainError, UserCodeError
 from disttrain.faultpoints import reached
 from disttrain.finite import marked
 from disttrain.guard import stop_requests
 from disttrain.job import Job
 from disttrain.model_check import rehearse
 from disttrain.optim import set_learning_rate
-from disttrain.recipe import Recipe, ask_before_resuming, is_own_recipe, load_recipe
+from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe
 from disttrain.session import open_session
 from disttrain.spikes import RolledBack
 from disttrain.world import join_world
@@ -40,30 +41,43 @@ class Result:
 
 
 def train(
-    recipe: Recipe | str,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
     *,
     overrides: Sequence[str] = (),
     run_dir: Path | str | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | Callable[..., nn.Module] | None = None,
     train_set: Any = None,
     test_set: Any = None,
     trust: bool = False,
 ) -> Result:
-    """Train what `recipe` says (a Recipe, the name of a shipped one, or a path), and return how it ended.
+    """Train what `recipe` says (a Recipe, a mapping, the name of a shipped one, or a path); return how it ended.
 
     Runs as the worker that the launcher's variables make of this process, or alone without them. A `run_dir` that
     holds a run already is gone on with; the default is a new folder under ./runs. `model`, `train_set` and `test_set`
-    take the place of what the recipe names: a set is a map-style Dataset of (image, label), or a pair of tensors. With
-    `trust`, a run that goes on by the recipe in its own folder may name code to import, and a server to send to.
+    take the place of what the recipe names: a set is a map-style Dataset of (image, label), or a pair of tensors; a
+    model is a module, or a class or function that makes one of `num_classes` and `sample_shape`, as far as it names
+    them. With `trust`, a run that goes on by the recipe in its own folder may name code to import, and a server to
+    send to.
 
-    Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError.
+    Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError, and what the user's
+    own code raises.
     """
-    if isinstance(recipe, str):
-        is_own = is_own_recipe(recipe, run_dir)
-        recipe = load_recipe(recipe, overrides)
-        if is_own and run_dir is not None and not trust:
-            ask_before_resuming(recipe, run_dir, overrides)
-    objects = {"model": model, "train_set": train_set, "test_set": test_set}
+    try:
+        with float32_by_default():
+            settled = as_recipe(recipe, overrides)
+            is_own = isinstance(recipe, str | Path) and is_own_recipe(str(recipe), run_dir)
+            if is_own and run_dir is not None and not trust:
+                ask_before_resuming(settled, run_dir, overrides)
+            return _train(settled, run_dir, {"model": model, "train_set": train_set, "test_set": test_set})
+    except UserCodeError as error:
+        if error.__cause__ is None:  # it comes from a process that reads data
+            error.add_note(error.trace or "")
+        raise
+    except DisttrainError as error:  # its message says it all: no pages of our own calls above it
+        raise error.with_traceback(None) from None
+
+
+def _train(recipe: Recipe, run_dir: Path | str | None, objects: dict[str, Any]) -> Result:
     settings = recipe.train
     with (
         stop_requests() as stop,

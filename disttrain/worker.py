@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from disttrain.errors import AgreedError, DisttrainError, ExitCode, failure_time
+from disttrain.errors import AgreedError, DisttrainError, ExitCode, PeerError, failure_time
 from disttrain.guard import end_with_launcher
 from disttrain.output import have_standard_streams
 from disttrain.report import report_failure, report_finished
@@ -55,7 +55,10 @@ def worker(command: click.Command) -> int:
         return 130
     except DisttrainError as error:
         is_agreed = isinstance(error, AgreedError)
-        report_failure(str(error), error.exit_code, None, failure_time(error), is_agreed=is_agreed)
+        is_peers = isinstance(error, PeerError)
+        report_failure(
+            str(error), error.exit_code, error.trace, failure_time(error), consequence=is_peers, is_agreed=is_agreed
+        )
         return error.exit_code
     except SystemExit as leaving:
         place = traceback.extract_tb(leaving.__traceback__)[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,8 +79,15 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
     launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
     this process is the only worker.
 
-    Raises ConfigurationError if the variables are incomplete or the device is not there.
+    Raises ConfigurationError if the variables are incomplete, the device is not there, or there is a process group
+    already, which stays as it is.
     """
+    if dist.is_initialized():
+        raise ConfigurationError(
+            "this process has a process group already, and disttrain makes one of its own: leave "
+            "out init_process_group, or call torch.distributed.destroy_process_group() before."
+        )
+    excepthook = sys.excepthook  # torch's own puts "[rank0]:" before each line, and stays for good
     rank, local_rank, size, local_size = _place(os.environ)
     chosen = choose_device(device, local_rank, local_size, size)
     threads_before = torch.get_num_threads()
@@ -102,6 +110,7 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
             remark = why_not_gpus(device, chosen, local_size)
             yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark)
         finally:
+            sys.excepthook = excepthook
             torch.set_num_threads(threads_before)
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -106,7 +106,7 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
     data = data_of(checkpoint)
     shape = tuple(data["sample_shape"])
     try:
-        model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=shape)
+        model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=shape, pretrained=False)
     except ConfigurationError as error:
         raise ConfigurationError(f"{checkpoint.path}: {error}") from error
     except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
+from disttrain.data.classes import class_names, counted_classes
 from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
 from disttrain.data.pixels import as_tensor, channels_first
-from disttrain.errors import ConfigurationError
+from disttrain.data.reader import generators_restored
+from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_in
 from disttrain.recipe import DataRecipe
 from disttrain.reference import import_callable
 
@@ -64,24 +66,36 @@ def as_split(samples: Any, data: DataRecipe, classes: tuple[str, ...] | None = N
     Taken are: MemorySplit and StreamSplit as they are; a pair (images, labels) of tensors or arrays, or a TensorDataset
     of the two, images (N, C, H, W), arrays also (N, H, W, C); and any map-style data set of (image, label) with a
     length, its images tensors (C, H, W), arrays or PIL pictures. `classes` are the names where the object has none in
-    an attribute `classes`; pairs without names count from 0. Byte images are normalised by `data.mean` and `data.std`,
+    an attribute `classes`; without either they are counted. Byte images are normalised by `data.mean` and `data.std`,
     by default to [-1, 1]; floating-point ones are used as they are. Raises ConfigurationError, which calls it by
     `name`, for anything else.
     """
     if isinstance(samples, MemorySplit | StreamSplit):
         return samples
-    names = _class_names(samples) or classes
+    names = class_names(samples) or classes
     if isinstance(samples, TensorDataset):
         samples = samples.tensors
     if isinstance(samples, tuple | list) and len(samples) == 2 and all(_is_array(part) for part in samples):
         with _said_of(name):
-            return _memory_split(channels_first(samples[0]), torch.as_tensor(samples[1]), names, data)
-    if not isinstance(samples, Sized) or not hasattr(samples, "__getitem__") or _is_array(samples):
+            return _memory_split(channels_first(samples[0]), torch.as_tensor(samples[1]), names, data, name)
+    _refuse_other_than_map_style(samples, name or "the data set")
+    return _stream_split(samples, names, data, name)
+
+
+def _refuse_other_than_map_style(samples: Any, name: str) -> None:
+    if isinstance(samples, DataLoader):
         raise ConfigurationError(
-            f"{name or 'the data set'}: a {type(samples).__name__} is no data set; give (images, labels), "
+            f"{name}: a DataLoader makes batches, which are made here, of data.batch_size samples; give its data set "
+            "(loader.dataset)."
+        )
+    if isinstance(samples, type) or inspect.isroutine(samples):
+        raise ConfigurationError(f"{name}: {samples.__qualname__} makes a data set, but is none; call it.")
+    is_map_style = isinstance(samples, Sized) and hasattr(samples, "__getitem__") and not _is_array(samples)
+    if not is_map_style or isinstance(samples, str | bytes | Mapping):
+        raise ConfigurationError(
+            f"{name}: a {type(samples).__name__} is no data set; give (images, labels), "
             "or a map-style data set of (image, label) with a length."
         )
-    return _stream_split(samples, names, data, name)
 
 
 @contextmanager
@@ -104,51 +118,63 @@ class _AsTensors:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        sample = self.dataset[index]
+        name = f"sample {index} of {self.name or 'the data set'}"
+        try:
+            sample = self.dataset[index]
+        except DisttrainError:
+            raise
+        except Exception as error:  # a user's data set may raise anything
+            raise failure_in(name, error) from error
         try:
             image, label = sample
-            return as_tensor(image), int(label)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"sample {index} of {self.name or 'the data set'} is no pair (image, label): {error}."
-            ) from error
+            number = int(label)
+            if number != label:
+                raise ValueError(f"the label {label} is no whole number")
+            return as_tensor(image), number
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"{name} is no pair (image, label): {brief(error)}.") from error
 
 
 def _memory_split(
-    images: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...] | None, data: DataRecipe
+    images: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...] | None, data: DataRecipe, name: str
 ) -> MemorySplit:
     if images.is_floating_point():
         images = images.float()
     if not labels.is_floating_point() and not labels.is_complex():
         labels = labels.long()
     if classes is None:
-        num_classes = int(labels.max()) + 1 if len(labels) else 0
-        classes = tuple(str(number) for number in range(num_classes))
+        classes = counted_classes(torch.unique(labels.long()).tolist(), name or "the data set")
     channels = images.shape[1] if images.ndim == 4 else 1
     return MemorySplit(images.contiguous().cpu(), labels.contiguous().cpu(), classes, *_statistics(data, channels))
 
 
 def _stream_split(dataset: Any, classes: tuple[str, ...] | None, data: DataRecipe, name: str) -> StreamSplit:
-    if classes is None:
-        raise ConfigurationError(
-            f"{name or 'the data set'}: {type(dataset).__name__} does not name its classes; "
-            "give it an attribute 'classes', a list of names."
-        )
     if len(dataset) == 0:
         raise ConfigurationError(f"{name or 'the data set'} is empty.")
     wrapped = _AsTensors(dataset, name)
+    if classes is None:
+        with _said_of(name):
+            classes = counted_classes(_labels(wrapped), name or "the data set")
     return StreamSplit(wrapped, classes, *_statistics(data, wrapped[0][0].shape[0]), name)
+
+
+def _labels(samples: _AsTensors) -> Iterator[int]:
+    """Every label of a set that does not name its classes, for which each sample is read."""
+    if not isinstance(samples.dataset, list | tuple):
+        _log.warning(
+            "%s does not name its classes: each of its %s samples is read to count them. An attribute 'classes', a "
+            "list of names, saves that.",
+            samples.name or "the data set",
+            f"{len(samples):,}",
+        )
+    with generators_restored():
+        yield from (samples[index][1] for index in range(len(samples)))
 
 
 def _statistics(data: DataRecipe, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if data.mean is None or data.std is None:
         return (0.5,) * channels, (0.5,) * channels
     return tuple(data.mean), tuple(data.std)
-
-
-def _class_names(samples: Any) -> tuple[str, ...] | None:
-    names = getattr(samples, "classes", None)
-    return tuple(str(name) for name in names) if names else None
 
 
 def _is_array(value: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from disttrain import rng
 from disttrain.data.dataset import MemorySplit, Split, StreamSplit
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, DisttrainError, failure_in
 
 _GRACE_S = 60
 """How long a DataLoader worker goes on after a SIGTERM: enough for the step and the checkpoint that its parent ends."""
@@ -96,8 +96,8 @@ class StreamReader:
         self._plan.batches, self._plan.seed = batches, seed
         try:
             for fetched in self._loader:
-                if isinstance(fetched, _Refusal):
-                    raise ConfigurationError(str(fetched))
+                if isinstance(fetched, DisttrainError):
+                    raise fetched
                 images, labels = fetched
                 yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
         except Exception:
@@ -121,30 +121,32 @@ class _Plan:
             yield self.seed, indices.tolist()  # plain numbers: a view would take the whole epoch's order along
 
 
-class _Refusal(str):
-    """Why a batch cannot be had: travels from the worker as a value, since a raised error arrives as a traceback."""
-
-
 class _Batches(Dataset[Any]):
-    """A data set that is asked for whole batches, which DataLoader does through `__getitems__`."""
+    """A data set that is asked for whole batches, which DataLoader does through `__getitems__`.
+
+    Why one cannot be had travels as a value, since an error that is raised in a worker arrives as another, without the
+    sample's number.
+    """
 
     def __init__(self, split: StreamSplit) -> None:
         self._dataset, self._num_classes = split.dataset, len(split.classes)
         self._sample_shape, self._dtype = split.sample_shape, split.dtype
         self._of_set = f" of {split.name}" if split.name else ""
 
-    def __getitems__(self, request: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor] | _Refusal:
+    def __getitems__(self, request: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor] | DisttrainError:
         seed, indices = request
         images, labels = [], []
         try:
-            with _generators_restored():
+            with generators_restored():
                 for index in indices:
                     _seed_generators(rng.derive(seed, index))
                     image, label = self._dataset[index]
                     images.append(self._checked(index, image, int(label)))
                     labels.append(int(label))
-        except ConfigurationError as error:
-            return _Refusal(error)
+        except DisttrainError as error:
+            return error
+        except Exception as error:  # a user's data set may raise anything
+            return failure_in(f"sample {index}{self._of_set}", error)
         return torch.stack(images), torch.tensor(labels)
 
     def _checked(self, index: int, image: torch.Tensor, label: int) -> torch.Tensor:
@@ -170,8 +172,8 @@ def read_samples(split: StreamSplit, seed: int, indices: list[int]) -> tuple[tor
     Raises ConfigurationError for a sample that cannot be read or does not fit.
     """
     fetched = _Batches(split).__getitems__((seed, indices))
-    if isinstance(fetched, _Refusal):
-        raise ConfigurationError(str(fetched))
+    if isinstance(fetched, DisttrainError):
+        raise fetched
     return fetched
 
 
@@ -207,8 +209,8 @@ def _seed_generators(seed: int) -> None:
 
 
 @contextmanager
-def _generators_restored() -> Iterator[None]:
-    """Without DataLoader workers, the training process's own generators are at stake."""
+def generators_restored() -> Iterator[None]:
+    """Leave the global generators as they were: without DataLoader workers they are the training process's own."""
     python, legacy_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:

@@ -13,19 +13,24 @@ from torch.nn.parameter import is_lazy
 from disttrain.buffers import own_memory
 from disttrain.errors import ConfigurationError
 from disttrain.models.net import Net
+from disttrain.models.packaged import build_timm, build_torchvision, is_of_timm
 from disttrain.models.resnet import resnet18
 from disttrain.recipe import ModelRecipe
-from disttrain.recipe.names import TORCHVISION, check_torchvision_model
+from disttrain.recipe.names import TORCHVISION
 from disttrain.reference import import_callable
 
 
-def build_model(model: ModelRecipe, *, num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
+def build_model(
+    model: ModelRecipe, *, num_classes: int, sample_shape: tuple[int, int, int], pretrained: bool = True
+) -> nn.Module:
     """The model that `model.name` names, for images (C, H, W), initialised from torch's global generator.
 
-    A `package.module:callable` is called with `num_classes`, `sample_shape` and `model.options`. Raises
-    ConfigurationError for a name, an option or a sample shape that does not fit.
+    A `package.module:callable` is called with `model.options`, and with `num_classes` and `sample_shape` as far as it
+    names them. Without `pretrained`, weights that the options ask for are left out, for whoever has others to load.
+    Raises ConfigurationError for a name, an option or a sample shape that does not fit.
     """
-    return made_ready(_build(model, num_classes, sample_shape), sample_shape, f"model.name: {model.name}")
+    built = _build(model, num_classes, sample_shape, pretrained)
+    return made_ready(built, sample_shape, f"model.name: {model.name}")
 
 
 def made_ready(model: nn.Module, sample_shape: tuple[int, int, int], name: str) -> nn.Module:
@@ -50,66 +55,70 @@ def made_ready(model: nn.Module, sample_shape: tuple[int, int, int], name: str) 
     return model
 
 
-def _build(model: ModelRecipe, num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
+def _build(model: ModelRecipe, num_classes: int, sample_shape: tuple[int, int, int], pretrained: bool) -> nn.Module:
     if model.name == "net":
-        return _construct(model, Net, num_classes=num_classes, sample_shape=sample_shape)
+        return _construct(model.name, Net, model.options, num_classes, sample_shape)
     if model.name == "resnet18":
-        return _construct(model, resnet18, num_classes=num_classes, sample_shape=sample_shape)
+        return _construct(model.name, resnet18, model.options, num_classes, sample_shape)
     if model.name.startswith(TORCHVISION):
-        return _build_torchvision(model, num_classes, sample_shape)
+        return build_torchvision(model, num_classes, sample_shape, pretrained=pretrained)
+    if is_of_timm(model.name):
+        return build_timm(model, num_classes, sample_shape, pretrained=pretrained)
     if ":" not in model.name:
         raise ConfigurationError(f"model.name: there is no model {model.name!r}.")
     make = import_callable(model.name, "model.name")
-    return _construct(model, make, num_classes=num_classes, sample_shape=sample_shape)
+    return _construct(model.name, make, model.options, num_classes, sample_shape)
 
 
-def _construct(model: ModelRecipe, make: Callable[..., Any], **arguments: Any) -> nn.Module:
+def given_model(model: Any, *, num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
+    """A model that was given as an object: a module, or a class or function that makes one, as in `build_model`.
+
+    Raises ConfigurationError for anything else.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not callable(model):
+        raise ConfigurationError(
+            f"model: a {type(model).__name__} is neither a torch.nn.Module nor a class or function that makes one; "
+            "the recipe's model.name takes names."
+        )
+    name = getattr(model, "__qualname__", type(model).__name__)
+    return _construct(name, model, {}, num_classes, sample_shape)
+
+
+def _construct(
+    name: str, make: Callable[..., Any], options: dict[str, Any], num_classes: int, sample_shape: tuple[int, int, int]
+) -> nn.Module:
+    arguments: dict[str, Any] = {"num_classes": num_classes, "sample_shape": sample_shape}
+    hands_on = False
     try:
-        inspect.signature(make).bind(**(arguments | model.options))
-    except TypeError as error:
-        asked = ", ".join(arguments | model.options)
-        raise ConfigurationError(f"model.options: {model.name} does not take {asked}: {error}.") from error
+        parameters = inspect.signature(make).parameters
     except ValueError:
         pass  # a callable without a signature, written in C
-    built = make(**(arguments | model.options))
-    if not isinstance(built, nn.Module):
-        raise ConfigurationError(f"model.name: {model.name} returned a {type(built).__name__}, not a torch.nn.Module.")
-    return built
-
-
-def _build_torchvision(model: ModelRecipe, num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
-    from torchvision import models  # takes a second, which other models need not wait
-
-    name = model.name.removeprefix(TORCHVISION)
-    check_torchvision_model(name, models.list_models(module=models))
-    options = {"num_classes": num_classes} | _fitting_options(name, sample_shape) | model.options
-
+    else:
+        hands_on = "num_classes" not in parameters and any(
+            parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+        )
+        # `**kwargs` mostly go on to a constructor that has num_classes, as in timm and torchvision.
+        arguments = {key: value for key, value in arguments.items() if key in parameters}
+        if hands_on:
+            arguments["num_classes"] = num_classes
+        arguments |= options
+        try:
+            inspect.signature(make).bind(**arguments)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"model.options: {name} does not take {', '.join(arguments) or 'no arguments'}: {error}."
+            ) from error
     try:
-        built: nn.Module = models.get_model(name, weights=None, **options)
-        _try_shapes(built, sample_shape)
-    except Exception as error:  # torchvision's models refuse by whatever exception comes first
+        built = make(**(arguments | options))
+    except TypeError as error:
+        if not hands_on or "num_classes" not in str(error):
+            raise
         raise ConfigurationError(
-            f"model.name: {model.name} cannot be built for {num_classes} classes of images {sample_shape} "
-            f"(channels, height, width) with options {model.options}: {str(error).partition(chr(10))[0]}"
+            f"model.name: {name} hands num_classes on to something that does not take it: {error}. Name num_classes "
+            "among its arguments."
         ) from error
+    if not isinstance(built, nn.Module):
+        raise ConfigurationError(f"model.name: {name} returned a {type(built).__name__}, not a torch.nn.Module.")
     return built
-
-
-def _try_shapes(model: nn.Module, sample_shape: tuple[int, int, int]) -> None:
-    """Run shapes without numbers through the model: an image that it cannot take is found before any work."""
-    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    model.eval()
-    torch.func.functional_call(model, tensors, (torch.empty(2, *sample_shape, device="meta"),))
-    model.train()
-
-
-def _fitting_options(name: str, sample_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What some models need to be told for images of this size, or to return logits alone while training."""
-    _, height, width = sample_shape
-    if name.startswith("vit_"):
-        return {"image_size": height}
-    if name == "maxvit_t":
-        return {"input_size": (height, width)}
-    if name in ("googlenet", "inception_v3"):
-        return {"aux_logits": False, "init_weights": True}
-    return {}

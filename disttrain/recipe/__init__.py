@@ -3,7 +3,7 @@
 from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError
 from disttrain.files import make_folder, open_to_append, open_to_read
 from disttrain.recipe.installed import check_installed
-from disttrain.recipe.load import load_recipe, parse_recipe, recipe_text, shipped_recipes
+from disttrain.recipe.load import as_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
 from disttrain.recipe.model import (
     CheckpointRecipe,
     DataRecipe,
@@ -39,6 +39,7 @@ __all__ = [
     "TrackingRecipe",
     "TrainRecipe",
     "UsageError",
+    "as_recipe",
     "ask_before_importing",
     "ask_before_resuming",
     "ask_before_sending",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from disttrain.errors import ConfigurationError
 from disttrain.recipe.model import Recipe
-from disttrain.recipe.names import TORCHVISION, check_optimizer, check_torchvision_model
+from disttrain.recipe.names import TIMM, TORCHVISION, check_optimizer, check_torchvision_model
 
 
 def check_installed(recipe: Recipe) -> None:
@@ -26,6 +26,8 @@ def check_installed(recipe: Recipe) -> None:
         lines += _refusal(check_optimizer, recipe.optim.name, classes)
     if recipe.model.name.startswith(TORCHVISION) and (models := _torchvision_models()) is not None:
         lines += _refusal(check_torchvision_model, recipe.model.name.removeprefix(TORCHVISION), models)
+    if recipe.model.name.startswith(TIMM) and find_spec("timm") is None:
+        lines.append(f"model.name: {recipe.model.name!r} comes with timm, which is not installed; pip install timm.")
     if lines:
         raise ConfigurationError("\n".join(lines))
 

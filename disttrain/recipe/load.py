@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,21 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{source}: cannot be read: {error.strerror or error}") from None
     mapping.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem))
     return parse_recipe(mapping, overrides, source=source)
+
+
+def as_recipe(recipe: Any, overrides: Sequence[str] = ()) -> Recipe:
+    """What a program gives as its recipe, with the overrides in it: a Recipe, a mapping of sections, a name or a path.
+
+    Raises RecipeError.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe if not overrides else parse_recipe(recipe.model_dump(mode="json"), overrides)
+    if isinstance(recipe, Mapping):
+        return parse_recipe({"name": "recipe", **recipe}, overrides)
+    if isinstance(recipe, str | os.PathLike):
+        return load_recipe(os.fspath(recipe), overrides)
+    kind = type(recipe).__name__
+    raise RecipeError(f"a {kind} is no recipe; give a Recipe, a mapping of its sections, a name or a path")
 
 
 def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:

@@ -59,7 +59,7 @@ class ModelRecipe(Section):
     """What learns."""
 
     name: Annotated[str, AfterValidator(check_model)] = Field(
-        default="net", description="net, resnet18, torchvision:NAME, or package.module:callable"
+        default="net", description="net, resnet18, torchvision:NAME, timm:NAME, or package.module:callable"
     )
     options: dict[str, Any] = Field(default={}, description="further arguments of the model's constructor")
     sync_batchnorm: bool = Field(

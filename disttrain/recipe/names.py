@@ -13,6 +13,7 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]
 DATASETS = ("cifar10", "cifar100", "folder", "digits", "synthetic")
 MODELS = ("net", "resnet18")
 TORCHVISION = "torchvision:"
+TIMM = "timm:"
 # These ask for more than a gradient: a closure that computes the loss again, or sparse gradients.
 UNFIT_OPTIMIZERS = frozenset({"LBFGS", "SparseAdam", "Optimizer"})
 
@@ -50,7 +51,7 @@ def check_model(name: str) -> str:
     if name in MODELS or is_reference(name):
         return name
     raise ValueError(
-        f"no model {name!r}; give one of {', '.join(MODELS)}, torchvision:NAME or package.module:callable"
+        f"no model {name!r}; give one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME or package.module:callable"
         + did_you_mean(name, MODELS)
     )
 

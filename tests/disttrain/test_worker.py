@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
-from disttrain.errors import ConfigurationError
+from disttrain.collectives import decided_by_main, one_per_machine_first
+from disttrain.errors import ConfigurationError, PeerError, failure_in
 from disttrain.reference import import_callable
 from disttrain.report import says_finished
 from disttrain.worker import worker
+from disttrain.world import join_world
 
 _ENDS_WITH_7 = """
 import atexit, concurrent.futures, sys, threading, time
@@ -55,6 +59,54 @@ def test_code_that_leaves_in_the_middle_has_not_finished(tmp_path: Path, monkeyp
     assert not says_finished(report)
     assert worker(click.Command("train", callback=lambda: None)) == 0
     assert says_finished(report)
+
+
+def _stumble() -> None:
+    [][3]
+
+
+def test_the_rank_whose_own_code_fails_is_the_one_that_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reports its traceback; what the others learn of it is a consequence, however early they report it."""
+    report = tmp_path / "report.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    monkeypatch.setattr(sys, "argv", ["train"])
+
+    def fails(error: Exception) -> dict[str, Any]:
+        def callback() -> None:
+            raise error
+
+        assert worker(click.Command("train", callback=callback)) == 1
+        found: dict[str, Any] = json.loads(report.read_text())
+        return found
+
+    try:
+        _stumble()
+    except IndexError as error:
+        own = failure_in("sample 3", error)
+    sent = pickle.loads(pickle.dumps(own))  # as from a process that reads data
+    line = _stumble.__code__.co_firstlineno + 1
+    for found in (fails(own), fails(sent)):
+        assert found["message"] == f"sample 3: IndexError: list index out of range ({__file__}:{line})"
+        assert "in _stumble" in found["traceback"]
+        assert not found["consequence"]
+    assert fails(PeerError("rank 0 failed: IndexError"))["consequence"]
+
+
+@pytest.mark.distributed(world_size=2, process_group=False)
+def test_a_failure_elsewhere_is_known_as_such() -> None:
+
+    def prepare() -> None:
+        with one_per_machine_first(world):
+            _stumble()
+
+    with join_world("cpu", threads=1) as world:
+        for way in (prepare, lambda: decided_by_main(world, _stumble)):
+            with pytest.raises((PeerError, IndexError)) as caught:
+                way()
+            assert caught.type is (IndexError if world.is_main else PeerError)
+            assert world.is_main or str(caught.value) == "rank 0 failed: IndexError: list index out of range"
 
 
 def test_a_module_that_calls_sys_exit_is_refused_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

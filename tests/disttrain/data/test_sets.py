@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from disttrain.data import Datasets, EvalLoader, MemorySplit, StreamSplit, as_datasets, as_split
 from disttrain.errors import ConfigurationError
@@ -190,6 +190,23 @@ def test_map_style_sets_are_streamed_as_tensors() -> None:
     assert as_split(Pairs(FLOATS[0], classes=["a"]), DataRecipe()).dataset[0][0].dtype == torch.float32
 
 
+def test_classes_are_those_of_the_set_within_or_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "disttrain")
+    named, others = Pairs(*BYTES, classes=list("abcdef")), Pairs(*BYTES, classes=list("uvwxyz"))
+    for samples in (Subset(named, [1, 2]), Subset(Subset(named, [1, 2]), [0]), ConcatDataset([named, named])):
+        assert as_split(samples, DataRecipe()).classes == tuple("abcdef")
+    assert not caplog.records
+    counted = as_split(ConcatDataset([named, others]), DataRecipe(), name="the training set")
+    assert counted.classes == tuple("012345")
+    assert "the training set does not name its classes: each of its 12 samples is read" in caplog.text
+    assert "6 classes, counted from the labels 0 to 5 of the training set." in caplog.text
+    pairs = as_split([(torch.rand(1, 4, 4), 3), (torch.rand(1, 4, 4), 1)], DataRecipe(), name="the list")
+    assert pairs.classes == tuple("0123")
+    assert "4 classes, counted from the labels 1 to 3 of the list; only 2 of them occur." in caplog.text
+    as_split((BYTES, LABELS * 2), DataRecipe(), name="the tensors")
+    assert "5 classes, counted from the labels 0 to 4 of the tensors; only 3 of them occur." in caplog.text
+
+
 def test_a_test_set_takes_its_names_from_the_training_set() -> None:
     data = as_datasets((BYTES, LABELS), (BYTES[:2], LABELS[:2]), DataRecipe(mean=[0.1], std=[0.2]))
     assert data.test.classes == ("0", "1", "2")
@@ -206,7 +223,13 @@ def test_a_test_set_takes_its_names_from_the_training_set() -> None:
         ((BYTES, LABELS - 1), "label -1 is outside 0..1, the 2 classes"),
         ((BYTES, LABELS.float()), "labels must be"),
         ((BYTES[:0], LABELS[:0]), "the data set is empty"),
-        (Pairs(BYTES[0]), "Pairs does not name its classes; give it an attribute 'classes'"),
+        ("a folder", "a str is no data set"),
+        ({"images": BYTES}, "a dict is no data set"),
+        (DataLoader([(BYTES[0], 0)]), "a DataLoader makes batches, which are made here, of data.batch_size samples"),
+        (list, "list makes a data set, but is none; call it"),
+        ([(BYTES[0], 0.5)], "sample 0 of the data set is no pair .*the label 0.5 is no whole number"),
+        ([(BYTES[0], torch.eye(2))], "sample 0 of the data set is no pair"),
+        ([(BYTES[0], 2**40)], "label 1099511627776 is no number of a class"),
         (Pairs(classes=["a"]), "the data set is empty"),
         (Pairs("x", classes=["a"]), r"sample 0 of the data set is no pair \(image, label\): the image is a str"),
         (Pairs(BYTES[0].int(), classes=["a"]), "the image is torch.int32, neither uint8 nor floating point"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from disttrain.errors import ConfigurationError, ExitCode
-from disttrain.models import build_model
-from disttrain.recipe import ModelRecipe
+from disttrain.models import Net, build_model, given_model
+from disttrain.recipe import ModelRecipe, Recipe, check_installed
 
 
 class TutorialNet(nn.Module):
@@ -142,6 +144,65 @@ def test_a_torchvision_model_that_does_not_fit() -> None:
     assert "unexpected keyword argument 'depth'" in refusal("torchvision:resnet18", depth=3)
 
 
+def test_torchvisions_weights_start_all_but_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    name, theirs = "torchvision:mobilenet_v3_small", models.mobilenet_v3_small().state_dict()
+    known = models.MobileNet_V3_Small_Weights
+    monkeypatch.setattr(known, "get_state_dict", lambda self, **_: theirs)
+    torch.manual_seed(0)
+    fresh = build(name, 7).state_dict()
+    torch.manual_seed(0)
+    ours = build(name, 7, weights="DEFAULT").state_dict()
+    for key, value in ours.items():
+        is_of_the_head = key.startswith("classifier.3.")
+        assert torch.equal(value, fresh[key] if is_of_the_head else theirs[key]), key
+    assert "has no 'V3'; it has IMAGENET1K_V1, DEFAULT." in refusal(name, weights="V3")
+    message = refusal(name, reduced_tail=True, weights="DEFAULT")
+    assert re.search(
+        r"'features\.\S+' of torchvision:mobilenet_v3_small is \(.*\) for these images and options", message
+    )
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(known, "get_state_dict", unreachable)
+    assert "DEFAULT of torchvision:mobilenet_v3_small cannot be downloaded: no network. The file https" in refusal(
+        name, weights="DEFAULT"
+    )
+    recipe = ModelRecipe(name=name, options={"weights": "DEFAULT"})  # to load a checkpoint, they are not needed
+    build_model(recipe, num_classes=7, sample_shape=(3, 32, 32), pretrained=False)
+
+
+def test_timm_builds_its_models_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_model(model_name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        built = nn.Sequential(nn.Flatten(), nn.Linear(options.pop("in_chans", 3) * 32 * 32, options.pop("num_classes")))
+        built.asked = {"name": model_name, "pretrained": pretrained, **options}
+        return built
+
+    timm = ModuleType("timm")
+    timm.create_model = create_model  # type: ignore[attr-defined]
+    timm.is_model = lambda name: name.partition(".")[0] in ("small", "fixed")  # type: ignore[attr-defined]
+    timm.list_models = lambda: ["small", "fixed"]  # type: ignore[attr-defined]
+    timm.get_pretrained_cfg = lambda name: SimpleNamespace(fixed_input_size=name == "fixed")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert build("timm:small.v1", 7, (1, 32, 32))(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+    assert build("timm:small", pretrained=True).asked == {"name": "small", "pretrained": True}
+    assert build("timm:fixed").asked == {"name": "fixed", "pretrained": False, "img_size": (32, 32)}
+    assert build("timm:create_model", model_name="small").asked["name"] == "small"
+    recipe = ModelRecipe(name="timm:small", options={"pretrained": True})
+    assert not build_model(recipe, num_classes=7, sample_shape=(3, 32, 32), pretrained=False).asked["pretrained"]
+    assert refusal("timm:smal") == "model.name: timm has no model 'smal'; near ones: small."
+    assert refusal("timm:small", sample_shape=(3, 16, 16)).startswith("model.name: timm:small cannot be built for 10")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    without = "model.name: 'timm:small' comes with timm, which is not installed; pip install timm."
+    assert refusal("timm:small") == without
+    monkeypatch.setattr("disttrain.recipe.installed.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError) as caught:
+        check_installed(Recipe(model=recipe))
+    assert str(caught.value) == without
+
+
 MODULE = """
 import torch
 from collections import OrderedDict as Ordered
@@ -156,6 +217,15 @@ def nonsense(num_classes, sample_shape):
 
 def without_classes():
     return linear(1, (1, 1, 1))
+
+def of_classes_alone(num_classes, width=3):
+    return torch.nn.Linear(width, num_classes)
+
+def any_options(which, **options):
+    return {"linear": of_classes_alone}[which](**options)
+
+def hands_on(**options):
+    return without_classes(**options)
 
 class Holder:
     linear = staticmethod(linear)
@@ -182,6 +252,31 @@ def test_a_callable_builds_the_model() -> None:
 
 
 @pytest.mark.usefixtures("my_models")
+def test_a_callable_gets_the_arguments_that_it_names() -> None:
+    assert num_parameters(build("my_models:without_classes")) == 2
+    assert num_parameters(build("my_models:of_classes_alone", 2)) == 8
+    assert num_parameters(build("my_models:of_classes_alone", 2, width=1)) == 4
+    assert num_parameters(build("my_models:any_options", 2, which="linear")) == 8
+    assert num_parameters(build("my_models:any_options", 2, which="linear", width=1)) == 4
+    assert build("torchvision.models:squeezenet1_1", 7).num_classes == 7
+
+
+def test_a_model_may_be_given_as_what_makes_it() -> None:
+    given = {"num_classes": 3, "sample_shape": (1, 16, 16)}
+    module = nn.Linear(1, 1)
+    assert given_model(module, **given) is module
+    assert given_model(Net, **given).fc3.out_features == 3
+    assert given_model(lambda num_classes: nn.Linear(1, num_classes), **given).out_features == 3
+    for wrong, message in (
+        ("net", "model: a str is neither a torch.nn.Module nor a class or function that makes one"),
+        (nn.Linear, "model.options: Linear does not take no arguments: missing a required argument: 'in_features'"),
+        (dict, "model.name: dict returned a dict, not a torch.nn.Module"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            given_model(wrong, **given)
+
+
+@pytest.mark.usefixtures("my_models")
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -193,7 +288,7 @@ def test_a_callable_builds_the_model() -> None:
         ("my_models:__name__", {}, "model.name: 'my_models:__name__' is a str, not something that can be called"),
         ("my_models:nonsense", {}, "model.name: my_models:nonsense returned a str, not a torch.nn.Module"),
         ("my_models:linear", {"depth": 1}, "model.options: my_models:linear does not take num_classes, sample_shape, "),
-        ("my_models:without_classes", {}, "model.options: my_models:without_classes does not take num_classes"),
+        ("my_models:hands_on", {}, "model.name: my_models:hands_on hands num_classes on to something that does not"),
         ("os:system", {"command": "true"}, "model.name: 'os:system' is of Python's standard library (os)"),
         ("torch:os.system", {"command": "true"}, "model.name: 'torch:os.system' is of Python's standard library (os)"),
         ("numpy.f2py:os.system", {"command": "true"}, "model.name: 'numpy.f2py:os.system' is of Python's standard"),
