@@ -19,7 +19,7 @@ from disttrain.job import Job
 from disttrain.launched import launched_by
 from disttrain.rundir import CHECKPOINTS, JOURNAL
 from disttrain.spikes import RolledBack
-from disttrain.tracking import NullTracker, Tracker, how_to_open, last_status, sync_command
+from disttrain.tracking import NullTracker, Tracker, how_to_open, last_status, load_state, sync_command
 
 # How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
 _LAST_WORDS_S = 5.0
@@ -100,4 +100,6 @@ def _conclude(
     console.line(f"run         {address}")
     console.line(f"checkpoint  {address}/{CHECKPOINTS}/step-{job.step:08d}")
     if tracker.uri is not None:
-        console.line(f"MLflow      {how_to_open(tracker.uri)}")
+        run = load_state(run_dir)
+        for label, text in zip(("MLflow", ""), how_to_open(tracker.uri, run.experiment_id, run.run_id), strict=False):
+            console.line(f"{label:<10}  {text}")

@@ -9,7 +9,7 @@ from typing import Any
 from disttrain.files import read_text
 from disttrain.layout import STATE, accuracy_of, checkpoints_in, step_of
 from disttrain.rundir import CHECKPOINTS, JOURNAL
-from disttrain.tracking.journal import read_journal
+from disttrain.tracking.journal import last_status
 
 # The journal's last status, in the words that a person would use.
 _STATES = {"RUNNING": "unfinished", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
@@ -23,10 +23,10 @@ def summarise(run: Path) -> dict[str, Any]:
     """
     paths = checkpoints_in(run / CHECKPOINTS)
     state = _read_json(paths[-1] / STATE) if paths else {}
-    statuses = [record.get("status") for record in _journal(run) if record.get("kind") == "status"]
+    status = last_status(run / JOURNAL)
     return {
         "name": run.name,
-        "state": _STATES.get(str(statuses[-1]), "unfinished") if statuses else "new",
+        "state": "new" if status is None else _STATES.get(status, "unfinished"),
         "step": state.get("step", 0),
         "total_steps": state.get("total_steps"),
         "epoch": state.get("epoch", 0),
@@ -35,10 +35,6 @@ def summarise(run: Path) -> dict[str, Any]:
         "checkpoints": [{"path": str(path), "step": step_of(path), "accuracy": accuracy_of(path)} for path in paths],
         "mlflow_run_id": _read_json(run / "mlflow.json").get("run_id"),
     }
-
-
-def _journal(run: Path) -> list[dict[str, Any]]:
-    return list(read_journal(run / JOURNAL)) if (run / JOURNAL).is_file() else []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

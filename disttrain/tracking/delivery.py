@@ -185,10 +185,15 @@ class Delivery:
                 self._log(client, batch[begin : begin + limit])
 
     def _param_entities(self, params: dict[str, Any]) -> list[Entity]:
-        """MLflow never changes a parameter. One that a restart changed becomes a tag beside the first value."""
+        """MLflow never changes a parameter. One that a restart changed becomes a tag beside the first value.
+
+        One that is not set says nothing, and is left out.
+        """
         entities: list[Entity] = []
         for name, value in params.items():
             key, text = metric_key(name), shorten(value, LONG_VALUE)
+            if value is None and key not in self._params:
+                continue
             if self._params.setdefault(key, text) == text:
                 entities.append(Param(key, text))
             else:

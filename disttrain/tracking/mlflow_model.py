@@ -6,6 +6,7 @@ unpickles freely what it finds in it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -19,7 +20,7 @@ import mlflow
 import numpy as np
 import yaml
 from mlflow import pyfunc
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, LoggedModelStatus, Metric, Run
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.tracking import MlflowClient
@@ -28,6 +29,7 @@ from mlflow.types import Schema, TensorSpec
 from disttrain.tracking.model import EXPORT_FILE
 
 _NAME = "model"
+_NOT_IN_NAMES = re.compile(r"[/:.%\"']")
 _DIGEST_TAG = "disttrain.sha256"
 _VERSION = re.compile(r"\d+\.\d+[\w.+]*")
 _MOST_NUMBERS = 2**26
@@ -45,13 +47,15 @@ def log_exported_model(
     It has a signature and an input example, and is stored as a graph (`pt2`), not as a pickle. `digest` tells models
     of the same run apart. Raises MlflowException.
     """
-    experiment_id = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id)
+    experiment_id = run.info.experiment_id
     for known in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
         if known.tags.get(_DIGEST_TAG) == digest:
             if known.status == LoggedModelStatus.READY:
                 return  # stored by a sender that was killed before it could note it
             client.delete_logged_model(known.model_id)
-    logged = client.create_logged_model(experiment_id, _NAME, run_id, {_DIGEST_TAG: digest}, model_type="classifier")
+    name = model_name(run.data.params.get("name", ""))
+    logged = client.create_logged_model(experiment_id, name, run_id, {_DIGEST_TAG: digest}, model_type="classifier")
     model = Model(
         artifact_path=logged.artifact_location,
         run_id=run_id,
@@ -64,7 +68,32 @@ def log_exported_model(
         save_exported_model(exported, description, target, model)
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
         client.log_model_artifacts(logged.model_id, str(target))
+    _tell_how_good_it_is(client, run, logged.model_id)
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+
+def model_name(recipe: str) -> str:
+    """What MLflow calls the model of a recipe of this name."""
+    return _NOT_IN_NAMES.sub("_", recipe) or _NAME
+
+
+def _tell_how_good_it_is(client: MlflowClient, run: Run, model_id: str) -> None:
+    """Have the model carry the run's evaluation, and the data set on which it was made."""
+    settings = {key: value for key, value in sorted(run.data.params.items()) if key.startswith("data.")}
+    source = json.dumps(settings)
+    # Of the settings, not of the samples: the same set, prepared in the same way.
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    data = Dataset(settings.get("data.dataset", "unknown")[:500], digest, "recipe", source)
+    client.log_inputs(run.info.run_id, [DatasetInput(data)])
+    rows = [
+        max(client.get_metric_history(run.info.run_id, key), key=lambda row: (row.step, row.timestamp))
+        for key in run.data.metrics
+        if key.startswith("eval/")
+    ]
+    client.log_batch(
+        run.info.run_id,
+        metrics=[Metric(row.key, row.value, row.timestamp, row.step, model_id, data.name, data.digest) for row in rows],
+    )
 
 
 def save_exported_model(exported: Path, description: dict[str, Any], target: Path, model: Model) -> None:

@@ -11,6 +11,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.tracking.redact import redact
 
 NO_MLFLOW = "none"
+_OWN_SERVER = "http://127.0.0.1:5000"  # where `mlflow server` listens by itself
 
 
 class TrackingSettings(Protocol):
@@ -48,7 +49,15 @@ def resolve_uri(uri: str | None, run_dir: str | os.PathLike[str]) -> str | None:
     return f"sqlite:///{(Path(run_dir).absolute().parent / 'mlflow.db').as_posix()}"
 
 
-def how_to_open(uri: str) -> str:
-    """What a user opens or runs to see the runs of `uri`: a web address, or the command that serves a database."""
+def how_to_open(uri: str, experiment_id: str = "", run_id: str = "") -> list[str]:
+    """How a user gets to see a run at `uri`: the address of its page, after the command that serves a database.
+
+    Without ids the page is that of all runs.
+    """
     uri = redact(uri)
-    return uri if uri.startswith(("http://", "https://")) else f"mlflow server --backend-store-uri {shlex.quote(uri)}"
+    is_server = uri.startswith(("http://", "https://"))
+    page = uri.rstrip("/") if is_server else _OWN_SERVER
+    if run_id:
+        # MLflow's pages are of two kinds, and without the last word it takes an experiment to be about language models.
+        page += f"/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    return [page] if is_server else [f"mlflow server --backend-store-uri {shlex.quote(uri)}", page]

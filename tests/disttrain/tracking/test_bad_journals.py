@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def test_mutated_journals_and_states(run_dir: Path) -> None:
             assert (last["step"], last["metrics"]) == (100, {"not/there/before": 2.0})
         except Exception as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+
+
+def test_looking_at_a_long_run_takes_no_memory_for_it(run_dir: Path) -> None:
+    good = a_journal(run_dir)
+    line = json.dumps({"time": 1.0, "kind": "metrics", "step": 1, "metrics": {"train/loss": 1.0}}).encode() + b"\n"
+    (run_dir / "journal.jsonl").write_bytes(good + 100_000 * line)
+    tracemalloc.start()
+    try:
+        assert summarise(run_dir)["state"] == "finished"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_hostile_records_hold_up_nothing(server: Any, run_dir: Path) -> None:

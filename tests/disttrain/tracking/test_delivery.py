@@ -55,7 +55,7 @@ def journal(run_dir: Path) -> Journal:
 
 def test_everything_arrives(server: Any, run_dir: Path, journal: Journal) -> None:
     journal.params({f"param.{i}": i for i in range(150)})
-    journal.params({"long": "x" * 20_000, "odd name!": None})
+    journal.params({"long": "x" * 20_000, "odd name!": 1, "unset": None})
     journal.tags({"launcher": "torchrun", "essay": "y" * 20_000})
     for step in range(700):
         journal.metrics(step, {"train/loss": 1 / (step + 1), "train/top@5": 0.5, "system/node-0/cpu_percent": 99.0})
@@ -64,7 +64,8 @@ def test_everything_arrives(server: Any, run_dir: Path, journal: Journal) -> Non
     run = the_run(server.uri, run_dir)
     assert run.data.params["param.149"] == "149"
     assert len(run.data.params["long"]) == 6000
-    assert run.data.params["odd name_"] == "None"
+    assert run.data.params["odd name_"] == "1"
+    assert "unset" not in run.data.params
     assert run.data.tags["launcher"] == "torchrun"
     assert run.data.tags["essay"].startswith("yyy")
     assert (run.info.run_name, run.info.status) == (run_dir.name, "FINISHED")

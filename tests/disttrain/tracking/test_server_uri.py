@@ -33,5 +33,10 @@ def test_stores_of_files_are_refused(run_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_how_to_open() -> None:
-    assert how_to_open("http://a:b@host:5000") == "http://***@host:5000"
-    assert how_to_open("sqlite:////runs/mlflow.db") == "mlflow server --backend-store-uri sqlite:////runs/mlflow.db"
+    page = "/#/experiments/3/runs/abc?workflowType=machine_learning"
+    assert how_to_open("http://a:b@host:5000/", "3", "abc") == [f"http://***@host:5000{page}"]
+    assert how_to_open("sqlite:////runs/mlflow.db", "3", "abc") == [
+        "mlflow server --backend-store-uri sqlite:////runs/mlflow.db",
+        f"http://127.0.0.1:5000{page}",
+    ]
+    assert how_to_open("http://host:5000") == ["http://host:5000"]  # nothing has arrived there yet

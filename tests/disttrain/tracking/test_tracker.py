@@ -62,7 +62,7 @@ def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -
     said: list[str] = []
     run_ids = []
     for resumed, steps in ((False, range(1, 6)), (True, range(4, 10))):
-        settings = recipe(uri=server.uri)
+        settings = recipe(uri=server.uri).model_copy(update={"name": "digits-1.0"})
         tracker = Tracker(run_dir, settings, {"world_size": 2 + resumed, "launcher": "disttrain"}, warn=said.append)
         tracker.start(resumed, settings.model_dump(mode="json"), {"strategy": "ddp"})
         for step in steps:
@@ -91,7 +91,12 @@ def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -
 
     mlflow.set_tracking_uri(server.uri)
     (stored,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_ids[0]}'")
-    loaded = mlflow.pyfunc.load_model(f"runs:/{run_ids[0]}/model")
+    loaded = mlflow.pyfunc.load_model(f"runs:/{run_ids[0]}/digits-1_0")
+    told = {
+        (metric.key, metric.value, metric.dataset_name) for metric in client.get_logged_model(stored.model_id).metrics
+    }
+    assert told == {("eval/accuracy", 0.8, "digits"), ("eval/loss", 0.5, "digits")}
+    assert [row.value for row in client.get_metric_history(run_ids[0], "eval/accuracy")] == [0.8]
     assert loaded.metadata.model_id == stored.model_id
     assert loaded.metadata.metadata == {"classes": EVALUATION["classes"]}
     assert str(loaded.metadata.signature.inputs) == "[Tensor('float32', (-1, 3, 8, 8))]"
