@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 def load_callable(data: DataRecipe) -> Datasets:
     """What `data.dataset`, as package.module:callable, returns for `data.options`: `Datasets`, or (train, test).
 
-    Raises ConfigurationError if it does not exist, refuses its options, or returns something else.
+    Raises ConfigurationError if it does not exist, refuses its options, or returns something else, and UserCodeError if
+    it fails.
     """
     make = import_callable(data.dataset, "data.dataset")
     with suppress(ValueError):  # a callable without a signature, written in C
@@ -35,7 +36,12 @@ def load_callable(data: DataRecipe) -> Datasets:
             inspect.signature(make).bind(**data.options)
         except TypeError as error:
             raise ConfigurationError(f"data.options: {data.dataset} refuses them: {error}.") from error
-    made = make(**data.options)
+    try:
+        made = make(**data.options)
+    except DisttrainError:
+        raise
+    except Exception as error:  # a user's callable may raise anything
+        raise failure_in(f"data.dataset = '{data.dataset}'", error) from error
     if isinstance(made, Datasets):
         return made
     if not isinstance(made, tuple | list) or len(made) != 2:

@@ -25,8 +25,6 @@ def load_datasets(data: DataRecipe, world: World, first: Callable[[], AbstractCo
         try:
             datasets = _load(data)
         except OSError as error:
-            if ":" in data.dataset:  # a callable of the user's own, which may open any file
-                raise
             raise ConfigurationError(f"data.root: {data.root} on {world.host} cannot be read: {error}.") from error
     return Datasets(_as_the_recipe_says(datasets.train, data), _as_the_recipe_says(datasets.test, data))
 

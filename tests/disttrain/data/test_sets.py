@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from disttrain.data import Datasets, EvalLoader, MemorySplit, StreamSplit, as_datasets, as_split
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, UserCodeError
 from disttrain.recipe import DataRecipe
 
 Load = Callable[..., Datasets]
@@ -283,6 +283,9 @@ def broken_later():
 
 def type_error():
     return None + 1
+
+def missing_file():
+    return open("labels.csv")
 """
 
 
@@ -327,6 +330,14 @@ def test_a_sample_that_is_read_later_is_named_with_its_set(load: Load) -> None:
 
 
 @pytest.mark.usefixtures("my_sets")
-def test_a_mistake_inside_the_callable_is_not_laid_to_its_options(load: Load) -> None:
-    with pytest.raises(TypeError, match="unsupported operand"):
+def test_a_mistake_inside_the_callable_is_not_laid_to_its_options(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserCodeError, match=r"^data.dataset = 'my_sets:type_error': TypeError: unsupported operand"
+    ) as one:
         load(dataset="my_sets:type_error")
+    line = MODULE.splitlines().index("    return None + 1") + 1
+    assert f"({tmp_path / 'my_sets.py'}:{line})" in str(one.value)
+    assert "in type_error" in str(one.value.trace)
+    with pytest.raises(UserCodeError, match=r"FileNotFoundError.*labels.csv") as other:  # no fault of data.root
+        load(dataset="my_sets:missing_file")
+    assert "data.root" not in str(other.value)
