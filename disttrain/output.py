@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import io
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING, TextIO
@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_log = logging.getLogger("disttrain")
+_ASCII = {"…": b"...", "·": b"-"}
+
+
+_ERRORS = "disttrain"  # how characters are written that the encoding lacks
 
 
 def have_standard_streams() -> None:
     """Give this process the standard streams that it was started without, as `>&-` does: they lead nowhere.
 
     Otherwise the next file that is opened, a checkpoint perhaps, takes the place of standard output, and gets all that
-    C code prints there.
+    C code prints there. Nothing that is printed fails for its characters: see `_as_good_as_possible`.
     """
     for descriptor in range(3):
         try:
@@ -27,6 +30,9 @@ def have_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
     sys.stdout = sys.stdout or _stream(1)
     sys.stderr = sys.stderr or _stream(2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
 
 
 def have_unbreakable_output() -> None:
@@ -40,9 +46,23 @@ def have_unbreakable_output() -> None:
 
 def _stream(descriptor: int, like: TextIO | None = None) -> TextIO:
     encoding = getattr(like, "encoding", None) or "utf-8"
-    errors = getattr(like, "errors", None) or "backslashreplace"
     # Written through: a buffer that could not be emptied would be tried again, and fail again, at the process's end.
-    return io.TextIOWrapper(_Lossy(descriptor), encoding=encoding, errors=errors, write_through=True)
+    return io.TextIOWrapper(_Lossy(descriptor), encoding=encoding, errors=_ERRORS, write_through=True)
+
+
+def _as_good_as_possible(error: UnicodeError) -> tuple[bytes, int]:
+    """A file's name that is not UTF-8 comes out as it is; what an encoding lacks, as its nearest in ASCII."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    written = b"".join(
+        bytes([ord(character) - 0xDC00]) if "\udc80" <= character <= "\udcff" else _ASCII.get(character, b"?")
+        for character in missing
+    )
+    return written, error.end
+
+
+codecs.register_error(_ERRORS, _as_good_as_possible)
 
 
 class _Lossy(io.RawIOBase):
@@ -63,7 +83,11 @@ class _Lossy(io.RawIOBase):
             except OSError as error:
                 if not self._is_known:
                     self._is_known = True
-                    _log.warning("%s can no longer be written: %s. Training goes on.", self.name, error.strerror)
+                    import logging  # not above: `--help` does without
+
+                    logging.getLogger("disttrain").warning(
+                        "%s can no longer be written: %s. Training goes on.", self.name, error.strerror
+                    )
                 break
         return size
 

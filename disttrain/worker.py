@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import os
 import re
 import select
@@ -18,6 +17,7 @@ import click
 
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, PeerError, failure_time
 from disttrain.guard import end_with_launcher
+from disttrain.home import home_folder
 from disttrain.output import have_standard_streams
 from disttrain.report import report_failure, report_finished
 
@@ -38,9 +38,8 @@ def worker(command: click.Command) -> int:
     """
     have_standard_streams()
     end_with_launcher()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be UTF-8, and comes out as it is
     try:
+        os.environ.setdefault("HOME", str(home_folder()))  # libraries keep caches there, and some fail without one
         # Not `main`, which makes every broken pipe, a socket's too, an exit with 1 and without a word.
         with command.make_context(command.name, sys.argv[1:]) as context:
             command.invoke(context)

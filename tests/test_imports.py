@@ -18,7 +18,7 @@ LAYERS = {
     "__init__": {"recipe", "train"},
     "__main__": {"guard", "output", "train", "worker"},
     "errors": set(),
-    "recipe": set(),
+    "recipe": {"home"},
     "faultpoints": set(),
     "files": set(),
     "layout": set(),
@@ -37,6 +37,7 @@ LAYERS = {
     "lock": set(),
     "log": set(),
     "output": set(),
+    "home": set(),
     "affinity": set(),
     "cores": set(),
     "device": set(),
@@ -53,12 +54,12 @@ LAYERS = {
     "parallel": {"collectives", "ddp", "exact", "recipe", "sync_batchnorm", "world"},
     "checkpoint": {"layout"},
     "remote": {"checkpoint", "layout", "recipe", "rundir"},
-    "tracking": {"__version__", "recipe"},
+    "tracking": {"__version__", "home", "recipe"},
     "evaluate": {"buffers", "collectives", "data", "rng"},
     "progress": set(),
     "report": {"launched"},
     "watchdog": {"collectives", "progress", "world"},
-    "worker": {"guard", "launched", "output", "report"},
+    "worker": {"guard", "home", "launched", "output", "report"},
     "agent": {"checkpoint", "layout", "output", "recipe", "remote", "report", "rundir", "suspended", "tracking"},
     "trial": {"buffers", "collectives", "data", "job", "rng"},
     "job": {
@@ -94,7 +95,7 @@ LAYERS = {
 ANYWHERE = {"errors", "faultpoints", "files"}
 
 # What launchers share with workers.
-KNOWN_TO_LAUNCHERS = ("recipe", "cores", "suspended")
+KNOWN_TO_LAUNCHERS = ("recipe", "cores", "output", "suspended")
 
 # What a room never does, as the packages it never imports.
 NEVER = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import click
 
+from disttrain.errors import brief
 from disttrain.worker import leave, worker
 
 
@@ -26,7 +28,7 @@ _run_argument = click.argument("run")
 @_json_option
 def list_runs(runs_dir: str, as_json: bool) -> None:
     """List the runs, newest last."""
-    summaries = [_summary(run) for run in _runs_in(runs_dir)]
+    summaries = [_summary_or_reason(run) for run in _runs_in(runs_dir)]
     if as_json:
         print(json.dumps({"runs": summaries}))
         return
@@ -34,7 +36,7 @@ def list_runs(runs_dir: str, as_json: bool) -> None:
         print(f"no runs in {runs_dir}")
     width = max((len(summary["name"]) for summary in summaries), default=0)
     for summary in summaries:
-        print(f"{summary['name']:<{width}}  {summary['state']:<9} {_words(summary)}")
+        print(f"{summary['name']:<{width}}  {summary['state']:<10} {summary.get('error') or _words(summary)}")
 
 
 def _runs_in(runs_dir: str) -> list[str]:
@@ -51,8 +53,34 @@ def _runs_in(runs_dir: str) -> list[str]:
     if not os.path.isdir(folder):  # False also for names that no folder can have
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise UsageError(f"--runs-dir: {folder} {what}; give the folder that holds the runs.")
-    runs = [path for path in folder.iterdir() if path.is_dir() and is_run(path)]
-    return [str(path) for path in sorted(runs, key=lambda path: path.stat().st_mtime)]
+    try:
+        runs = [path for path in folder.iterdir() if is_run(path) or not _is_readable(path)]
+    except OSError as error:
+        raise UsageError(f"--runs-dir: {folder} cannot be read: {error.strerror}.") from None
+    return [str(path) for path in sorted(runs, key=_last_change)]
+
+
+def _is_readable(path: Path) -> bool:
+    """False for a folder that may hold a run, and does not tell."""
+    return not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK)
+
+
+def _last_change(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it has just been removed
+        return 0.0
+
+
+def _summary_or_reason(run: str) -> dict[str, Any]:
+    """How a run stands, or why that cannot be told: one that is damaged or forbidden must not hide the others."""
+    try:
+        if not _is_readable(Path(run)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return _summary(run)
+    except Exception as error:  # whatever a damaged file brings about
+        reason = (error.strerror if isinstance(error, OSError) else None) or brief(error) or type(error).__name__
+        return {"name": Path(run).name, "state": "unreadable", "error": reason}
 
 
 def _summary(run: str) -> dict[str, Any]:

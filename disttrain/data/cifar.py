@@ -24,6 +24,7 @@ from disttrain.data.dataset import Datasets, MemorySplit
 from disttrain.data.unpickle import read_pickle
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
+from disttrain.recipe.address import expanded
 
 _log = logging.getLogger(__name__)
 _DOWNLOAD_TIMEOUT_S = 60.0
@@ -40,7 +41,7 @@ def load_cifar(data: DataRecipe, source: type[CIFAR10] = CIFAR10) -> Datasets:
     `source` is CIFAR10, CIFAR100, or a subclass with an address, file names and md5 sums of its own: its attributes are
     used, and it is never instantiated. Raises ConfigurationError for whatever is missing, altered or damaged.
     """
-    root = Path(data.root).expanduser()
+    root = expanded(data.root)
     folder = root / source.base_folder
     if not folder.is_dir():
         _obtain(root, source, download=data.download)

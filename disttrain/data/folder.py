@@ -17,6 +17,7 @@ from disttrain.data.dataset import Datasets, MemorySplit, StreamSplit
 from disttrain.data.picture import read_picture
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
+from disttrain.recipe.address import expanded
 
 _log = logging.getLogger(__name__)
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -48,7 +49,7 @@ def load_folder(data: DataRecipe) -> Datasets:
     The test split is the folder `test`, or `val`. Raises ConfigurationError for a missing split, classes that differ
     between the two, and pictures that cannot be read or differ in size.
     """
-    root = Path(data.root).expanduser()
+    root = expanded(data.root)
     if not root.is_dir():
         raise ConfigurationError(f"data.root: the folder {root} does not exist.")
     train_folder = _split_folder(root, "train")

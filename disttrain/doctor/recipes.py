@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 from disttrain.doctor.checks import Question
 from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.recipe import DataRecipe, Recipe, check_installed, load_recipe
+from disttrain.recipe.address import expanded
 
 _DOWNLOADED = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
@@ -58,7 +58,7 @@ def data(question: Question) -> Iterator[Finding]:
 
 
 def _will_be_downloaded(data: DataRecipe) -> bool:
-    root = Path(data.root).expanduser()
+    root = expanded(data.root)
     names = _DOWNLOADED.get(data.dataset)
     return names is not None and data.download and not any((root / name).exists() for name in names)
 

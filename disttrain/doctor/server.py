@@ -37,11 +37,17 @@ def tracking(question: Question) -> Iterator[Finding]:
     if uri is None:
         yield ok("tracking", "MLflow is switched off; the journal has everything")
     elif uri.startswith("sqlite:"):
-        yield _database(Path(uri.removeprefix("sqlite:///")))
+        yield _database(_file_of(uri))
     elif uri.startswith(("http://", "https://")):
         yield from _server(uri, settings.experiment if settings else "disttrain")
     else:
         yield _by_mlflow_itself(uri)
+
+
+def _file_of(uri: str) -> Path:
+    from sqlalchemy import make_url
+
+    return Path(make_url(uri).database or ":memory:")
 
 
 def _database(file: Path) -> Finding:
@@ -51,7 +57,9 @@ def _database(file: Path) -> Finding:
     if not file.exists():
         return ok("tracking", f"{file} is made when the first run starts")
     try:
-        database = sqlite3.connect(f"file:{file}?mode=rw", uri=True, timeout=_ANSWER_S, isolation_level=None)
+        database = sqlite3.connect(
+            f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=_ANSWER_S, isolation_level=None
+        )
         try:
             database.execute("BEGIN IMMEDIATE")
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from disttrain.errors import ConfigurationError
+from disttrain.home import home_folder
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -27,16 +28,36 @@ def is_url(address: object) -> bool:
 def settled(address: str) -> str:
     """The address as it holds wherever this process goes: a path is absolute, with the home folder for `~`; URLs stand.
 
-    Raises ConfigurationError if the current folder has been removed.
+    Raises ConfigurationError if the current folder has been removed, or nobody knows where the home folder is.
     """
     if is_url(address):
         return address
     try:
-        return str(Path(os.path.expanduser(address)).absolute())
+        return str(expanded(address).absolute())
     except FileNotFoundError:
         raise ConfigurationError(
             f"{address}: the current folder has been removed; start in one that exists, or give an absolute path."
         ) from None
+
+
+def expanded(path: str) -> Path:
+    """The path, with the home folder for `~`. Raises ConfigurationError if nobody knows where that is."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ConfigurationError(
+            f"{path}: nobody knows where that home folder is (HOME is not set, or there is no such user); give an "
+            f"absolute path, or ./{path} for a folder of that name."
+        )
+    return Path(found)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name from the command line or a folder can be written as UTF-8, as recipes and manifests are."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def file_system(url: str) -> tuple[AbstractFileSystem, str]:
@@ -81,9 +102,11 @@ def working_folder(url: str) -> Path:
 
     It is below $DISTTRAIN_SCRATCH, or else below the user's cache folder. Runs behind one parent are neighbours in it.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(os.environ.get("DISTTRAIN_SCRATCH") or cache / "disttrain" / "runs")
+    scratch, cache = os.environ.get("DISTTRAIN_SCRATCH"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(scratch or Path(cache or home_folder() / ".cache", "disttrain", "runs"))
     parent, _, name = url.rstrip("/").rpartition("/")
     return (
-        root / hashlib.sha256(parent.encode()).hexdigest()[:12] / (re.sub(r"[^\w.-]+", "-", name).strip(".") or "run")
+        root
+        / hashlib.sha256(os.fsencode(parent)).hexdigest()[:12]
+        / (re.sub(r"[^\w.-]+", "-", name).strip(".") or "run")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import tomllib
@@ -38,7 +39,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     source = name_or_path if path.parent != _SHIPPED else f"recipe {path.stem!r}"
     try:
         content = read_url(name_or_path) if remote else path.read_bytes()
-        mapping = tomllib.loads(content.decode())
+        mapping = tomllib.loads(_decoded(content))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source}: not valid TOML: {error}") from None
     except UnicodeDecodeError:
@@ -84,7 +85,12 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
 def recipe_text(name_or_path: str) -> str:
     """The text of a recipe that `load_recipe` takes, as it stands, for those who send it elsewhere."""
     content = read_url(name_or_path) if is_url(name_or_path) else _find(name_or_path).read_bytes()
-    return content.decode()
+    return _decoded(content)
+
+
+def _decoded(content: bytes) -> str:
+    """The text of a file as editors save it: those on Windows with a byte order mark, and some in UTF-16."""
+    return content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 def _find(name_or_path: str) -> Path:

@@ -9,6 +9,7 @@ from datetime import date, time
 from typing import Any
 
 from disttrain.errors import RecipeError
+from disttrain.recipe.address import is_text
 from disttrain.recipe.explain import sections, unknown_key, wants_text
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
@@ -24,6 +25,8 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
     merged = _copy(mapping)
     places: dict[str, str] = {}
     for override in overrides:
+        if not is_text(override):
+            raise RecipeError(f"-o {override}: is not UTF-8, and recipes are; give another name")
         key, equals, text = (part.strip() for part in override.partition("="))
         if not equals:
             raise RecipeError(f"-o {override}: should be key=value, as in -o optim.lr=0.1")

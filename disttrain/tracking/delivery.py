@@ -136,7 +136,9 @@ class Delivery:
             tags["mlflow.user"] = getpass.getuser()
         first = next(read_journal(self.run_dir / JOURNAL_FILE), {})
         start = _milliseconds(first.get("time"))
-        return client.create_run(experiment_id, start_time=start, tags=tags, run_name=self._run_name)
+        return client.create_run(
+            experiment_id, start_time=start, tags=tags, run_name=shorten(self._run_name, MAX_VALUE)
+        )
 
     def _find_experiment(self, client: MlflowClient) -> str:
         experiment = client.get_experiment_by_name(self._experiment)

@@ -26,6 +26,6 @@ def metric_key(name: str) -> str:
 
 
 def shorten(value: Any, limit: int) -> str:
-    """`value` as text of at most `limit` characters."""
-    text = str(value)
+    """`value` as text of at most `limit` characters, all of which can be sent: a file's name need not be UTF-8."""
+    text = str(value).encode(errors="replace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"

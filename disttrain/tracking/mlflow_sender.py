@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from disttrain.home import home_folder
 from disttrain.recipe import ask_before_sending
 from disttrain.tracking.delivery_state import Owed, load_state, owed, state_for
 from disttrain.tracking.redact import redact, split_credentials
@@ -95,7 +96,7 @@ class MlflowSender:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**_SHORT_RETRIES, **os.environ, **self._credentials, **_SURROUNDINGS},
+                env={**_SHORT_RETRIES, "HOME": str(home_folder()), **os.environ, **self._credentials, **_SURROUNDINGS},
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

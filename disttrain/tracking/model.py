@@ -68,7 +68,8 @@ def export_model(
             served = _served(module, mean, std)
             program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
             _check(program.module(), served, example_images(3, sample_shape, are_pixels=are_pixels))
-            torch.export.save(program, temporary / EXPORT_FILE)
+            with (temporary / EXPORT_FILE).open("wb") as file:  # a path that is not UTF-8 would abort the process
+                torch.export.save(program, file)
     except OSError:
         raise
     except Exception as error:  # a user's module may do anything in its forward

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from disttrain.errors import ConfigurationError
+from disttrain.recipe.address import is_text
 from disttrain.tracking.redact import redact
 
 NO_MLFLOW = "none"
@@ -33,7 +34,8 @@ def resolve_uri(uri: str | None, run_dir: str | os.PathLike[str]) -> str | None:
             where that is not set for a database beside the runs.
         run_dir: the run directory.
 
-    Raises ConfigurationError for a folder: MLflow has given up stores of files.
+    Raises ConfigurationError for a folder, since MLflow has given up stores of files, and where a database would have
+    to stand in a folder whose name MLflow cannot say.
     """
     source = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
@@ -45,8 +47,35 @@ def resolve_uri(uri: str | None, run_dir: str | os.PathLike[str]) -> str | None:
                 f"{source} is {redact(uri)!r}, and MLflow no longer keeps runs in plain folders; "
                 "give a server (http://host:5000), a database (sqlite:////folder/mlflow.db), or none"
             )
+        if not uri.startswith(("http://", "https://", "databricks")):
+            _refuse_unsayable(Path(run_dir).absolute().parent)  # the files that MLflow is given are kept there
         return uri
-    return f"sqlite:///{(Path(run_dir).absolute().parent / 'mlflow.db').as_posix()}"
+    return _database(Path(run_dir).absolute().parent / "mlflow.db")
+
+
+def _database(path: Path) -> str:
+    """The URI of a database file, as the installed SQLAlchemy reads it: versions differ in whether they unquote."""
+    _refuse_unsayable(path.parent)
+    plain = f"sqlite:///{path.as_posix()}"
+    if "%" not in plain and "?" not in plain:  # else not touched: mlflow.json knows runs by it
+        return plain
+    from sqlalchemy import URL, make_url
+
+    uri = URL.create("sqlite", database=path.as_posix()).render_as_string(hide_password=False)
+    if make_url(uri).database != path.as_posix():
+        raise ConfigurationError(
+            f"{path.parent}: the installed SQLAlchemy cannot have a database in a folder of that name; give a "
+            "--run-dir elsewhere, or tracking.uri"
+        )
+    return uri
+
+
+def _refuse_unsayable(folder: Path) -> None:
+    if not is_text(str(folder)):
+        raise ConfigurationError(
+            f"{folder}: a name in it is not UTF-8, and MLflow cannot keep a run's files there; give a --run-dir "
+            "elsewhere, or a server as tracking.uri, or none"
+        )
 
 
 def how_to_open(uri: str, experiment_id: str = "", run_id: str = "") -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from disttrain.output import have_standard_streams
 from disttrain_launch.doctor_command import doctor
-from disttrain_launch.messages import complain, have_standard_streams
+from disttrain_launch.messages import complain
 from disttrain_launch.node_command import node
 from disttrain_launch.prove_command import prove
 from disttrain_launch.recipe_command import recipe

@@ -7,7 +7,7 @@ import json
 import click
 
 from disttrain_launch.options import json_option, override_arguments, overrides_option
-from disttrain_launch.run_argument import run_dir_callback
+from disttrain_launch.run_argument import RECIPE, run_dir_callback
 from disttrain_launch.worker_commands import become
 
 _PORTS = range(1, 65536)
@@ -23,7 +23,7 @@ def _host_and_port(ctx: click.Context, parameter: click.Parameter, value: str | 
 
 
 @click.command(short_help="Try what training needs here.")
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, type=RECIPE)
 @overrides_option
 @click.option(
     "--run-dir",

@@ -18,7 +18,7 @@ from disttrain_launch.options import (
     trust_option,
 )
 from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
-from disttrain_launch.run_argument import run_dir_callback
+from disttrain_launch.run_argument import RECIPE, run_dir_callback
 
 if TYPE_CHECKING:
     from disttrain_launch.node import Node
@@ -27,7 +27,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @click.command(short_help="Run one machine's part of a job on several.")
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, type=RECIPE)
 @num_workers_option
 @click.option(
     "--run-dir", callback=run_dir_callback, metavar="DIR|URL", help="Where the run lives: the same on all machines."

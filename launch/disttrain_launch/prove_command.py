@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from disttrain_launch.options import json_option, most_workers, override_arguments, overrides_option
+from disttrain_launch.run_argument import RECIPE
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
@@ -33,7 +34,7 @@ def _worker_counts(ctx: click.Context, parameter: click.Parameter, value: str | 
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", type=RECIPE)
 @click.option(
     "--workers",
     metavar="N,N,...",

@@ -7,6 +7,7 @@ import json
 import click
 
 from disttrain_launch.options import json_option, overrides_option
+from disttrain_launch.run_argument import RECIPE
 
 
 @click.group()
@@ -30,7 +31,7 @@ def list_recipes(as_json: bool) -> None:
 
 
 @recipe.command()
-@click.argument("name", metavar="RECIPE")
+@click.argument("name", metavar="RECIPE", type=RECIPE)
 @overrides_option
 @json_option
 def show(name: str, overrides: tuple[str, ...], as_json: bool) -> None:

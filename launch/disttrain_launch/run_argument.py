@@ -1,4 +1,7 @@
-"""What a command takes as RUN, CHECKPOINT or --run-dir: a folder, in which `~` is the home folder, or a URL."""
+"""What a command takes as RUN, CHECKPOINT, RECIPE, IMAGE or --run-dir: a path (`~`: the home folder) or a URL.
+
+A path that begins with a dash, given behind `--`, is passed on in a form that nobody takes for an option.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,29 @@ class RunType(click.Path):
         """Raises click.BadParameter for a path that does not exist."""
         from disttrain.recipe.address import is_url
 
-        return value if is_url(value) else str(super().convert(os.path.expanduser(value), param, ctx))
+        return value if is_url(value) else str(super().convert(_no_option(os.path.expanduser(value)), param, ctx))
+
+
+class RecipeType(click.types.StringParamType):
+    """A shipped recipe's name, a path or a URL."""
+
+    name = "recipe"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Leaves to `load_recipe` what is wrong with it."""
+        return _no_option(str(value))
+
+
+class ImageType(click.Path):
+    """A file that exists."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Raises click.BadParameter for one that does not."""
+        return str(super().convert(_no_option(value), param, ctx))
+
+
+def _no_option(path: str) -> str:
+    return f"./{path}" if path.startswith("-") and path != "-" else path
 
 
 def run_dir_callback(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -27,4 +52,4 @@ def run_dir_callback(_ctx: click.Context, _parameter: click.Parameter, value: st
     return None if value is None else settled(value)
 
 
-RUN = RunType(exists=True)
+RUN, RECIPE, IMAGE = RunType(exists=True), RecipeType(), ImageType(exists=True, dir_okay=False)

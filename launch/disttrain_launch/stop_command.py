@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shlex
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def stop(run: str, wait: bool, timeout: float) -> None:
             f"{folder / 'stop'} cannot be made: {error.strerror}. Send SIGTERM instead."
         ) from error
     if not wait:
-        click.echo(f"{run} is asked to save and stop; `disttrain runs show {run}` tells when it has")
+        click.echo(f"{run} is asked to save and stop; `disttrain runs show {shlex.quote(run)}` tells when it has")
         return
     deadline = time.monotonic() + timeout
     while _is_in_use(folder):

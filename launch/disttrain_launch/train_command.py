@@ -19,7 +19,7 @@ from disttrain_launch.options import (
     trust_option,
 )
 from disttrain_launch.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
-from disttrain_launch.run_argument import run_dir_callback
+from disttrain_launch.run_argument import RECIPE, run_dir_callback
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
@@ -30,7 +30,7 @@ _OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing", "stop"}
 
 
 @click.command(short_help="Train a recipe, or go on with a run.")
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, type=RECIPE)
 @num_workers_option
 @click.option(
     "--run-dir",

@@ -16,7 +16,7 @@ from disttrain_launch.options import (
     overrides_option,
     trust_option,
 )
-from disttrain_launch.run_argument import RUN
+from disttrain_launch.run_argument import IMAGE, RUN
 
 
 def become(module: str, *arguments: str) -> NoReturn:
@@ -53,7 +53,7 @@ def sync(run: str, uri: str | None, timeout: float, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=IMAGE)
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @json_option
 @trust_option

@@ -29,6 +29,7 @@ def check(request: JobRequest, recipe: Recipe) -> None:
     from disttrain.recipe import UsageError
 
     lines = [
+        *_texts(request),
         *_names(request),
         *_image(request),
         *_sizes(request),
@@ -38,6 +39,15 @@ def check(request: JobRequest, recipe: Recipe) -> None:
     ]
     if lines:
         raise UsageError("\n".join(lines))
+
+
+def _texts(request: JobRequest) -> Iterator[str]:
+    from disttrain.recipe.address import is_text
+
+    given = {"--run-dir": request.storage.run_dir, "--env": " ".join(request.environment.values())}
+    for option, text in given.items():
+        if not is_text(text):
+            yield f"{option} {text}: is not UTF-8, and manifests are text; give another name"
 
 
 def _names(request: JobRequest) -> Iterator[str]:

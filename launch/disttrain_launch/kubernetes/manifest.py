@@ -131,10 +131,10 @@ def _set_container(container: dict[str, Any], request: JobRequest) -> None:
 def _arguments(request: JobRequest) -> list[str]:
     fewest, most = request.nodes
     # Overrides come with the recipe they change, and nobody takes a value that begins with a dash for an option.
-    changes = [f"--override={override}" for override in request.recipe.overrides]
+    changes = [f"--override={_literal(override)}" for override in request.recipe.overrides]
     return [
         "node",
-        f"{RECIPES}/{request.recipe.filename}",
+        f"{RECIPES}/{_literal(request.recipe.filename)}",
         *changes,
         f"--nodes={most}" if fewest == most else f"--nodes={fewest}:{most}",
         f"--num-workers={request.resources.workers}",
@@ -142,10 +142,15 @@ def _arguments(request: JobRequest) -> list[str]:
         "--local-addr=$(POD_IP)",
         f"--rendezvous={request.first_pod}:{PORT}",
         f"--job-id={request.name}",
-        f"--run-dir={request.storage.run_dir}",
+        f"--run-dir={_literal(request.storage.run_dir)}",
         f"--max-restarts={request.max_restarts}",
         f"--stop-grace={request.stop_grace_s}",
     ]
+
+
+def _literal(text: str) -> str:
+    """As a container's argument, in which Kubernetes fills in `$(NAME)` and reads `$$` as `$`."""
+    return text.replace("$", "$$")
 
 
 def cores(quantity: str) -> float:

@@ -11,6 +11,7 @@ import click
 
 from disttrain_launch.kubernetes.places import KINDS, RUNS
 from disttrain_launch.options import overrides_option
+from disttrain_launch.run_argument import RECIPE
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
@@ -109,7 +110,7 @@ def job_options(function: _Function) -> _Function:
     """RECIPE, `-o` and every option of a job, which `request_of` takes as keywords."""
     for option in reversed(_OPTIONS):
         function = option(function)
-    return click.argument("recipe")(overrides_option(function))
+    return click.argument("recipe", type=RECIPE)(overrides_option(function))
 
 
 def request_of(recipe: str, overrides: tuple[str, ...], **given: Any) -> JobRequest:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from disttrain_launch.options import dry_run_option, json_option, overrides_option, trust_option
+from disttrain_launch.run_argument import RECIPE
 from disttrain_launch.slurm import checks
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def _job_options(function: _Function) -> _Function:
     """The options of a job; of the same names as those of sbatch where there are such."""
     for decorate in reversed(
         (
-            click.argument("recipe", required=False),
+            click.argument("recipe", required=False, type=RECIPE),
             overrides_option,
             trust_option,
             click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines."),
@@ -159,13 +160,14 @@ def _submitted(job: SlurmJob) -> str:
     from disttrain.recipe import ConfigurationError
 
     try:
-        done = subprocess.run(["sbatch", "--parsable"], input=job.text(), capture_output=True, text=True, check=False)
+        script = job.text().encode(errors="surrogateescape")  # the names of files need not be text
+        done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, check=False)
     except OSError as error:
         raise ConfigurationError(
             f"sbatch cannot be run here ({error.strerror}): submit from a machine of the cluster, or carry over what "
             "`disttrain slurm render` prints."
         ) from None
     if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        said = " ".join(done.stderr.decode(errors="replace").split()) or f"exit code {done.returncode}"
         raise ConfigurationError(f"Slurm does not take the job: {said}")
-    return done.stdout.strip().partition(";")[0]
+    return done.stdout.decode(errors="replace").strip().partition(";")[0]
