@@ -74,9 +74,10 @@ class ExactShards:
         self._summands: list[Summands] = []
 
     @property
-    def num_summed(self) -> int:
-        """How many tensors a step sums: as many bounds are expected."""
-        return len(self._parameters) + sum(buffer.is_floating_point() for buffer in self._buffers())
+    def summed(self) -> list[str]:
+        """The names of the tensors that a step sums, in the order of `expected`."""
+        named = zip(self._places, self._buffers(), strict=True)
+        return [*self._parameters, *(name for name, buffer in named if buffer.is_floating_point())]
 
     def _buffers(self) -> list[torch.Tensor]:
         return [getattr(module, name) for module, name in self._places.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,17 +12,24 @@ from torch import nn
 from disttrain.checkpoint import (
     Checkpoint,
     CheckpointStore,
-    check_complete,
-    optimizer_from_tensors,
     optimizer_to_tensors,
 )
 from disttrain.collectives import one_per_machine_first
-from disttrain.conditions import differences, what_bits_rest_on
-from disttrain.data import Datasets, EvalLoader, Loader, StepSampler, as_datasets, load_datasets
-from disttrain.errors import ConfigurationError, brief
+from disttrain.conditions import what_bits_rest_on
+from disttrain.data import (
+    Datasets,
+    Digest,
+    EvalLoader,
+    Loader,
+    StepSampler,
+    as_datasets,
+    digest_of,
+    load_datasets,
+)
+from disttrain.errors import ConfigurationError
 from disttrain.finite import FiniteGate
-from disttrain.fixed_point import ABSENT
-from disttrain.handout import hand_out, read_by_main
+from disttrain.handout import read_by_main
+from disttrain.identity import describe_data
 from disttrain.models import build_model, given_model, made_ready
 from disttrain.optim import Schedule, build_optimizer
 from disttrain.parallel import Parallel, parallelize
@@ -56,6 +62,7 @@ class Job:
     metrics: dict[str, float] | None = None
     progress: Progress = field(default_factory=Progress)
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
+    digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
 
     @property
     def model_name(self) -> str:
@@ -111,7 +118,7 @@ class Job:
 
     def optimizer_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The optimizer's tensors, and the rest of its state."""
-        return optimizer_to_tensors(self.optimizer)
+        return optimizer_to_tensors(self.optimizer, self.model)
 
     def state(self) -> dict[str, Any]:
         """Everything besides tensors that a checkpoint holds: enough to go on, and to rebuild the model elsewhere."""
@@ -126,19 +133,19 @@ class Job:
             "scaler": self.scaler.state_dict(),
             "non_finite": self.finite.state(),
             "recent_losses": self.spikes.recent,
-            "expected_magnitudes": self.parallel.exact.expected if self.parallel.exact is not None else None,
+            "expected_magnitudes": self._expectation(),
             "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
-            "data": {
-                "num_train": len(self.data.train),
-                "classes": list(self.data.train.classes),
-                "sample_shape": list(self.data.train.sample_shape),
-                "dtype": str(self.data.train.dtype).removeprefix("torch."),
-                "mean": None if self.data.train.mean is None else list(self.data.train.mean),
-                "std": None if self.data.train.std is None else list(self.data.train.std),
-            },
+            "data": describe_data(self.data.train, self.digest),
+            "given": sorted(self.given),
             "rests_on": self.rests_on(),
         }
+
+    def _expectation(self) -> dict[str, float] | None:
+        exact = self.parallel.exact
+        if exact is None or exact.expected is None:
+            return None
+        return dict(zip(exact.summed, exact.expected, strict=True))
 
     def rests_on(self) -> dict[str, Any]:
         """What the bits of the run depend on besides its recipe."""
@@ -147,65 +154,6 @@ class Job:
             # In exact mode the number of workers shows in no bit.
             **({} if self.parallel.exact is not None else {"workers": self.world.size}),
         }
-
-    def resume(self, checkpoint: Checkpoint) -> list[str]:
-        """Put back what `checkpoint` holds; return what this run rests on that is different now.
-
-        Every rank must call it, the others than rank 0 with an outline of the checkpoint: the tensors are rank 0's.
-        Raises ConfigurationError if it belongs to another model, optimizer or data set, or is past the last step.
-        """
-        state = checkpoint.state
-        check_complete(state, f"{checkpoint.path}/state.json")
-        if state["data"]["num_train"] != len(self.data.train):
-            raise ConfigurationError(
-                f"{checkpoint.path}: trained on {state['data']['num_train']} samples, and data.root now holds "
-                f"{len(self.data.train)}: point data.root to the same data, or start a new --run-dir."
-            )
-        if state["step"] > self.total_steps:
-            raise ConfigurationError(
-                f"{checkpoint.path}: the run has {state['step']} steps already, more than the {self.total_steps} that "
-                "train.epochs and train.max_steps ask for. Raise them to go on, or start a new --run-dir."
-            )
-        self._check_tensors(checkpoint)
-        self.model.load_state_dict(hand_out(self.world, checkpoint.model, self.model.state_dict()))
-        optimizer_from_tensors(self.optimizer, hand_out(self.world, checkpoint.optimizer), state["optimizer"])
-        if state["scaler"]:
-            self._restore_scaler(checkpoint)
-        if "non_finite" in state:
-            self.finite.load_state(state["non_finite"])
-        self.spikes.recent = state.get("recent_losses", [])
-        if self.parallel.exact is not None:
-            self._restore_expectation(checkpoint)
-        self.step = state["step"]
-        self.metrics = state["metrics"] or None
-        return differences(state["rests_on"], self.rests_on())
-
-    def _restore_scaler(self, checkpoint: Checkpoint) -> None:
-        try:
-            self.scaler.load_state_dict(checkpoint.state["scaler"])
-        except (KeyError, RuntimeError) as error:
-            raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {brief(error)}.") from error
-
-    def _restore_expectation(self, checkpoint: Checkpoint) -> None:
-        assert self.parallel.exact is not None
-        expected, count = checkpoint.state.get("expected_magnitudes"), self.parallel.exact.num_summed
-        are_bounds = expected is None or all(bound == ABSENT or 0 < bound < math.inf for bound in expected)
-        if not are_bounds or (expected is not None and len(expected) != count):
-            raise ConfigurationError(
-                f"{checkpoint.path}/state.json: 'expected_magnitudes' should be {count} bounds, one for each parameter "
-                "and buffer."
-            )
-        self.parallel.exact.expected = expected
-
-    def _check_tensors(self, checkpoint: Checkpoint) -> None:
-        here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        there = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
-        for name in sorted(here.keys() | there.keys()):
-            if here.get(name) != there.get(name):
-                raise ConfigurationError(
-                    f"{checkpoint.path}: tensor {brief(repr(name))} is {there.get(name, 'not there')}, "
-                    f"and the model '{self.model_name}' has {here.get(name, 'none of that name')}."
-                )
 
 
 def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
@@ -280,6 +228,7 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         given=frozenset(name for name, value in objects.items() if value is not None),
+        digest=digest_of(data.train) if world.is_main else Digest(None, None),
     )
 
 

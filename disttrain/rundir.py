@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import chain, count
@@ -17,7 +17,7 @@ from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.files import being_written, make_folder, open_to_append, refuse_irregular, replace_file
 from disttrain.lock import LOCK, owned
 from disttrain.log import LogFile
-from disttrain.recipe import Recipe, load_recipe, names_code, to_toml
+from disttrain.recipe import Recipe, damage, load_recipe, names_code, recipe_of_checkpoints, to_toml
 from disttrain.recipe.address import is_url, working_folder
 
 RECIPE = "recipe.toml"
@@ -72,7 +72,7 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[No
             # A first start that was killed or refused leaves its logs, and perhaps a recipe half written; somebody may
             # have asked it to stop.
             leftovers = (LOGS, LOCK, being_written(stored).name, STOP)
-            is_run = whatever_is_there or stored.exists()
+            is_run = whatever_is_there or stored.exists() or recipe_of_checkpoints(path) is not None
             if not is_run and any(entry.name not in leftovers for entry in path.iterdir()):
                 raise ConfigurationError(
                     f"{path} is not empty and not a run directory (it has no {RECIPE}): choose another --run-dir."
@@ -134,12 +134,27 @@ def _usable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def refuse_another_job(path: Path, recipe: Recipe) -> None:
-    """Raise ConfigurationError if the run in `path`, where there is one, cannot go on with `recipe`."""
-    stored = path / RECIPE
-    if not stored.exists():
+def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Raise ConfigurationError if the run in `path`, where there is one, cannot go on with `recipe`.
+
+    What counts is the recipe in its newest checkpoint, which a manifest vouches for; before there is one, recipe.toml.
+    `warn` hears of a recipe.toml that is lost or damaged: `store_recipe` makes it anew.
+    """
+    stored, found = path / RECIPE, recipe_of_checkpoints(path)
+    if found is None:
+        if stored.exists():
+            _refuse_other_recipe(path, load_recipe(str(stored)), recipe, "start it with the same recipe to go on")
         return
-    before, now = flatten(load_recipe(str(stored)).model_dump()), flatten(recipe.model_dump())
+    checkpoint, trained_with = found
+    wrong = damage(path)
+    if wrong is not None:
+        warn(f"{stored} {wrong}; it is restored from {checkpoint.relative_to(path)}.")
+    remedy = f"go on with the recipe of {checkpoint}: if {stored} was changed or damaged, remove it, and it is restored"
+    _refuse_other_recipe(path, trained_with, recipe, remedy)
+
+
+def _refuse_other_recipe(path: Path, stored: Recipe, recipe: Recipe, remedy: str) -> None:
+    before, now = (flatten(one.model_dump(mode="json")) for one in (stored, recipe))
     differences = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -150,8 +165,7 @@ def refuse_another_job(path: Path, recipe: Recipe) -> None:
     ]
     if differences:
         raise ConfigurationError(
-            f"{path} holds a run of another recipe: {'; '.join(differences)}. "
-            "Choose a new --run-dir, or start it with the same recipe to go on."
+            f"{path} holds a run of another recipe: {'; '.join(differences)}. Choose a new --run-dir, or {remedy}."
         )
 
 

@@ -27,6 +27,7 @@ from disttrain.recipe import Recipe
 from disttrain.recipe.address import is_url, settled, working_folder
 from disttrain.remote import Mirror, MirroredStore, RemoteRun
 from disttrain.report import report_failure
+from disttrain.resume import resume
 from disttrain.rundir import (
     CHECKPOINTS,
     STOP,
@@ -69,7 +70,7 @@ def open_session(
                 store = MirroredStore(
                     until_the_end.enter_context(Mirror(RemoteRun(address), path, console.warn)), **keep
                 )
-            refuse_another_job(path, recipe)
+            refuse_another_job(path, recipe, console.warn)
 
         decided_by_main(world, own)
         handler = log_to_file(path, world.rank)
@@ -120,7 +121,7 @@ def _session_in(
             job.spikes.skipped = decided_by_main(world, lambda: read_skipped(path))
         resumed = checkpoint is not None
         if checkpoint is not None:
-            differences = job.resume(checkpoint)
+            differences = resume(job, checkpoint)
             for difference in differences if not job.is_finished else []:
                 console.warn(f"the checkpoint rests on something else: {difference}; the bits may differ.")
         checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives

@@ -24,7 +24,7 @@ from disttrain.guard import stop_requests
 from disttrain.job import Job
 from disttrain.model_check import rehearse
 from disttrain.optim import set_learning_rate
-from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe
+from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for
 from disttrain.session import open_session
 from disttrain.spikes import RolledBack
 from disttrain.world import join_world
@@ -64,8 +64,8 @@ def train(
     """
     try:
         with float32_by_default():
-            settled = as_recipe(recipe, overrides)
             is_own = isinstance(recipe, str | Path) and is_own_recipe(str(recipe), run_dir)
+            settled = load_recipe_for(str(recipe), run_dir, overrides) if is_own else as_recipe(recipe, overrides)
             if is_own and run_dir is not None and not trust:
                 ask_before_resuming(settled, run_dir, overrides)
             return _train(settled, run_dir, {"model": model, "train_set": train_set, "test_set": test_set})

@@ -18,7 +18,7 @@ LAYERS = {
     "__init__": {"recipe", "train"},
     "__main__": {"guard", "output", "train", "worker"},
     "errors": set(),
-    "recipe": {"home"},
+    "recipe": {"home", "layout"},
     "faultpoints": set(),
     "files": set(),
     "layout": set(),
@@ -55,6 +55,7 @@ LAYERS = {
     "checkpoint": {"layout"},
     "remote": {"checkpoint", "layout", "recipe", "rundir"},
     "tracking": {"__version__", "home", "recipe"},
+    "identity": {"data", "optim"},
     "evaluate": {"buffers", "collectives", "data", "rng"},
     "progress": set(),
     "report": {"launched"},
@@ -63,8 +64,11 @@ LAYERS = {
     "agent": {"checkpoint", "layout", "output", "recipe", "remote", "report", "rundir", "suspended", "tracking"},
     "trial": {"buffers", "collectives", "data", "job", "rng"},
     "job": {
-        "checkpoint", "collectives", "conditions", "data", "finite", "fixed_point", "handout", "models", "optim",
+        "checkpoint", "collectives", "conditions", "data", "finite", "handout", "identity", "models", "optim",
         "parallel", "progress", "recipe", "rng", "spikes", "world",
+    },
+    "resume": {
+        "checkpoint", "collectives", "conditions", "exact", "fixed_point", "handout", "identity", "job",
     },
     "model_check": {"buffers", "data", "job", "rng", "trial"},
     "saver": {"checkpoint", "collectives", "console", "job", "layout", "rundir", "tracking"},
@@ -75,9 +79,8 @@ LAYERS = {
     "conclusion": {"console", "guard", "job", "launched", "rundir", "spikes", "tracking", "world"},
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conclusion", "conditions", "console", "guard", "job",
-        "launched", "model_check", "progress", "recipe", "remote", "report", "rundir", "spikes", "tracking", "trial",
-        "watchdog",
-        "world",
+        "launched", "model_check", "progress", "recipe", "remote", "report", "resume", "rundir", "spikes", "tracking",
+        "trial", "watchdog", "world",
     },
     "train": {
         "bookkeeper", "conditions", "data", "finite", "guard", "job", "model_check", "optim", "recipe", "rng",

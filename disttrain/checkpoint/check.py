@@ -74,6 +74,7 @@ def _is_optimizer(value: Any) -> bool:
         isinstance(value, dict)
         and _table_of(_is_plain)(value.get("values"))
         and _list_of(_is_group)(value.get("param_groups"))
+        and ("names" not in value or _list_of(_is_text)(value["names"]))
     )
 
 
@@ -97,6 +98,7 @@ def _is_data(value: Any) -> bool:
         and all(_is_whole(side) and 0 < side <= _LARGEST_SIDE for side in shape)
         and value.get("dtype", "uint8") in ("uint8", "float32")
         and (_are_statistics(mean, std, shape[0]) or (value.get("dtype") == "float32" and mean is None and std is None))
+        and all(value.get(digest) is None or _is_text(value[digest]) for digest in ("labels", "contents"))
     )
 
 
@@ -118,7 +120,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_expectation(value: Any) -> bool:
-    return value is None or _list_of(is_number)(value)
+    return value is None or _list_of(is_number)(value) or _table_of(is_number)(value)
 
 
 _COUNT = (_is_count, "a whole number")
@@ -134,9 +136,10 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scaler": (_table_of(is_number), "a table of numbers"),
     "non_finite": (_is_non_finite, "a table of the whole numbers in_a_row and total"),
     "recent_losses": (_list_of(is_number), "a list of numbers"),
-    "expected_magnitudes": (_is_expectation, "null or a list of numbers"),
+    "expected_magnitudes": (_is_expectation, "null or a table of numbers"),
     "recipe": (_is_table, "a table"),
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
+    "given": (_list_of(_is_text), "a list of names"),
     "rests_on": (_table_of(_is_plain), "a table of plain values"),
 }
-_OPTIONAL = {"expected_magnitudes", "non_finite", "recent_losses"}  # older checkpoints have none
+_OPTIONAL = {"expected_magnitudes", "given", "non_finite", "recent_losses"}  # older checkpoints have none

@@ -1,7 +1,7 @@
 """One checkpoint: a folder of tensors (safetensors) and state (JSON), with a manifest that vouches for each file.
 
     step-00000500/model.safetensors       the model's state dict, by its own names
-                  optimizer.safetensors   the optimizer's tensors, as PARAMETER.NAME
+                  optimizer.safetensors   the optimizer's tensors, as PARAMETER.NAME; state.json names the parameters
                   state.json              step, best metric, optimizer options, recipe, what the run rests on
                   manifest.json           size and SHA-256 of each file; written last
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from disttrain.errors import ConfigurationError, brief
 
 
-def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's tensors as "PARAMETER.NAME", and everything else as values that JSON can hold."""
+def optimizer_to_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's tensors as "PARAMETER.NAME", and everything else as values that JSON can hold.
+
+    PARAMETER is a number; with the optimizer's `model`, "names" among the values says which parameter has which.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -20,14 +26,25 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, to
                 tensors[f"{index}.{name}"] = value
             else:
                 values[f"{index}.{name}"] = value
-    return tensors, {"values": values, "param_groups": state["param_groups"]}
+    rest: dict[str, Any] = {"values": values, "param_groups": state["param_groups"]}
+    if model is not None:
+        rest["names"] = _names(optimizer, model)
+    return tensors, rest
 
 
 def optimizer_from_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    rest: dict[str, Any],
+    model: nn.Module | None = None,
 ) -> None:
-    """Put back what `optimizer_to_tensors` took. Raises ConfigurationError if it is another optimizer's state."""
+    """Put back what `optimizer_to_tensors` took: by the names of `model`, where both were given one, else by position.
+
+    Raises ConfigurationError if it is another optimizer's state.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if model is not None and "names" in rest:
+        tensors, rest = _in_the_order_of(_names(optimizer, model), tensors, rest)
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["values"].items()]:
         index, _, name = key.partition(".")
@@ -65,6 +82,38 @@ def optimizer_from_tensors(
             f"the checkpoint's optimizer state does not fit this optimizer: {brief(error)}"
         ) from error
     _restore_types(optimizer, state)
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """What the model calls the optimizer's parameters, in the optimizer's order."""
+    of = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _in_the_order_of(
+    names: list[str], tensors: dict[str, torch.Tensor], rest: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A state with its parameters renumbered as `names` has them. Raises ConfigurationError if it has others."""
+    theirs: list[str] = rest["names"]
+    unknown = sorted(set(theirs) ^ set(names))
+    if unknown or len(theirs) != len(names):
+        raise ConfigurationError(
+            f"the checkpoint's optimizer state does not fit this optimizer: it has {len(theirs)} parameters and this "
+            f"one {len(names)}; only one of the two has {brief(repr(unknown[0] if unknown else theirs[0]))}."
+        )
+    number_here = {name: number for number, name in enumerate(names)}
+    moved = {number: number_here[name] for number, name in enumerate(theirs)}
+
+    def renamed(key: str) -> str:
+        number, dot, name = key.partition(".")
+        return f"{moved[int(number)]}{dot}{name}" if number.isdecimal() and int(number) in moved else key
+
+    groups = [
+        {**group, "params": sorted(moved.get(number, number) for number in group["params"])}
+        for group in rest["param_groups"]
+    ]
+    values = {renamed(key): value for key, value in rest["values"].items()}
+    return {renamed(key): tensor for key, tensor in tensors.items()}, {"values": values, "param_groups": groups}
 
 
 def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:

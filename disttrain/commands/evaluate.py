@@ -20,7 +20,7 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool
     from dataclasses import replace
 
     from disttrain.collectives import one_per_machine_first
-    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
+    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, refuse_objects, restore_model
     from disttrain.conditions import exact_conditions
     from disttrain.data import EvalLoader, load_datasets
     from disttrain.errors import ConfigurationError
@@ -31,6 +31,7 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool
 
     with join_world("cpu") as world:  # what is summed is on the CPU
         checkpoint = read_by_main(world, lambda: find_checkpoint(address))
+        refuse_objects(checkpoint, ("model.name", "data.dataset"), overrides)
         recipe = recipe_of(checkpoint, overrides, trust=trust)
         world = on_device(world, recipe.train.device)
         data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ def refuse_other_than_pictures(checkpoint: Checkpoint, recipe: Recipe) -> None:
             "or floats; if it gave floats, the answers are wrong.",
             file=sys.stderr,
         )
+
+
+def refuse_objects(checkpoint: Checkpoint, keys: Collection[str], overrides: Collection[str] = ()) -> None:
+    """Raise ConfigurationError if what one of the recipe's `keys` names was given in Python as an object.
+
+    The recipe then names something else; unless one of the `overrides` names it.
+    """
+    replaced = {"model": "model.name", "test_set": "data.dataset"}
+    named = {override.partition("=")[0].strip() for override in overrides}
+    for given in checkpoint.state.get("given", ()):
+        key = replaced.get(given)
+        if key in keys and key not in named:
+            raise ConfigurationError(
+                f"{checkpoint.path}: trained with {given}=… given in Python, and {key} of its recipe names something "
+                f"else: use it in Python (docs/python.md), or name it for `evaluate`: -o {key}=package.module:callable."
+            )
 
 
 def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:

@@ -24,10 +24,18 @@ def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, tru
     """
     import torch
 
-    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, refuse_other_than_pictures, restore_model
+    from disttrain.commands.locate import (
+        data_of,
+        find_checkpoint,
+        recipe_of,
+        refuse_objects,
+        refuse_other_than_pictures,
+        restore_model,
+    )
     from disttrain.data import normalise, read_picture
 
     checkpoint = find_checkpoint(address)
+    refuse_objects(checkpoint, ("model.name",))
     data, recipe = data_of(checkpoint), recipe_of(checkpoint, trust=trust, imports=("model.name",))
     refuse_other_than_pictures(checkpoint, recipe)
     model = restore_model(checkpoint, recipe).eval()

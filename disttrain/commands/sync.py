@@ -52,7 +52,7 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     the user has to say that the server may be trusted.
     """
     from disttrain.errors import UsageError
-    from disttrain.recipe import ask_before_sending, load_recipe
+    from disttrain.recipe import ask_before_sending, load_recipe_for
     from disttrain.rundir import JOURNAL, RECIPE, is_run, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
@@ -62,7 +62,7 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     if not is_run(run) or not (run / JOURNAL).is_file():
         raise UsageError(f"{run} is not a run directory with a journal: see `disttrain runs list`.")
     refuse_links(run)
-    settings = load_recipe(str(run / RECIPE)).tracking
+    settings = load_recipe_for(str(run / RECIPE), run).tracking
     target = uri or load_state(run).uri or resolve_uri(settings.uri, run)
     if target is None:
         raise UsageError(f"{run}: tracking.uri is 'none', so there is nowhere to deliver to: give --uri.")

@@ -3,6 +3,7 @@
 from disttrain.data.augment import crop, cutout, flip
 from disttrain.data.custom import as_datasets, as_split
 from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.data.digest import Digest, digest_of
 from disttrain.data.load import load_datasets
 from disttrain.data.loader import Batch, EvalLoader, Loader, StepBatch
 from disttrain.data.normalise import normalise
@@ -14,6 +15,7 @@ from disttrain.data.sizes import batch_sizes_without_single_samples, smallest_ba
 __all__ = [
     "Batch",
     "Datasets",
+    "Digest",
     "EvalLoader",
     "Loader",
     "MemorySplit",
@@ -26,6 +28,7 @@ __all__ = [
     "batch_sizes_without_single_samples",
     "crop",
     "cutout",
+    "digest_of",
     "flip",
     "load_datasets",
     "normalise",

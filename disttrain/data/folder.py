@@ -14,6 +14,7 @@ import torch
 from disttrain.cores import usable_cores
 from disttrain.data.cache import cached, fingerprint
 from disttrain.data.dataset import Datasets, MemorySplit, StreamSplit
+from disttrain.data.digest import Digest, digest_of_files
 from disttrain.data.picture import read_picture
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
@@ -41,6 +42,10 @@ class PictureFiles:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.files[index]
         return read_picture(path, self.size), label
+
+    def training_digest(self) -> Digest:
+        """See `disttrain.data.digest`."""
+        return digest_of_files(self.files)
 
 
 def load_folder(data: DataRecipe) -> Datasets:

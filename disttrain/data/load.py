@@ -10,6 +10,7 @@ import torch
 
 from disttrain.data.custom import load_callable
 from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.data.digest import Digest, digest_of
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 from disttrain.world import World
@@ -69,6 +70,10 @@ class _Samples:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.split.images[index], int(self.split.labels[index])
+
+    def training_digest(self) -> Digest:
+        """See `disttrain.data.digest`."""
+        return digest_of(self.split)
 
 
 def _as_the_recipe_says(split: Split, data: DataRecipe) -> Split:

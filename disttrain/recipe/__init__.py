@@ -15,6 +15,7 @@ from disttrain.recipe.model import (
     TrainRecipe,
 )
 from disttrain.recipe.optimizers import OptimRecipe
+from disttrain.recipe.stored import damage, load_recipe_for, recipe_of_checkpoints
 from disttrain.recipe.trust import (
     ask_before_importing,
     ask_before_resuming,
@@ -44,14 +45,17 @@ __all__ = [
     "ask_before_resuming",
     "ask_before_sending",
     "check_installed",
+    "damage",
     "is_own_recipe",
     "json_schema",
     "load_recipe",
+    "load_recipe_for",
     "make_folder",
     "names_code",
     "open_to_append",
     "open_to_read",
     "parse_recipe",
+    "recipe_of_checkpoints",
     "recipe_text",
     "shipped_recipes",
     "to_toml",

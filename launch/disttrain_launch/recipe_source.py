@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -28,6 +29,8 @@ def checked_recipe(
         ask_before_resuming,
         check_installed,
         load_recipe,
+        load_recipe_for,
+        recipe_of_checkpoints,
         shipped_recipes,
     )
     from disttrain.recipe.address import is_url
@@ -41,11 +44,12 @@ def checked_recipe(
             f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
             "or the --run-dir of a run to go on with."
         )
-    if not is_url(run_dir) and not os.path.isfile(os.path.join(run_dir, "recipe.toml")):
+    has_recipe = is_url(run_dir) or os.path.isfile(os.path.join(run_dir, "recipe.toml"))
+    if not has_recipe and recipe_of_checkpoints(Path(run_dir)) is None:
         raise ConfigurationError(
             f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
         )
-    checked = load_recipe(recipe_source(None, run_dir), overrides)
+    checked = load_recipe_for(recipe_source(None, run_dir), run_dir, overrides)
     if not trust:
         ask_before_resuming(checked, run_dir, overrides)
     return checked

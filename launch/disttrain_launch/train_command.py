@@ -102,12 +102,13 @@ def _working_folder(run_dir: str) -> Path:
 
 def _opened(run_dir: Path) -> Path:
     """The run directory, with its folder for logs; one that holds something else is left alone."""
-    from disttrain.recipe import ConfigurationError
+    from disttrain.recipe import ConfigurationError, recipe_of_checkpoints
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in run_dir.iterdir()}
-        if "recipe.toml" not in names and names - _OF_A_KILLED_START:
+        is_run = "recipe.toml" in names or recipe_of_checkpoints(run_dir) is not None
+        if not is_run and names - _OF_A_KILLED_START:
             raise ConfigurationError(
                 f"--run-dir {run_dir}: is not empty and not a run directory (it has no recipe.toml); give another one"
             )

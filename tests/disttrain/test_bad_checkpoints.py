@@ -21,6 +21,7 @@ from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.job import Job, build_job
 from disttrain.recipe import load_recipe
+from disttrain.resume import resume
 from disttrain.world import join_world
 from tests.disttrain.mutations import mutated_bytes, mutated_json, mutated_safetensors
 
@@ -100,7 +101,7 @@ def use(run: Path, job: Job, picture: Path) -> None:
     try:
         found = find_checkpoint(run)
         restore_model(found, recipe_of(found))
-        job.resume(found)
+        resume(job, found)
     except ConfigurationError as error:
         assert "step-0000000" in str(error) or "optimizer" in str(error), error
         return

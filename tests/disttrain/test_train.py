@@ -34,6 +34,9 @@ from disttrain.world import join_world
 QUIET = ["tracking.uri=none", "tracking.system_metrics=false", "train.threads=1", "train.log_every_steps=1"]
 
 
+ENDLESS = ("train.epochs=2000", "schedule.name=constant")  # which may end at any step
+
+
 def samples(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (num,), generator=generator)
@@ -272,7 +275,7 @@ def test_a_recipe_that_was_refused_can_be_corrected_in_its_place(tmp_path: Path)
 
 def test_two_jobs_never_write_to_one_run(tmp_path: Path) -> None:
     """The second is refused while the first trains, and the first is not disturbed."""
-    script = "import sys; from tests.disttrain.test_train import *; train(Path(sys.argv[1]), 'train.epochs=2000')"
+    script = "import sys; from tests.disttrain.test_train import *; train(Path(sys.argv[1]), *ENDLESS)"
     first = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240
@@ -288,7 +291,7 @@ def test_two_jobs_never_write_to_one_run(tmp_path: Path) -> None:
         first.wait()
     paths = CheckpointStore(tmp_path / "checkpoints").paths()
     next_step = 1 + (int(paths[-1].name.removeprefix("step-")) if paths else 0)
-    train(tmp_path, "train.epochs=2000", f"train.max_steps={next_step}")  # the dead one does not keep it
+    train(tmp_path, *ENDLESS, f"train.max_steps={next_step}")  # the dead one does not keep it
 
 
 def test_a_look_at_the_model_leaves_no_trace(tmp_path: Path) -> None:

@@ -29,9 +29,10 @@ def train(run: Path, server: MlflowServer, *options: str) -> subprocess.Complete
 def test_everything_arrives_and_the_stored_model_predicts_as_ours(
     server: MlflowServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = train(run_dir, server, "train.epochs=3", "train.max_steps=30")
+    constant = "schedule.name=constant"  # a falling one could not be made longer
+    first = train(run_dir, server, "train.epochs=3", constant, "train.max_steps=30")
     assert first.returncode == 0, first.stderr
-    second = train(run_dir, server, "train.epochs=3")  # the same job goes on: the same MLflow run
+    second = train(run_dir, server, "train.epochs=3", constant)  # the same job goes on: the same MLflow run
     assert second.returncode == 0, second.stderr
 
     import mlflow

@@ -1,0 +1,79 @@
+"""The recipe of a run: its recipe.toml, or that of its newest checkpoint, where the file is lost or damaged.
+
+A checkpoint's manifest vouches for its state.json, and that holds the recipe. Read without torch, which launchers lack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from disttrain.errors import RecipeError
+from disttrain.files import read_bytes, read_text
+from disttrain.layout import MANIFEST, STATE, checkpoints_in
+from disttrain.recipe.address import is_url
+from disttrain.recipe.explain import sections
+from disttrain.recipe.load import load_recipe, parse_recipe
+from disttrain.recipe.model import Recipe
+from disttrain.recipe.trust import is_own_recipe
+
+_RECIPE, _CHECKPOINTS = "recipe.toml", "checkpoints"
+
+
+def load_recipe_for(name_or_path: str, run_dir: Path | str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe`; of the run in `run_dir`, if its own recipe.toml is named, whatever has become of that file.
+
+    Raises RecipeError, as `load_recipe` does.
+    """
+    if run_dir is not None and not is_url(str(run_dir)) and is_own_recipe(name_or_path, run_dir):
+        found = recipe_of_checkpoints(Path(run_dir))
+        if found is not None and damage(Path(run_dir)) is not None:
+            checkpoint, recipe = found
+            return parse_recipe(recipe.model_dump(mode="json"), overrides, source=f"{checkpoint}/{STATE}")
+    return load_recipe(name_or_path, overrides)
+
+
+def damage(run: Path) -> str | None:
+    """What is wrong with the run's recipe.toml ("is lost"); None if it is whole. We write one with every section."""
+    try:
+        mapping = tomllib.loads(read_text(run / _RECIPE))
+        parse_recipe(mapping)
+    except FileNotFoundError:
+        return "is lost"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except (ValueError, RecursionError, RecipeError):
+        return "is damaged"
+    missing = [name for name in sections() if name not in mapping]
+    return f"is cut off (it has no section {missing[0]})" if missing else None
+
+
+def recipe_of_checkpoints(run: Path) -> tuple[Path, Recipe] | None:
+    """The newest checkpoint whose manifest vouches for its state, and the recipe in that; None if there is none."""
+    for path in reversed(_checkpoints(run)):
+        try:
+            state = _vouched_state(path)
+            return path, parse_recipe(state["recipe"], source=f"{path}/{STATE}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RecipeError):
+            continue  # whoever reads the whole checkpoint says what is wrong with it
+    return None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    try:
+        return checkpoints_in(run / _CHECKPOINTS)
+    except (OSError, ValueError):  # a folder that cannot be looked into, a name that no folder can have
+        return []
+
+
+def _vouched_state(checkpoint: Path) -> Mapping[str, Any]:
+    raw = read_bytes(checkpoint / STATE)
+    expected = json.loads(read_bytes(checkpoint / MANIFEST))["files"][STATE]
+    if expected != {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}:
+        raise ValueError("not what was written")
+    state: dict[str, Any] = json.loads(raw)
+    return state
