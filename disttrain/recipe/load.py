@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 import tomllib
@@ -18,7 +17,9 @@ from disttrain.recipe.bounds import beyond_bounds
 from disttrain.recipe.explain import explain, place
 from disttrain.recipe.model import Recipe
 from disttrain.recipe.names import did_you_mean
+from disttrain.recipe.once import kept
 from disttrain.recipe.overrides import apply_overrides
+from disttrain.recipe.text import decoded
 
 _SHIPPED = Path(__file__).parent.parent / "recipes"
 
@@ -34,12 +35,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such recipe, not TOML, or wrong keys or values; one line per mistake.
     """
-    remote = is_url(name_or_path)
-    path = Path(name_or_path) if remote else _find(name_or_path)
+    is_file = not is_url(name_or_path) and kept(name_or_path) is None
+    path = _find(name_or_path) if is_file else Path(name_or_path)
     source = name_or_path if path.parent != _SHIPPED else f"recipe {path.stem!r}"
     try:
-        content = read_url(name_or_path) if remote else path.read_bytes()
-        mapping = tomllib.loads(_decoded(content))
+        mapping = tomllib.loads(recipe_text(name_or_path))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source}: not valid TOML: {error}") from None
     except UnicodeDecodeError:
@@ -84,13 +84,10 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
 
 def recipe_text(name_or_path: str) -> str:
     """The text of a recipe that `load_recipe` takes, as it stands, for those who send it elsewhere."""
-    content = read_url(name_or_path) if is_url(name_or_path) else _find(name_or_path).read_bytes()
-    return _decoded(content)
-
-
-def _decoded(content: bytes) -> str:
-    """The text of a file as editors save it: those on Windows with a byte order mark, and some in UTF-16."""
-    return content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    content = kept(name_or_path)
+    if content is None:
+        content = read_url(name_or_path) if is_url(name_or_path) else _find(name_or_path).read_bytes()
+    return decoded(content)
 
 
 def _find(name_or_path: str) -> Path:

@@ -45,9 +45,12 @@ class WorkerGroup:
 
     def described(self) -> str:
         """The command line of each worker, as a shell takes it; the port is found when they are started."""
+        from disttrain.recipe.once import variables as recipe_variables
+
         lines = []
         for rank in range(self.size):
-            variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables(rank, "PORT").items()]
+            set_for_it = self.variables(rank, "PORT") | recipe_variables()
+            variables = [f"{name}={shlex.quote(value)}" for name, value in set_for_it.items()]
             lines.append(" ".join(["env", *variables, shlex.join([sys.executable, *self.arguments])]))
         return "\n".join(lines)
 

@@ -82,7 +82,10 @@ class Node:
 
     def described(self) -> str:
         """What `run` would do, as a shell takes it."""
-        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables().items()]
+        from disttrain.recipe.once import variables as recipe_variables
+
+        set_for_it = self.variables() | recipe_variables()
+        variables = [f"{name}={shlex.quote(value)}" for name, value in set_for_it.items()]
         return " ".join(["env", *variables, shlex.join(self.command())])
 
     def become(self) -> None:

@@ -29,8 +29,12 @@ class RecipeType(click.types.StringParamType):
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Leaves to `load_recipe` what is wrong with it."""
-        return _no_option(str(value))
+        """Leaves to `load_recipe` what is wrong with it. Raises RecipeError for a pipe from which no recipe comes."""
+        from disttrain.recipe.once import read_once
+
+        recipe = _no_option(str(value))
+        read_once(recipe)
+        return recipe
 
 
 class ImageType(click.Path):

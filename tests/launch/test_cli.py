@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from disttrain.recipe import load_recipe
 from disttrain_launch import local
 from disttrain_launch.cli import main
 
@@ -228,3 +230,60 @@ def test_a_tilde_is_the_home_folder_and_a_run_directory_is_absolute(
     made = tmp_path / "home/b"
     made.mkdir(parents=True)
     assert f"{made} is not a run directory" in run("stop", "~/b").output
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A recipe as the shell hands one over that a command writes: `disttrain train <(command)`."""
+    monkeypatch.delenv("DISTTRAIN_RECIPE", raising=False)
+    reader, writer = os.pipe()
+    os.write(writer, b"train.epochs = 7\n")
+    os.close(writer)
+    yield f"/dev/fd/{reader}"
+    os.close(reader)
+    os.environ.pop("DISTTRAIN_RECIPE", None)
+
+
+@pytest.mark.parametrize("several", [(), ("--nodes=2", "--rendezvous=127.0.0.1:29400", "--run-dir=a")])
+def test_a_recipe_that_can_be_read_only_once_reaches_all_workers(pipe: str, several: tuple[str, ...]) -> None:
+    told = run("train", pipe, "--dry-run", *several).stdout
+    assert f"disttrain {pipe} --run-dir" in told
+    assert "DISTTRAIN_RECIPE=" in told
+    for _ in range(2):  # in whatever process that has this environment: the agent, a worker, a worker after a restart
+        assert load_recipe(pipe, ["optim.lr=0.5"]).train.epochs == 7
+
+
+@pytest.mark.usefixtures("pipe")
+def test_a_file_that_only_this_process_has_open_is_handed_on_too(tmp_path: Path) -> None:
+    """As with `disttrain train /dev/stdin < mine.toml`: the workers' own standard input is another."""
+    (tmp_path / "mine.toml").write_text("train.epochs = 7\n")
+    with (tmp_path / "mine.toml").open() as file:
+        assert "DISTTRAIN_RECIPE=" in run("train", f"/dev/fd/{file.fileno()}", "--dry-run").stdout
+    assert "DISTTRAIN_RECIPE=" not in run("train", "mine.toml", "--dry-run").stdout
+
+
+def test_kubernetes_gets_the_text_and_slurm_asks_for_a_file(pipe: str) -> None:
+    assert "train.epochs = 7" in run("k8s", "render", pipe, "--name", "one", "--image", "i").stdout
+    refused = run("slurm", "render", pipe)
+    assert (refused.exit_code, refused.stderr) == (
+        78, f"disttrain: {pipe}: a job that starts later cannot read it: save the recipe to a file.\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff", "text in UTF-8"), (b"a\0b", "not a recipe"), (b"#" * 60_000, ""), (b"[", "not valid TOML")],
+)
+def test_what_comes_out_of_a_pipe_may_be_anything(
+    content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTTRAIN_RECIPE", "of another")
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    result = run("train", f"/dev/fd/{reader}", "--dry-run")
+    os.close(reader)
+    assert message in result.stderr
+    assert result.exit_code == (78 if message else 0)
+    endless = run("train", "/dev/zero", "--dry-run")
+    assert (endless.exit_code, "/dev/zero: not a recipe" in endless.stderr) == (78, True)

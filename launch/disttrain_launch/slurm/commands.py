@@ -121,11 +121,14 @@ def _job(
     **resources: Any,
 ) -> SlurmJob:
     """The job that the options make, checked. Raises click.UsageError, RecipeError or ConfigurationError."""
-    from disttrain.recipe import shipped_recipes
+    from disttrain.recipe import RecipeError, shipped_recipes
     from disttrain.recipe.address import settled
+    from disttrain.recipe.once import is_kept
     from disttrain_launch.recipe_source import checked_recipe
     from disttrain_launch.slurm.script import SlurmJob
 
+    if recipe is not None and is_kept(recipe):
+        raise RecipeError(f"{recipe}: a job that starts later cannot read it: save the recipe to a file.")
     checks.check_times(warn_s, grace_s)
     run_dir = os.path.expanduser(run_dir) if run_dir is not None else None
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
