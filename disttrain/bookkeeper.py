@@ -64,8 +64,10 @@ class Bookkeeper:
         job, recipe = self.job, self.job.recipe
         self._samples_since_log += global_size
         # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
-        if losses is not None and job.step % recipe.train.log_every_steps == 0:
+        is_last = job.step == job.total_steps
+        if losses is not None and (is_last or job.step % recipe.train.log_every_steps == 0):
             self._log(losses)
+        self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
         if losses is not None and job.spikes.is_on:
             self._look_for_a_spike(losses)
         incident = job.finite.take_incident()
@@ -86,8 +88,8 @@ class Bookkeeper:
         if stop:
             self.saver.save_or_fail()
             raise StoppedError(
-                f"stopped on request ({self._stop.received or 'another worker'}) after step {self.job.step} of "
-                f"{self.job.total_steps}; the checkpoint is saved. Go on with: {go_on_with(self.saver.address)}"
+                f"stopped on request{self._stop.words()} after step {self.job.step} of {self.job.total_steps}; the "
+                f"checkpoint is saved. Resume with: {go_on_with(self.saver.address)}"
             )
         if due or time_is_up:
             self.saver.save_unless_saved()
@@ -166,7 +168,7 @@ class Bookkeeper:
             for node, place in enumerate(places):
                 metrics.update(node_metrics(node, report[place].tolist()))
         self._tracker.metrics(job.step, metrics)
-        self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs, loss, rate)
+        self._console.measured(loss, rate)
 
     @contextmanager
     def epoch(self) -> Iterator[None]:

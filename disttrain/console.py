@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from disttrain.bar import Bar
 
 _log = logging.getLogger("disttrain")
 
@@ -34,10 +35,13 @@ class _Relay(logging.Handler):
 class Console:
     """Lines, warnings and progress for the user; everything but progress goes to the log as well."""
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+    def __init__(self, *, speaks: bool, every_s: float = 30.0) -> None:
+        """`every_s`: seconds without a word after which, where there is no bar, a line tells how far training is."""
+        self._speaks, self._every_s = speaks, every_s
+        self._bar: Bar | None = None
+        self._total_steps: int | None = None  # while training is under way
+        self._words: tuple[str, ...] = ()
+        self._last_words = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -56,8 +60,9 @@ class Console:
     def _show(self, text: str) -> None:
         if not self._speaks:
             return
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._last_words = time.monotonic()
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             _write(text, sys.stdout)
 
@@ -69,8 +74,8 @@ class Console:
     def _show_warning(self, text: str) -> None:
         if not self._speaks:
             return
-        if self._progress is not None:
-            self._progress.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+        if self._bar is not None:
+            self._bar.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
         else:
             _write(f"warning: {text}", sys.stderr)
 
@@ -85,37 +90,30 @@ class Console:
             logging.getLogger(logger).removeHandler(relay)
 
     def start_progress(self, step: int, total_steps: int) -> None:
-        """Begin the progress bar, if somebody is looking."""
-        if not self._speaks or not sys.stdout.isatty():
+        """Begin to show how far training has come: as a bar, if somebody is looking."""
+        if not self._speaks:
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        self._total_steps, self._last_words = total_steps, time.monotonic()
+        if sys.stdout.isatty():
+            from disttrain.bar import Bar
 
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[rate]:,.0f} images/s ·"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        self._progress.start()
-        self._task = self._progress.add_task(
-            "training", total=total_steps, completed=step, loss=float("nan"), rate=float("nan")
-        )
+            self._bar = Bar(step, total_steps)
 
-    def progress(self, step: int, epoch: int, num_epochs: int, loss: float, images_per_second: float) -> None:
-        """Move the progress bar; `loss` is the mean over the global batch of `step`."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task,
-                completed=step,
-                description=f"epoch {epoch}/{num_epochs}",
-                loss=loss,
-                rate=images_per_second,
-            )
+    def measured(self, loss: float, images_per_second: float) -> None:
+        """What `progress` shows from now on; `loss` is the mean over a global batch."""
+        self._words = (f"loss {loss:.4f}", f"{images_per_second:,.0f} images/s")
+
+    def progress(self, step: int, epoch: int, num_epochs: int) -> None:
+        """Show that `step` is made: on the bar, or else in a line if nothing was said for a while."""
+        title = f"epoch {epoch}/{num_epochs}"
+        if self._bar is not None:
+            self._bar.update(step, title, self._words)
+        elif self._total_steps is not None and time.monotonic() - self._last_words >= self._every_s:
+            self._show(f"{title}: {', '.join((f'step {step} of {self._total_steps}', *self._words))}")
 
     def end_progress(self) -> None:
         """Leave the terminal as it was."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._total_steps = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -22,6 +22,11 @@ _LOOK_EVERY_S = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+def name_of(number: int) -> str:
+    """A signal's name, as a person calls it who sends it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 class StopRequest:
     """Whether somebody asked this process to stop. The loop reads it and agrees with the other ranks on a step."""
 
@@ -36,10 +41,16 @@ class StopRequest:
         """
         now = time.monotonic()
         if self.received is None:
-            self.received = signal.Signals(number).name
+            self.received = name_of(number)
             self._received_at = now
         elif now - self._received_at > _SAME_REQUEST_S:
             raise KeyboardInterrupt
+
+    def words(self) -> str:
+        """Who asked, in brackets; empty if that was our launcher, which has said who asked it."""
+        if launched_by() in OUR_LAUNCHERS and self.received == "SIGTERM":
+            return ""
+        return f" ({self.received or 'another worker'})"
 
     def ask(self, by: str) -> None:
         """Note a request that came by other means than a signal; saying it again means nothing."""

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 LAUNCHER = "disttrain"
 """What our own launcher of one machine calls itself."""
-OUR_LAUNCHERS = (LAUNCHER, "disttrain node")
+NODE_LAUNCHER = "disttrain node"
+"""And that of each of several machines."""
+OUR_LAUNCHERS = (LAUNCHER, NODE_LAUNCHER)
 """Those that show the first failing worker's message, and that workers end with."""
 
 
@@ -22,3 +24,9 @@ def rank_hint(environment: Mapping[str, str] = os.environ) -> int | None:
     """This worker's rank as far as it can be told outside a world; None if no launcher gave it one."""
     text = environment.get("RANK", "")
     return int(text) if text.isdecimal() else None
+
+
+def launcher_options(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """What our launcher of one machine was told besides the recipe and the run, as a shell takes it: `-n 2`."""
+    told = environment.get("DISTTRAIN_OPTIONS", "")
+    return (told,) if told and launched_by(environment) == LAUNCHER else ()

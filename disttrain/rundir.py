@@ -15,6 +15,7 @@ from typing import Any
 
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.files import being_written, make_folder, open_to_append, refuse_irregular, replace_file
+from disttrain.launched import NODE_LAUNCHER, launched_by, launcher_options
 from disttrain.lock import LOCK, owned
 from disttrain.log import LogFile
 from disttrain.recipe import Recipe, damage, load_recipe, names_code, recipe_of_checkpoints, to_toml
@@ -170,9 +171,14 @@ def _refuse_other_recipe(path: Path, stored: Recipe, recipe: Recipe, remedy: str
 
 
 def go_on_with(run_dir: Path | str) -> str:
-    """The command that goes on with a run, as a shell takes it."""
+    """The command that resumes a run, as a shell takes it; in words where only who started it knows it."""
+    launcher = launched_by()
+    if launcher == NODE_LAUNCHER:
+        return "the same command on each machine"
+    if launcher == "torchrun":
+        return f"the same torchrun command, with --run-dir {shlex.quote(str(run_dir))}"
     folder = working_folder(str(run_dir)) if is_url(str(run_dir)) else Path(run_dir)
-    command = f"disttrain train --run-dir {shlex.quote(str(run_dir))}"
+    command = " ".join(["disttrain train", *launcher_options(), f"--run-dir {shlex.quote(str(run_dir))}"])
     try:
         return f"{command} --trust" if names_code(load_recipe(str(folder / RECIPE))) else command
     except RecipeError:

@@ -60,7 +60,7 @@ class Saver:
         if not saved:
             raise AgreedError(
                 f"the checkpoint of step {self._job.step} could not be saved: make room on the disk of "
-                f"{self._run_dir}, and start again with: {go_on_with(self.address)}"
+                f"{self._run_dir}, and resume with: {go_on_with(self.address)}"
             )
         self.settle(_PATIENCE_S)
 

@@ -131,7 +131,10 @@ def test_ctrl_c_leaves_nothing_behind_and_a_run_that_goes_on(
         ranks["1"].send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 75, out + err
-    assert "the checkpoint is saved. Go on with: disttrain train --run-dir run" in err
+    assert out.startswith("starting 2 workers…\n")
+    assert f"the checkpoint is saved. Resume with: disttrain train -n 2 --run-dir {machine.run}\n" in err
+    assert err.startswith("disttrain: Ctrl-C: ") or whom == "worker"
+    assert not any(name in err for name in ("SIGINT", "SIGTERM"))
     assert "Traceback" not in out + err
     assert machine.is_clean()
     code, out, err = machine.run_to_the_end(*LAUNCH, "--run-dir", "run", "-n", "2", "-o", "tracking.uri=none")

@@ -29,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from disttrain.agent.cause import Bulletin, Cause, first_cause, left_early
 from disttrain.errors import ExitCode
+from disttrain.guard import name_of
 from disttrain.report import says_finished
 from disttrain.suspended import Suspended
 
@@ -107,7 +108,7 @@ class Agent(LocalElasticAgent):
         killed = ""
         were_running = None in self.exit_codes()
         if were_running:
-            self._say(f"{request.name}: the workers are asked to save and stop; a second Ctrl-C kills them")
+            self._say(f"{name_of(request)}: the workers are asked to save and stop; a second Ctrl-C kills them")
             if not self._ended_by_request(kill):
                 killed = "on request" if kill.is_set() else f"after {self._grace_s} s (--stop-grace)"
             super()._shutdown(signal.SIGKILL, _TO_END_S)

@@ -28,12 +28,14 @@ class WorkerGroup:
         size: how many workers.
         log_dir: where workers other than rank 0 write what they would print; None: only shown if they die of it.
         grace_s: seconds between SIGTERM and SIGKILL, when one worker's failure ends the others.
+        options: what the launcher was told, as a shell takes it, for the command that workers name to resume the run.
     """
 
     arguments: tuple[str, ...]
     size: int
     log_dir: Path | None = None
     grace_s: float = 5.0
+    options: str = ""
 
     def log(self, rank: int) -> Path | None:
         """The file with what a worker prints, if it has one; rank 0 speaks to the user."""
@@ -41,7 +43,8 @@ class WorkerGroup:
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
         """A worker's environment: this process's own, and the variables that torchrun would set."""
-        return {**os.environ, **self.variables(rank, str(port)), "DISTTRAIN_LAUNCHER_PID": str(os.getpid())}
+        own = {"DISTTRAIN_LAUNCHER_PID": str(os.getpid()), "DISTTRAIN_OPTIONS": self.options}
+        return {**os.environ, **self.variables(rank, str(port)), **own}
 
     def described(self) -> str:
         """The command line of each worker, as a shell takes it; the port is found when they are started."""

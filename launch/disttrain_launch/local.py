@@ -156,7 +156,7 @@ class _Watch:
             return False  # a terminal that closes sends more than one, and nobody is there who means "at once"
         if self._stop_requested_at is None:
             self._stop_requested_at = now
-            name = signal.Signals(number).name
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             complain(f"{name}: the workers are asked to save and stop; once more kills them")
             for worker in self._workers:
                 worker.terminate()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from disttrain_launch.messages import say
 from disttrain_launch.node_command import run_node
 from disttrain_launch.node_options import NodeOptions, node_options
 from disttrain_launch.options import (
@@ -76,10 +77,17 @@ def train(
     arguments = module_arguments(
         "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir, *["--trust"] * trust
     )
-    group = WorkerGroup((*arguments, *override_arguments(overrides)), num_workers, log_dir=folder / "logs")
+    told = [f"-n {num_workers}"] * (num_workers > 1) + [f"--max-restarts {max_restarts}"] * (max_restarts > 0)
+    group = WorkerGroup(
+        (*arguments, *override_arguments(overrides)),
+        num_workers,
+        log_dir=folder / "logs",
+        options=" ".join(told),
+    )
     if dry_run:
         click.echo(group.described())
         return
+    say(f"starting {num_workers} worker{'s' if num_workers > 1 else ''}…")
     run_workers(group, Restarts(max_restarts, folder))
 
 

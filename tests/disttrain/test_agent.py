@@ -112,7 +112,7 @@ def test_nodes_that_are_stopped_at_once_leave_their_workers_the_time_to_save(tmp
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
     for words in two_nodes(tmp_path, SAVES_FOR_THREE_SECONDS, [signal.SIGINT] * 3):
-        assert words.startswith("1: disttrain: SIGINT: the workers are asked to save and stop; a second Ctrl-C kills")
+        assert words.startswith("1: disttrain: Ctrl-C: the workers are asked to save and stop; a second Ctrl-C kills")
         assert words.endswith("ended without a save: the workers were killed on request\n")
 
 

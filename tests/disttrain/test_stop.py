@@ -61,7 +61,7 @@ def test_a_signal_to_any_one_rank_stops_all_at_the_same_step(
     run_dir = tmp_path / "run"
     said = words_of_all(attempt(run_dir, 3, faults.send(rank, number, step=7)))
     step = newest_step(run_dir)
-    assert said.startswith(f"step {step} of 20; the checkpoint is saved. Go on with: disttrain train --run-dir ")
+    assert said.startswith(f"step {step} of 20; the checkpoint is saved. Resume with: disttrain train --run-dir ")
     assert 7 < step <= 9
     assert [of_rank.state for of_rank in attempt(run_dir, 2)] == ["returned"] * 2
     assert outcome(run_dir) == outcome(undisturbed)

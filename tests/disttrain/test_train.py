@@ -314,8 +314,23 @@ def test_a_look_at_the_model_leaves_no_trace(tmp_path: Path) -> None:
     assert statistics.num_batches_tracked == 1
 
 
-def test_the_command_that_goes_on_can_be_pasted(tmp_path: Path) -> None:
-    assert go_on_with(tmp_path / "my runs" / "a") == f"disttrain train --run-dir '{tmp_path}/my runs/a'"
+def test_the_command_that_resumes_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = f"--run-dir '{tmp_path}/my runs/a'"
+    assert go_on_with(tmp_path / "my runs" / "a") == f"disttrain train {place}"
+    monkeypatch.setenv("DISTTRAIN_OPTIONS", "-n 2 --max-restarts 3")
+    expected = {
+        "disttrain": f"disttrain train -n 2 --max-restarts 3 {place}",
+        "disttrain node": "the same command on each machine",
+        "torchrun": f"the same torchrun command, with {place}",
+    }
+    for launcher, command in expected.items():
+        monkeypatch.setenv("DISTTRAIN_LAUNCHER", launcher)
+        assert go_on_with(tmp_path / "my runs" / "a") == command
+
+
+def test_the_loss_of_the_last_step_is_journalled(tmp_path: Path) -> None:
+    train(tmp_path, "train.log_every_steps=2", "train.max_steps=3")
+    assert list(metrics(tmp_path, "train/loss")) == [2, 3]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_for_all(tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ def test_a_request_to_stop_reaches_each_worker_once(start_launcher: StartLaunche
     launcher.send(number)
     returncode, _, err = launcher.end()
     assert returncode == 75
-    assert err == f"disttrain: {number.name}: the workers are asked to save and stop; once more kills them\n"
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert err == f"disttrain: {name}: the workers are asked to save and stop; once more kills them\n"
     for rank in range(2):
         assert json.loads((launcher.folder / f"requests-{rank}").read_text()) == [signal.SIGTERM]
 
