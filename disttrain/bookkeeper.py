@@ -51,6 +51,7 @@ class Bookkeeper:
         self._last_log = time.monotonic()
         self._samples_since_log = 0
         self._pace = ""
+        self._has_warned = False  # that evaluation.json cannot be written
 
     def after_step(self, losses: torch.Tensor | None, global_size: int) -> None:
         """Log, save or stop as due after the step just made.
@@ -226,7 +227,9 @@ class Bookkeeper:
         try:
             write_evaluation(self.run_dir, content)
         except OSError as error:
-            self._console.warn(f"{self.run_dir / EVALUATION} could not be written: {error}")
+            if not self._has_warned:
+                self._has_warned = True
+                self._console.warn(f"{self.run_dir / EVALUATION} could not be written: {error}")
 
     def last_evaluation(self) -> dict[str, float]:
         """Accuracy and loss where the job stands, measured just now or found in the checkpoint."""
