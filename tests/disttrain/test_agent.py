@@ -104,7 +104,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_nodes_that_are_stopped_at_once_leave_their_workers_the_time_to_save(tmp_path: Path) -> None:
     """However often it is said: whoever stops a pod may do so several times while it saves."""
-    said = two_nodes(tmp_path, SAVES_FOR_THREE_SECONDS, [signal.SIGTERM] * 3)
+    folder = tmp_path / "a $$b"  # which torchrun's templates must leave alone
+    folder.mkdir()
+    said = two_nodes(folder, SAVES_FOR_THREE_SECONDS, [signal.SIGTERM] * 3)
     for words in said:
         assert words.startswith("75: disttrain: SIGTERM: the workers are asked to save and stop"), said
         assert words.endswith("\ndisttrain: saved\n")

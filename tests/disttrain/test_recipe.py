@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from disttrain.recipe import (
     json_schema,
     load_recipe,
     parse_recipe,
+    recipe_text,
     shipped_recipes,
     to_toml,
 )
@@ -217,6 +220,20 @@ def test_files_that_are_no_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert refusal(recipe="folder") == f"folder is a folder, not a recipe; give a TOML file or one of {names}"
     assert refusal(recipe="mine") == "no recipe 'mine'; did you mean mine.toml?"
     assert refusal(recipe="no/such.toml") == f"no/such.toml: no such file; give a TOML file or one of {names}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_recipe_as_editors_on_windows_save_it(tmp_path: Path, encoding: str) -> None:
+    text = '# ünï\r\n[data]\r\ndataset = "digits"\r\nroot = "ü"\r\n'
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "mine.toml").write_bytes(mark + text.encode(encoding))
+    assert load_recipe(str(tmp_path / "mine.toml")).data.root == "ü"
+    assert recipe_text(str(tmp_path / "mine.toml")) == text  # as a cluster gets it
+
+
+def test_a_name_that_no_recipe_can_hold_is_refused() -> None:
+    said = refusal(f"data.root={os.fsdecode(bytes([47, 255]))}")
+    assert said.endswith("is not UTF-8, and recipes are; give another name")
 
 
 def test_a_recipe_is_called_after_its_file(tmp_path: Path) -> None:

@@ -22,5 +22,6 @@ def test_usual_names_stay_as_they_are() -> None:
 
 
 def test_shorten() -> None:
+    assert shorten("r\udcff", 9) == "r?"  # a file's name that is not UTF-8
     assert shorten("x" * 10, 10) == "x" * 10
     assert shorten("x" * 11, 10) == "x" * 9 + "…"

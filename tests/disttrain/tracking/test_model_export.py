@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -40,6 +42,19 @@ def test_images_that_are_floats_already_are_left_as_they_are(tmp_path: Path) -> 
     exported = torch.export.load(tmp_path / "model" / "model.pt2").module()
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(exported(images), torch.softmax(module.eval()(images), dim=1))
+
+
+def test_the_folder_need_not_be_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the path itself, torch's C++ code would abort the process."""
+
+    def save(_program: object, file: IO[bytes]) -> None:
+        file.write(b"exported")
+
+    monkeypatch.setattr(torch.export, "save", save)
+    folder = tmp_path / os.fsdecode(b"\xff")
+    module = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    assert export_model(folder, module, None, None, ["a", "b"], (1, 2, 2)) is None
+    assert (folder / "model.pt2").read_bytes() == b"exported"
 
 
 def test_nothing_in_the_file_is_a_pickle_of_code(tmp_path: Path) -> None:

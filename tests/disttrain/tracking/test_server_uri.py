@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,24 @@ def test_stores_of_files_are_refused(run_dir: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ConfigurationError, match=r"^MLFLOW_TRACKING_URI is "):
         resolve_uri(None, run_dir)
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a%20b", "a?b=c&d", "ünï", "-x", "50%"])
+def test_the_database_is_where_the_runs_are_whatever_their_folder_is_called(tmp_path: Path, name: str) -> None:
+    from sqlalchemy import make_url
+
+    uri = resolve_uri(None, tmp_path / name / "run")
+    assert uri is not None
+    assert make_url(uri).database == str(tmp_path / name / "mlflow.db")
+
+
+def test_a_folder_that_mlflow_cannot_name_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xff")
+    for uri in (None, "sqlite:////tmp/mlflow.db"):
+        with pytest.raises(ConfigurationError, match="is not UTF-8, and MLflow cannot keep a run's files there"):
+            resolve_uri(uri, folder / "run")
+    assert resolve_uri(None, folder) == f"sqlite:///{tmp_path}/mlflow.db"  # the run's own name is another matter
+    assert resolve_uri("http://host:5000", folder / "run") == "http://host:5000"
 
 
 def test_how_to_open() -> None:

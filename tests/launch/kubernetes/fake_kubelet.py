@@ -104,7 +104,7 @@ class Kubelet:
             variables[entry["name"]] = address if "valueFrom" in entry else entry["value"]
         folders = self._mounts(pod)
         variables = {key: _translated(value, folders) for key, value in variables.items()}
-        words = [re.sub(r"\$\((\w+)\)", lambda m: variables[m[1]], word) for word in container["args"]]
+        words = [re.sub(r"\$(?:(\$)|\((\w+)\))", lambda m: m[1] or variables[m[2]], word) for word in container["args"]]
         assert container["command"] == ["disttrain"]
         command = [*self._program, *(_translated(word, folders) for word in words)]
         options: dict[str, Any] = {

@@ -11,7 +11,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from disttrain_launch.cli import main
 from disttrain_launch.kubernetes import kinds, source
 from tests.launch.kubernetes.cases import CASES, FOLDERS, GOLDEN, IMAGE, rendered
 
@@ -193,3 +195,17 @@ def test_a_recipe_of_your_own_keeps_its_name(tmp_path: Path) -> None:
     assert found["Job"]["metadata"]["name"] == "my-first-run"
     assert found["ConfigMap"]["data"] == {"My-first_run.toml": path.read_text()}
     assert found["Job"]["spec"]["template"]["spec"]["containers"][0]["args"][1] == "/etc/disttrain/My-first_run.toml"
+
+
+def test_kubernetes_fills_nothing_into_what_the_user_says() -> None:
+    """It reads `$(NAME)` as the variable's value, and `$$` as `$`."""
+    words = ["-o", "data.root=/d/$(POD_IP)$$x", "--run-dir", "/runs/$(HOME)"]
+    arguments = objects(["digits", *IMAGE, *words])["Job"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "--override=data.root=/d/$$(POD_IP)$$$$x" in arguments
+    assert "--run-dir=/runs/$$(HOME)" in arguments
+
+
+def test_names_that_no_manifest_can_hold_are_refused() -> None:
+    result = CliRunner().invoke(main, ["k8s", "render", "digits", *IMAGE, "--run-dir", "/runs/\udcff"])
+    assert result.exit_code == 2
+    assert "is not UTF-8, and manifests are text" in result.stderr

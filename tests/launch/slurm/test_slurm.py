@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from disttrain.testing import cluster, hosts, run_workers
 from disttrain.testing.hosts import Cluster
 from disttrain_launch.cli import main
+from disttrain_launch.slurm.commands import _submitted
 from disttrain_launch.slurm.script import SlurmJob
 from tests.disttrain.exact_runs import SMALL, outcome, train
 from tests.launch.slurm.cases import CASES, GOLDEN, rendered
@@ -133,6 +134,17 @@ class Slurm:
 
     def requeued(self) -> int:
         return len((self.folder / "requeued").read_text().split()) if (self.folder / "requeued").exists() else 0
+
+
+def test_a_path_that_is_not_utf8_reaches_slurm_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sbatch(_command: list[str], *, input: bytes, **_: object) -> subprocess.CompletedProcess[bytes]:
+        scripts.append(input)
+        return subprocess.CompletedProcess([], 0, b"17\n", b"")
+
+    scripts: list[bytes] = []
+    monkeypatch.setattr(subprocess, "run", sbatch)
+    assert _submitted(SlurmJob("job", None, (), "/runs/r\udcff", 1, "2", (), 60, 30, 0)) == "17"
+    assert b"run_dir='/runs/r\xff'" in scripts[0]
 
 
 def test_a_job_is_submitted_and_slurms_complaint_is_shown(tmp_path: Path) -> None:
