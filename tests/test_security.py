@@ -109,6 +109,7 @@ IN_NEW_FOLDERS = {
     ("checkpoint/folder.py", "open"),
     ("tracking/mlflow_model.py", "read_bytes"),
     ("tracking/mlflow_model.py", "write_text"),
+    ("tracking/model.py", "open"),
     ("tracking/model.py", "write_text"),
     ("tracking/uploads.py", "open"),
 }
