@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
+
+from disttrain.output import unfailing
 
 _LONGEST, _SHORTEST = 40, 10  # of the bar itself, in columns
 
@@ -16,7 +19,7 @@ class Bar:
     """A bar that stands below the lines printed through `console`."""
 
     def __init__(self, step: int, total_steps: int) -> None:
-        self.console = Console()
+        self.console = Console(file=unfailing(sys.stdout))
         """Where to print while the bar stands."""
         self._progress = Progress(_Line(self.console), console=self.console)
         self._progress.start()

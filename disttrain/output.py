@@ -6,7 +6,8 @@ import codecs
 import io
 import os
 import sys
-from typing import TYPE_CHECKING, TextIO
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -42,6 +43,28 @@ def have_unbreakable_output() -> None:
     """
     have_standard_streams()
     sys.stdout, sys.stderr = _stream(1, like=sys.stdout), _stream(2, like=sys.stderr)
+
+
+def unfailing(stream: TextIO) -> IO[str]:
+    """`stream`, but what it does not take is dropped: for a process whose standard streams are not ours to replace."""
+    return cast(IO[str], _Unfailing(stream))
+
+
+class _Unfailing:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _stream(descriptor: int, like: TextIO | None = None) -> TextIO:

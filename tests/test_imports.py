@@ -26,7 +26,7 @@ LAYERS = {
     "fixed_point": set(),
     "reference": set(),
     "rng": set(),
-    "bar": set(),
+    "bar": {"output"},
     "console": {"bar"},
     "conditions": {"recipe"},
     "buffers": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
@@ -57,6 +58,26 @@ def test_the_bar_begins_without_a_loss_and_ends_full(monkeypatch: pytest.MonkeyP
     assert last.count("━") == (20 if columns == 40 else 40)
     assert ("loss 0.5000" in last) == (columns > 40)
     assert "epoch 1/15: accuracy 27.50%" in terminal.getvalue()
+
+
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the standard streams are a user's own, as in a program that calls `disttrain.train`."""
+
+    class Gone(Terminal):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setenv("TERM", "xterm")
+    with Console(speaks=True) as console:
+        console.line("before the bar")
+        console.start_progress(0, 345)
+        console.progress(1, 1, 15)
+        console.line("beside the bar")
+        console.warn("beside the bar, too")
+        console.end_progress()
+        console.warn("after it")
 
 
 def test_without_a_terminal_a_line_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
