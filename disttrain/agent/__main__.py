@@ -226,9 +226,11 @@ def _newest_step(run_dir: Path) -> int | None:
     if not run_dir.is_dir():
         return None
     steps = [step_of(path) for path in CheckpointStore(run_dir / CHECKPOINTS).paths()]
+    last = 0  # not the highest: one wrong digit in a line must not make every later failure a standstill
     if (run_dir / JOURNAL).is_file():
-        steps += [int(record["step"]) for record in read_journal(run_dir / JOURNAL) if record["kind"] == "metrics"]
-    return max(steps, default=0)
+        for record in read_journal(run_dir / JOURNAL):
+            last = int(record["step"]) if record["kind"] == "metrics" else last
+    return max(last, *steps) if steps else last
 
 
 def main() -> int:
