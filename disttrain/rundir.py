@@ -144,17 +144,18 @@ def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) 
     stored, found = path / RECIPE, recipe_of_checkpoints(path)
     if found is None:
         if stored.exists():
-            _refuse_other_recipe(path, load_recipe(str(stored)), recipe, "start it with the same recipe to go on")
+            refuse_other_recipe(path, load_recipe(str(stored)), recipe, "start it with the same recipe to go on")
         return
     checkpoint, trained_with = found
     wrong = damage(path)
     if wrong is not None:
         warn(f"{stored} {wrong}; it is restored from {checkpoint.relative_to(path)}.")
     remedy = f"go on with the recipe of {checkpoint}: if {stored} was changed or damaged, remove it, and it is restored"
-    _refuse_other_recipe(path, trained_with, recipe, remedy)
+    refuse_other_recipe(path, trained_with, recipe, remedy)
 
 
-def _refuse_other_recipe(path: Path, stored: Recipe, recipe: Recipe, remedy: str) -> None:
+def refuse_other_recipe(path: Path | str, stored: Recipe, recipe: Recipe, remedy: str) -> None:
+    """Raise ConfigurationError if a run that was trained with `stored` cannot go on with `recipe`."""
     before, now = (flatten(one.model_dump(mode="json")) for one in (stored, recipe))
     differences = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"

@@ -60,8 +60,8 @@ _LAST_CALL_S = 5  # with the least number of nodes there, how long more may come
 @click.option("--local-addr", help="The address by which the other nodes reach this one.")
 @click.option("--stop-grace", type=int, required=True, help="Seconds that workers may take to save.")
 @click.option("--run-dir", required=True)
-@click.option("--epochs", type=int, required=True, help="How long the run is to be: train.epochs of its recipe.")
-@click.option("--max-steps", type=int, help="And its train.max_steps.")
+@click.option("--recipe", required=True, help="The workers' recipe; a run that is finished by it needs no node.")
+@click.option("--override", "overrides", multiple=True, help="What is changed in it.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     nodes: tuple[int, int],
@@ -73,8 +73,8 @@ def command(
     local_addr: str | None,
     stop_grace: int,
     run_dir: str,
-    epochs: int,
-    max_steps: int | None,
+    recipe: str,
+    overrides: tuple[str, ...],
     arguments: tuple[str, ...],
 ) -> None:
     """Run the workers `python ARGUMENTS` of this node, and exit with their own code."""
@@ -89,7 +89,7 @@ def command(
     log_dir = tempfile.mkdtemp(prefix="disttrain-node-")
 
     def finished() -> bool:
-        return is_finished(run_dir, (epochs, max_steps))
+        return is_finished(run_dir, recipe, overrides)
 
     try:
         # Held back since `disttrain node` began: the first process of a container would never hear of them otherwise.

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from disttrain.errors import DisttrainError
 from disttrain.files import read_bytes
-from disttrain.recipe import load_recipe
+from disttrain.recipe import Recipe, load_recipe, load_recipe_for, recipe_of_checkpoints
 from disttrain.recipe.address import is_url
 from disttrain.remote import RemoteRun
-from disttrain.rundir import JOURNAL, RECIPE
-
-Length = tuple[int, int | None]
-"""How long a run is to be: train.epochs and train.max_steps, which may be more than when it was started before."""
+from disttrain.rundir import JOURNAL, RECIPE, refuse_other_recipe
 
 
-def is_finished(run: str, length: Length) -> bool:
-    """Whether the run in a folder or behind a URL was trained to such a length; False where that cannot be seen."""
+def is_finished(run: str, source: str, overrides: Sequence[str]) -> bool:
+    """Whether the run in a folder or behind a URL was trained as the recipe wants it; False where that is not seen.
+
+    Raises ConfigurationError if it is finished, and another recipe's.
+    """
+    trained_with = _recipe_of_finished(run)
+    if trained_with is None:
+        return False
+    recipe = load_recipe_for(source, run, overrides)
+    refuse_other_recipe(run, trained_with, recipe, "start it with the same recipe to go on")
+    before, now = trained_with.train, recipe.train
+    return (before.epochs, before.max_steps) == (now.epochs, now.max_steps)  # else there is more to do
+
+
+def _recipe_of_finished(run: str) -> Recipe | None:
     try:
         if is_url(run):
             lines = RemoteRun(run).read_journal().splitlines()
         else:
             lines = read_bytes(Path(run) / JOURNAL).splitlines()
         if _last_status(lines) != "FINISHED":
-            return False
-        train = load_recipe(f"{run.rstrip('/')}/{RECIPE}").train
+            return None
+        found = None if is_url(run) else recipe_of_checkpoints(Path(run))
+        return found[1] if found is not None else load_recipe(f"{run.rstrip('/')}/{RECIPE}")
     except (OSError, DisttrainError):
-        return False
-    return (train.epochs, train.max_steps) == length
+        return None
 
 
 def _last_status(lines: list[bytes]) -> str | None:

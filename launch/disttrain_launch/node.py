@@ -30,7 +30,7 @@ class Node:
         max_restarts: how often the workers are started again after failures.
         job_id: the same on all machines; jobs that share a store are told apart by it.
         grace_s: how long workers that are asked to stop may take to save.
-        epochs, max_steps: how long the run is to be, by which a node knows that there is nothing left to do.
+        recipe, overrides: what is trained, by which a node knows whether a run that is finished has more to do.
     """
 
     arguments: tuple[str, ...]
@@ -44,8 +44,8 @@ class Node:
     max_restarts: int
     job_id: str
     grace_s: int
-    epochs: int
-    max_steps: int | None
+    recipe: str
+    overrides: tuple[str, ...]
 
     def command(self) -> list[str]:
         """The agent's command line."""
@@ -61,8 +61,8 @@ class Node:
             "--job-id", self.job_id,
             "--stop-grace", str(self.grace_s),
             "--run-dir", self.run_dir,
-            "--epochs", str(self.epochs),
-            *(["--max-steps", str(self.max_steps)] if self.max_steps is not None else []),
+            "--recipe", self.recipe,
+            *(f"--override={override}" for override in self.overrides),
             "--", *self.arguments,
         ]  # fmt: skip
 

@@ -93,9 +93,10 @@ def _planned(
     if run_dir is None:
         raise click.UsageError("--run-dir is missing: machines that come later, or again, must find the run.")
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
+    source = recipe_source(recipe, run_dir)
     options_of_workers = ("--run-dir", run_dir, *override_arguments(overrides), *["--trust"] * trust)
-    arguments = module_arguments("disttrain", recipe_source(recipe, run_dir), *options_of_workers)
-    planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, checked)
+    arguments = module_arguments("disttrain", source, *options_of_workers)
+    planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, source, overrides)
     fewest = planned.nodes[0] * planned.workers
     said = f"--nodes {planned.nodes[0]} with -n {num_workers}, at least {fewest} workers"
     refuse_more_workers_than_shards(checked, fewest, said)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from disttrain.recipe import Recipe
     from disttrain_launch.node import Node
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -63,7 +62,8 @@ def planned_node(
     run_dir: str,
     options: NodeOptions,
     max_restarts: int,
-    recipe: Recipe,
+    recipe: str,
+    overrides: tuple[str, ...],
 ) -> Node:
     """What the options come to on this machine. Raises click.UsageError or ConfigurationError."""
     from disttrain.recipe import ConfigurationError
@@ -102,6 +102,6 @@ def planned_node(
         max_restarts=max_restarts,
         job_id=options.job_id,
         grace_s=options.stop_grace,
-        epochs=recipe.train.epochs,
-        max_steps=recipe.train.max_steps,
+        recipe=recipe,
+        overrides=overrides,
     )

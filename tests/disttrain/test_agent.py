@@ -53,7 +53,9 @@ end(0, "done")
 """
 
 
-def node(folder: Path, port: int, does: str = "", rendezvous: str = "", serves: str = "", epochs: int = 2) -> str:
+def node(
+    folder: Path, port: int, does: str = "", rendezvous: str = "", serves: str = "", epochs: int = 2, lr: float = 0.05
+) -> str:
     """Be one of two nodes; the exit code, and what was said."""
     rank = os.environ.pop("RANK")
     for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -62,8 +64,8 @@ def node(folder: Path, port: int, does: str = "", rendezvous: str = "", serves: 
     sys.argv = [
         "agent", "--nodes", "2", "2", "--rendezvous", rendezvous or f"127.0.0.1:{port}", "--workers", "1",
         "--max-restarts", "0", "--job-id", "job", "--serves", serves or str(rank == "0").lower(),
-        "--local-addr", "127.0.0.1", "--stop-grace", "60", "--run-dir", str(folder / "run"), "--epochs", str(epochs),
-        "--", "-c", _WORKER + does, str(folder),
+        "--local-addr", "127.0.0.1", "--stop-grace", "60", "--run-dir", str(folder / "run"), "--recipe", "digits",
+        f"--override=train.epochs={epochs}", f"--override=optim.lr={lr}", "--", "-c", _WORKER + does, str(folder),
     ]  # fmt: skip
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
@@ -131,8 +133,8 @@ def test_a_worker_that_fails_after_the_end_of_the_run_is_not_waited_for(tmp_path
 def test_a_node_that_comes_after_the_end_is_done(tmp_path: Path, run_dir: Path) -> None:
     """The name of the node that served the rendezvous may be gone with it."""
 
-    def late(epochs: int) -> str:
-        return node(tmp_path, 1, rendezvous="gone.invalid:1", serves="unknown", epochs=epochs)
+    def late(epochs: int, lr: float = 0.05) -> str:
+        return node(tmp_path, 1, rendezvous="gone.invalid:1", serves="unknown", epochs=epochs, lr=lr)
 
     (running,) = run_workers(lambda: late(2), 1, process_group=False)
     assert running.startswith("1: disttrain: --rendezvous gone.invalid:1: the name 'gone.invalid' does not resolve")
@@ -142,15 +144,17 @@ def test_a_node_that_comes_after_the_end_is_done(tmp_path: Path, run_dir: Path) 
     assert finished == f"0: disttrain: {run_dir} is finished already: there is nothing left to do\n"
     (longer,) = run_workers(lambda: late(3), 1, process_group=False)
     assert longer.startswith("1: ")
+    (another,) = run_workers(lambda: late(2, 0.5), 1, process_group=False)
+    assert another.startswith(f"78: disttrain: {run_dir} holds a run of another recipe: optim.lr was 0.05, now 0.5.")
 
 
 def test_so_is_one_of_a_run_behind_a_url(tmp_path: Path, run_dir: Path) -> None:
     from disttrain.agent.finished import is_finished
 
     url = f"file://{run_dir}"
-    assert not is_finished(url, (2, None))
+    assert not is_finished(url, "digits", ["train.epochs=2"])
     with (run_dir / "journal.jsonl").open("a") as journal:
         journal.write('{"kind": "status", "status": "FINISHED"}\n')
-    assert is_finished(url, (2, None))
-    assert not is_finished(url, (2, 7))
-    assert not is_finished(f"{url}-nowhere", (2, None))
+    assert is_finished(url, "digits", ["train.epochs=2"])
+    assert not is_finished(url, "digits", ["train.epochs=2", "train.max_steps=7"])
+    assert not is_finished(f"{url}-nowhere", "digits", ["train.epochs=2"])

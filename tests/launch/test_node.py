@@ -198,7 +198,7 @@ def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(tmp_path: Path, mon
     assert f"-P -m disttrain digits --run-dir {tmp_path}/runs/digits-" in one
     assert "GLOO_SOCKET_IFNAME=lo" in more
     assert "--nodes 1 4 --rendezvous 127.0.0.1:29400 --serves true" in more
-    assert "--epochs 15" in more
+    assert "--recipe digits --override=optim.lr=0.5 -- " in more
     assert more.rstrip().endswith(f"-- -P -m disttrain digits --run-dir '{tmp_path}/a folder' -o optim.lr=0.5")
     assert not list(tmp_path.iterdir())
 
