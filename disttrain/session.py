@@ -40,6 +40,7 @@ from disttrain.rundir import (
     store_recipe,
 )
 from disttrain.spikes import RolledBack, read_skipped
+from disttrain.state_check import check_state
 from disttrain.tracking import SystemSampler
 from disttrain.trial import try_exactness
 from disttrain.watchdog import Watchdog
@@ -116,6 +117,7 @@ def _session_in(
         checkpoint = newest_checkpoint(store, world, console.warn)
         with console.relaying("disttrain.data"):
             job = build_job(recipe, world, objects)
+        check_state(job)
         job.progress = progress
         if job.spikes.is_on:
             job.spikes.skipped = decided_by_main(world, lambda: read_skipped(path))

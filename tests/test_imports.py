@@ -73,6 +73,7 @@ LAYERS = {
     "resume": {
         "checkpoint", "collectives", "conditions", "exact", "fixed_point", "handout", "identity", "job",
     },
+    "state_check": {"checkpoint", "job", "optim"},
     "model_check": {"buffers", "data", "job", "rng", "trial"},
     "saver": {"checkpoint", "collectives", "console", "job", "layout", "rundir", "tracking"},
     "bookkeeper": {
@@ -82,8 +83,8 @@ LAYERS = {
     "conclusion": {"console", "guard", "job", "launched", "rundir", "spikes", "tracking", "world"},
     "session": {
         "bookkeeper", "checkpoint", "collectives", "conclusion", "conditions", "console", "guard", "job",
-        "launched", "model_check", "progress", "recipe", "remote", "report", "resume", "rundir", "spikes", "tracking",
-        "trial", "watchdog", "world",
+        "launched", "model_check", "progress", "recipe", "remote", "report", "resume", "rundir", "spikes",
+        "state_check", "tracking", "trial", "watchdog", "world",
     },
     "train": {
         "bookkeeper", "conditions", "data", "finite", "guard", "job", "model_check", "optim", "recipe", "rng",

@@ -10,5 +10,6 @@ from disttrain.checkpoint.folder import write_checkpoint as write_checkpoint
 from disttrain.checkpoint.state import optimizer_from_tensors as optimizer_from_tensors
 from disttrain.checkpoint.state import optimizer_to_tensors as optimizer_to_tensors
 from disttrain.checkpoint.store import CheckpointStore as CheckpointStore
+from disttrain.checkpoint.tensors import why_not_held as why_not_held
 from disttrain.checkpoint.writer import CheckpointWriter as CheckpointWriter
 from disttrain.checkpoint.writer import Outcome as Outcome

@@ -118,10 +118,12 @@ def _in_the_order_of(
 
 def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
     """Whether it may be a parameter's state: one number, or of its shape, or (Adafactor) of its rows or columns."""
-    if tensor.is_complex() != parameter.is_complex():
-        return False
+    if tensor.numel() == 1 and not tensor.is_complex():
+        return True  # such as a count of steps, real for a complex parameter too
     sides = zip(tensor.shape, parameter.shape, strict=False)
-    return tensor.numel() == 1 or (tensor.ndim == parameter.ndim and all(one in (1, other) for one, other in sides))
+    return tensor.is_complex() == parameter.is_complex() and (
+        tensor.ndim == parameter.ndim and all(one in (1, other) for one, other in sides)
+    )
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -18,6 +18,7 @@ from disttrain.errors import ConfigurationError
 Tensors = Mapping[str, torch.Tensor]
 
 _NAMES = {
+    torch.complex64: "C64",
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -57,6 +58,15 @@ def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:
         yield as_bytes(tensor)
 
 
+def why_not_held(value: object) -> str | None:
+    """Why a checkpoint cannot hold this value of a state, for a message ("is sparse"); None if it can."""
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}"
+    if value.layout != torch.strided:
+        return "is sparse"
+    return None if value.dtype in _NAMES else f"is {value.dtype}"
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements in row-major order, as they are in memory; copied only if they are not so on this machine's CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,20 +12,24 @@ from torch import nn
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
+from disttrain.data import StepSampler, batch_sizes_without_single_samples, smallest_part
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
+from disttrain.testing import run_workers
 
 QUIET = (
     "tracking.uri=none",
     "tracking.system_metrics=false",
     "train.threads=1",
     "data.batch_size=12",
+    "train.epochs=2",
     "data.crop_padding=0",
     "schedule.name=constant",
     "schedule.warmup_steps=0",
     "train.eval_batch_size=3",
     "optim.lr=0.02",
 )
+ALLOWED = "parallel.find_unused_parameters=true"
 
 
 def samples(num: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,42 +37,315 @@ def samples(num: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 256, (num, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(num) % 3
 
 
-def train(run_dir: Path, model: nn.Module, *overrides: str, num: int = 36) -> str:
-    """Train on `num` samples in batches of 12; the hash of the weights and buffers at the end."""
+def train(run_dir: Path, model: nn.Module, *overrides: str, num: int = 36, num_test: int = 6) -> str:
+    """Train on `num` samples in batches of 12; the hash of this rank's weights and buffers at the end."""
     recipe = load_recipe("digits", [*QUIET, *overrides])
-    disttrain.train(recipe, run_dir=run_dir, model=model, train_set=samples(num), test_set=samples(6))
-    return weights_sha256(read_checkpoint(CheckpointStore(run_dir / "checkpoints").paths()[-1]).model)
+    disttrain.train(recipe, run_dir=run_dir, model=model, train_set=samples(num), test_set=samples(num_test))
+    return weights_sha256(model.state_dict())
 
 
-def refusal(run_dir: Path, model: nn.Module, *overrides: str, num: int = 36) -> str:
+def refusal(run_dir: Path, model: nn.Module, *overrides: str, num: int = 36, num_test: int = 6) -> str:
     """Why the training is refused, before its first step."""
     with pytest.raises(ConfigurationError) as caught:
-        train(run_dir, model, *overrides, num=num)
+        train(run_dir, model, *overrides, num=num, num_test=num_test)
     assert not (run_dir / "checkpoints").exists()
     assert not (run_dir / "journal.jsonl").exists()
     return str(caught.value)
 
 
 class Net(nn.Module):
-    """Two megabytes of weights, which DistributedDataParallel sums in several buckets, and odd parts on demand."""
+    """Images of 8 x 8 in, three scores out."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
-        self.norm = nn.BatchNorm1d(width)
         self.head = nn.Linear(width, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.head(self.norm(self.body(images)))
+        scores: torch.Tensor = self.head(self.body(images))
         return scores
 
 
 @pytest.mark.distributed(world_size=3, process_group=False)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_first_step_after_a_restart_has_the_bits_of_any_other(tmp_path: Path, accumulate: int) -> None:
-    """Three summands: their sum depends on how DistributedDataParallel has put gradients into buckets."""
+    """Three summands: their sum depends on how DistributedDataParallel has put two megabytes into buckets."""
     options = (f"train.accumulate={accumulate}",)
     whole = train(tmp_path / "whole", Net(700), *options, "train.max_steps=3")
     train(tmp_path / "parts", Net(700), *options, "train.max_steps=2")
     assert train(tmp_path / "parts", Net(700), *options, "train.max_steps=3") == whole
+
+
+class Thaws(Net):
+    """Its body is frozen at first, and unfrozen in the forward pass of the fifth step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.body.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.count += 1  # type: ignore[operator]
+            self.body.requires_grad_(bool(self.count >= 5))
+        return super().forward(images)
+
+
+class Freezes(Thaws):
+    """Its body is frozen between two epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Freezes:
+        super().train(mode)
+        self.body.requires_grad_(bool(self.count < 3))
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.count += int(self.training)  # type: ignore[operator]
+        return Net.forward(self, images)
+
+
+@pytest.mark.parametrize("kind", [Thaws, Freezes])
+def test_what_is_frozen_and_unfrozen_in_training_is_followed_on_all_workers(tmp_path: Path, kind: Any) -> None:
+    def weights(run_dir: Path, exact: str) -> tuple[dict[str, torch.Tensor], str]:
+        model = kind()
+        digest = train(run_dir, model, "train.epochs=3", f"parallel.exact={exact}")
+        return {name: tensor.detach() for name, tensor in model.state_dict().items()}, digest
+
+    ((alone, _),) = run_workers(weights, 1, args=(tmp_path / "1", "false"), process_group=False)
+    (first, first_digest), (_, other_digest) = run_workers(
+        weights, 2, args=(tmp_path / "2", "false"), process_group=False
+    )
+    assert first_digest == other_digest
+    assert int(first["count"]) == 9
+    for name, tensor in alone.items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5)
+    exact = [
+        digest
+        for size in (1, 2)
+        for _, digest in run_workers(weights, size, args=(tmp_path / f"exact-{size}", "true"), process_group=False)
+    ]
+    assert len(set(exact)) == 1
+
+
+class Unused(Net):
+    """Has parameters that no score depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(2, 2)
+
+
+def test_an_unused_parameter_is_named_before_training_and_may_be_allowed_on_resuming(tmp_path: Path) -> None:
+    run_workers(train, 1, args=(tmp_path / "run", Unused(), "train.max_steps=2"), process_group=False)
+
+    def begun() -> None:
+        assert "gives no gradient to 'extra.weight', 'extra.bias' when it is tried" in refusal(
+            tmp_path / "refused", Unused()
+        )
+
+    run_workers(begun, 2, process_group=False)
+    args = (tmp_path / "run", Unused(), ALLOWED)
+    assert len(set(run_workers(train, 2, args=args, process_group=False))) == 1
+
+
+class Drops(Net):
+    """Leaves its second layer out on rank 1 in the second step, as LayerDrop does at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.second = nn.Linear(16, 16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.count += int(self.training)  # type: ignore[operator]
+        hidden = self.body(images)
+        if not (self.training and self.count == 2 and torch.distributed.get_rank() == 1):
+            hidden = hidden + self.second(hidden)
+        scores: torch.Tensor = self.head(hidden)
+        return scores
+
+
+def test_a_layer_that_is_dropped_ends_in_words_or_is_allowed(tmp_path: Path) -> None:
+    def without_leave() -> str:
+        try:
+            train(tmp_path / "refused", Drops())
+        except (ConfigurationError, RuntimeError) as error:
+            message = str(error)
+        gc.collect()  # what the traceback held: the other rank waits for a sum until this one's connections are closed
+        return message
+
+    assert run_workers(without_leave, 2, process_group=False)[1].startswith(
+        "the model gives no gradient to 'second.weight', 'second.bias' in step 2, and several workers wait for each"
+    )
+    hashes = run_workers(train, 2, args=(tmp_path / "allowed", Drops(), ALLOWED), process_group=False)
+    assert len(set(hashes)) == 1
+
+
+class Odd(Net):
+    """Buffers of types that gloo cannot send, that cannot be written to, or that do not equal themselves."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int16))
+        self.register_buffer("words", torch.arange(3).to(torch.uint32))
+        self.register_buffer("short", torch.arange(3).to(torch.uint16))
+        self.register_buffer("tiny", torch.ones(3).to(torch.float8_e4m3fn))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("wave", torch.ones(2, dtype=torch.complex64))
+        self.register_buffer("unknown", torch.tensor([1.0, torch.nan]))
+        self.register_buffer("expanded", torch.ones(1).expand(4))
+        self.register_parameter("table", nn.Parameter(torch.ones(2).to(torch.float8_e5m2), requires_grad=False))
+        if sparse:
+            self.register_buffer("sparse", torch.eye(3).to_sparse(), persistent=False)
+            self.register_buffer("rows", torch.eye(3).to_sparse_csr(), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.count += len(images)  # type: ignore[operator]
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_buffers_of_any_type_are_trained_with_and_resumed(tmp_path: Path, exact: bool) -> None:
+    def whole_and_in_parts() -> tuple[str, str, list[int]]:
+        options = (f"parallel.exact={str(exact).lower()}", "train.non_finite=skip")
+        whole = train(tmp_path / "whole", Odd(sparse=not exact), *options)
+        train(tmp_path / "parts", Odd(sparse=not exact), *options, "train.max_steps=2")
+        model = Odd(sparse=not exact)
+        return whole, train(tmp_path / "parts", model, *options), model.count.tolist()  # type: ignore[operator]
+
+    ours, other = run_workers(whole_and_in_parts, 2, process_group=False)
+    assert ours[0] == ours[1] == other[0] == other[1]
+    saved = read_checkpoint(CheckpointStore(tmp_path / "parts" / "checkpoints").paths()[-1]).model
+    assert saved["count"].tolist() == ours[2] == ([18, 18] if exact else [36, 36])  # of the first shard of each step
+    assert saved["tiny"].dtype == torch.float8_e4m3fn
+    assert saved["wave"].dtype == torch.complex64
+
+
+def lazy() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Linear(8, 3))
+
+
+def scripted() -> nn.Module:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    script: nn.Module = torch.jit.script(plain)
+    return script
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [lazy, scripted])
+def test_lazy_and_torchscript_modules_train_with_several_workers(tmp_path: Path, make: Any) -> None:
+    def hashes() -> tuple[str, str]:
+        return train(tmp_path / "fast", make()), train(tmp_path / "exact", make(), "parallel.exact=true")
+
+    (ours,) = {digest[1] for digest in run_workers(hashes, 2, process_group=False)}
+    ((_, alone),) = run_workers(
+        lambda: (0, train(tmp_path / "alone", make(), "parallel.exact=true")), 1, process_group=False
+    )
+    assert alone == ours
+    assert (tmp_path / "fast" / "evaluation.json").exists()
+
+
+def normalising() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+class Squeezes(Net):
+    """Loses the dimension of the batch when that is one."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).squeeze()
+
+
+def test_a_part_of_a_single_sample_is_refused_before_training_with_sizes_that_do(tmp_path: Path) -> None:
+    assert (
+        "With 37 training samples, data.batch_size = 12, 1 worker and train.accumulate = 1 some share has a single "
+        "sample: choose a batch size such as 11 or 13." in refusal(tmp_path, normalising(), num=37)
+    )
+    assert "a smaller train.accumulate." in refusal(tmp_path, normalising(), "train.accumulate=12")
+    assert "(1, 3), a score" in refusal(tmp_path, Squeezes(), num=37)
+    assert "of train.eval_batch_size = 3 that the 7 test samples are evaluated in" in refusal(
+        tmp_path, Squeezes(), num_test=7
+    )
+    train(tmp_path / "alone", normalising(), num=39)  # the last batch has 3
+
+    def shared() -> None:
+        assert "2 workers and train.accumulate = 1 some share has a single sample" in refusal(
+            tmp_path / "shared", normalising(), num=39
+        )
+
+    run_workers(shared, 2, process_group=False)
+
+
+def test_the_smallest_part_is_that_of_the_steps() -> None:
+    for num in (1, 7, 12, 13, 25):
+        for batch_size in (1, 4, 6, 25):
+            for shards in (1, 2, 3):
+                for accumulate in (1, 2, 3):
+                    sampler = StepSampler(num, batch_size=batch_size)
+                    parts = [
+                        part
+                        for step in range(sampler.steps_per_epoch)
+                        for shard in range(shards)
+                        for part in sampler.indices(0, step, shard, shards).tensor_split(accumulate)
+                    ]
+                    fewest = min(max(1, len(part)) for part in parts)
+                    assert smallest_part(num, batch_size, shards, accumulate) == fewest
+                    for size in batch_sizes_without_single_samples(num, batch_size, shards, accumulate):
+                        assert smallest_part(num, size, shards, accumulate) > 1
+
+
+class WithExtraState(Net):
+    """Its state has what is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError(state)
+
+
+def with_buffer(buffer: torch.Tensor) -> nn.Module:
+    model = Net()
+    model.register_buffer("odd", buffer)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            WithExtraState(),
+            (),
+            "the model's state '_extra_state' is a dict, which a checkpoint cannot hold: have get_extra_",
+        ),
+        (
+            with_buffer(torch.eye(2).to_sparse()),
+            (),
+            "the model's state 'odd' is sparse, which a checkpoint cannot hold",
+        ),
+        (
+            with_buffer(torch.ones(2, dtype=torch.complex128)),
+            (),
+            "the model's state 'odd' is torch.complex128, which a",
+        ),
+        (
+            Net(),
+            ("optim.name=adamw", "optim.capturable=true"),
+            "optim: AdamW fails in its first step with these options",
+        ),
+        (Net(), ("optim.differentiable=true",), "optim: SGD fails in its first step with these options: a leaf Var"),
+    ],
+)
+def test_what_the_first_step_or_checkpoint_would_fail_on_is_found_before(
+    tmp_path: Path, model: nn.Module, options: tuple[str, ...], message: str
+) -> None:
+    assert refusal(tmp_path, model, *options).startswith(message)
