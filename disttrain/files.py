@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader, FileIO
 from pathlib import Path
 
@@ -47,6 +49,18 @@ def open_to_read(path: str | os.PathLike[str], *, follow: bool = False) -> Buffe
 def open_to_append(path: str | os.PathLike[str]) -> FileIO:
     """Open or make a regular file to append bytes, each write at once. Raises OSError, as `open_safely` does."""
     return os.fdopen(open_safely(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0)
+
+
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """A name of the file to read for libraries in Rust or C++, which take none that is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with open_to_read(path) as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -27,7 +27,7 @@ from disttrain.checkpoint.check import check_state
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
-from disttrain.files import make_folder, open_to_read, read_text
+from disttrain.files import make_folder, open_to_read, read_text, utf8_name
 from disttrain.layout import CONTENTS, MANIFEST, MODEL, OPTIMIZER, STATE
 
 _FORMAT = 1
@@ -118,7 +118,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Verify the folder `path` and read it. Raises ConfigurationError if it is damaged."""
     verify_checkpoint(path)
     try:
-        model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
+        with utf8_name(path / MODEL) as model_file, utf8_name(path / OPTIMIZER) as optimizer_file:
+            model, optimizer = load_file(model_file), load_file(optimizer_file)
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"{path}: the tensors cannot be read: {brief(error)}.") from error
     state = _read_json(path / STATE)

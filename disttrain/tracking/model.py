@@ -73,13 +73,13 @@ def export_model(
     except OSError:
         raise
     except Exception as error:  # a user's module may do anything in its forward
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         (temporary / EXPORT_FILE).unlink(missing_ok=True)
         state = module.state_dict().items()
         weights = {name: value.detach().cpu().clone().contiguous() for name, value in state if torch.is_tensor(value)}
-        save_file(weights, temporary / WEIGHTS_FILE)
+        (temporary / WEIGHTS_FILE).write_bytes(save(weights))
     description = {
         "classes": list(classes),
         "sample_shape": list(sample_shape),

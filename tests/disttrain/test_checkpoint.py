@@ -39,8 +39,11 @@ def save(store: CheckpointStore, step: int, accuracy: float | None = None, value
     return store.save(tensors(value), {"0.momentum_buffer": torch.ones(2)}, state(step, accuracy))
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "step-00000003"
+@pytest.mark.parametrize("folder", ["run", os.fsdecode(b"r\xff")])
+def test_what_is_written_is_read(tmp_path: Path, folder: str) -> None:
+    """Whatever the folders are called: safetensors takes no path that is not UTF-8."""
+    (tmp_path / folder).mkdir()
+    path = tmp_path / folder / "step-00000003"
     write_checkpoint(path, tensors(2.5), {"0.exp_avg": torch.ones(2)}, state(3))
     checkpoint = read_checkpoint(path)
     assert checkpoint.model["a"].tolist() == [[2.5, 2.5]] * 3
@@ -48,7 +51,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert checkpoint.optimizer["0.exp_avg"].tolist() == [1.0, 1.0]
     assert checkpoint.state["step"] == 3
     assert sorted(os.listdir(path)) == FILES
-    assert os.listdir(tmp_path) == ["step-00000003"]
+    assert os.listdir(tmp_path / folder) == ["step-00000003"]
 
 
 def test_tied_and_strided_weights_are_stored_by_each_name(tmp_path: Path) -> None:
