@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from disttrain.errors import ConfigurationError
-from disttrain.recipe.address import is_url, working_folder
+from disttrain.recipe.address import is_text, is_url, working_folder
 from disttrain.recipe.model import Recipe
 from disttrain.recipe.names import TORCHVISION, is_reference
 
@@ -95,6 +95,8 @@ def _credentials(environment: Mapping[str, str]) -> str:
 
 
 def _without_userinfo(uri: str) -> str:
+    if not uri.startswith(("http://", "https://")):
+        return uri
     try:
         parts = urlsplit(uri)
     except ValueError:
@@ -107,6 +109,8 @@ def _is_beside(uri: str, address: str | Path) -> bool:
     folder = working_folder(str(address)) if is_url(str(address)) else Path(os.path.abspath(address))
     default = folder.parent / "mlflow.db"
     file = uri.removeprefix("sqlite:///")
+    if is_text(str(default)) and file == quote(str(default), safe=" +/"):
+        return True  # as SQLAlchemy writes a path with % or ? in it
     return file != uri and os.path.realpath(file) in (
         os.path.realpath(default),
         os.path.realpath(folder.resolve().parent / "mlflow.db"),

@@ -15,9 +15,9 @@ from disttrain.checkpoint import CheckpointStore
 from disttrain.commands import evaluate, predict, sync
 from disttrain.commands.locate import find_checkpoint, recipe_of
 from disttrain.errors import ConfigurationError
-from disttrain.recipe import RecipeError, is_own_recipe, load_recipe, parse_recipe, to_toml
+from disttrain.recipe import RecipeError, ask_before_sending, is_own_recipe, load_recipe, parse_recipe, to_toml
 from disttrain.rundir import go_on_with
-from disttrain.tracking import Owed, deliver
+from disttrain.tracking import Owed, deliver, resolve_uri
 from disttrain.tracking.delivery_state import DeliveryState
 
 OVERRIDES = ("tracking.uri=none", "train.device=cpu", "train.max_steps=1", "model.name=nets_of_a_stranger:Net")
@@ -169,6 +169,15 @@ def test_a_database_elsewhere_is_asked_about(synced: Syncer, run: Path, tmp_path
     beside = f"sqlite:///{run.parent}/mlflow.db"
     assert synced(beside) == beside
     assert synced(f"sqlite:///{tmp_path}/precious.db") is None
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b", "a#b"])
+def test_a_database_beside_the_run_is_its_own_whatever_the_folder_is_called(tmp_path: Path, name: str) -> None:
+    uri = resolve_uri(None, tmp_path / name / "run")
+    assert uri is not None
+    ask_before_sending(uri, tmp_path / name / "run", "")
+    with pytest.raises(ConfigurationError, match=f"names the MLflow server sqlite:///{tmp_path}/precious.db, which"):
+        ask_before_sending(f"sqlite:///{tmp_path}/precious.db", tmp_path / name / "run", "")
 
 
 def test_resuming_asks_about_the_server_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
