@@ -57,13 +57,14 @@ def report_failure(
 def report_finished() -> None:
     """Write to the launcher's file that this worker did what it was started for.
 
-    Without that, an exit code of 0 may come from anybody's `os._exit(0)`.
+    Without that, an exit code of 0 may come from anybody's `os._exit(0)`. torchrun does not ask for it, and would leave
+    the file behind.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
+    if error_file and launched_by() in OUR_LAUNCHERS:
         now = time.time()
         done = {"message": "finished", "exit_code": int(ExitCode.DONE), "time": now, "timestamp": int(now)}
-        with suppress(OSError):  # torchrun itself does not ask for it
+        with suppress(OSError):
             _write(error_file, done)
 
 

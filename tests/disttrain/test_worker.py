@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pytest
 
+from disttrain import report as report_module
 from disttrain.collectives import decided_by_main, one_per_machine_first
 from disttrain.errors import ConfigurationError, PeerError, failure_in
 from disttrain.reference import import_callable
@@ -52,6 +53,7 @@ def test_code_that_leaves_in_the_middle_has_not_finished(tmp_path: Path, monkeyp
     """Whatever it leaves with, 0 included; and whoever comes to the end says so."""
     report = tmp_path / "report.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    monkeypatch.setattr(report_module, "launched_by", lambda: "disttrain")
     monkeypatch.setattr(sys, "argv", ["train"])
     assert worker(click.Command("train", callback=lambda: sys.exit(0))) == 1
     assert "test_worker.py" in json.loads(report.read_text())["message"]
@@ -59,6 +61,15 @@ def test_code_that_leaves_in_the_middle_has_not_finished(tmp_path: Path, monkeyp
     assert not says_finished(report)
     assert worker(click.Command("train", callback=lambda: None)) == 0
     assert says_finished(report)
+
+
+def test_torchrun_is_left_no_file_of_a_worker_that_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "report.json"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.delenv("DISTTRAIN_LAUNCHER", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train"])
+    assert worker(click.Command("train", callback=lambda: None)) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def _stumble() -> None:
