@@ -16,7 +16,7 @@ from disttrain.buffers import buffers_kept, same_bits
 from disttrain.data import batch_sizes_without_single_samples, smallest_batch, smallest_part
 from disttrain.errors import ConfigurationError
 from disttrain.job import Job
-from disttrain.trial import generators_kept, named_operators, refuse_modules
+from disttrain.trial import generators_kept, named_operators, refuse_modules, refuse_renormalising
 
 _log = logging.getLogger("disttrain")
 _NUM_IMAGES = 2  # or one, if training or evaluation will come upon a single one
@@ -30,6 +30,8 @@ def check_model(job: Job) -> None:
     """
     if job.parallel.exact is not None:
         refuse_modules(job.model)  # by its name, before it fails for a reason of its own
+    elif job.world.size > 1:
+        refuse_renormalising(job.model, "or start one worker (-n 1)")
     _try(job, training=False)
     rehearse(job)
 

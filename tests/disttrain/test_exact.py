@@ -348,8 +348,16 @@ def test_embeddings_that_renormalise_themselves_are_refused_by_name(tmp_path: Pa
     """Norms reach `max_norm` only after some steps, and a checkpoint from then on could not be resumed."""
     model = Drawing(lambda model, images: images)
     model.add_module("words", kind(4, 2, max_norm=10.0))
-    with pytest.raises(ConfigurationError, match=rf"'words' is an {kind.__name__} with max_norm = 10.0"):
+    message = rf"'words' is an {kind.__name__} with max_norm = 10.0"
+    with pytest.raises(ConfigurationError, match=message):
         train(tmp_path, model=model)
+
+    def several() -> str:  # nor would they have the same weights in fast mode
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            train(tmp_path / "fast", "parallel.exact=false", model=model)
+        return str(caught.value)
+
+    assert "or start one worker (-n 1)" in run_workers(several, 2, process_group=False)[0]
 
 
 def test_global_generators_may_be_drawn_from_in_training_and_in_evaluation(tmp_path: Path) -> None:
