@@ -19,11 +19,31 @@ def describe_data(train: Split, digest: Digest) -> dict[str, Any]:
         "num_train": len(train),
         "classes": list(train.classes),
         "sample_shape": list(train.sample_shape),
-        "dtype": str(train.dtype).removeprefix("torch."),
-        "mean": None if train.mean is None else list(train.mean),
-        "std": None if train.std is None else list(train.std),
+        **_preparation(train),
         **asdict(digest),
     }
+
+
+def _preparation(split: Split) -> dict[str, Any]:
+    """What the samples are, and what is done to them."""
+    return {
+        "dtype": str(split.dtype).removeprefix("torch."),
+        "mean": None if split.mean is None else list(split.mean),
+        "std": None if split.std is None else list(split.std),
+    }
+
+
+def refuse_other_preparation(data: Mapping[str, Any], split: Split, where: object) -> None:
+    """Raise ConfigurationError if the samples of `split` are not of the kind that `data`, of a checkpoint, knows.
+
+    An older checkpoint does not know it well enough.
+    """
+    for key, now in _preparation(split).items() if "dtype" in data else ():
+        if data[key] != now:
+            raise ConfigurationError(
+                f"{where}: trained on samples with {key} = {data[key]}, and those of the data set now have {now}: "
+                "prepare them as they were."
+            )
 
 
 def refuse_other_data(state: Mapping[str, Any], where: object, now: Mapping[str, Any], given: Collection[str]) -> None:

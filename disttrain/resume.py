@@ -11,7 +11,7 @@ from disttrain.errors import ConfigurationError, brief
 from disttrain.exact import ExactShards
 from disttrain.fixed_point import ABSENT
 from disttrain.handout import hand_out
-from disttrain.identity import describe_data, refuse_other_data, refuse_other_schedule
+from disttrain.identity import describe_data, refuse_other_data, refuse_other_preparation, refuse_other_schedule
 from disttrain.job import Job
 
 
@@ -25,6 +25,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     check_complete(state, f"{checkpoint.path}/state.json")
     now = describe_data(job.data.train, job.digest)
     decided_by_main(job.world, lambda: refuse_other_data(state, checkpoint.path, now, job.given))
+    refuse_other_preparation(state["data"], job.data.train, checkpoint.path)
     if state["step"] > job.total_steps:
         raise ConfigurationError(
             f"{checkpoint.path}: the run has {state['step']} steps already, more than the {job.total_steps} that "

@@ -91,9 +91,8 @@ LAYERS = {
         "session", "spikes", "world",
     },
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "handout", "job", "layout", "models",
-        "recipe", "remote", "rundir",
-        "tracking", "worker", "world",
+        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "handout", "identity", "job", "layout",
+        "models", "recipe", "remote", "rundir", "tracking", "worker", "world",
     },
     "doctor": {"collectives", "cores", "data", "lock", "recipe", "tracking", "world"},
     "testing": set(),

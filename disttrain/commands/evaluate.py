@@ -26,6 +26,7 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool
     from disttrain.errors import ConfigurationError
     from disttrain.evaluate import evaluate
     from disttrain.handout import hand_out, read_by_main
+    from disttrain.identity import refuse_other_preparation
     from disttrain.job import AUTOCAST
     from disttrain.world import join_world, on_device
 
@@ -37,6 +38,8 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool
         data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
         if list(data.test.classes) != data_of(checkpoint)["classes"]:
             raise ConfigurationError(f"{checkpoint.path} was trained on other classes than {recipe.data.root} holds.")
+        if not any(override.startswith(("data.mean=", "data.std=")) for override in overrides):
+            refuse_other_preparation(data_of(checkpoint), data.test, checkpoint.path)
         checkpoint = replace(checkpoint, model=hand_out(world, checkpoint.model))
         model = restore_model(checkpoint, recipe).to(world.device)
         loader = EvalLoader(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 import disttrain
-from disttrain.commands import predict
+from disttrain.commands import evaluate, predict
 from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
 from disttrain.data import Datasets, EvalLoader, MemorySplit, as_datasets, load_datasets
 from disttrain.errors import ConfigurationError
@@ -215,3 +215,36 @@ def test_a_model_without_a_length_to_speak_of_is_still_the_model(tmp_path: Path)
     recipe = load_recipe("digits", [*QUIET, "data.batch_size=6", "data.crop_padding=0"])
     disttrain.train(recipe, run_dir=tmp_path, model=Empty(), train_set=images(6, 0), test_set=images(6, 1))
     assert find_checkpoint(tmp_path).model.keys() == {"only.weight", "only.bias"}
+
+
+def test_samples_that_are_prepared_otherwise_now_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A callable that gives floats now, or another mean, is not what the run was trained on."""
+    reference = f"{__name__}:changing"
+    recipe = load_recipe("digits", [*QUIET, "data.batch_size=6", "data.crop_padding=0", f"data.dataset={reference}"])
+    monkeypatch.setattr(f"{__name__}.MEAN", 0.5)
+    disttrain.train(recipe, run_dir=tmp_path)
+    command = [str(tmp_path), "--trust", "--json"]
+    evaluate.command.main(command, standalone_mode=False)
+    monkeypatch.setattr(f"{__name__}.MEAN", 0.25)
+    longer = load_recipe("digits", [*QUIET, "data.batch_size=6", "data.crop_padding=0", f"data.dataset={reference}"])
+    for attempt in (
+        lambda: evaluate.command.main(command, standalone_mode=False),
+        lambda: disttrain.train(longer, run_dir=tmp_path),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=r"trained on samples with mean = \[0.5, 0.5, 0.5\], and .* \[0.25, "
+        ):
+            attempt()
+    evaluate.command.main(
+        [*command, "-o", "data.mean=[0.5,0.5,0.5]", "-o", "data.std=[0.5,0.5,0.5]"], standalone_mode=False
+    )
+
+
+MEAN = 0.5
+
+
+def changing() -> Datasets:
+    train, test = (MemorySplit(*images(num, 0), CLASSES, (MEAN,) * 3, (0.5,) * 3) for num in (12, 6))
+    return Datasets(train, test)
