@@ -107,6 +107,19 @@ def test_a_request_to_stop_at_one_machine_stops_all_and_saves(two: Nodes) -> Non
 
 @needs_hosts
 @pytest.mark.long
+def test_machines_that_are_stopped_at_once_finish_a_long_save(two: Nodes) -> None:
+    with faults.armed(faults.slow(0, 8.0, at="checkpoint: begun")) as slowed:
+        two.start("--nodes=2", overrides=("train.epochs=100000",), variables=slowed)
+        wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
+        for process in two.processes:
+            process.send_signal(signal.SIGTERM)
+        assert two.end() == [75, 75], [two.said(0), two.said(1)]
+    for number in (0, 1):
+        assert "the checkpoint is saved" in two.said(number)
+
+
+@needs_hosts
+@pytest.mark.long
 @pytest.mark.parametrize("code", [70, 78])
 def test_what_a_retry_cannot_mend_ends_all_machines_with_the_same_code(two: Nodes, code: int) -> None:
     """The other machine's worker only sees a connection that is lost."""

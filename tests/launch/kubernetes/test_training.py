@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.recipe import load_recipe, to_toml
 from disttrain.testing import hosts
 from tests.launch.kubernetes.conftest import Desk
 from tests.launch.kubernetes.fake_cluster import fake_cluster
@@ -109,3 +110,17 @@ def test_a_recipe_that_cannot_work_is_not_tried_again(real: Desk) -> None:
     end(follower)
     assert real.exit_code == 78, real.lines
     assert 1 <= len(real.cluster.pods()) <= 2
+
+
+@pytest.mark.long
+def test_nodes_that_come_to_a_finished_run_complete_its_job(real: Desk) -> None:
+    """Whichever comes, early or late: node 0, by whose name they would meet, may be gone."""
+    real.run_dir.mkdir(parents=True)
+    (real.run_dir / "recipe.toml").write_text(to_toml(load_recipe("digits", RECIPE[1::2])))
+    (real.run_dir / "journal.jsonl").write_text('{"kind": "status", "status": "FINISHED"}\n')
+    real.submit(*RECIPE, nodes="2:4")
+    end(real.follow())
+    assert real.exit_code == 0, real.lines
+    assert real.cluster.failures() == 0
+    assert len(real.cluster.pods()) == 4
+    assert any(line.endswith("is finished already: there is nothing left to do") for line in real.lines)
