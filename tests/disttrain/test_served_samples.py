@@ -228,14 +228,11 @@ def test_samples_that_are_prepared_otherwise_now_are_refused(
     command = [str(tmp_path), "--trust", "--json"]
     evaluate.command.main(command, standalone_mode=False)
     monkeypatch.setattr(f"{__name__}.MEAN", 0.25)
-    longer = load_recipe("digits", [*QUIET, "data.batch_size=6", "data.crop_padding=0", f"data.dataset={reference}"])
     for attempt in (
         lambda: evaluate.command.main(command, standalone_mode=False),
-        lambda: disttrain.train(longer, run_dir=tmp_path),
+        lambda: disttrain.train(recipe, run_dir=tmp_path),
     ):
-        with pytest.raises(
-            ConfigurationError, match=r"trained on samples with mean = \[0.5, 0.5, 0.5\], and .* \[0.25, "
-        ):
+        with pytest.raises(ConfigurationError, match=r"trained on samples with mean = \[0.5, .*\], and .* \[0.25, "):
             attempt()
     evaluate.command.main(
         [*command, "-o", "data.mean=[0.5,0.5,0.5]", "-o", "data.std=[0.5,0.5,0.5]"], standalone_mode=False
