@@ -147,11 +147,11 @@ def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) 
             refuse_other_recipe(path, load_recipe(str(stored)), recipe, "start it with the same recipe to go on")
         return
     checkpoint, trained_with = found
+    remedy = f"go on with the recipe of {checkpoint}: if {stored} was changed or damaged, remove it, and it is restored"
+    refuse_other_recipe(path, trained_with, recipe, remedy)
     wrong = damage(path)
     if wrong is not None:
         warn(f"{stored} {wrong}; it is restored from {checkpoint.relative_to(path)}.")
-    remedy = f"go on with the recipe of {checkpoint}: if {stored} was changed or damaged, remove it, and it is restored"
-    refuse_other_recipe(path, trained_with, recipe, remedy)
 
 
 def refuse_other_recipe(path: Path | str, stored: Recipe, recipe: Recipe, remedy: str) -> None:

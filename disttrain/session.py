@@ -71,11 +71,14 @@ def open_session(
                 store = MirroredStore(
                     until_the_end.enter_context(Mirror(RemoteRun(address), path, console.warn)), **keep
                 )
-            refuse_another_job(path, recipe, console.warn)
+            refuse_another_job(path, recipe, warnings.append)
 
+        warnings: list[str] = []
         decided_by_main(world, own)
         handler = log_to_file(path, world.rank)
         until_the_end.callback(stop_logging, handler)
+        for warning in warnings:  # where they are logged, too
+            console.warn(warning)
         progress = until_the_end.enter_context(_watched(path, recipe, world))
         with _session_in(path, address, recipe, world, objects, stop, progress, console, store) as books:
             yield books
