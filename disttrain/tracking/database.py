@@ -10,7 +10,6 @@ from pathlib import Path
 
 from disttrain.files import make_folder, open_safely
 
-_SCHEME = "sqlite:///"
 _PATIENCE_S = 60.0
 
 
@@ -26,9 +25,11 @@ def one_at_a_time(uri: str, patience_s: float = _PATIENCE_S) -> Iterator[None]:
     MLflow makes the tables of a new database without a lock: of several processes that begin together, all but one
     fail, and may leave it half made.
     """
+    from sqlalchemy.exc import ArgumentError
+
     try:
         descriptor = _open_lock(uri)
-    except OSError:  # a folder where nothing can be written: MLflow says so
+    except (OSError, ValueError, ArgumentError):  # no URI, or a folder where nothing can be written: MLflow says so
         descriptor = None
     if descriptor is None:
         yield
@@ -41,10 +42,14 @@ def one_at_a_time(uri: str, patience_s: float = _PATIENCE_S) -> Iterator[None]:
 
 
 def _open_lock(uri: str) -> int | None:
-    name = uri.removeprefix(_SCHEME).partition("?")[0]
-    if not uri.startswith(_SCHEME) or name in ("", ":memory:"):
+    if not uri.startswith("sqlite"):
         return None
-    path = Path(name)
+    from sqlalchemy import make_url  # as MLflow reads it, down to what is quoted in a file's name
+
+    name = make_url(uri).database
+    if name in (None, "", ":memory:"):
+        return None
+    path = Path(str(name))
     make_folder(path.parent)
     return open_safely(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
 

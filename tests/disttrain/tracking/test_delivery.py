@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from disttrain.tracking import Tracker, load_state, owed
+from disttrain.tracking import Tracker, load_state, owed, resolve_uri
 from disttrain.tracking.database import one_at_a_time
 from disttrain.tracking.delivery import Delivery, OutageError
 from disttrain.tracking.journal import Journal, read_journal
@@ -323,10 +323,12 @@ def test_a_new_database_is_made_by_one_at_a_time(
     assert most == [1] * 4
 
 
-def test_a_lock_that_somebody_keeps_is_waited_for_so_long(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+@pytest.mark.parametrize("folder", ["plain", "100 %"])
+def test_a_lock_that_somebody_keeps_is_waited_for_so_long(tmp_path: Path, folder: str) -> None:
+    uri = resolve_uri(None, tmp_path / folder / "run")
+    assert uri is not None
     with one_at_a_time(uri), one_at_a_time(uri, patience_s=0.2):
-        pass
+        assert [path.name for path in tmp_path.rglob("*")] == [folder, ".mlflow.db.lock"]
 
 
 @pytest.mark.long
