@@ -202,7 +202,7 @@ class Bookkeeper:
             job.eval_loader,
             job.data.test.classes,
             autocast=job.autocast,
-            on_batch=job.progress.tick,
+            on_batch=self._evaluated_some,
         )
         job.metrics = {"eval/accuracy": result.accuracy, "eval/loss": result.loss}
         self._tracker.metrics(job.step, job.metrics)
@@ -218,6 +218,10 @@ class Bookkeeper:
             self.saver.save_or_fail()
         else:
             self.saver.save()
+
+    def _evaluated_some(self) -> None:
+        self.job.progress.tick()
+        self._console.busy(f"step {self.job.step} of {self.job.total_steps}: evaluating")
 
     def _write_evaluation(self, result: Evaluation) -> None:
         job = self.job

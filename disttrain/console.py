@@ -108,8 +108,14 @@ class Console:
         title = f"epoch {epoch}/{num_epochs}"
         if self._bar is not None:
             self._bar.update(step, title, self._words)
-        elif self._total_steps is not None and time.monotonic() - self._last_words >= self._every_s:
-            self._show(f"{title}: {', '.join((f'step {step} of {self._total_steps}', *self._words))}")
+        else:
+            self.busy(f"{title}: {', '.join((f'step {step} of {self._total_steps}', *self._words))}")
+
+    def busy(self, text: str) -> None:
+        """Say what training is at, if nobody sees a bar and nothing was said for a while."""
+        is_under_way = self._total_steps is not None and self._bar is None
+        if is_under_way and time.monotonic() - self._last_words >= self._every_s:
+            self._show(text)
 
     def end_progress(self) -> None:
         """Leave the terminal as it was."""

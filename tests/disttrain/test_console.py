@@ -87,9 +87,11 @@ def test_without_a_terminal_a_line_tells_how_far_it_is(capsys: pytest.CaptureFix
         console.progress(1, 1, 15)
         console.measured(0.5, 1152)
         console.progress(2, 1, 15)
+        console.busy("step 2 of 345: evaluating")
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/15: step 1 of 345",
         "epoch 1/15: step 2 of 345, loss 0.5000, 1,152 images/s",
+        "step 2 of 345: evaluating",
     ]
 
 
@@ -98,4 +100,5 @@ def test_without_a_terminal_it_speaks_seldom_and_from_rank_0_alone(capsys: pytes
         console.start_progress(0, 345)
         for step in range(1, 100):
             console.progress(step, 1, 15)
+            console.busy("evaluating")
     assert capsys.readouterr().out == ""
