@@ -197,6 +197,7 @@ def test_bad_input_gets_one_clear_message(run: Path, tmp_path: Path, arguments: 
     [
         (evaluate.command, ["."], 2, "neither a run directory"),
         (evaluate.command, ["EMPTY"], 2, "has no good checkpoint yet"),
+        (evaluate.command, ["RUN", "-o", "train.device=cuda"], 78, "train.device = 'cuda': PyTorch sees no GPU here"),
         (predict.command, ["RUN", "TEXT"], 78, "cannot be read as a picture"),
         (runs.command, ["list", "--runs-dir", "TEXT"], 2, "is not a folder"),
         (runs.command, ["list", "--runs-dir", "nowhere"], 2, "nowhere does not exist; give the folder that holds"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from disttrain.device import choose_device, refuse_a_mixture, why_not_gpus
 from disttrain.errors import ConfigurationError
+from disttrain.recipe import load_recipe
+from disttrain.testing import run_workers
+from tests.disttrain.test_train import QUIET, network, samples
 
 CPU = torch.device("cpu")
 
@@ -52,3 +57,22 @@ def test_a_mixture_is_refused() -> None:
     refuse_a_mixture(["cuda on a", "cuda on b"])
     with pytest.raises(ConfigurationError, match="rank 0 would use cuda on a, and rank 2 cpu on b"):
         refuse_a_mixture(["cuda on a", "cuda on a", "cpu on b"])
+
+
+def test_two_workers_on_a_machine_with_one_gpu_train_on_its_cpu(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> int:
+        from disttrain import train
+
+        torch.cuda.is_available = lambda: True  # in a worker, which is thrown away
+        torch.cuda.device_count = lambda: 1
+        recipe = load_recipe("digits", [*QUIET, "train.max_steps=1", "data.batch_size=64"])
+        return train(
+            recipe, run_dir=tmp_path / "run", model=network(), train_set=samples(70), test_set=samples(31, 1)
+        ).step
+
+    assert run_workers(body, 2, process_group=False) == [1, 1]
+    told = capfd.readouterr().out.splitlines()
+    assert told.count("2 workers on a machine with 1 GPU: all use the CPU; -n 1 would use 1 GPU") == 1
+    assert any(line.startswith("2 workers on cpu; ") for line in told)
