@@ -110,6 +110,7 @@ IN_NEW_FOLDERS = {
     ("tracking/mlflow_model.py", "read_bytes"),
     ("tracking/mlflow_model.py", "write_text"),
     ("tracking/model.py", "open"),
+    ("tracking/model.py", "write_bytes"),
     ("tracking/model.py", "write_text"),
     ("tracking/uploads.py", "open"),
 }
