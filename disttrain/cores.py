@@ -24,7 +24,7 @@ def usable_cores() -> int:
 def cpu_quota(control_groups: Path = _CONTROL_GROUPS, membership: Path = _MEMBERSHIP) -> float | None:
     """How many cores' time the control groups of this process allow it (Linux, version 1 and 2); None: no limit."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None
     quotas = []

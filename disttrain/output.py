@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+_NAMES_OF_ASCII = ("ascii", "us-ascii", "ansi_x3.4-1968")
 _ASCII = {"…": b"...", "·": b"-"}
 
 
@@ -33,7 +34,9 @@ def have_standard_streams() -> None:
     sys.stderr = sys.stderr or _stream(2)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ERRORS)
+            # A bare environment's ASCII would have click write through a stream of its own, which loses such names.
+            is_bare = stream.encoding.lower() in _NAMES_OF_ASCII and "PYTHONIOENCODING" not in os.environ
+            stream.reconfigure(encoding="utf-8" if is_bare else stream.encoding, errors=_ERRORS)
 
 
 def have_unbreakable_output() -> None:

@@ -43,6 +43,22 @@ def test_an_output_of_any_encoding_and_an_unreadable_run(runs: Path, encoding: s
     assert any(line.startswith(b"broken") for line in lines), lines
 
 
+def test_in_a_bare_environment_a_path_is_printed_as_it_was_given() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "disttrain_launch",
+        "train",
+        "digits",
+        "--dry-run",
+        "--run-dir",
+        b"/r/\xff\xc3\xa9",
+    ]
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=True)
+    assert done.stdout.rstrip().endswith(b"--run-dir '/r/\xff\xc3\xa9'")
+
+
 def test_an_unreadable_run_is_a_row_and_hides_no_other(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from disttrain.commands import runs as command
     from disttrain.commands import summary
