@@ -49,6 +49,7 @@ class Store:
         self.refuse: Callable[[Object], str | None] = lambda _manifest: None
         self.forbidden: set[str] = set()  # plurals that the user may not see
         self.token = "secret"  # of the user; another one is refused
+        self.is_overloaded = False
         self.drop_logs_after: list[int] = []  # the next log streams break off after so many lines
         self._version = 0
 
@@ -144,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.store.requests.append((self.command, url.path, query))
         found = _PATH.fullmatch(url.path)
         try:
+            if self.store.is_overloaded:
+                raise Refused(503, "ServiceUnavailable", "the server is currently unable to handle the request")
             if self.headers["Authorization"] != f"Bearer {self.store.token}":
                 raise Refused(401, "Unauthorized", "Unauthorized")
             if url.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":

@@ -176,7 +176,7 @@ def test_a_finished_run_is_not_a_failure_whatever_becomes_of_its_job(desk: Desk)
     assert desk.said[-1].startswith("the run is finished")
 
 
-def test_a_token_that_expires_leaves_the_job_alone(desk: Desk) -> None:
+def test_a_token_that_expires_or_a_busy_server_leaves_the_job_alone(desk: Desk) -> None:
     desk.submit()
     desk.wait_for_nodes(2)
     follower = desk.follow()
@@ -191,6 +191,9 @@ def test_a_token_that_expires_leaves_the_job_alone(desk: Desk) -> None:
     desk.cluster.store.token = "secret"
     follower = desk.follow()
     desk.cluster.wait("word of its start", lambda: desk.said.count("running: 2 of 2 nodes") == 2)
+    desk.cluster.store.is_overloaded = True  # which passes
+    desk.cluster.wait("word of that", lambda: desk.said[-1].endswith("handle the request; trying again"))
+    desk.cluster.store.is_overloaded = False
     config = desk.cluster.kubeconfig
     config.write_text(config.read_text().replace("token: secret", "token: new"))  # by whoever logs in again
     desk.cluster.store.token = "new"
