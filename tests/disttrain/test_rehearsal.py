@@ -67,14 +67,18 @@ class Net(nn.Module):
         return scores
 
 
-@pytest.mark.distributed(world_size=3, process_group=False)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_first_step_after_a_restart_has_the_bits_of_any_other(tmp_path: Path, accumulate: int) -> None:
     """Three summands: their sum depends on how DistributedDataParallel has put two megabytes into buckets."""
-    options = (f"train.accumulate={accumulate}",)
-    whole = train(tmp_path / "whole", Net(700), *options, "train.max_steps=3")
-    train(tmp_path / "parts", Net(700), *options, "train.max_steps=2")
-    assert train(tmp_path / "parts", Net(700), *options, "train.max_steps=3") == whole
+
+    def train_to(run_dir: Path, step: int) -> str:
+        return train(run_dir, Net(700), f"train.accumulate={accumulate}", f"train.max_steps={step}")
+
+    for folder, step in (("parts", 2), ("parts", 3), ("whole", 3)):
+        hashes = run_workers(train_to, 3, args=(tmp_path / folder, step), process_group=False)
+        assert len(set(hashes)) == 1
+    whole, parts = (CheckpointStore(tmp_path / folder / "checkpoints").paths()[-1] for folder in ("whole", "parts"))
+    assert weights_sha256(read_checkpoint(parts).model) == weights_sha256(read_checkpoint(whole).model)
 
 
 class Thaws(Net):
@@ -212,17 +216,18 @@ class Odd(Net):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_buffers_of_any_type_are_trained_with_and_resumed(tmp_path: Path, exact: bool) -> None:
-    def whole_and_in_parts() -> tuple[str, str, list[int]]:
-        options = (f"parallel.exact={str(exact).lower()}", "train.non_finite=skip")
-        whole = train(tmp_path / "whole", Odd(sparse=not exact), *options)
-        train(tmp_path / "parts", Odd(sparse=not exact), *options, "train.max_steps=2")
+    def train_to(run_dir: Path, step: int) -> tuple[str, list[int]]:
         model = Odd(sparse=not exact)
-        return whole, train(tmp_path / "parts", model, *options), model.count.tolist()  # type: ignore[operator]
+        options = (f"parallel.exact={str(exact).lower()}", "train.non_finite=skip", f"train.max_steps={step}")
+        return train(run_dir, model, *options), model.count.tolist()  # type: ignore[operator]
 
-    ours, other = run_workers(whole_and_in_parts, 2, process_group=False)
-    assert ours[0] == ours[1] == other[0] == other[1]
+    ends = []
+    for folder, step in (("parts", 2), ("parts", 6), ("whole", 6)):
+        ends += run_workers(train_to, 2, args=(tmp_path / folder, step), process_group=False)
+    _, _, ours, *others = ends
+    assert others == [ours] * 3
     saved = read_checkpoint(CheckpointStore(tmp_path / "parts" / "checkpoints").paths()[-1]).model
-    assert saved["count"].tolist() == ours[2] == ([18, 18] if exact else [36, 36])  # of the first shard of each step
+    assert saved["count"].tolist() == ours[1] == ([18, 18] if exact else [36, 36])  # of the first shard of each step
     assert saved["tiny"].dtype == torch.float8_e4m3fn
     assert saved["wave"].dtype == torch.complex64
 
@@ -242,15 +247,17 @@ def scripted() -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("make", [lazy, scripted])
 def test_lazy_and_torchscript_modules_train_with_several_workers(tmp_path: Path, make: Any) -> None:
-    def hashes() -> tuple[str, str]:
-        return train(tmp_path / "fast", make()), train(tmp_path / "exact", make(), "parallel.exact=true")
+    def train_in(run_dir: Path, exact: str) -> str:
+        return train(run_dir, make(), f"parallel.exact={exact}")
 
-    (ours,) = {digest[1] for digest in run_workers(hashes, 2, process_group=False)}
-    ((_, alone),) = run_workers(
-        lambda: (0, train(tmp_path / "alone", make(), "parallel.exact=true")), 1, process_group=False
-    )
-    assert alone == ours
-    assert (tmp_path / "fast" / "evaluation.json").exists()
+    assert len(run_workers(train_in, 2, args=(tmp_path / "fast", "false"), process_group=False)) == 2
+    exact = [
+        digest
+        for size in (1, 2)
+        for digest in run_workers(train_in, size, args=(tmp_path / str(size), "true"), process_group=False)
+    ]
+    assert len(exact) == 3
+    assert len(set(exact)) == 1
 
 
 def normalising() -> nn.Module:

@@ -429,16 +429,16 @@ class _Meeting(nn.Module):
 
 
 @pytest.mark.distributed(world_size=[2, 3], process_group=False)
-def test_a_model_with_collectives_is_evaluated_in_as_many_passes_on_every_rank() -> None:
+@pytest.mark.parametrize("num", [9, 7])
+def test_a_model_with_collectives_is_evaluated_in_as_many_passes_on_every_rank(num: int) -> None:
     """3 batches for 2 workers, and 2 for 3."""
-    for num in (9, 7):
-        with join_world("cpu", threads=1) as world:
-            split = MemorySplit(*samples(num, 1), ("a", "b", "c"), (0.5,), (0.5,))
-            sizes = {"batch_size": 4, "rank": world.rank, "size": world.size}
-            model, loader = _Meeting(), EvalLoader(split, DataRecipe(), **sizes)
-            result = evaluate(model, loader, split.classes)
-            assert model.passes == -(-loader.num_batches // world.size)
-        assert result.total == num
+    with join_world("cpu", threads=1) as world:
+        split = MemorySplit(*samples(num, 1), ("a", "b", "c"), (0.5,), (0.5,))
+        model = _Meeting()
+        loader = EvalLoader(split, DataRecipe(), batch_size=4, rank=world.rank, size=world.size)
+        result = evaluate(model, loader, split.classes)
+        assert model.passes == -(-loader.num_batches // world.size)
+    assert result.total == num
 
 
 def test_nothing_is_left_running_after_training(tmp_path: Path) -> None:
