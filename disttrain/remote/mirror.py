@@ -18,6 +18,7 @@ from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import read_bytes, read_text, replace_file
 from disttrain.layout import MANIFEST, accuracy_of
+from disttrain.recipe import recipe_of_checkpoints, to_toml
 from disttrain.remote.lease import Lease
 from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
 from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE, SPIKES
@@ -211,9 +212,7 @@ class Mirror:
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         recipe = self.run.read(RECIPE)
-        if recipe is None:
-            if self.run.checkpoints().good:
-                raise ConfigurationError(f"{self.run.url} holds checkpoints but no {RECIPE}: choose another --run-dir.")
+        if recipe is None and not self.run.checkpoints().good:
             return
         replace_file(self.folder / JOURNAL, self.run.read_journal())
         for name in (EVALUATION, SPIKES, _DELIVERY):
@@ -221,7 +220,16 @@ class Mirror:
             if content is not None:
                 replace_file(self.folder / name, content)
         self._fetch_newest_checkpoint()
-        replace_file(self.folder / RECIPE, recipe)  # last: with it, the folder is a run's
+        replace_file(self.folder / RECIPE, recipe or self._restored_recipe())  # last: with it, the folder is a run's
+
+    def _restored_recipe(self) -> str:
+        found = recipe_of_checkpoints(self.folder)
+        if found is None:
+            raise ConfigurationError(
+                f"{self.run.url} holds checkpoints but no {RECIPE}, nor do they: choose another --run-dir."
+            )
+        self._warn(f"{self.run.url}/{RECIPE} is lost; it is restored from {CHECKPOINTS}/{found[0].name}.")
+        return to_toml(found[1])
 
     def _fetch_newest_checkpoint(self) -> None:
         names = self.run.checkpoints().good

@@ -105,8 +105,11 @@ def test_a_stop_is_a_stop_only_when_its_checkpoint_is_there(tmp_path: Path, undi
     assert f"disttrain train --run-dir {url}" in said
     stopped_at = RemoteRun(url).checkpoints().good[-1]
     assert stopped_at == "step-00000004"
+    recipe = RemoteRun(url).read("recipe.toml")
+    (tmp_path / "bucket" / "run" / "recipe.toml").unlink()  # which the checkpoint has, too
     run_workers(train_at, 1, args=(url, tmp_path / "b"), process_group=False)
     assert at_the_url(url) == undisturbed
+    assert RemoteRun(url).read("recipe.toml") == recipe
 
 
 def never_arrives(url: str, machine: Path) -> str:
