@@ -64,7 +64,7 @@ def test_it_says_why_it_failed(server: MlflowServer, run_dir: Path, recipe: Reci
     client.delete_experiment(client.create_experiment("gone"))
     (run_dir / "recipe.toml").write_text(to_toml(recipe(uri=server.uri, experiment="gone")))
     Journal(run_dir / "journal.jsonl").close()
-    done = CliRunner().invoke(command, [str(run_dir), "--uri", server.uri])
+    done = CliRunner().invoke(command, [str(run_dir), "--uri", server.uri, "--timeout", "240"])
     assert str(done.exception) == (
         f"MLflow at {server.uri} still lacks 1 journal record of {run_dir}: the experiment 'gone' is deleted; restore "
         "it or set tracking.experiment. Try again after that."

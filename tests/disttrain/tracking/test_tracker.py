@@ -209,7 +209,7 @@ def test_a_killed_sender_is_started_again(server: Any, run_dir: Path, recipe: An
         sender.kill()
         if not number:
             wait_until(lambda: tracker.metrics(2, {"train/loss": 0.5}) is None and bool(said))
-    assert not tracker.finish("FINISHED", timeout_s=100)
+    assert not tracker.finish("FINISHED", timeout_s=240)
     words = "the process that feeds MLflow was killed (SIGKILL): it is started again, and goes on where it was."
     assert said == [words] * 2
     rows = MlflowClient(server.uri).get_metric_history(load_state(run_dir).run_id, "train/loss")
