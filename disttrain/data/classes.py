@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
 
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 
 _log = logging.getLogger(__name__)
 _MOST = 2**20
 
 
 def class_names(samples: Any) -> tuple[str, ...] | None:
-    """The names in an attribute `classes`, also of what a Subset or a ConcatDataset is made of, where all have them."""
+    """The names in an attribute `classes`, also of what a Subset or a ConcatDataset is made of, where all have them.
+
+    Raises ConfigurationError if the attribute is something else than names.
+    """
     names = getattr(samples, "classes", None)
     if names is None and isinstance(samples, Subset):
         return class_names(samples.dataset)
     if names is None and isinstance(samples, ConcatDataset):
         parts = {class_names(part) for part in samples.datasets}
         return parts.pop() if len(parts) == 1 else None
-    return tuple(str(name) for name in names) if names is not None and len(names) else None
+    if names is None:
+        return None
+    if isinstance(names, str) or not (isinstance(names, Iterable) and isinstance(names, Sized)):
+        raise ConfigurationError(f"its attribute 'classes' is {brief(repr(names))}, not a list of names.")
+    return tuple(str(name) for name in names) or None
 
 
 def counted_classes(labels: Iterable[int], name: str) -> tuple[str, ...]:

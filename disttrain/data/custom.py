@@ -78,7 +78,8 @@ def as_split(samples: Any, data: DataRecipe, classes: tuple[str, ...] | None = N
     """
     if isinstance(samples, MemorySplit | StreamSplit):
         return samples
-    names = class_names(samples) or classes
+    with _said_of(name):
+        names = class_names(samples) or classes
     if isinstance(samples, TensorDataset):
         samples = samples.tensors
     if isinstance(samples, tuple | list) and len(samples) == 2 and all(_is_array(part) for part in samples):

@@ -207,6 +207,12 @@ def test_classes_are_those_of_the_set_within_or_are_counted(caplog: pytest.LogCa
     assert "5 classes, counted from the labels 0 to 4 of the tensors; only 3 of them occur." in caplog.text
 
 
+@pytest.mark.parametrize("classes", [6, "abcdef"])
+def test_names_of_classes_that_are_none_are_refused(classes: Any) -> None:
+    with pytest.raises(ConfigurationError, match=rf"the set: its attribute 'classes' is {classes!r}, not a list of"):
+        as_split(Pairs(*BYTES, classes=classes), DataRecipe(), name="the set")
+
+
 def test_a_test_set_takes_its_names_from_the_training_set() -> None:
     data = as_datasets((BYTES, LABELS), (BYTES[:2], LABELS[:2]), DataRecipe(mean=[0.1], std=[0.2]))
     assert data.test.classes == ("0", "1", "2")
