@@ -18,7 +18,7 @@ from disttrain.files import being_written, make_folder, open_to_append, refuse_i
 from disttrain.launched import NODE_LAUNCHER, launched_by, launcher_options
 from disttrain.lock import LOCK, owned
 from disttrain.log import LogFile
-from disttrain.recipe import Recipe, damage, load_recipe, names_code, recipe_of_checkpoints, to_toml
+from disttrain.recipe import Recipe, ask_before_resuming, damage, load_recipe, recipe_of_checkpoints, to_toml
 from disttrain.recipe.address import is_url, working_folder
 
 RECIPE = "recipe.toml"
@@ -181,9 +181,12 @@ def go_on_with(run_dir: Path | str) -> str:
     folder = working_folder(str(run_dir)) if is_url(str(run_dir)) else Path(run_dir)
     command = " ".join(["disttrain train", *launcher_options(), f"--run-dir {shlex.quote(str(run_dir))}"])
     try:
-        return f"{command} --trust" if names_code(load_recipe(str(folder / RECIPE))) else command
+        ask_before_resuming(load_recipe(str(folder / RECIPE)), run_dir)
     except RecipeError:
         return command
+    except ConfigurationError:
+        return f"{command} --trust"
+    return command
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

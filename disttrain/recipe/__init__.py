@@ -21,7 +21,6 @@ from disttrain.recipe.trust import (
     ask_before_resuming,
     ask_before_sending,
     is_own_recipe,
-    names_code,
 )
 from disttrain.recipe.write import json_schema, to_toml
 
@@ -51,7 +50,6 @@ __all__ = [
     "load_recipe",
     "load_recipe_for",
     "make_folder",
-    "names_code",
     "open_to_append",
     "open_to_read",
     "parse_recipe",

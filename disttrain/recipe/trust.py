@@ -48,18 +48,20 @@ def ask_before_importing(
 def ask_before_sending(uri: str, address: str | Path, remedy: str) -> None:
     """Raise ConfigurationError before what is not the run's own goes to an MLflow server that the run alone names.
 
-    Which is the credentials of this user, if there are any; and for a database, tables in a file that may lie anywhere.
-    Not asked about are the server of MLFLOW_TRACKING_URI and the database beside the run at `address`. The message ends
-    with `remedy`.
+    Which is the credentials of this user, if there are any; for a database, tables in a file that may lie anywhere; and
+    for a server all files, since it tells MLflow's client where to write them, which may be any folder here. Not asked
+    about are the server of MLFLOW_TRACKING_URI, the database beside the run at `address` and, without credentials, a
+    server of this machine. The message ends with `remedy`.
     """
     named = os.environ.get("MLFLOW_TRACKING_URI", "")
     if _without_userinfo(uri) == _without_userinfo(named) or _is_beside(uri, address):
         return
     if uri.startswith(("http://", "https://")):
         found = _credentials(os.environ)
-        if not found:
+        if not found and _is_of_this_machine(uri):
             return
-        what = f"would get your MLflow credentials ({found})"
+        decides = "would decide where its files are written, on this machine, too"
+        what = f"would get your MLflow credentials ({found})" if found else decides
     else:
         what = "would be written to"
     raise ConfigurationError(
@@ -102,6 +104,13 @@ def _without_userinfo(uri: str) -> str:
     except ValueError:
         return uri
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+
+
+def _is_of_this_machine(uri: str) -> bool:
+    try:
+        return urlsplit(uri).hostname in ("127.0.0.1", "localhost", "::1")
+    except ValueError:
+        return False
 
 
 def _is_beside(uri: str, address: str | Path) -> bool:

@@ -143,8 +143,10 @@ def synced(run: Path, monkeypatch: pytest.MonkeyPatch) -> Syncer:
 
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"])
 def test_credentials_go_only_where_the_user_says(synced: Syncer, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    assert synced(SERVER) == SERVER  # nothing goes there but the run
+    here = "http://127.0.0.1:5000"
+    assert synced(here) == here
     monkeypatch.setenv(name, "secret")
+    assert synced(here) is None
     assert synced(SERVER) is None
     assert synced(SERVER, "--uri", SERVER) == SERVER
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{SERVER.replace('//', '//me:secret@')}/")
@@ -163,6 +165,14 @@ def test_so_do_those_that_mlflow_keeps(synced: Syncer, tmp_path: Path) -> None:
     (tmp_path / "home" / ".mlflow").mkdir(parents=True)
     (tmp_path / "home" / ".mlflow" / "credentials").touch()
     assert synced(SERVER) is None
+
+
+def test_a_server_that_the_run_alone_names_is_asked_about(synced: Syncer, run: Path) -> None:
+    # It tells MLflow's client where to write files, and may answer file:///home/me with a run that has a .bashrc.
+    assert synced(SERVER) is None
+    assert synced(SERVER, "--uri", SERVER) == SERVER
+    (run / "recipe.toml").write_text(to_toml(load_recipe("digits", [f"tracking.uri={SERVER}"])))
+    assert go_on_with(run) == f"disttrain train --run-dir {run} --trust"
 
 
 def test_a_database_elsewhere_is_asked_about(synced: Syncer, run: Path, tmp_path: Path) -> None:
