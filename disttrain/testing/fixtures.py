@@ -72,7 +72,7 @@ def make_and_pickle(item: pytest.Function) -> dict[tuple[str, int], bytes]:
 def _value(item: pytest.Function, name: str, level: int) -> object:
     if level == -1:
         return item._request.getfixturevalue(name)
-    definitions: Any = item._fixtureinfo.name2fixturedefs
+    definitions: Any = item._request._arg2fixturedefs
     known = definitions[name]
     definitions[name] = known[: level + 1]  # without those that override it, which are made in the workers
     try:

@@ -5,6 +5,7 @@ The test's function, its fixtures and pytest's assertion rewriting are therefore
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from collections.abc import Generator, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from _pytest.config import Config
 from _pytest.runner import call_and_report
+from _pytest.terminal import TerminalReporter
 
 from disttrain.testing import examples, subtests
 from disttrain.testing.errors import HarnessError
@@ -30,6 +32,8 @@ def collect(preload: PytestPreload) -> pytest.Session:
         config = Config.fromdictargs(preload.options, [*plugins, preload.path])
         config.workerinput = preload.workerinput  # type: ignore[attr-defined]  # as plugins know a worker of xdist
         config.workeroutput = {}  # type: ignore[attr-defined]
+        # pytest 8 asks it for colours as it explains an assertion, and so may plugins. Nobody reads what it writes.
+        config.pluginmanager.register(TerminalReporter(config, io.StringIO()), "terminalreporter")
         config._do_configure()
     session = pytest.Session.from_config(config)
     config.hook.pytest_sessionstart(session=session)
@@ -143,7 +147,7 @@ class ItemRunner:
         config._tmp_path_factory._given_basetemp = self._scratch / f"rank-{self._spec.rank}"
         config._tmp_path_factory._basetemp = None
         for (name, level), pickled in argument["fixtures"].items():
-            definitions: Any = item._fixtureinfo.name2fixturedefs
+            definitions: Any = item._request._arg2fixturedefs
             definition = definitions[name][level]
             try:
                 value = cloudpickle.loads(pickled)

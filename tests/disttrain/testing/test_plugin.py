@@ -533,7 +533,9 @@ def test_plain():
     pass
 """,
     )
-    result.assert_outcomes(errors=1, failed=1, passed=2)
+    outcomes = result.parseoutcomes()
+    assert (outcomes["passed"], outcomes["errors"]) == (2, 1)
+    assert outcomes.get("failed", 0) + outcomes.get("skipped", 0) == 1  # pytest before 8.4 skips what nobody awaits
     result.stdout.fnmatch_lines(["*call disttrain.testing.run_workers in it instead*"])
     result.stdout.fnmatch_lines(["*async def functions are not natively supported*"])
 
