@@ -135,6 +135,15 @@ def test_a_library_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # The machine
 
 
+def test_the_cores_that_a_quota_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for quota, told in ((2.5, ", by a CPU quota of 2.5"), (None, "")):
+        monkeypatch.setattr(machine, "cpu_quota", lambda quota=quota: quota)
+        found = only(machine.cores())
+        assert (found.status, found.detail) == ("ok", f"2 of this machine's 64 are for workers{told}")
+
+
 def test_little_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{200 * 1024**2}\n")
     found = only(machine.memory(tmp_path / "memory.max"))
