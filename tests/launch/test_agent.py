@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from disttrain_launch.group import module_arguments
+from disttrain_launch.node import Node
 from disttrain_launch.ports import reserved_port
 
 WORKER = """
@@ -33,12 +33,23 @@ time.sleep(600)
 def test_a_stopped_worker_is_named_and_ends_with_its_agent(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     with reserved_port() as port:
-        words = ("--nodes", "1", "1", "--rendezvous", f"127.0.0.1:{port}", "--serves", "true", "--workers", "1")
-        words += ("--local-addr", "127.0.0.1", "--job-id", "one", "--max-restarts", "0", "--stop-grace", "60")
-        words += ("--run-dir", "run", "--epochs", "1", "--", "worker.py")
-        command = [sys.executable, *module_arguments("disttrain.agent", *words)]
-        environment = os.environ | {"DISTTRAIN_LAUNCHER": "disttrain node", "TMPDIR": str(tmp_path)}
-        agent = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        node = Node(
+            arguments=("worker.py",),
+            nodes=(1, 1),
+            host="127.0.0.1",
+            port=port,
+            workers=1,
+            run_dir=str(tmp_path / "run"),
+            recipe="digits",
+            overrides=(),
+            serves=True,
+            address="127.0.0.1",
+            max_restarts=0,
+            job_id="one",
+            grace_s=60,
+        )
+        environment = os.environ | node.variables() | {"TMPDIR": str(tmp_path)}
+        agent = subprocess.Popen(node.command(), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         assert agent.stderr is not None
         wait_for(lambda: (tmp_path / "pid").exists() or agent.poll() is not None)
