@@ -41,8 +41,8 @@ def read_once(name_or_path: str) -> None:
 
 def kept(name_or_path: str) -> bytes | None:
     """The text that this process, or the one that started it, has read there; None if there is none."""
-    source, _, text = os.environ.get(VARIABLE, "").partition("\n")
-    return text.encode(errors="surrogateescape") if source == name_or_path else None
+    source, found, text = os.environ.get(VARIABLE, "").partition("\n")
+    return text.encode(errors="surrogateescape") if found and source == name_or_path else None
 
 
 def variables() -> dict[str, str]:

@@ -25,9 +25,9 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
     merged = _copy(mapping)
     places: dict[str, str] = {}
     for override in overrides:
-        if not is_text(override):
-            raise RecipeError(f"-o {override}: is not UTF-8, and recipes are; give another name")
         key, equals, text = (part.strip() for part in override.partition("="))
+        if not is_text(override):
+            raise RecipeError(f"-o {key}: {override!r} is not UTF-8, and recipes are; give another name")
         if not equals:
             raise RecipeError(f"-o {override}: should be key=value, as in -o optim.lr=0.1")
         if not _KEY.fullmatch(key):

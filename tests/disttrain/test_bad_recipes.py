@@ -92,7 +92,8 @@ def test_absurd_overrides(override: str) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"\xff\xfe",
+        b"\xff",
+        b"\xff\xfe\x00",
         b"\0",
         b"a = " + b"[" * 100_000,
         b"a = " + b"9" * 5000,

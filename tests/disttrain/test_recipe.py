@@ -175,7 +175,7 @@ def test_a_section_that_is_a_value(tmp_path: Path) -> None:
     assert refusal(recipe=str(path)).splitlines() == [
         f"{path}: optim: is a section; give its keys: name, lr, weight_decay, maximize, foreach, fused, "
         "differentiable, momentum, dampening, nesterov",
-        f"{path}: parallel: is a section; give its keys: strategy, exact, shards",
+        f"{path}: parallel: is a section; give its keys: strategy, find_unused_parameters, exact, shards",
     ]
 
 
