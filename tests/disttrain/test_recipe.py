@@ -117,7 +117,10 @@ def test_the_last_override_counts() -> None:
                      "tracking"),
         ("train.batch_size=8", "-o train.batch_size: unknown key; did you mean data.batch_size?"),
         ("batch-size=8", "-o batch-size: unknown key; did you mean data.batch_size?"),
-        ("parallel.qqq=8", "-o parallel.qqq: unknown key; [parallel] has strategy, find_unused_parameters, exact, shards"),
+        (
+            "parallel.qqq=8",
+            "-o parallel.qqq: unknown key; [parallel] has strategy, find_unused_parameters, exact, shards",
+        ),
         ("train.epochs=0", "-o train.epochs: should be at least 1, not 0"),
         ("train.epochs=1.5", "-o train.epochs: should be a whole number, not 1.5"),
         ("train.epochs=true", "-o train.epochs: should be a whole number, not true"),
