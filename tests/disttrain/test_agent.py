@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from disttrain.agent import __main__ as program
 from disttrain.agent import elastic
 from disttrain.recipe import load_recipe, to_toml
 from disttrain.testing import run_workers
+from disttrain_launch.ports import reserved_port
 
 # Each is ready, and then does what the line after it says. As a real worker, it takes a second request for impatience.
 _WORKER = """
@@ -25,7 +25,10 @@ import json, os, signal, sys, time
 from pathlib import Path
 rank, folder = os.environ["RANK"], Path(sys.argv[1])
 requests = []
-signal.signal(signal.SIGTERM, lambda *_: requests.append(time.monotonic()))
+def asked(*_):
+    requests.append(time.monotonic())
+    (folder / f"asked-{rank}").touch()
+signal.signal(signal.SIGTERM, asked)
 def end(code, message):
     report = {"exit_code": code, "message": message, "time": time.time()}
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
@@ -35,14 +38,14 @@ def all_ready():
     while len(list(folder.glob("ready-*"))) < 2:
         time.sleep(0.02)
 """
-SAVES_FOR_THREE_SECONDS = """
+SAVES = """
 all_ready()
-while not requests:
+while not (requests and (folder / "saved").exists()):
     time.sleep(0.02)
-time.sleep(3)
 end(75, "saved") if len(requests) == 1 else end(130, "asked more than once")
 """
-IS_NOT_READY_YET = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nall_ready()\ntime.sleep(300)"
+NEVER_SAVES = "all_ready()\ntime.sleep(3600)"
+IS_NOT_READY_YET = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nall_ready()\ntime.sleep(3600)"
 FAILS_AFTER_THE_END = """
 all_ready()
 if rank == "1":
@@ -64,7 +67,7 @@ def node(
     sys.argv = [
         "agent", "--nodes", "2", "2", "--rendezvous", rendezvous or f"127.0.0.1:{port}", "--workers", "1",
         "--max-restarts", "0", "--job-id", "job", "--serves", serves or str(rank == "0").lower(),
-        "--local-addr", "127.0.0.1", "--stop-grace", "60", "--run-dir", str(folder / "run"), "--recipe", "digits",
+        "--local-addr", "127.0.0.1", "--stop-grace", "600", "--run-dir", str(folder / "run"), "--recipe", "digits",
         f"--override=train.epochs={epochs}", f"--override=optim.lr={lr}", "--", "-c", _WORKER + does, str(folder),
     ]  # fmt: skip
     with tempfile.TemporaryFile() as said:
@@ -75,23 +78,34 @@ def node(
 
 
 def two_nodes(folder: Path, does: str, requests: Sequence[signal.Signals] = ()) -> list[str]:
-    """Two nodes, both of which are sent these signals, a second apart, once their workers are ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Two nodes, both of which are sent these signals once their workers are ready, the first of them until it is heard
+    of by their workers. What is asked more than a second later counts as another request."""
 
-    def ask() -> None:
+    def ask(rank: str, ended: threading.Event) -> None:
         while len(list(folder.glob("ready-*"))) < 2:
             time.sleep(0.02)
-        for number in requests:
+        os.kill(os.getpid(), requests[0])
+        while len(requests) > 1 and len(list(folder.glob("asked-*"))) < 2:
+            time.sleep(0.02)
+        for number in requests[1:]:
+            if ended.wait(1.2):
+                return
             os.kill(os.getpid(), number)
-            time.sleep(1)
+        (folder / f"said-{rank}").touch()
+        if len(list(folder.glob("said-*"))) == 2:
+            (folder / "saved").touch()
 
-    def work() -> str:
-        threading.Thread(target=ask, daemon=True).start()
-        return node(folder, port, does)
+    def work(port: int) -> str:
+        ended = threading.Event()
+        if requests:
+            threading.Thread(target=ask, args=(os.environ["RANK"], ended), daemon=True).start()
+        try:
+            return node(folder, port, does)
+        finally:
+            ended.set()
 
-    return run_workers(work, 2, process_group=False, timeout_s=120)
+    with reserved_port() as port:
+        return run_workers(work, 2, args=(port,), process_group=False, timeout_s=240)
 
 
 @pytest.fixture
@@ -108,14 +122,14 @@ def test_nodes_that_are_stopped_at_once_leave_their_workers_the_time_to_save(tmp
     """However often it is said: whoever stops a pod may do so several times while it saves."""
     folder = tmp_path / "a $$b"  # which torchrun's templates must leave alone
     folder.mkdir()
-    said = two_nodes(folder, SAVES_FOR_THREE_SECONDS, [signal.SIGTERM] * 3)
+    said = two_nodes(folder, SAVES, [signal.SIGTERM] * 3)
     for words in said:
         assert words.startswith("75: disttrain: SIGTERM: the workers are asked to save and stop"), said
         assert words.endswith("\ndisttrain: saved\n")
 
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
-    for words in two_nodes(tmp_path, SAVES_FOR_THREE_SECONDS, [signal.SIGINT] * 3):
+    for words in two_nodes(tmp_path, NEVER_SAVES, [signal.SIGINT] * 2):
         assert words.startswith("1: disttrain: Ctrl-C: the workers are asked to save and stop; a second Ctrl-C kills")
         assert words.endswith("ended without a save: the workers were killed on request\n")
 

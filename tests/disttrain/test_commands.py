@@ -62,7 +62,7 @@ def test_looking_at_runs_imports_no_torch(run: Path) -> None:
         "[command(words, standalone_mode=False) for words in (['list', '--runs-dir', '..'], ['show', '.'])]; "
         "sys.exit(' '.join({'torch', 'numpy', 'mlflow'} & set(sys.modules)) or None)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=run, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=run, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("finished") == 2
 

@@ -23,7 +23,7 @@ def job(run_dir: Path) -> None:
 
 
 def attempt(run_dir: Path, *injuries: Fault, size: int = 1) -> list[Outcome]:
-    with workers(size, faults=injuries, process_group=False, check_collectives=False, timeout_s=120) as group:
+    with workers(size, faults=injuries, process_group=False, check_collectives=False, timeout_s=240) as group:
         return group.attempt(job, run_dir)
 
 

@@ -30,8 +30,6 @@ from disttrain.tracking.charts import draw_charts
 from disttrain.tracking.journal import Journal
 from disttrain.tracking.sender_process import sole_sender
 
-pytestmark = pytest.mark.timeout(120)  # what hangs is interrupted
-
 FILES = (
     ".lock", "recipe.toml", ".recipe.toml.writing", "evaluation.json", ".evaluation.json.writing", "spikes.json",
     ".spikes.json.writing", "journal.jsonl", "logs/worker-0.log", "logs/worker-7.log", "mlflow.json",

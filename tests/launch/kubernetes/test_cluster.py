@@ -14,7 +14,7 @@ import pytest
 from disttrain_launch.kubernetes.permissions import permissions
 from tests.launch.kubernetes.conftest import Desk
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)
 
 
 def end(thread: threading.Thread) -> None:
