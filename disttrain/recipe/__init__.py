@@ -20,6 +20,8 @@ from disttrain.recipe.trust import (
     ask_before_importing,
     ask_before_resuming,
     ask_before_sending,
+    is_beside,
+    is_named_by_user,
     is_own_recipe,
 )
 from disttrain.recipe.write import json_schema, to_toml
@@ -45,6 +47,8 @@ __all__ = [
     "ask_before_sending",
     "check_installed",
     "damage",
+    "is_beside",
+    "is_named_by_user",
     "is_own_recipe",
     "json_schema",
     "load_recipe",

@@ -53,8 +53,7 @@ def ask_before_sending(uri: str, address: str | Path, remedy: str) -> None:
     about are the server of MLFLOW_TRACKING_URI, the database beside the run at `address` and, without credentials, a
     server of this machine. The message ends with `remedy`.
     """
-    named = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if _without_userinfo(uri) == _without_userinfo(named) or _is_beside(uri, address):
+    if is_named_by_user(uri) or is_beside(uri, address):
         return
     if uri.startswith(("http://", "https://")):
         found = _credentials(os.environ)
@@ -88,6 +87,24 @@ def is_own_recipe(recipe: str, run_dir: str | Path | None) -> bool:
     return os.path.realpath(recipe) == os.path.realpath(kept)
 
 
+def is_named_by_user(uri: str) -> bool:
+    """Whether it is the MLflow server or database of MLFLOW_TRACKING_URI."""
+    return _without_userinfo(uri) == _without_userinfo(os.environ.get("MLFLOW_TRACKING_URI", ""))
+
+
+def is_beside(uri: str, address: str | Path) -> bool:
+    """Whether this is the database that a run gets by default, in the folder that holds it."""
+    folder = working_folder(str(address)) if is_url(str(address)) else Path(os.path.abspath(address))
+    default = folder.parent / "mlflow.db"
+    file = uri.removeprefix("sqlite:///")
+    if is_text(str(default)) and file == quote(str(default), safe=" +/"):
+        return True  # as SQLAlchemy writes a path with % or ? in it
+    return file != uri and os.path.realpath(file) in (
+        os.path.realpath(default),
+        os.path.realpath(folder.resolve().parent / "mlflow.db"),
+    )
+
+
 def _credentials(environment: Mapping[str, str]) -> str:
     """Where MLflow would find a user's credentials; empty if nowhere."""
     found = [name for name in _OF_MLFLOW if environment.get(name)]
@@ -111,16 +128,3 @@ def _is_of_this_machine(uri: str) -> bool:
         return urlsplit(uri).hostname in ("127.0.0.1", "localhost", "::1")
     except ValueError:
         return False
-
-
-def _is_beside(uri: str, address: str | Path) -> bool:
-    """Whether this is the database that a run gets by default, in the folder that holds it."""
-    folder = working_folder(str(address)) if is_url(str(address)) else Path(os.path.abspath(address))
-    default = folder.parent / "mlflow.db"
-    file = uri.removeprefix("sqlite:///")
-    if is_text(str(default)) and file == quote(str(default), safe=" +/"):
-        return True  # as SQLAlchemy writes a path with % or ? in it
-    return file != uri and os.path.realpath(file) in (
-        os.path.realpath(default),
-        os.path.realpath(folder.resolve().parent / "mlflow.db"),
-    )

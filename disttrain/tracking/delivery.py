@@ -25,7 +25,7 @@ from disttrain.tracking.journal import JOURNAL_FILE, read_journal, read_records
 from disttrain.tracking.limits import LONG_VALUE, MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE, metric_key, shorten
 from disttrain.tracking.outage import OutageError, brief
 from disttrain.tracking.redact import redact
-from disttrain.tracking.uploads import upload
+from disttrain.tracking.uploads import ARTIFACTS, refuse_places_elsewhere, upload
 
 JOB_TAG = "disttrain.job"
 _CHUNK_RECORDS = 2000
@@ -158,7 +158,7 @@ class Delivery:
         """For a database: a folder beside the runs. MLflow's own default is the current folder. A server decides."""
         if not is_database(self.uri):
             return None
-        return (self.run_dir.parent / "mlartifacts").absolute().as_uri()
+        return (self.run_dir.parent / ARTIFACTS).absolute().as_uri()
 
     def _deliver_chunk(self, client: MlflowClient, records: Sequence[dict[str, Any]]) -> None:
         entities: list[Entity] = []
@@ -232,6 +232,8 @@ class Delivery:
 
     def _upload(self, client: MlflowClient) -> None:
         """Upload what waits for it. A failure holds up neither the metrics nor the other files."""
+        if self._state.uploads:
+            refuse_places_elsewhere(client, self.uri, self.run_dir, self._state.run_id)
         failed: Exception | None = None
         for record in list(self._state.uploads):
             try:

@@ -13,12 +13,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from mlflow.tracking import MlflowClient
 
 from disttrain.files import open_to_read, path_inside
+from disttrain.recipe import is_beside, is_named_by_user
 from disttrain.tracking.model import DESCRIPTION_FILE, EXPORT_FILE, WEIGHTS_FILE
+from disttrain.tracking.outage import OutageError
 
+ARTIFACTS = "mlartifacts"
+"""The folder beside the runs for the files of a database that is there, too."""
 MODEL_PLACE = "model"
 
 
@@ -48,6 +54,37 @@ def upload(
     except _NotSentError as error:
         say(f"{error} and was not sent to MLflow")
         return {}
+
+
+def refuse_places_elsewhere(client: MlflowClient, uri: str, run_dir: Path, run_id: str) -> None:
+    """Raise OutageError if the database beside the run, which may be a stranger's as well, has files put elsewhere.
+
+    MLflow's client writes them to whatever folder the database names.
+    """
+    if not is_beside(uri, run_dir) or is_named_by_user(uri):
+        return
+    info = client.get_run(run_id).info
+    ours, of_all = run_dir.parent / ARTIFACTS, client.get_experiment(info.experiment_id).artifact_location
+    for place in (info.artifact_uri, of_all, f"{of_all}/models"):
+        folder = _local_folder(place)
+        of_default = Path("mlruns")  # where MLflow itself puts the files of the experiment "Default"
+        if folder is None or not any(folder.resolve().is_relative_to(root.resolve()) for root in (ours, of_default)):
+            raise OutageError(
+                f"the database has files stored in {place}, not in {ours}; if that is right, set MLFLOW_TRACKING_URI "
+                "to the database"
+            )
+    there = _local_folder(info.artifact_uri)
+    link = next((path for path in there.rglob("*") if path.is_symlink()), None) if there is not None else None
+    if link is not None:
+        raise OutageError(f"{link} is a symbolic link, and files are stored through none; remove it")
+
+
+def _local_folder(place: str) -> Path | None:
+    """What MLflow's client takes `place` for; None if that is no folder here."""
+    parts = urlsplit(place)
+    if parts.scheme not in ("", "file") or parts.netloc or parts.query or parts.fragment:
+        return None
+    return Path(url2pathname(parts.path) if parts.scheme else place)
 
 
 class _NotSentError(Exception):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,22 @@ def test_a_database_beside_the_runs(run_dir: Path, journal: Journal, monkeypatch
     assert rows_in_mlflow(uri, run_dir) == rows_in_journal(run_dir)
     assert [path.name for path in (run_dir.parent / "mlartifacts").rglob("*.toml")] == ["recipe.toml"]
     assert sorted(path.name for path in run_dir.iterdir()) == ["journal.jsonl", "mlflow.json", "recipe.toml"]
+    # A stranger's database, who would have files put elsewhere.
+    elsewhere = run_dir.parent / "elsewhere"
+    artifacts = next((run_dir.parent / "mlartifacts").rglob("*.toml")).parent
+    (artifacts / "charts").symlink_to(elsewhere)
+    journal.artifact("recipe.toml", "charts")
+    with pytest.raises(OutageError, match=f"{artifacts}/charts is a symbolic link"):
+        delivery(run_dir, uri).deliver()
+    with closing(sqlite3.connect(run_dir.parent / "mlflow.db")) as database, database:
+        database.execute("UPDATE runs SET artifact_uri = ?", (elsewhere.as_uri(),))
+    with pytest.raises(OutageError, match=f"the database has files stored in {elsewhere.as_uri()}, not in "):
+        delivery(run_dir, uri).deliver()
+    assert not elsewhere.exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (artifacts / "charts").unlink()
+    delivery(run_dir, uri).deliver()
+    assert not owed(run_dir)
 
 
 def test_files_that_cannot_be_stored_hold_up_no_metrics(
