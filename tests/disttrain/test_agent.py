@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -46,6 +47,10 @@ end(75, "saved") if len(requests) == 1 else end(130, "asked more than once")
 """
 NEVER_SAVES = "all_ready()\ntime.sleep(3600)"
 IS_NOT_READY_YET = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nall_ready()\ntime.sleep(3600)"
+LEAVES_EARLY = """
+all_ready()
+os._exit(0) if rank == "1" else time.sleep(3600)
+"""
 FAILS_AFTER_THE_END = """
 all_ready()
 if rank == "1":
@@ -142,6 +147,13 @@ def test_workers_that_are_not_ready_have_nothing_to_save(tmp_path: Path) -> None
 
 def test_a_worker_that_fails_after_the_end_of_the_run_is_not_waited_for(tmp_path: Path, run_dir: Path) -> None:
     assert two_nodes(tmp_path, FAILS_AFTER_THE_END) == ["0: ", "0: "]
+
+
+def test_a_worker_that_leaves_with_0_before_it_has_finished_has_failed(tmp_path: Path) -> None:
+    """And those of the other node do not wait for it."""
+    message = "rank 1 on .* ended with exit code 0 before its work was done: .* left with os._exit\\(0\\)\n"
+    for words in two_nodes(tmp_path, LEAVES_EARLY):
+        assert re.fullmatch(f"1: disttrain: {message}", words), words
 
 
 def test_a_node_that_comes_after_the_end_is_done(tmp_path: Path, run_dir: Path) -> None:

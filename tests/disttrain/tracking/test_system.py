@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
+from types import ModuleType, SimpleNamespace
+
+import pytest
 
 from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metrics
 
@@ -10,7 +14,7 @@ from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metric
 def test_samples_this_machine() -> None:
     with SystemSampler(interval_s=0.05) as sampler:
         assert len(sampler.latest()) == len(sampler.names)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while math.isnan(sampler.latest()[0]) and time.monotonic() < deadline:
             time.sleep(0.02)
         values = dict(zip(sampler.names, sampler.latest(), strict=True))
@@ -19,6 +23,25 @@ def test_samples_this_machine() -> None:
     assert values["memory_used_gib"] > 0
     assert values["network_sent_mib_per_s"] >= 0
     assert not any(thread.name == "disttrain-system" for thread in threading.enumerate())
+
+
+def test_gpus_are_sampled_where_nvidias_module_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = ModuleType("pynvml")
+    answers = {
+        "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 2,
+        "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=50),
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=2**30),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(nvml, name, lambda *_, answer=answer: answer)
+    nvml.nvmlDeviceGetHandleByIndex = lambda index: index  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    with SystemSampler(interval_s=0.05) as sampler:
+        deadline = time.monotonic() + 240
+        while math.isnan(sampler.latest()[0]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        values = dict(zip(sampler.names, sampler.latest(), strict=True))
+    assert (values["gpu_percent"], values["gpu_memory_used_gib"]) == (50, 2)
 
 
 def test_closing_does_not_wait_for_the_next_sample() -> None:
