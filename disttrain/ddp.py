@@ -65,7 +65,8 @@ class WrappedModel:
     def follow_unfreezing(self) -> bool:
         """Wrap the model anew if other parameters are trainable now than were when it was wrapped; whether it was.
 
-        Raises ConfigurationError, on every rank, if the ranks differ.
+        Raises ConfigurationError, on every rank, if all have changed and not alike. A rank that alone has changed waits
+        for the others, and the watchdog names it: to ask all at each step would cost a collective.
         """
         if self._trainable_now() == self._trainable:
             return False

@@ -41,7 +41,7 @@ def counted_classes(labels: Iterable[int], name: str) -> tuple[str, ...]:
     if not found:
         return ()
     if found[-1] >= _MOST:
-        raise ConfigurationError(f"label {found[-1]} is no number of a class: count classes from 0.")
+        raise ConfigurationError(f"label {found[-1]} is not a valid class number: count classes from 0.")
     num_classes = found[-1] + 1
     missing = f"; only {len(found)} of them occur" if found[0] >= 0 and len(found) < num_classes else ""
     _log.info("%d classes, counted from the labels %d to %d of %s%s.", num_classes, found[0], found[-1], name, missing)

@@ -96,11 +96,11 @@ def _refuse_other_than_map_style(samples: Any, name: str) -> None:
             "(loader.dataset)."
         )
     if isinstance(samples, type) or inspect.isroutine(samples):
-        raise ConfigurationError(f"{name}: {samples.__qualname__} makes a data set, but is none; call it.")
+        raise ConfigurationError(f"{name}: {samples.__qualname__} makes a data set, but is not one; call it.")
     is_map_style = isinstance(samples, Sized) and hasattr(samples, "__getitem__") and not _is_array(samples)
     if not is_map_style or isinstance(samples, str | bytes | Mapping):
         raise ConfigurationError(
-            f"{name}: a {type(samples).__name__} is no data set; give (images, labels), "
+            f"{name}: a {type(samples).__name__} is not a data set; give (images, labels), "
             "or a map-style data set of (image, label) with a length."
         )
 
@@ -136,10 +136,10 @@ class _AsTensors:
             image, label = sample
             number = int(label)
             if number != label:
-                raise ValueError(f"the label {label} is no whole number")
+                raise ValueError(f"the label {label} is not a whole number")
             return as_tensor(image), number
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigurationError(f"{name} is no pair (image, label): {brief(error)}.") from error
+            raise ConfigurationError(f"{name} is not a pair (image, label): {brief(error)}.") from error
 
 
 def _memory_split(

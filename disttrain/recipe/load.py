@@ -64,7 +64,7 @@ def as_recipe(recipe: Any, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(recipe, str | os.PathLike):
         return load_recipe(os.fspath(recipe), overrides)
     kind = type(recipe).__name__
-    raise RecipeError(f"a {kind} is no recipe; give a Recipe, a mapping of its sections, a name or a path")
+    raise RecipeError(f"a {kind} is not a recipe; give a Recipe, a mapping of its sections, a name or a path")
 
 
 def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:

@@ -47,7 +47,7 @@ def upload(
     name, folder = str(record.get("path", "")), str(record.get("artifact_path", ""))
     try:
         if not _is_below(folder):
-            raise _NotSentError(f"{name} is to go to {folder!r}, which is no folder of an MLflow run,")
+            raise _NotSentError(f"{name} is to go to {folder!r}, which is not a folder of an MLflow run,")
         if kind == "model":
             return _upload_model(client, run_dir, name, run_id, files, _step(record.get("step")))
         return _upload_file(client, run_dir, name, run_id, folder, files)

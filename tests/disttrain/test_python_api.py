@@ -49,7 +49,7 @@ def test_a_recipe_comes_in_any_form(tmp_path: Path) -> None:
     for form in (recipe, QUIET, tmp_path / "mine.toml", str(tmp_path / "mine.toml")):
         assert as_recipe(form, ["train.seed=7"]).train.seed == 7
         assert as_recipe(form).data.batch_size == 6
-    with pytest.raises(RecipeError, match="a list is no recipe; give a Recipe, a mapping of its sections, a name or"):
+    with pytest.raises(RecipeError, match="a list is not a recipe; give a Recipe, a mapping of its sections, a name"):
         train(tmp_path / "other", [QUIET])
     with pytest.raises(RecipeError, match=r"recipe: data\.batch: .*batch_size"):
         train(tmp_path / "other", {**QUIET, "data": {"batch": 6}})
@@ -72,7 +72,7 @@ def test_a_class_or_function_makes_the_model(tmp_path: Path) -> None:
     [
         ({"model": "net"}, "model: a str is neither a torch.nn.Module nor a class or function that makes one"),
         ({"train_set": DataLoader(TensorDataset(IMAGES, LABELS))}, "the training set: a DataLoader makes batches"),
-        ({"test_set": TensorDataset}, "the test set: TensorDataset makes a data set, but is none; call it"),
+        ({"test_set": TensorDataset}, "the test set: TensorDataset makes a data set, but is not one; call it"),
         ({"model": Tiny(3).double()}, "fails on a batch of images .*: RuntimeError: mat1 and mat2 must have the same"),
     ],
 )

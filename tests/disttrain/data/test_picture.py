@@ -74,7 +74,7 @@ def test_pixels_of_unknown_range_are_refused_by_name(dtype: Any, kind: str, tmp_
         ConfigurationError, match=f"x.tif: cannot be read as a picture .its pixels are 32-bit {kind} of"
     ):
         read_picture(tmp_path / "x.tif")
-    with pytest.raises(ConfigurationError, match=f"sample 0 of the data set is no pair .*its pixels are 32-bit {kind}"):
+    with pytest.raises(ConfigurationError, match=f"sample 0 of .* is not a pair .*its pixels are 32-bit {kind}"):
         as_split(Own(Image.fromarray(np.zeros((4, 4), dtype=dtype))), DataRecipe())
 
 

@@ -157,7 +157,7 @@ def test_arrays_are_taken_as_their_shape_says(shape: tuple[int, ...], expected: 
 def test_images_that_may_be_either_way_round_are_refused(images: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         as_split((images, LABELS), DataRecipe())
-    with pytest.raises(ConfigurationError, match=f"sample 0 of the data set is no pair .*{message}"):
+    with pytest.raises(ConfigurationError, match=f"sample 0 of the data set is not a pair .*{message}"):
         as_split(Pairs(*images, classes=list("abcdef")), DataRecipe())
 
 
@@ -222,22 +222,22 @@ def test_a_test_set_takes_its_names_from_the_training_set() -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (3, "a int is no data set; give"),
-        (BYTES, "a Tensor is no data set"),
+        (3, "a int is not a data set; give"),
+        (BYTES, "a Tensor is not a data set"),
         ((BYTES, LABELS[:2]), r"labels must be \(6,\) int64, one per image, not \(2,\)"),
         ((BYTES[0], LABELS), r"images must be \(N, C, H, W\) uint8 or float32, not \(1, 4, 4\) torch.uint8"),
         ((BYTES, LABELS - 1), "label -1 is outside 0..1, the 2 classes"),
         ((BYTES, LABELS.float()), "labels must be"),
         ((BYTES[:0], LABELS[:0]), "the data set is empty"),
-        ("a folder", "a str is no data set"),
-        ({"images": BYTES}, "a dict is no data set"),
+        ("a folder", "a str is not a data set"),
+        ({"images": BYTES}, "a dict is not a data set"),
         (DataLoader([(BYTES[0], 0)]), "a DataLoader makes batches, which are made here, of data.batch_size samples"),
-        (list, "list makes a data set, but is none; call it"),
-        ([(BYTES[0], 0.5)], "sample 0 of the data set is no pair .*the label 0.5 is no whole number"),
-        ([(BYTES[0], torch.eye(2))], "sample 0 of the data set is no pair"),
-        ([(BYTES[0], 2**40)], "label 1099511627776 is no number of a class"),
+        (list, "list makes a data set, but is not one; call it"),
+        ([(BYTES[0], 0.5)], "sample 0 of the data set is not a pair .*the label 0.5 is not a whole number"),
+        ([(BYTES[0], torch.eye(2))], "sample 0 of the data set is not a pair"),
+        ([(BYTES[0], 2**40)], "label 1099511627776 is not a valid class number"),
         (Pairs(classes=["a"]), "the data set is empty"),
-        (Pairs("x", classes=["a"]), r"sample 0 of the data set is no pair \(image, label\): the image is a str"),
+        (Pairs("x", classes=["a"]), r"sample 0 of the data set is not a pair \(image, label\): the image is a str"),
         (Pairs(BYTES[0].int(), classes=["a"]), "the image is torch.int32, neither uint8 nor floating point"),
     ],
 )
