@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from disttrain.errors import printable
+
 if TYPE_CHECKING:
     from disttrain.bar import Bar
 
@@ -18,7 +20,7 @@ _log = logging.getLogger("disttrain")
 
 def _write(text: str, stream: TextIO) -> None:
     with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk, a closed stream: the log has it
-        print(text, file=stream, flush=True)
+        print(printable(text), file=stream, flush=True)
 
 
 class _Relay(logging.Handler):
@@ -62,7 +64,7 @@ class Console:
             return
         self._last_words = time.monotonic()
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             _write(text, sys.stdout)
 
@@ -75,7 +77,7 @@ class Console:
         if not self._speaks:
             return
         if self._bar is not None:
-            self._bar.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+            self._bar.console.print(f"warning: {printable(text)}", style="yellow", markup=False, highlight=False)
         else:
             _write(f"warning: {text}", sys.stderr)
 

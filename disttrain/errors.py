@@ -11,6 +11,8 @@ from typing import ClassVar
 
 _NOT_THE_USERS = re.compile(rf"^<|[/\\](site|dist)-packages[/\\]|^{re.escape(os.path.dirname(__file__) + os.sep)}")
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 class ExitCode(IntEnum):
     """What a worker's exit code means to whoever started it."""
@@ -75,9 +77,17 @@ class RecipeError(ConfigurationError):
     """The recipe is wrong: each line of the message names one key and what it should be."""
 
 
+def printable(text: str) -> str:
+    """`text`, which came from outside, with its control characters written out, except tabs and ends of lines.
+
+    A terminal would obey them: clear the screen, change its title, put something on the clipboard.
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def brief(text: object, limit: int = 200) -> str:
     """`text`, which came from outside, on one line and no longer than a message may be."""
-    line = " ".join(str(text).split())
+    line = printable(" ".join(str(text).split()))
     return line if len(line) <= limit else f"{line[:limit]}…"
 
 

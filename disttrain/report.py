@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from disttrain.errors import ExitCode
+from disttrain.errors import ExitCode, printable
 from disttrain.launched import OUR_LAUNCHERS, launched_by, rank_hint
 
 
@@ -51,7 +51,7 @@ def report_failure(
     is_shown = is_written and launched_by() in OUR_LAUNCHERS
     if not is_shown and (not rank or not told_by_all):
         who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
-        print(f"{trace or ''}disttrain: {who}{message}", file=sys.stderr, flush=True)
+        print(printable(f"{trace or ''}disttrain: {who}{message}"), file=sys.stderr, flush=True)
 
 
 def report_finished() -> None:

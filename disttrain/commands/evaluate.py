@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from disttrain.errors import printable
 from disttrain.worker import leave, worker
 
 
@@ -59,11 +60,11 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool
         if as_json:
             print(json.dumps(result.to_json()))
             return
-        print(f"{checkpoint.path}, {world.size} worker{'s' if world.size > 1 else ''}")
+        print(printable(f"{checkpoint.path}, {world.size} worker{'s' if world.size > 1 else ''}"))
         print(f"accuracy {result.accuracy:.2%} ({result.correct} of {result.total}), loss {result.loss:.6f}")
         width = max(len(name) for name in result.classes)
         for name, accuracy in result.per_class.items():
-            print(f"  {name:<{width}}  {'no samples' if accuracy is None else f'{accuracy:7.2%}'}")
+            print(printable(f"  {name:<{width}}  {'no samples' if accuracy is None else f'{accuracy:7.2%}'}"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_model, read_checkpoint
-from disttrain.errors import ConfigurationError, UsageError, brief
+from disttrain.errors import ConfigurationError, UsageError, brief, printable
 from disttrain.layout import MANIFEST, is_checkpoint
 from disttrain.models import build_model
 from disttrain.recipe import Recipe, ask_before_importing, parse_recipe
@@ -46,7 +46,7 @@ def _find(path: Path) -> Checkpoint:
         except ConfigurationError as error:
             if candidate == oldest_first[0]:
                 raise
-            print(f"warning: {error} The checkpoint before it is used.", file=sys.stderr)
+            print(printable(f"warning: {error} The checkpoint before it is used."), file=sys.stderr)
     raise UsageError(f"{path} has no good checkpoint yet.")
 
 
@@ -96,8 +96,8 @@ def refuse_other_than_pictures(checkpoint: Checkpoint, recipe: Recipe) -> None:
     # Earlier versions wrote 0.5 for floats, too, whatever their data set had done.
     if "dtype" not in data and set(mean) == {0.5} and recipe.data.mean is None:
         print(
-            f"warning: {checkpoint.path} is of an earlier version, which did not note whether the data set gave bytes "
-            "or floats; if it gave floats, the answers are wrong.",
+            f"warning: {printable(str(checkpoint.path))} is of an earlier version, which did not note whether the data "
+            "set gave bytes or floats; if it gave floats, the answers are wrong.",
             file=sys.stderr,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from disttrain.errors import printable
 from disttrain.worker import leave, worker
 
 
@@ -58,7 +59,7 @@ def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, tru
         return
     for answer in answers:
         guesses = ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in answer["classes"])
-        print(f"{answer['image']}: {guesses}")
+        print(printable(f"{answer['image']}: {guesses}"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from disttrain.errors import brief
+from disttrain.errors import brief, printable
 from disttrain.worker import leave, worker
 
 
@@ -36,7 +36,8 @@ def list_runs(runs_dir: str, as_json: bool) -> None:
         print(f"no runs in {runs_dir}")
     width = max((len(summary["name"]) for summary in summaries), default=0)
     for summary in summaries:
-        print(f"{summary['name']:<{width}}  {summary['state']:<10} {summary.get('error') or _words(summary)}")
+        words = summary.get("error") or _words(summary)
+        print(printable(f"{summary['name']:<{width}}  {summary['state']:<10} {words}"))
 
 
 def _runs_in(runs_dir: str) -> list[str]:
@@ -107,12 +108,12 @@ def show(run: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return
-    print(f"{summary['name']}: {summary['state']}, {_words(summary)}")
-    print(f"workers      {summary['world_size'] or 'unknown'}")
-    print(f"MLflow run   {summary['mlflow_run_id'] or 'none'}")
+    print(printable(f"{summary['name']}: {summary['state']}, {_words(summary)}"))
+    print(printable(f"workers      {summary['world_size'] or 'unknown'}"))
+    print(printable(f"MLflow run   {summary['mlflow_run_id'] or 'none'}"))
     for checkpoint in summary["checkpoints"]:
         accuracy = "" if checkpoint["accuracy"] is None else f"  accuracy {checkpoint['accuracy']:.2%}"
-        print(f"checkpoint   {checkpoint['path']}{accuracy}")
+        print(printable(f"checkpoint   {checkpoint['path']}{accuracy}"))
 
 
 @command.command()
@@ -132,11 +133,11 @@ def verify(run: str, as_json: bool) -> None:
         print(json.dumps({"checkpoints": checked, "set_aside": set_aside, "unfinished": unfinished}))
     else:
         for entry in checked:
-            print(f"{entry['path']}: {'good' if entry['good'] else 'DAMAGED: ' + entry['detail']}")
+            print(printable(f"{entry['path']}: {'good' if entry['good'] else 'DAMAGED: ' + entry['detail']}"))
         for path in set_aside:
-            print(f"{path}: set aside, damaged")
+            print(printable(f"{path}: set aside, damaged"))
         for path in unfinished:
-            print(f"{path}: unfinished; it is being written, or the next start clears it up")
+            print(printable(f"{path}: unfinished; it is being written, or the next start clears it up"))
         if not checked:
             print(f"{run} has no checkpoint yet")
     damaged = [entry["path"] for entry in checked if not entry["good"]]

@@ -51,13 +51,13 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     Returns where MLflow is, without credentials, and what it lacks still. Raises UsageError, or ConfigurationError if
     the user has to say that the server may be trusted.
     """
-    from disttrain.errors import UsageError
+    from disttrain.errors import UsageError, printable
     from disttrain.recipe import ask_before_sending, load_recipe_for
     from disttrain.rundir import JOURNAL, RECIPE, is_run, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
     def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
     if not is_run(run) or not (run / JOURNAL).is_file():
         raise UsageError(f"{run} is not a run directory with a journal: see `disttrain runs list`.")

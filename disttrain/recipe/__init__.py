@@ -1,6 +1,6 @@
 """The recipe: one training job as typed, validated values, from TOML and `-o key=value`. Imports no torch."""
 
-from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError
+from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError, printable
 from disttrain.files import make_folder, open_to_append, open_to_read
 from disttrain.recipe.installed import check_installed
 from disttrain.recipe.load import as_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
@@ -57,6 +57,7 @@ __all__ = [
     "open_to_append",
     "open_to_read",
     "parse_recipe",
+    "printable",
     "recipe_of_checkpoints",
     "recipe_text",
     "shipped_recipes",

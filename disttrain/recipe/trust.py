@@ -99,10 +99,13 @@ def is_beside(uri: str, address: str | Path) -> bool:
     file = uri.removeprefix("sqlite:///")
     if is_text(str(default)) and file == quote(str(default), safe=" +/"):
         return True  # as SQLAlchemy writes a path with % or ? in it
-    return file != uri and os.path.realpath(file) in (
-        os.path.realpath(default),
-        os.path.realpath(folder.resolve().parent / "mlflow.db"),
-    )
+    try:
+        return file != uri and os.path.realpath(file) in (
+            os.path.realpath(default),
+            os.path.realpath(folder.resolve().parent / "mlflow.db"),
+        )
+    except ValueError:  # a name that no file can have
+        return False
 
 
 def _credentials(environment: Mapping[str, str]) -> str:

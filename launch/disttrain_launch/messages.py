@@ -9,7 +9,9 @@ import click
 
 def complain(message: str) -> None:
     """Say what went wrong, on standard error."""
-    for line in message.splitlines():
+    from disttrain.recipe import printable  # not above: `--help` does without
+
+    for line in printable(message).splitlines():
         say(f"disttrain: {line}", err=True)
 
 

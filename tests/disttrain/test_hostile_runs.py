@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -19,16 +20,19 @@ from PIL import Image
 import disttrain
 from disttrain.checkpoint import CheckpointStore
 from disttrain.commands import predict, runs, sync
+from disttrain.console import Console
 from disttrain.data.folder import load_folder
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import being_written, open_to_append, replace_file
 from disttrain.lock import owned
+from disttrain.models import build_model
 from disttrain.recipe import DataRecipe, load_recipe, to_toml
 from disttrain.rundir import log_to_file, owned_run_dir, refuse_links, stop_logging
 from disttrain.tracking import load_state
 from disttrain.tracking.charts import draw_charts
 from disttrain.tracking.journal import Journal
 from disttrain.tracking.sender_process import sole_sender
+from disttrain_launch.messages import complain
 
 FILES = (
     ".lock", "recipe.toml", ".recipe.toml.writing", "evaluation.json", ".evaluation.json.writing", "spikes.json",
@@ -202,6 +206,40 @@ def test_pipes_hold_nobody_up(run: Path, command: click.Command, arguments: list
     assert result.exception is None or isinstance(result.exception, DisttrainError), result.exc_info
     if arguments[0] in ("verify", "hash") or command is predict.command:
         assert "it is a named pipe, not a file" in f"{result.output}{result.exception}"
+
+
+def test_a_terminal_obeys_nothing_that_a_run_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences in it change no title, clear no screen and reach no clipboard."""
+    evil, picture = "\x1b]52;c;cm0gLXJmIH4=\x07\x9b2J", run.parent / "picture.png"
+    Image.new("L", (8, 8)).save(picture)
+    recipe = load_recipe("digits", OVERRIDES)
+    data = {"num_train": 9, "classes": [evil] * 2, "sample_shape": [1, 16, 16], "mean": [0.5], "std": [0.5]}
+    weights = build_model(recipe.model, num_classes=2, sample_shape=(1, 16, 16)).state_dict()
+    state = {"step": 3, "recipe": recipe.model_dump(mode="json"), "data": data, "metrics": {}}
+    CheckpointStore(run / "checkpoints").save(weights, {}, state)
+    (run / "checkpoints" / f"step-00000001.damaged{evil}").mkdir()
+    (run / "mlflow.json").write_text(json.dumps({"run_id": evil, "uri": evil}))
+    run.rename(named := run.with_name(f"run{evil}"))
+    words = [str(named), "list", "--runs-dir", str(named.parent)]
+    for command, arguments in (
+        *((runs.command, arguments) for arguments in (["show", words[0]], ["verify", words[0]], words[1:])),
+        (predict.command, [str(named), str(picture)]),
+    ):
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 0, result.exception
+        assert "]52;c;" in result.output
+        assert not set("\x1b\x07\x9b") & set(result.output)
+    complain(f"{named} is in use")
+    Console(speaks=True).warn(f"{named} is in use")
+    shown = capsys.readouterr().err
+    assert shown.count("]52;c;") == 2
+    assert not set("\x1b\x07\x9b") & set(shown)
+
+
+def test_an_address_that_no_file_can_have_is_asked_about(run: Path) -> None:
+    (run / "mlflow.json").write_text(json.dumps({"uri": f"sqlite:///{run.parent}/mlflow.db\0", "experiment": "e"}))
+    result = CliRunner().invoke(sync.command, [str(run)])
+    assert isinstance(result.exception, ConfigurationError), result.exc_info
 
 
 @pytest.mark.parametrize("in_place", ["a pipe", "a device", "a link to a pipe"])
