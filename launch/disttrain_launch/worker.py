@@ -112,6 +112,7 @@ class Worker:
 
 def _memory_file() -> IO[bytes]:
     """A file that no full disk keeps from being written to, where the system has such files."""
-    if hasattr(os, "memfd_create"):
+    try:
         return os.fdopen(os.memfd_create("disttrain-report"), "w+b")
-    return TemporaryFile()
+    except (AttributeError, OSError):  # another system, or a sandbox that forbids it
+        return TemporaryFile()

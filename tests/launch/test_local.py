@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from disttrain_launch import worker
 from disttrain_launch.ports import reserved_port
 from tests.launch.conftest import Launcher, StartLauncher
 
@@ -30,6 +31,15 @@ time.sleep(0.3)  # saving
 Path(f"requests-{rank}").write_text(json.dumps(requests))
 os._exit(75)
 """
+
+
+def test_a_system_that_forbids_files_in_memory_has_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(name: str) -> int:
+        raise OSError(38, os.strerror(38))
+
+    monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
+    with worker._memory_file() as file:
+        file.write(b"{}")
 
 
 def test_workers_get_the_contract(start_launcher: StartLauncher) -> None:
