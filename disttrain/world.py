@@ -6,12 +6,14 @@ The only reader of RANK-style variables, but for who asks before there is torch 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -101,7 +103,8 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
             if size == 1:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
             else:
-                store = _meeting_place(rank, size, local_size, timeout)
+                host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = _MeetingPlace(host, port, rank, size, local_size == size, timeout).next_store()
                 _all_have_the_same_device(store, rank, size, chosen)
                 device_id = chosen if chosen.type == "cuda" else None
                 dist.init_process_group(
@@ -182,20 +185,48 @@ def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
         os.environ.pop(_GLOO_INTERFACE, None)
 
 
-def _meeting_place(rank: int, size: int, local_size: int, timeout: timedelta) -> Store:
-    """The store of all ranks. On one machine no other can reach it, unless torchrun serves it."""
-    listener = _loopback_listener() if rank == 0 and local_size == size else None
+@dataclass(frozen=True)
+class _MeetingPlace:
+    """Where the ranks of a job find each other, and the worker that goes there."""
+
+    host: str
+    port: int
+    rank: int
+    size: int
+    is_alone: bool  # whether one machine has all workers
+    timeout: timedelta = field(compare=False)
+
+    def next_store(self) -> Store:
+        """A store that all ranks share for one group: its keys are not those of the groups before."""
+        store, numbers = _met_at(self)
+        store.set_timeout(self.timeout)
+        # "default_pg": as `init_process_group` has it
+        return PrefixStore("default_pg", PrefixStore(f"disttrain/group-{next(numbers)}", store))
+
+
+@functools.cache
+def _met_at(place: _MeetingPlace) -> tuple[Store, Iterator[int]]:
+    """The store of all ranks, and the numbers of the groups that meet there.
+
+    Rank 0 serves it as long as its process lives. If it ended with a group, a rank that is quicker to join the next one
+    would meet the store of the last. On one machine no other can reach it, unless torchrun serves it.
+    """
+    listener = _loopback_listener() if place.rank == 0 and place.is_alone else None
     store: Store
     if listener is not None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # torch's own socket would listen at every address of the machine.
         store = TCPStore(
-            host, port, size, is_master=True, timeout=timeout, multi_tenant=True, master_listen_fd=listener.detach()
+            place.host,
+            place.port,
+            place.size,
+            is_master=True,
+            timeout=place.timeout,
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
         )
     else:
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
-    store.set_timeout(timeout)
-    return PrefixStore("default_pg", store)  # as `init_process_group` has it
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=place.timeout))
+    return store, itertools.count(1)
 
 
 def _loopback_listener() -> socket.socket | None:

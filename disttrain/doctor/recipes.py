@@ -69,10 +69,13 @@ def _loaded(data: DataRecipe) -> Finding:
     from disttrain.data import load_datasets
     from disttrain.world import World
 
-    logging.disable(logging.CRITICAL)
     alone = World(0, 0, 1, 1, torch.device("cpu"), "this machine")
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         sets = load_datasets(data.model_copy(update={"download": False}), alone, nullcontext)
     except ConfigurationError as error:
         return failure("data", str(error), "Put whole files there, or point data.root to another folder.")
+    finally:
+        logging.disable(before)
     return ok("data", f"{data.dataset}: {len(sets.train):,} training and {len(sets.test):,} test samples")

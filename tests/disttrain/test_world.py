@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ print(*(task.joinpath("comm").read_text().strip() for task in Path("/proc/self/t
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout
     assert "gloo" not in ended.stdout
+
+
+def test_a_rank_that_is_quick_to_join_again_waits_for_the_others() -> None:
+    """It would have met the store of the group before, while rank 0 was still on its way out."""
+
+    def body() -> list[float]:
+        sums = []
+        for group in range(3):
+            with join_world("cpu", threads=1) as world:
+                total = torch.tensor([world.rank + 10.0 * group])
+                dist.all_reduce(total)
+                sums.append(float(total))
+                dist.barrier()
+                time.sleep(0.5 if world.is_main else 0)  # so the other joins again before rank 0 has left
+        return sums
+
+    assert run_workers(body, 2, process_group=False, check_collectives=False, timeout_s=240) == [[1.0, 21.0, 41.0]] * 2
 
 
 def test_a_launcher_that_forgets_a_variable_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
