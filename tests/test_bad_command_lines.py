@@ -162,7 +162,7 @@ def test_names_of_runs_that_are_hard_to_print(tmp_path: Path) -> None:
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     for words in (["list", "--runs-dir", tmp_path], ["show", tmp_path / os.fsdecode(names[-1])]):
         command = [sys.executable, "-m", "disttrain.commands.runs", *words]
-        done = subprocess.run(command, capture_output=True, timeout=120, env=strict)
+        done = subprocess.run(command, capture_output=True, timeout=480, env=strict)
         assert (done.returncode, done.stderr) == (0, b"")
         assert all(name in done.stdout for name in (names if words[0] == "list" else names[-1:]))
 

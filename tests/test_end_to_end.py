@@ -74,7 +74,7 @@ class Machine:
 
     def is_clean(self) -> bool:
         """No process of ours, no temporary file; waits a little for processes that are just ending."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 480
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
         hidden = list(self.run.rglob(".*")) if self.run.exists() else []
@@ -150,7 +150,7 @@ def test_a_killed_launcher_takes_its_workers_along_and_the_run_goes_on(
     machine.wait_for_step(60, process)
     process.kill()
     process.communicate(timeout=240)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while machine.processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not machine.processes()

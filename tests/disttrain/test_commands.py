@@ -24,7 +24,7 @@ from disttrain.worker import worker
 from disttrain.world import join_world
 
 
-def disttrain(*arguments: str | Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def disttrain(*arguments: str | Path, timeout_s: float = 480) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "disttrain_launch", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
@@ -75,7 +75,7 @@ def test_a_reader_who_has_gone_is_no_failure(run: Path, arguments: tuple[str, ..
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "disttrain_launch", *[str(run) if word == "RUN" else word for word in arguments]]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=480)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -176,7 +176,7 @@ def in_a_namespace(shell: str, expression: str, *flags: str) -> list[list[str]]:
     """[status, detail] of each finding of the network check in namespaces of its own, after the shell commands."""
     code = f"import json; from disttrain.doctor import network as n; print(json.dumps([[f.status, f.detail] for f in {expression}]))"  # noqa: E501
     command = ["unshare", *flags, "sh", "-ec", f'{shell}; exec "$@"', "sh", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stderr
     found: list[list[str]] = json.loads(done.stdout)
     return found

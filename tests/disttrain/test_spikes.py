@@ -42,7 +42,7 @@ def job(run_dir: Path, *overrides: str, poisoned: tuple[int, ...] = (POISONED,))
 def attempt(
     run_dir: Path, size: int, *overrides: str, injuries: tuple[Fault, ...] = (), **options: object
 ) -> list[Ended]:
-    with workers(size, faults=injuries, process_group=False, check_collectives=False, timeout_s=120) as group:
+    with workers(size, faults=injuries, process_group=False, check_collectives=False, timeout_s=480) as group:
         return group.attempt(job, run_dir, *overrides, **options)
 
 

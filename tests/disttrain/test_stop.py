@@ -29,7 +29,7 @@ def job(run_dir: Path, *overrides: str) -> None:
 
 
 def attempt(run_dir: Path, world_size: int, *injuries: Fault, overrides: tuple[str, ...] = ()) -> list[Outcome]:
-    with workers(world_size, faults=injuries, process_group=False, check_collectives=False, timeout_s=120) as group:
+    with workers(world_size, faults=injuries, process_group=False, check_collectives=False, timeout_s=480) as group:
         return group.attempt(job, run_dir, *overrides)
 
 
@@ -122,7 +122,7 @@ def test_a_stop_file_from_before_the_start_stops_nothing(tmp_path: Path) -> None
 
 def stop(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "disttrain_launch", "stop", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
 
 
 def test_the_command_waits_until_the_run_has_stopped(tmp_path: Path) -> None:

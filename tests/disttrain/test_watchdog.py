@@ -43,7 +43,7 @@ class HoldsTheInterpreter(nn.Module):
 def verdicts(run_dir: Path, world_size: int, *injuries: Fault, model: nn.Module | None = None) -> list[str]:
     """Train until the watchdog ends it; what each rank's log has of its verdict."""
     with (
-        workers(world_size, faults=injuries, process_group=False, check_collectives=False, timeout_s=120) as group,
+        workers(world_size, faults=injuries, process_group=False, check_collectives=False, timeout_s=480) as group,
         suppress(WorkerFailed),
     ):
         group.run(job, run_dir, model=model)
@@ -100,7 +100,7 @@ def test_a_rank_that_is_only_slow_is_left_alone(tmp_path: Path) -> None:
     """Its evaluation takes longer than the timeout, while the other waits in a collective for it."""
     slowed = faults.slow(1, HANG_TIMEOUT_S / 4, at="evaluation", times=8)
     overrides = ("train.max_steps=2", "train.eval_batch_size=2")
-    with workers(2, faults=[slowed], process_group=False, check_collectives=False, timeout_s=120) as group:
+    with workers(2, faults=[slowed], process_group=False, check_collectives=False, timeout_s=480) as group:
         group.run(job, tmp_path / "run", *overrides)
     assert len(slowed.happened) == 8
 
@@ -119,7 +119,7 @@ def test_a_machine_that_is_cut_off_is_named(tmp_path: Path) -> None:
 
         threading.Thread(target=cut, daemon=True).start()
         with (
-            workers(2, hosts=machines, process_group=False, check_collectives=False, timeout_s=120) as group,
+            workers(2, hosts=machines, process_group=False, check_collectives=False, timeout_s=480) as group,
             suppress(WorkerFailed),
         ):
             group.run(job, run_dir)

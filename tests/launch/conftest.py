@@ -74,7 +74,7 @@ class Launcher:
         self.assert_nothing_left()
         return self.process.returncode, out, err
 
-    def assert_nothing_left(self, within_s: float = 120) -> None:
+    def assert_nothing_left(self, within_s: float = 480) -> None:
         """No process and no temporary file."""
         deadline = time.monotonic() + within_s
         while (left := self.processes()) and time.monotonic() < deadline:

@@ -136,7 +136,7 @@ def test_a_proof_that_is_asked_to_end_leaves_nothing(tmp_path: Path) -> None:
         time.sleep(0.05)
     proof.send_signal(signal.SIGTERM)
     assert proof.wait(timeout=240) == 128 + signal.SIGTERM
-    _, alive = psutil.wait_procs(family, timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=480)
     assert alive == []
     assert left_in(tmp_path) == []
 

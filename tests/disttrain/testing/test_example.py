@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "test_your_own_code"
 
 def run(folder: Path, *options: str) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False).stdout
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=480, check=False).stdout
 
 
 def test_the_harness_catches_the_planted_bugs(tmp_path: Path) -> None:

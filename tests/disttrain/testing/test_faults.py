@@ -74,8 +74,8 @@ def test_a_rank_is_ended_or_stopped_at_a_step(fault: faults.Fault, ends: str) ->
 
 def test_a_rank_is_killed_at_a_moment() -> None:
     fault = faults.kill(0, after_s=0.3)
-    with workers(2, faults=[fault], timeout_s=20) as group:
-        outcomes = group.attempt(time.sleep, 1.0)
+    with workers(2, faults=[fault]) as group:
+        outcomes = group.attempt(lambda: time.sleep(600 if os.environ["RANK"] == "0" else 0))
     assert [outcome.state for outcome in outcomes] == ["died", "returned"]
     assert fault.happened[0]["point"] == "moment"
 
@@ -87,9 +87,9 @@ def test_a_rank_is_slowed_each_time() -> None:
         return time.monotonic() - start
 
     fault = faults.slow(1, 0.05)
-    quick, slow = run_workers(body, 2, faults=[fault])
-    assert quick < 0.2 <= slow
-    assert len(fault.happened) == 5
+    _, slow = run_workers(body, 2, faults=[fault])
+    assert slow >= 0.25
+    assert [entry["rank"] for entry in fault.happened] == ["1"] * 5
 
 
 def test_a_point_fails_the_nth_time() -> None:

@@ -338,7 +338,7 @@ with workers(2) as group:
         process.stdout.readline()
         time.sleep(0.3)
         process.kill()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while marked_processes(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert marked_processes(mark) == []

@@ -15,7 +15,7 @@ from tests.disttrain.tracking.conftest import MlflowServer, RecipeMaker
 
 def sync(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "disttrain_launch", "sync", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=480)
 
 
 def test_what_is_owed_is_delivered_and_doing_it_twice_changes_nothing(

@@ -71,7 +71,7 @@ def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -
         if resumed:
             tracker.metrics(9, {"eval/accuracy": 0.8, "eval/loss": 0.5})
             tracker.model(module, (0.5,) * 3, (0.25,) * 3, EVALUATION["classes"], (3, 8, 8))
-        assert not tracker.finish("FINISHED" if resumed else "KILLED", timeout_s=100)
+        assert not tracker.finish("FINISHED" if resumed else "KILLED", timeout_s=480)
         run_ids.append(load_state(run_dir).run_id)
     assert said == []
     assert run_ids[0] == run_ids[1]
@@ -280,7 +280,7 @@ def test_a_killed_training_process_takes_its_sender_along(run_dir: Path, line: A
         assert sender.is_running(), "the sender has to outlive what stops a training"
         training.kill()
         training.wait()
-        sender.wait(timeout=120)
+        sender.wait(timeout=480)
 
 
 def test_nothing_is_printed(run_dir: Path, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_nothing_is_printed(run_dir: Path, tmp_path: Path) -> None:
         folder = run_dir.parent / end
         folder.mkdir()
         command = [sys.executable, "-c", code, folder, end, uri]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=480)
         assert (ended.stdout, ended.stderr, ended.returncode) == (expected, "", 0)
     wait_until(lambda: not owed(run_dir.parent / "finish"))
 

@@ -23,7 +23,7 @@ def train(run: Path, server: MlflowServer, *options: str) -> subprocess.Complete
     command = [sys.executable, "-m", "disttrain_launch", "train", "digits", "-n", "2", "--run-dir", str(run)]
     for option in (f"tracking.uri={server.uri}", "tracking.experiment=over-http", *options):
         command += ["-o", option]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, capture_output=True, text=True, timeout=480)
 
 
 def test_everything_arrives_and_the_stored_model_predicts_as_ours(

@@ -60,7 +60,7 @@ class FakeCluster:
         """The pods there are."""
         return sorted(self.store.of("pods"), key=lambda pod: str(pod["metadata"]["name"]))
 
-    def wait(self, what: str, until: Any, timeout_s: float = 120) -> None:
+    def wait(self, what: str, until: Any, timeout_s: float = 480) -> None:
         """Wait until `until()` is true."""
         deadline = time.monotonic() + timeout_s
         while not until():

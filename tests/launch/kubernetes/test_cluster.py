@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def end(thread: threading.Thread) -> None:
     """Wait for a follower."""
-    thread.join(120)
+    thread.join(480)
     assert not thread.is_alive()
 
 

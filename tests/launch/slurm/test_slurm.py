@@ -112,7 +112,7 @@ class Slurm:
 
     def disttrain(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "disttrain_launch", "slurm", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=480, check=False)
 
     @contextmanager
     def job(self) -> Iterator[subprocess.Popen[str]]:
@@ -194,7 +194,7 @@ def test_only_a_job_that_was_warned_is_requeued(tmp_path: Path, to: str, requeue
 
 @needs_hosts
 @pytest.mark.long
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_two_nodes_are_warned_requeued_and_end_with_the_bits_of_an_undisturbed_run(tmp_path: Path) -> None:
     overrides = (*SMALL, MODEL, "train.epochs=40")
     reference = tmp_path / "reference"
@@ -213,7 +213,7 @@ def test_two_nodes_are_warned_requeued_and_end_with_the_bits_of_an_undisturbed_r
                 assert job.poll() is None, slurm.log()
                 time.sleep(0.02)
             job.send_signal(signal.SIGUSR1)
-            assert job.wait(timeout=120) == 75, slurm.log()
+            assert job.wait(timeout=480) == 75, slurm.log()
         assert slurm.requeued() == 1
         with slurm.job() as job:
             assert job.wait(timeout=200) == 0, slurm.log()
