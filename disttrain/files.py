@@ -7,12 +7,16 @@ in place of a file would have its reader wait for ever.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, FileIO
 from pathlib import Path
+from typing import Any
+
+_DEEPEST = 100
 
 _KINDS = (
     (stat.S_ISLNK, errno.ELOOP, "it is a symbolic link, and none is followed here"),
@@ -72,6 +76,24 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a regular file. Raises OSError, as `open_safely` does, or UnicodeDecodeError."""
     return read_bytes(path).decode()
+
+
+def parse_json(content: str | bytes) -> Any:
+    """`json.loads` for what may come from anywhere; nothing nested so deeply that a walk fails. Raises ValueError."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level if isinstance(outer, list | dict) for inner in _items(outer)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _items(outer: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, dict) else outer
 
 
 def replace_file(path: Path, content: str | bytes, temporary: Path | None = None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
-from disttrain.files import read_text
+from disttrain.files import parse_json, read_text
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -40,7 +39,7 @@ def step_of(path: Path) -> int:
 def accuracy_of(path: Path) -> float | None:
     """The accuracy that was measured at this checkpoint, if any was."""
     try:
-        accuracy = json.loads(read_text(path / STATE))["metrics"]["eval/accuracy"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        accuracy = parse_json(read_text(path / STATE))["metrics"]["eval/accuracy"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return accuracy if isinstance(accuracy, float) else None

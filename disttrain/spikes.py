@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from disttrain.errors import ConfigurationError
-from disttrain.files import read_text, replace_file
+from disttrain.files import parse_json, read_text, replace_file
 from disttrain.recipe import TrainRecipe
 from disttrain.rundir import SPIKES
 
@@ -61,7 +61,7 @@ def read_skipped(run_dir: Path) -> frozenset[int]:
     """The steps that the run leaves out. Raises ConfigurationError if the file that says so is damaged."""
     path = run_dir / SPIKES
     try:
-        content: Any = json.loads(read_text(path))
+        content: Any = parse_json(read_text(path))
         steps = content["skipped_steps"]
         if not all(isinstance(step, int) and step >= 0 for step in steps):
             raise ValueError("its steps are no whole numbers")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from disttrain.errors import DisttrainError
-from disttrain.files import read_bytes
+from disttrain.files import parse_json, read_bytes
 from disttrain.recipe import Recipe, load_recipe, load_recipe_for, recipe_of_checkpoints
 from disttrain.recipe.address import is_url
 from disttrain.remote import RemoteRun
@@ -47,7 +46,7 @@ def _last_status(lines: list[bytes]) -> str | None:
     for line in reversed(lines):
         if b'"status"' in line:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 continue
             if isinstance(record, dict) and record.get("kind") == "status":

@@ -27,7 +27,7 @@ from disttrain.checkpoint.check import check_state
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
-from disttrain.files import make_folder, open_to_read, read_text, utf8_name
+from disttrain.files import make_folder, open_to_read, parse_json, read_text, utf8_name
 from disttrain.layout import CONTENTS, MANIFEST, MODEL, OPTIMIZER, STATE
 
 _FORMAT = 1
@@ -172,10 +172,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigurationError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} does not hold a JSON object.")

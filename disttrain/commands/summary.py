@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from disttrain.files import read_text
+from disttrain.files import parse_json, read_text
 from disttrain.layout import STATE, accuracy_of, checkpoints_in, step_of
 from disttrain.rundir import CHECKPOINTS, JOURNAL
 from disttrain.tracking.journal import last_status
@@ -39,7 +38,7 @@ def summarise(run: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_text(path))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,7 +1,7 @@
 """The recipe: one training job as typed, validated values, from TOML and `-o key=value`. Imports no torch."""
 
 from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError, printable
-from disttrain.files import make_folder, open_to_append, open_to_read
+from disttrain.files import make_folder, open_to_append, open_to_read, parse_json
 from disttrain.recipe.installed import check_installed
 from disttrain.recipe.load import as_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
 from disttrain.recipe.model import (
@@ -56,6 +56,7 @@ __all__ = [
     "make_folder",
     "open_to_append",
     "open_to_read",
+    "parse_json",
     "parse_recipe",
     "printable",
     "recipe_of_checkpoints",

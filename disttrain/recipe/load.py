@@ -73,6 +73,13 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
     Raises:
         RecipeError: wrong keys or values; one line per mistake.
     """
+    try:
+        return _parsed(mapping, overrides, source)
+    except RecursionError:
+        raise RecipeError(f"{source}: is nested too deeply") from None
+
+
+def _parsed(mapping: Mapping[str, Any], overrides: Sequence[str], source: str) -> Recipe:
     merged, places = apply_overrides(dict(mapping), overrides)
     if absurd := [f"{place(path, source, places)}: {what}" for path, what in beyond_bounds(merged)]:
         raise RecipeError("\n".join(dict.fromkeys(absurd)))

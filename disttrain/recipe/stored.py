@@ -6,14 +6,13 @@ A checkpoint's manifest vouches for its state.json, and that holds the recipe. R
 from __future__ import annotations
 
 import hashlib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from disttrain.errors import RecipeError
-from disttrain.files import read_bytes, read_text
+from disttrain.files import parse_json, read_bytes, read_text
 from disttrain.layout import MANIFEST, STATE, checkpoints_in
 from disttrain.recipe.address import is_url
 from disttrain.recipe.explain import sections
@@ -72,8 +71,8 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def _vouched_state(checkpoint: Path) -> Mapping[str, Any]:
     raw = read_bytes(checkpoint / STATE)
-    expected = json.loads(read_bytes(checkpoint / MANIFEST))["files"][STATE]
+    expected = parse_json(read_bytes(checkpoint / MANIFEST))["files"][STATE]
     if expected != {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}:
         raise ValueError("not what was written")
-    state: dict[str, Any] = json.loads(raw)
+    state: dict[str, Any] = parse_json(raw)
     return state

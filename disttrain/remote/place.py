@@ -10,7 +10,6 @@ A second checkpoint of the same step does not touch the first: it is called step
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from disttrain.checkpoint import verify_checkpoint
 from disttrain.checkpoint.folder import WRITING, hidden
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.faultpoints import reached
-from disttrain.files import open_to_read
+from disttrain.files import open_to_read, parse_json
 from disttrain.layout import CONTENTS, MANIFEST, STATE
 from disttrain.recipe.address import file_system
 
@@ -179,7 +178,7 @@ class RemoteRun:
     def accuracy(self, name: str) -> float | None:
         """The accuracy that was measured at a checkpoint, if any was."""
         try:
-            accuracy = json.loads(self.read(f"checkpoints/{name}/{STATE}") or b"{}")["metrics"]["eval/accuracy"]
+            accuracy = parse_json(self.read(f"checkpoints/{name}/{STATE}") or b"{}")["metrics"]["eval/accuracy"]
         except (ValueError, KeyError, TypeError):
             return None
         return accuracy if isinstance(accuracy, float) else None
@@ -227,7 +226,7 @@ def _piece(number: int) -> str:
 def as_json(content: bytes | None) -> dict[str, Any]:
     """The JSON object in an object's content; an empty one for what is none."""
     try:
-        value = json.loads(content or b"{}")
+        value = parse_json(content or b"{}")
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from disttrain.files import read_text, replace_file
+from disttrain.files import parse_json, read_text, replace_file
 from disttrain.tracking.journal import JOURNAL_FILE, count_records
 
 STATE_FILE = "mlflow.json"
@@ -41,9 +41,9 @@ def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
     the run is found again by the job's name.
     """
     try:
-        stored = json.loads(read_text(Path(run_dir) / STATE_FILE))
+        stored = parse_json(read_text(Path(run_dir) / STATE_FILE))
         state = DeliveryState(**stored)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return DeliveryState()
     expected = DeliveryState()
     for name, value in asdict(expected).items():

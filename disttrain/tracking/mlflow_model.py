@@ -26,6 +26,7 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
+from disttrain.files import parse_json
 from disttrain.tracking.model import EXPORT_FILE
 
 _NAME = "model"
@@ -151,7 +152,7 @@ def save_exported_model(exported: Path, description: dict[str, Any], target: Pat
 
 def read_description(file: Path) -> dict[str, Any]:
     """What `export_model` wrote of a model, checked: it may come from anywhere. Raises ValueError."""
-    found = json.loads(file.read_bytes())
+    found = parse_json(file.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"{file.name} does not describe a model")
     classes, shape, version = (found.get(key) for key in ("classes", "sample_shape", "torch"))

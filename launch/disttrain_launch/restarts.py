@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
-from disttrain.recipe import ExitCode, open_to_read
+from disttrain.recipe import ExitCode, open_to_read, parse_json
 from disttrain_launch.outcome import Outcome
 
 _NEVER = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.STOPPED, ExitCode.CONFIGURATION, ExitCode.UNREAD)
@@ -54,6 +53,6 @@ def _last_step(journal: Path) -> int:
     with suppress(OSError), open_to_read(journal) as lines:
         for line in lines:
             if line.endswith(b"\n") and b'"metrics"' in line:
-                with suppress(ValueError, KeyError, TypeError):
-                    step = int(json.loads(line)["step"])
+                with suppress(ValueError, KeyError, TypeError, OverflowError):
+                    step = int(parse_json(line)["step"])
     return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import disttrain
+from disttrain.agent.finished import is_finished
 from disttrain.checkpoint import CheckpointStore
 from disttrain.commands import predict, runs, sync
 from disttrain.console import Console
@@ -26,8 +28,9 @@ from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import being_written, open_to_append, replace_file
 from disttrain.lock import owned
 from disttrain.models import build_model
-from disttrain.recipe import DataRecipe, load_recipe, to_toml
+from disttrain.recipe import DataRecipe, load_recipe, parse_recipe, to_toml
 from disttrain.rundir import log_to_file, owned_run_dir, refuse_links, stop_logging
+from disttrain.spikes import read_skipped
 from disttrain.tracking import load_state
 from disttrain.tracking.charts import draw_charts
 from disttrain.tracking.journal import Journal
@@ -234,6 +237,36 @@ def test_a_terminal_obeys_nothing_that_a_run_says(run: Path, capsys: pytest.Capt
     shown = capsys.readouterr().err
     assert shown.count("]52;c;") == 2
     assert not set("\x1b\x07\x9b") & set(shown)
+
+
+NESTED = '{"a":' * 600 + "0" + "}" * 600  # which Python's decoder takes, and a walk through it does not
+
+
+@pytest.mark.parametrize("deep", [NESTED, "[" * 200_000], ids=["nested", "without end"])
+def test_nothing_is_nested_too_deeply_to_be_refused_in_a_line(run: Path, deep: str) -> None:
+    (run / "recipe.toml").unlink()
+    state = run / "checkpoints" / "step-00000002" / "state.json"
+    for content in (f'{{"step": 2, "recipe": {deep}}}', f'{{"recipe": {{}}, "epoch": {deep}, "step": {deep}}}'):
+        state.write_text(content)
+        manifest = json.loads((state.parent / "manifest.json").read_text())
+        sha256 = hashlib.sha256(content.encode()).hexdigest()
+        manifest["files"]["state.json"] = {"size": len(content), "sha256": sha256}
+        (state.parent / "manifest.json").write_text(json.dumps(manifest))
+        Image.new("L", (8, 8)).save(run.parent / "picture.png")
+        for command, arguments in (
+            (runs.command, ["show", str(run)]),
+            (runs.command, ["hash", str(run)]),
+            (predict.command, [str(run), str(run.parent / "picture.png")]),
+        ):
+            error = CliRunner().invoke(command, arguments).exception
+            assert error is None or isinstance(error, ConfigurationError)
+    with pytest.raises(ConfigurationError, match="nested too deeply"):
+        parse_recipe({"data": json.loads(NESTED)})
+    (run / "spikes.json").write_text(f'{{"skipped_steps": {deep}}}')
+    with pytest.raises(ConfigurationError, match="nested too deeply"):
+        read_skipped(run)
+    (run / "journal.jsonl").write_text(f'{{"kind": "status", "status": {deep}}}\n')
+    assert not is_finished(str(run), "digits", ())
 
 
 def test_an_address_that_no_file_can_have_is_asked_about(run: Path) -> None:
