@@ -118,5 +118,6 @@ def test_a_wrong_digit_in_the_journal_ends_no_restarts(tmp_path: Path) -> None:
     restarts = Restarts(5, tmp_path)
     for steps in ([4], [900], [900, 5]):
         lines = [json.dumps({"kind": "metrics", "step": step, "metrics": {}}) + "\n" for step in steps]
-        (tmp_path / "journal.jsonl").write_text("".join(lines))
+        damaged = '{"metrics": {}, "step": 1e999}\n{"metrics": ' + "[" * 200_000 + "\n"
+        (tmp_path / "journal.jsonl").write_text("".join(lines) + damaged)
         assert restarts.helps(Outcome(ExitCode.FAILURE, "killed"))
