@@ -60,8 +60,9 @@ class Lease:
             if now.get("released"):
                 return
             if now != there:
+                owner = now.get("owner") or there.get("owner", "another process")  # either may be half written
                 raise ConfigurationError(
-                    f"{self._run.url} is in use: {now.get('owner', 'another process')} is training there. Wait until "
+                    f"{self._run.url} is in use: {owner} is training there. Wait until "
                     "it has ended, stop it, or choose another --run-dir."
                 )
 
