@@ -144,10 +144,13 @@ def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) 
     stored, found = path / RECIPE, recipe_of_checkpoints(path)
     if found is None:
         if stored.exists():
-            refuse_other_recipe(path, load_recipe(str(stored)), recipe, "start it with the same recipe to go on")
+            refuse_other_recipe(path, load_recipe(str(stored)), recipe, "give the same recipe to resume it")
         return
     checkpoint, trained_with = found
-    remedy = f"go on with the recipe of {checkpoint}: if {stored} was changed or damaged, remove it, and it is restored"
+    remedy = (
+        f"leave out RECIPE and -o to resume with those of {checkpoint}; if {stored} was edited or damaged, remove it, "
+        "and it is restored"
+    )
     refuse_other_recipe(path, trained_with, recipe, remedy)
     wrong = damage(path)
     if wrong is not None:
@@ -158,7 +161,7 @@ def refuse_other_recipe(path: Path | str, stored: Recipe, recipe: Recipe, remedy
     """Raise ConfigurationError if a run that was trained with `stored` cannot go on with `recipe`."""
     before, now = (flatten(one.model_dump(mode="json")) for one in (stored, recipe))
     differences = [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key != "name"
@@ -169,6 +172,10 @@ def refuse_other_recipe(path: Path | str, stored: Recipe, recipe: Recipe, remedy
         raise ConfigurationError(
             f"{path} holds a run of another recipe: {'; '.join(differences)}. Choose a new --run-dir, or {remedy}."
         )
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else repr(value)
 
 
 def go_on_with(run_dir: Path | str) -> str:

@@ -181,4 +181,4 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     elif job.is_finished:
         console.line(f"{address} was interrupted after its last step: finishing it")
     elif job.step:
-        console.line(f"going on from step {job.step} of {job.total_steps} in {address}")
+        console.line(f"resuming from step {job.step} of {job.total_steps} in {address}")

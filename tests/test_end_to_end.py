@@ -139,7 +139,7 @@ def test_ctrl_c_leaves_nothing_behind_and_a_run_that_goes_on(
     assert machine.is_clean()
     code, out, err = machine.run_to_the_end(*LAUNCH, "--run-dir", "run", "-n", "2", "-o", "tracking.uri=none")
     assert code == 0, out + err
-    assert "going on from step" in out
+    assert "resuming from step" in out
     assert machine.sha256() == undisturbed
 
 

@@ -118,7 +118,7 @@ def command(
         )
         _run(agent, handler, serves=serves == "true")
     except SignalException:
-        _say("stopped before the workers were ready; start again to go on")
+        _say("stopped before the workers were ready; run the same command again")
         raise click.exceptions.Exit(ExitCode.STOPPED) from None
     except RendezvousError as error:
         _leave_if(finished, run_dir)  # by the others, who are gone now

@@ -120,7 +120,7 @@ class Agent(LocalElasticAgent):
             cause = first_cause(self._failures(), self._host)
         elif not were_running or -signal.SIGTERM in codes:
             when = "between two attempts" if codes and not were_running else "before the workers were ready"
-            cause = Cause(ExitCode.STOPPED, f"stopped {when}; start again to go on")
+            cause = Cause(ExitCode.STOPPED, f"stopped {when}; run the same command again")
         elif killed:
             cause = Cause(ExitCode.FAILURE, f"the workers were killed {killed}")
         else:

@@ -22,7 +22,7 @@ def is_finished(run: str, source: str, overrides: Sequence[str]) -> bool:
     if trained_with is None:
         return False
     recipe = load_recipe_for(source, run, overrides)
-    refuse_other_recipe(run, trained_with, recipe, "start it with the same recipe to go on")
+    refuse_other_recipe(run, trained_with, recipe, "give the same recipe to resume it")
     before, now = trained_with.train, recipe.train
     return (before.epochs, before.max_steps) == (now.epochs, now.max_steps)  # else there is more to do
 

@@ -40,7 +40,9 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
         print(json.dumps(report), flush=True)
     if missing:
         reason = missing.reason or "it did not take them"
-        raise DisttrainError(f"MLflow at {target} still lacks {missing} of {run}: {reason}. Try again after that.")
+        raise DisttrainError(
+            f"MLflow at {target} still lacks {missing} of {run}: {reason}. Run it again once that is fixed."
+        )
     if not as_json:
         print(f"MLflow at {target} has everything of {run}")
 

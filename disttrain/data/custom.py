@@ -136,7 +136,7 @@ class _AsTensors:
             image, label = sample
             number = int(label)
             if number != label:
-                raise ValueError(f"the label {label} is not a whole number")
+                raise ValueError(f"the label {label!r} is not a whole number")
             return as_tensor(image), number
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"{name} is not a pair (image, label): {brief(error)}.") from error

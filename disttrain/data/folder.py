@@ -56,7 +56,9 @@ def load_folder(data: DataRecipe) -> Datasets:
     """
     root = expanded(data.root)
     if not root.is_dir():
-        raise ConfigurationError(f"data.root: the folder {root} does not exist.")
+        raise ConfigurationError(
+            f"data.root: the folder {root.absolute()} does not exist; it is to hold train/ and test/ (or val/)."
+        )
     train_folder = _split_folder(root, "train")
     test_folder = _split_folder(root, "test", "val")
     classes, train_files = _find(train_folder)

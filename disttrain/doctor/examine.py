@@ -27,6 +27,10 @@ def examine(checks: Sequence[Check], limit_s: float) -> Iterator[Finding]:
             try:
                 yield from (Finding(**found) for found in process.result(deadline))
             except TimeoutError:
-                yield failure(check.name, f"no answer within {limit_s:g} s", check.if_it_hangs)
+                yield failure(
+                    check.name,
+                    f"no answer within {limit_s:g} s (--timeout gives a busy machine more)",
+                    check.if_it_hangs,
+                )
             except CrashedError as error:
                 yield failure(check.name, f"the check itself broke down: {error}", check.if_it_crashes)

@@ -112,7 +112,7 @@ class Outcome:
 def settle(endings: Sequence[Ending], *, stop_requested: bool) -> Outcome:
     """What the endings of all workers make of the job."""
     if stop_requested and any(ending.asked and ending.code == -signal.SIGTERM for ending in endings):
-        return Outcome(ExitCode.STOPPED, "stopped before the workers were ready; start again to go on")
+        return Outcome(ExitCode.STOPPED, "stopped before the workers were ready; run the same command again")
     if any(ending.code == ExitCode.UNREAD for ending in endings):
         return Outcome(ExitCode.UNREAD)
     failures = sorted((ending for ending in endings if ending.failed_by_itself), key=lambda ending: ending.order)

@@ -42,12 +42,12 @@ def checked_recipe(
     if run_dir is None:
         raise click.UsageError(
             f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
-            "or the --run-dir of a run to go on with."
+            "or the --run-dir of a run to resume."
         )
     has_recipe = is_url(run_dir) or os.path.isfile(os.path.join(run_dir, "recipe.toml"))
     if not has_recipe and recipe_of_checkpoints(Path(run_dir)) is None:
         raise ConfigurationError(
-            f"--run-dir {run_dir}: no run to go on with (it has no recipe.toml); give a RECIPE to begin one"
+            f"--run-dir {run_dir}: no run to resume (it has no recipe.toml); give a RECIPE to start one"
         )
     checked = load_recipe_for(recipe_source(None, run_dir), run_dir, overrides)
     if not trust:

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 _OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing", "stop"}
 
 
-@click.command(short_help="Train a recipe, or go on with a run.")
+@click.command(short_help="Train a recipe, or resume a run.")
 @click.argument("recipe", required=False, type=RECIPE)
 @num_workers_option
 @click.option(
     "--run-dir",
     callback=run_dir_callback,
     metavar="DIR|URL",
-    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to go on with it.",
+    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to resume it.",
 )
 @overrides_option
 @trust_option

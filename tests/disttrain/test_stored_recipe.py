@@ -12,6 +12,7 @@ import pytest
 import disttrain
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe, load_recipe_for, recipe_of_checkpoints, to_toml
+from disttrain.rundir import refuse_other_recipe
 from disttrain_launch.recipe_source import checked_recipe
 from disttrain_launch.train_command import _opened
 from tests.disttrain.exact_runs import SMALL
@@ -64,6 +65,14 @@ def test_a_recipe_with_one_digit_changed_is_refused_by_its_key(copy: Path) -> No
         disttrain.train(f"{copy}/recipe.toml", overrides=["train.max_steps=3"], run_dir=copy)
     disttrain.train(RECIPE, run_dir=copy)  # who gives the right one goes on, and has it restored
     assert file.read_text() == to_toml(RECIPE)
+
+
+def test_a_key_that_was_not_given_is_called_unset() -> None:
+    clipped = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"clip_norm": 1.0})})
+    with pytest.raises(
+        ConfigurationError, match=r"train\.clip_norm was unset, now 1\.0\. Choose a new --run-dir, or wait"
+    ):
+        refuse_other_recipe("runs/one", RECIPE, clipped, "wait")
 
 
 def test_a_damaged_checkpoint_vouches_for_nothing(copy: Path) -> None:

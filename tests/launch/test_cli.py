@@ -96,7 +96,7 @@ def test_wrong_command_lines(arguments: list[str], words: str) -> None:
         (["recipe", "show", "digits", "-o", "train.epochs=0"], "-o train.epochs: should be at least 1, not 0"),
         (
             ["train", "--run-dir", "new"],
-            "--run-dir HERE/new: no run to go on with (it has no recipe.toml); give a RECIPE to begin one",
+            "--run-dir HERE/new: no run to resume (it has no recipe.toml); give a RECIPE to start one",
         ),
     ],
 )  # fmt: skip

@@ -247,7 +247,7 @@ def test_stopped_before_the_workers_listen(start_launcher: StartLauncher) -> Non
     launcher.send(signal.SIGTERM)
     returncode, _, err = launcher.end()
     assert returncode == 75
-    assert err.endswith("disttrain: stopped before the workers were ready; start again to go on\n")
+    assert err.endswith("disttrain: stopped before the workers were ready; run the same command again\n")
 
 
 def test_a_request_that_comes_when_all_is_done_changes_nothing(start_launcher: StartLauncher) -> None:

@@ -147,7 +147,9 @@ def test_auto_streams_what_is_large(load: Load, root: Path, monkeypatch: pytest.
 
 
 def test_missing_folders(load: Load, root: Path) -> None:
-    assert refusal(load, root / "nowhere") == f"data.root: the folder {root / 'nowhere'} does not exist."
+    assert refusal(load, root / "nowhere") == (
+        f"data.root: the folder {root / 'nowhere'} does not exist; it is to hold train/ and test/ (or val/)."
+    )
     assert "has no folder 'train' (it has no folders)" in refusal(load, root / "train" / "cat")
     shutil.rmtree(root / "test")
     assert f"{root} has no folder 'test' or 'val' (it has train)" in refusal(load, root)

@@ -234,6 +234,7 @@ def test_a_test_set_takes_its_names_from_the_training_set() -> None:
         (DataLoader([(BYTES[0], 0)]), "a DataLoader makes batches, which are made here, of data.batch_size samples"),
         (list, "list makes a data set, but is not one; call it"),
         ([(BYTES[0], 0.5)], "sample 0 of the data set is not a pair .*the label 0.5 is not a whole number"),
+        ([(BYTES[0], "0")], "sample 0 of the data set is not a pair .*the label '0' is not a whole number"),
         ([(BYTES[0], torch.eye(2))], "sample 0 of the data set is not a pair"),
         ([(BYTES[0], 2**40)], "label 1099511627776 is not a valid class number"),
         (Pairs(classes=["a"]), "the data set is empty"),

@@ -67,7 +67,7 @@ def test_it_says_why_it_failed(server: MlflowServer, run_dir: Path, recipe: Reci
     done = CliRunner().invoke(command, [str(run_dir), "--uri", server.uri, "--timeout", "240"])
     assert str(done.exception) == (
         f"MLflow at {server.uri} still lacks 1 journal record of {run_dir}: the experiment 'gone' is deleted; restore "
-        "it or set tracking.experiment. Try again after that."
+        "it or set tracking.experiment. Run it again once that is fixed."
     )
 
 

@@ -217,5 +217,5 @@ def test_two_nodes_are_warned_requeued_and_end_with_the_bits_of_an_undisturbed_r
         assert slurm.requeued() == 1
         with slurm.job() as job:
             assert job.wait(timeout=200) == 0, slurm.log()
-    assert re.search(r"going on from step \d+ of 200", slurm.log())
+    assert re.search(r"resuming from step \d+ of 200", slurm.log())
     assert outcome(run_dir) == outcome(reference)
