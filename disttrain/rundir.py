@@ -29,7 +29,7 @@ LOGS = "logs"
 STOP = "stop"
 SPIKES = "spikes.json"
 # What a run writes, besides hidden files: nothing of it may be a link, which would lead the run elsewhere.
-_FILES = (RECIPE, JOURNAL, EVALUATION, SPIKES, "mlflow.json")
+_FILES = (RECIPE, JOURNAL, EVALUATION, SPIKES, STOP, "mlflow.json")
 _FOLDERS = (CHECKPOINTS, LOGS, "charts", "model", ".model.tmp")
 
 # What may change when a run goes on: where things are, how long, how many, how it is watched; never what is learnt.

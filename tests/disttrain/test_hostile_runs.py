@@ -40,7 +40,7 @@ from disttrain_launch.messages import complain
 FILES = (
     ".lock", "recipe.toml", ".recipe.toml.writing", "evaluation.json", ".evaluation.json.writing", "spikes.json",
     ".spikes.json.writing", "journal.jsonl", "logs/worker-0.log", "logs/worker-7.log", "mlflow.json",
-    ".mlflow.json.4711", ".mlflow.lock", ".remote",
+    ".mlflow.json.4711", ".mlflow.lock", ".remote", "stop",
 )  # fmt: skip
 FOLDERS = (
     "checkpoints", "logs", "charts", "model", ".model.tmp", "checkpoints/step-00000002",
@@ -101,6 +101,12 @@ def test_a_run_directory_with_a_link_is_refused_before_anything_is_touched(
 def test_so_is_one_with_a_pipe(run: Path, name: str) -> None:
     os.mkfifo(in_its_place(run / name))
     with pytest.raises(ConfigurationError, match="named pipe"), owned_run_dir(run):
+        pass
+
+
+def test_a_folder_in_place_of_the_request_to_stop_is_named(run: Path) -> None:
+    (run / "stop").mkdir()  # it could not be removed, and would stop every start
+    with pytest.raises(ConfigurationError, match="stop: it is a folder, not a file"), owned_run_dir(run):
         pass
 
 
