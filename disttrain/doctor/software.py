@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -28,7 +29,7 @@ def python() -> Iterator[Finding]:
 def libraries() -> Iterator[Finding]:
     """The version of each library that disttrain depends on against the range that it supports."""
     needed = [Requirement(line) for line in metadata.requires("disttrain") or []]
-    wrong = []
+    wrong, asked = [], []
     for requirement in needed:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -36,10 +37,12 @@ def libraries() -> Iterator[Finding]:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             wrong.append(f"{requirement.name} is missing (needs {requirement.specifier})")
+            asked.append(shlex.quote(f"{requirement.name}{requirement.specifier}"))
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} is {version} (needs {requirement.specifier})")
+            asked.append(shlex.quote(f"{requirement.name}{requirement.specifier}"))
     if wrong:
-        yield failure("libraries", "; ".join(wrong), f"{sys.executable} -m pip install --upgrade disttrain")
+        yield failure("libraries", "; ".join(wrong), f"{sys.executable} -m pip install {' '.join(asked)}")
     else:
         yield ok("libraries", ", ".join(f"{name} {metadata.version(name)}" for name in _TOLD))

@@ -129,7 +129,7 @@ def test_a_library_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(tmp_path)
     found = only(software.libraries())
     assert (found.status, found.detail) == ("failure", "torch is 1.13.1 (needs >=2.11)")
-    assert "pip install" in found.remedy
+    assert found.remedy == f"{sys.executable} -m pip install 'torch>=2.11'"
 
 
 # The machine
