@@ -136,7 +136,7 @@ def _usable(path: Path) -> Iterator[None]:
 
 
 def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) -> None:
-    """Raise ConfigurationError if the run in `path`, where there is one, cannot go on with `recipe`.
+    """Raise ConfigurationError if the run in `path`, where there is one, cannot be resumed with `recipe`.
 
     What counts is the recipe in its newest checkpoint, which a manifest vouches for; before there is one, recipe.toml.
     `warn` hears of a recipe.toml that is lost or damaged: `store_recipe` makes it anew.
@@ -158,7 +158,7 @@ def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) 
 
 
 def refuse_other_recipe(path: Path | str, stored: Recipe, recipe: Recipe, remedy: str) -> None:
-    """Raise ConfigurationError if a run that was trained with `stored` cannot go on with `recipe`."""
+    """Raise ConfigurationError if a run that was trained with `stored` cannot be resumed with `recipe`."""
     before, now = (flatten(one.model_dump(mode="json")) for one in (stored, recipe))
     differences = [
         f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"

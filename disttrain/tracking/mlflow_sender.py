@@ -119,7 +119,7 @@ class MlflowSender:
         self._close()
         what = f"the process that feeds MLflow was killed ({signal.Signals(-code).name})"
         last = "; it will not be started once more" if self._num_restarts == _MOST_RESTARTS else ""
-        self._warn(f"{what}: it is started again, and goes on where it was{last}.")
+        self._warn(f"{what}: it is restarted, and resumes where it was{last}.")
         self._start()
         return True
 

@@ -12,7 +12,7 @@ COMMAND = [sys.executable, "-c", "from disttrain_launch.cli import main; main()"
 
 
 def test_within_150_milliseconds() -> None:
-    """Or, on a slow machine, within a few times what Python and click alone take."""
+    """Or, on a slow machine, within three times what Python and click alone take."""
 
     def seconds(*command: str) -> float:
         began = time.perf_counter()
@@ -21,7 +21,7 @@ def test_within_150_milliseconds() -> None:
 
     # The quickest: what others do on the machine is not the question.
     quickest = min(seconds(*COMMAND, "--help") for _ in range(8))
-    assert quickest < 0.15 or quickest < 5 * min(seconds(sys.executable, "-c", "import click") for _ in range(8))
+    assert quickest < 0.15 or quickest < 3 * min(seconds(sys.executable, "-c", "import click") for _ in range(8))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["runs", "--help"], ["--version"]])

@@ -246,4 +246,4 @@ def test_a_metric_costs_microseconds(tmp_path: Path) -> None:
         journal.metrics(step, values)
         costs.append(time.perf_counter() - begin)
     journal.close()
-    assert sorted(costs)[len(costs) // 2] < 1e-3  # some 15 on an idle machine
+    assert sorted(costs)[len(costs) // 2] < 200e-6  # some 15 on an idle machine

@@ -125,7 +125,7 @@ def test_a_server_killed_and_revived_gets_everything(server: Any, run_dir: Path,
             begin = time.perf_counter()
             tracker.metrics(step, {"train/loss": 1 / step})
             costs.append(time.perf_counter() - begin)
-        assert sorted(costs)[len(costs) // 2] < 1e-3
+        assert sorted(costs)[len(costs) // 2] < 300e-6
 
         def warned() -> bool:
             tracker.metrics(0, {})
@@ -168,7 +168,7 @@ def test_no_server_at_all_costs_little_and_is_made_up_for(line: Any, run_dir: Pa
     tracker.start(False, {"lr": 0.1}, {})
     for step in range(50):
         tracker.metrics(step, {"train/loss": 1.0})
-    assert time.monotonic() - begin < 60  # MLflow's own defaults wait for minutes
+    assert time.monotonic() - begin < 5  # MLflow's own defaults wait for minutes
     missing = tracker.finish("FINISHED", timeout_s=240)
     assert time.monotonic() - begin < 200, "a dead server was waited for"
     assert missing.records == len(kinds(run_dir))
@@ -213,7 +213,7 @@ def test_a_killed_sender_is_started_again(
         if not number:
             wait_until(lambda: tracker.metrics(2, {"train/loss": 0.5}) is None and bool(said))
     assert not tracker.finish("FINISHED", timeout_s=240)
-    words = "the process that feeds MLflow was killed (SIGKILL): it is started again, and goes on where it was."
+    words = "the process that feeds MLflow was killed (SIGKILL): it is restarted, and resumes where it was."
     assert said == [words] * 2
     rows = MlflowClient(server.uri).get_metric_history(load_state(run_dir).run_id, "train/loss")
     assert [row.step for row in rows] == [1, 2]
