@@ -28,13 +28,13 @@ from pathlib import Path
 
 import torch
 
-from disttrain.conditions import exact_conditions
 from disttrain.data import StepBatch
-from disttrain.job import Job, build_job
+from disttrain.distributed.world import join_world
+from disttrain.parallel.conditions import exact_conditions
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.testing import run_workers
-from disttrain.train import train_step
-from disttrain.world import join_world
+from disttrain.training.job import Job, build_job
+from disttrain.training.loop import train_step
 
 COMMON = ("train.threads=1", "tracking.uri=none", "tracking.system_metrics=false", "parallel.shards=4")
 SYNTHETIC = ("data.dataset=synthetic", "data.options={num_train=2560, num_test=10}")

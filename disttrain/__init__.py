@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe as Recipe
     from disttrain.recipe import load_recipe as load_recipe
-    from disttrain.train import Result as Result
-    from disttrain.train import train as train
+    from disttrain.training.loop import Result as Result
+    from disttrain.training.loop import train as train
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Result", "load_recipe", "train"]
@@ -16,8 +16,8 @@ __all__ = ["Recipe", "Result", "load_recipe", "train"]
 _HOMES = {
     "Recipe": "disttrain.recipe",
     "load_recipe": "disttrain.recipe",
-    "Result": "disttrain.train",
-    "train": "disttrain.train",
+    "Result": "disttrain.training.loop",
+    "train": "disttrain.training.loop",
 }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import click
 
-from disttrain.guard import ending_undisturbed
-from disttrain.output import have_unbreakable_output
+from disttrain.health.stop import ending_undisturbed
+from disttrain.terminal.output import have_unbreakable_output
 from disttrain.worker import leave, worker
 
 
@@ -18,7 +18,7 @@ from disttrain.worker import leave, worker
 @click.option("--trust", is_flag=True, help="RECIPE is that of RUN_DIR, and may name code and a server.")
 def command(recipe: str, overrides: Sequence[str], run_dir: str | None, trust: bool) -> None:
     """Train RECIPE, a shipped recipe's name or a TOML file, as one worker."""
-    from disttrain.train import train
+    from disttrain.training.loop import train
 
     with ending_undisturbed():
         train(recipe, overrides=overrides, run_dir=run_dir, trust=trust)

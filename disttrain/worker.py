@@ -15,11 +15,11 @@ from typing import NoReturn
 
 import click
 
+from disttrain.distributed.report import report_failure, report_finished
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, PeerError, failure_time
-from disttrain.guard import end_with_launcher
-from disttrain.home import home_folder
-from disttrain.output import have_standard_streams
-from disttrain.report import report_failure, report_finished
+from disttrain.health.stop import end_with_launcher
+from disttrain.recipe.home import home_folder
+from disttrain.terminal.output import have_standard_streams
 
 # What gloo, NCCL and the store say when a peer has gone: mostly the consequence of somebody else's failure.
 _A_PEER_HAS_GONE = re.compile(

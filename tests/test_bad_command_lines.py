@@ -67,8 +67,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", end)
-    monkeypatch.setattr("disttrain_launch.local.run_workers", end)
-    monkeypatch.setattr("disttrain_launch.proof.Proof.carry_out", end)
+    monkeypatch.setattr("disttrain_launch.local.workers.run_workers", end)
+    monkeypatch.setattr("disttrain_launch.prove.proof.Proof.carry_out", end)
     return tmp_path
 
 

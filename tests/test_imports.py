@@ -15,111 +15,59 @@ WORKER, LAUNCH = ROOT / "disttrain", ROOT / "launch" / "disttrain_launch"
 
 # What each room of disttrain may import from disttrain, besides itself and `errors`.
 LAYERS = {
-    "__init__": {"recipe", "train"},
-    "__main__": {"guard", "output", "train", "worker"},
+    "__init__": {"recipe", "training"},
+    "__main__": {"health", "terminal", "training", "worker"},
     "errors": set(),
-    "recipe": {"home", "layout"},
     "faultpoints": set(),
     "files": set(),
     "layout": set(),
-    "launched": set(),
-    "fixed_point": set(),
-    "reference": set(),
     "rng": set(),
-    "bar": {"output"},
-    "console": {"bar"},
-    "conditions": {"recipe"},
-    "buffers": set(),
-    "diagnosis": {"data", "recipe", "rng"},
-    "spikes": {"recipe", "rundir"},
-    "finite": {"buffers", "collectives", "data", "diagnosis", "parallel", "recipe", "world"},
-    "guard": {"launched"},
-    "suspended": set(),
-    "lock": set(),
-    "log": set(),
-    "output": set(),
-    "home": set(),
-    "affinity": set(),
-    "cores": set(),
-    "device": set(),
-    "world": {"affinity", "cores", "device", "launched"},
-    "rundir": {"launched", "lock", "log", "recipe"},
-    "collectives": {"fixed_point", "world"},
-    "handout": {"checkpoint", "collectives", "world"},
-    "data": {"cores", "recipe", "reference", "rng", "world"},
-    "models": {"buffers", "recipe", "reference"},
-    "optim": {"recipe"},
-    "sync_batchnorm": {"collectives"},
-    "exact": {"collectives", "fixed_point", "world"},
-    "ddp": {"collectives", "world"},
-    "parallel": {"collectives", "ddp", "exact", "recipe", "sync_batchnorm", "world"},
-    "checkpoint": {"layout"},
-    "remote": {"checkpoint", "layout", "recipe", "rundir"},
-    "tracking": {"__version__", "home", "recipe"},
-    "identity": {"data", "optim"},
-    "evaluate": {"buffers", "collectives", "data", "rng"},
-    "progress": set(),
-    "report": {"launched"},
-    "watchdog": {"collectives", "progress", "world"},
-    "worker": {"guard", "home", "launched", "output", "report"},
-    "agent": {
-        "checkpoint", "guard", "layout", "output", "recipe", "remote", "report", "rundir", "suspended", "tracking",
+    "terminal": set(),
+    "recipe": {"layout"},
+    "distributed": set(),
+    "data": {"distributed", "recipe", "rng"},
+    "models": {"recipe"},
+    "parallel": {"distributed", "recipe"},
+    "checkpoint": {"distributed", "layout"},
+    "runs": {"distributed", "layout", "recipe"},
+    "remote": {"checkpoint", "layout", "recipe", "runs"},
+    "tracking": {"__version__", "recipe", "runs"},
+    "health": {"data", "distributed", "models", "parallel", "recipe", "rng", "runs"},
+    "training": {
+        "checkpoint", "data", "distributed", "health", "layout", "models", "parallel", "recipe", "remote", "rng",
+        "runs", "terminal", "tracking",
     },
-    "trial": {"buffers", "collectives", "data", "job", "rng"},
-    "job": {
-        "checkpoint", "collectives", "conditions", "data", "finite", "handout", "identity", "models", "optim",
-        "parallel", "progress", "recipe", "rng", "spikes", "world",
-    },
-    "resume": {
-        "checkpoint", "collectives", "conditions", "exact", "fixed_point", "handout", "identity", "job",
-    },
-    "state_check": {"checkpoint", "job", "optim"},
-    "model_check": {"buffers", "data", "job", "rng", "trial"},
-    "saver": {"checkpoint", "collectives", "console", "job", "layout", "rundir", "tracking"},
-    "bookkeeper": {
-        "checkpoint", "collectives", "console", "diagnosis", "evaluate", "finite", "guard", "job", "rundir",
-        "saver", "spikes", "tracking",
-    },
-    "conclusion": {"console", "guard", "job", "launched", "rundir", "spikes", "tracking", "world"},
-    "session": {
-        "bookkeeper", "checkpoint", "collectives", "conclusion", "conditions", "console", "guard", "job",
-        "launched", "model_check", "progress", "recipe", "remote", "report", "resume", "rundir", "spikes",
-        "state_check", "tracking", "trial", "watchdog", "world",
-    },
-    "train": {
-        "bookkeeper", "conditions", "data", "finite", "guard", "job", "model_check", "optim", "recipe", "rng",
-        "session", "spikes", "world",
-    },
+    "worker": {"distributed", "health", "recipe", "terminal"},
+    "agent": {"checkpoint", "distributed", "health", "layout", "recipe", "remote", "runs", "terminal", "tracking"},
     "commands": {
-        "checkpoint", "collectives", "conditions", "data", "doctor", "evaluate", "handout", "identity", "job", "layout",
-        "models", "recipe", "remote", "rundir", "tracking", "worker", "world",
+        "checkpoint", "data", "distributed", "doctor", "layout", "models", "parallel", "recipe", "remote", "runs",
+        "tracking", "training", "worker",
     },
-    "doctor": {"collectives", "cores", "data", "lock", "recipe", "tracking", "world"},
+    "doctor": {"data", "distributed", "recipe", "runs", "tracking"},
     "testing": set(),
 }  # fmt: skip
 # Points where a test may injure the product cost nothing unarmed, and any room may have files to open.
 ANYWHERE = {"errors", "faultpoints", "files"}
 
-# What launchers share with workers.
-KNOWN_TO_LAUNCHERS = ("recipe", "cores", "output", "suspended")
+# What launchers share with workers: it imports no torch.
+KNOWN_TO_LAUNCHERS = ("recipe", "distributed.cores", "distributed.suspended", "terminal.output")
 
 # What a room never does, as the packages it never imports.
 NEVER = {
     "__init__": {"torch", "pydantic"},
     "errors": {"torch", "pydantic"},
-    "cores": {"torch"},
-    "suspended": {"torch"},
+    "layout": {"torch", "pydantic"},
     "recipe": {"torch", "click"},
-    "collectives": {"mlflow", "click"},
+    "runs": {"torch", "mlflow", "click"},
+    "terminal": {"torch", "mlflow", "click"},
+    "distributed": {"mlflow", "click"},
     "data": {"torch.distributed", "mlflow", "click"},
     "models": {"torch.distributed", "mlflow", "click"},
-    "optim": {"torch.distributed", "os", "mlflow", "click"},
     "parallel": {"torch.optim", "mlflow", "click"},
     "checkpoint": {"pickle", "torch.distributed", "mlflow", "click"},
     "tracking": {"torch.distributed", "click"},
+    "training": {"click"},
     "doctor": {"click"},
-    "evaluate": {"mlflow", "click"},
-    "train": {"os", "mlflow", "click"},
 }
 
 
@@ -191,8 +139,9 @@ def test_launchers_know_only_what_needs_no_torch() -> None:
 
 def test_only_world_reads_who_a_worker_is_and_starts_the_process_group() -> None:
     for path in WORKER.rglob("*.py"):
-        room = path.relative_to(WORKER).parts[0].removesuffix(".py")
-        if room in ("world", "launched", "testing", "faultpoints"):  # faultpoints only notes the rank in its record
+        place = path.relative_to(WORKER)
+        # faultpoints only notes the rank in its record
+        if place.stem in ("world", "launched", "faultpoints") or place.parts[0] == "testing":
             continue
         text = path.read_text(encoding="utf-8")
         for words in ("init_process_group", '"RANK"', '"LOCAL_RANK"', '"WORLD_SIZE"', '"MASTER_ADDR"'):
@@ -202,8 +151,8 @@ def test_only_world_reads_who_a_worker_is_and_starts_the_process_group() -> None
 @pytest.mark.parametrize(
     "module",
     [
-        "disttrain", "disttrain.recipe", "disttrain.commands.runs", "disttrain.commands.summary",
-        "disttrain_launch.local", "disttrain_launch.cli",
+        "disttrain", "disttrain.recipe", "disttrain.commands.runs", "disttrain.runs.summary",
+        "disttrain_launch.local.workers", "disttrain_launch.cli",
     ],
 )  # fmt: skip
 def test_imports_no_torch(module: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain_launch.group import module_arguments
+from disttrain_launch.local.group import module_arguments
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "disttrain").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
@@ -93,26 +93,16 @@ def test_nothing_runs_what_it_reads() -> None:
 
 
 # Where files of a run are opened, and what of it is done with new files, in new folders that no run holds.
-OF_RUNS = (
-    "agent",
-    "checkpoint",
-    "commands",
-    "tracking",
-    "lock.py",
-    "rundir.py",
-    "spikes.py",
-    "saver.py",
-    "watchdog.py",
-)
+OF_RUNS = ("agent", "checkpoint", "commands", "health", "runs", "tracking", "training")
 OPENS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 IN_NEW_FOLDERS = {
     ("checkpoint/folder.py", "open"),
-    ("tracking/mlflow_model.py", "read_bytes"),
-    ("tracking/mlflow_model.py", "write_text"),
-    ("tracking/model.py", "open"),
-    ("tracking/model.py", "write_bytes"),
-    ("tracking/model.py", "write_text"),
-    ("tracking/uploads.py", "open"),
+    ("tracking/mlflow/model.py", "read_bytes"),
+    ("tracking/mlflow/model.py", "write_text"),
+    ("tracking/export.py", "open"),
+    ("tracking/export.py", "write_bytes"),
+    ("tracking/export.py", "write_text"),
+    ("tracking/mlflow/uploads.py", "open"),
 }
 
 

@@ -33,8 +33,8 @@ from disttrain.agent.finished import is_finished
 from disttrain.checkpoint import CheckpointStore
 from disttrain.errors import DisttrainError, ExitCode
 from disttrain.layout import step_of
-from disttrain.output import have_unbreakable_output
-from disttrain.rundir import CHECKPOINTS, JOURNAL
+from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
+from disttrain.terminal.output import have_unbreakable_output
 from disttrain.tracking import read_journal
 
 _MONITOR_S = 0.3

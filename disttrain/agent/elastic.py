@@ -28,10 +28,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from disttrain.agent.cause import Bulletin, Cause, first_cause, left_early
+from disttrain.distributed.report import says_finished
+from disttrain.distributed.suspended import Suspended
 from disttrain.errors import ExitCode
-from disttrain.guard import name_of
-from disttrain.report import says_finished
-from disttrain.suspended import Suspended
+from disttrain.health.stop import name_of
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """What asks a node to stop."""

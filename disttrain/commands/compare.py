@@ -29,7 +29,7 @@ def command(reference: Path, run: Path) -> None:
     """
     from disttrain.checkpoint import CheckpointStore, check_complete, read_checkpoint, weights_sha256
     from disttrain.errors import ConfigurationError
-    from disttrain.rundir import CHECKPOINTS
+    from disttrain.runs.rundir import CHECKPOINTS
 
     paths = [CheckpointStore(folder / CHECKPOINTS).paths() for folder in (reference, run)]
     for folder, found in zip((reference, run), paths, strict=True):
@@ -61,8 +61,8 @@ def _first_metric(reference: Path, run: Path) -> dict[str, Any] | None:
 
 
 def _metrics(run: Path) -> dict[tuple[int, str], str]:
-    from disttrain.rundir import JOURNAL
-    from disttrain.tracking.journal import read_journal
+    from disttrain.runs.journal import read_journal
+    from disttrain.runs.rundir import JOURNAL
 
     if not (run / JOURNAL).is_file():
         return {}

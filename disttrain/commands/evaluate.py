@@ -20,16 +20,16 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool
     """Evaluate the run or checkpoint at ADDRESS, a path or URL, as one worker."""
     from dataclasses import replace
 
-    from disttrain.collectives import one_per_machine_first
+    from disttrain.checkpoint.handout import hand_out, read_by_main
     from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, refuse_objects, restore_model
-    from disttrain.conditions import exact_conditions
     from disttrain.data import EvalLoader, load_datasets
+    from disttrain.distributed.collectives import one_per_machine_first
+    from disttrain.distributed.world import join_world, on_device
     from disttrain.errors import ConfigurationError
-    from disttrain.evaluate import evaluate
-    from disttrain.handout import hand_out, read_by_main
-    from disttrain.identity import refuse_other_preparation
-    from disttrain.job import AUTOCAST
-    from disttrain.world import join_world, on_device
+    from disttrain.parallel.conditions import exact_conditions
+    from disttrain.training.evaluate import evaluate
+    from disttrain.training.identity import refuse_other_preparation
+    from disttrain.training.job import AUTOCAST
 
     with join_world("cpu") as world:  # what is summed is on the CPU
         checkpoint = read_by_main(world, lambda: find_checkpoint(address))

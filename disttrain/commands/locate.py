@@ -18,7 +18,7 @@ from disttrain.models import build_model
 from disttrain.recipe import Recipe, ask_before_importing, parse_recipe
 from disttrain.recipe.address import is_url
 from disttrain.remote import local_copy
-from disttrain.rundir import CHECKPOINTS, RECIPE, is_run
+from disttrain.runs.rundir import CHECKPOINTS, RECIPE, is_run
 
 
 def find_checkpoint(address: str | Path) -> Checkpoint:

@@ -44,7 +44,7 @@ def _runs_in(runs_dir: str) -> list[str]:
     """The runs in a folder, newest last, or behind a URL, by name."""
     from disttrain.errors import UsageError
     from disttrain.recipe.address import is_url
-    from disttrain.rundir import is_run
+    from disttrain.runs.rundir import is_run
 
     if is_url(runs_dir):
         from disttrain.remote import runs_behind
@@ -85,8 +85,8 @@ def _summary_or_reason(run: str) -> dict[str, Any]:
 
 
 def _summary(run: str) -> dict[str, Any]:
-    from disttrain.commands.summary import summarise
     from disttrain.recipe.address import is_url
+    from disttrain.runs.summary import summarise
 
     if not is_url(run):
         return summarise(_existing_run(Path(run)))
@@ -150,7 +150,7 @@ def _verified(run: Path) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     from disttrain.checkpoint import CheckpointStore, verify_checkpoint
     from disttrain.errors import ConfigurationError
     from disttrain.layout import is_checkpoint
-    from disttrain.rundir import CHECKPOINTS
+    from disttrain.runs.rundir import CHECKPOINTS
 
     store = None if is_checkpoint(run) else CheckpointStore(_existing_run(run) / CHECKPOINTS)
     checked: list[dict[str, Any]] = []
@@ -178,7 +178,7 @@ def hash_weights(run: str) -> None:
 
 def _existing_run(path: Path) -> Path:
     from disttrain.errors import UsageError
-    from disttrain.rundir import is_run
+    from disttrain.runs.rundir import is_run
 
     if not is_run(path):
         raise UsageError(f"{path} is not a run directory: see `disttrain runs list`.")

@@ -55,7 +55,7 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     """
     from disttrain.errors import UsageError, printable
     from disttrain.recipe import ask_before_sending, load_recipe_for
-    from disttrain.rundir import JOURNAL, RECIPE, is_run, refuse_links
+    from disttrain.runs.rundir import JOURNAL, RECIPE, is_run, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
     def warn(message: str) -> None:

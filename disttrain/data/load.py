@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from disttrain.data.custom import load_callable
 from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
 from disttrain.data.digest import Digest, digest_of
+from disttrain.data.sources.custom import load_callable
+from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
-from disttrain.world import World
 
 
 def load_datasets(data: DataRecipe, world: World, first: Callable[[], AbstractContextManager[None]]) -> Datasets:
@@ -35,7 +35,7 @@ def _load(data: DataRecipe) -> Datasets:
     if ":" in data.dataset:
         return load_callable(data)
     if data.dataset == "folder":
-        from disttrain.data.folder import load_folder
+        from disttrain.data.sources.folder import load_folder
 
         return load_folder(data)
     if data.image_size is not None:
@@ -43,17 +43,17 @@ def _load(data: DataRecipe) -> Datasets:
             f"data.image_size: only for dataset 'folder', and this is {data.dataset!r}; leave it out."
         )
     if data.dataset == "digits":
-        from disttrain.data.digits import load_digits_split
+        from disttrain.data.sources.digits import load_digits_split
 
         return load_digits_split()
     if data.dataset == "synthetic":
-        from disttrain.data.synthetic import load_synthetic
+        from disttrain.data.sources.synthetic import load_synthetic
 
         return load_synthetic(data)
     if data.dataset in ("cifar10", "cifar100"):
         from torchvision.datasets import CIFAR10, CIFAR100
 
-        from disttrain.data.cifar import load_cifar
+        from disttrain.data.sources.cifar import load_cifar
 
         return load_cifar(data, CIFAR10 if data.dataset == "cifar10" else CIFAR100)
     raise ConfigurationError(f"data.dataset: there is no data set {data.dataset!r}.")

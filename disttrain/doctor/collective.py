@@ -60,8 +60,8 @@ def _rank(rank: int, size: int, port: int, device: str) -> list[float]:
     )
     import torch
 
-    from disttrain.collectives import sum_
-    from disttrain.world import join_world
+    from disttrain.distributed.collectives import sum_
+    from disttrain.distributed.world import join_world
 
     with join_world(device, timeout_s=PATIENCE_S) as world:
         total = sum_(torch.full((_NUM_ELEMENTS,), rank + 1.0, device=world.device))

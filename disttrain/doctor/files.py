@@ -14,7 +14,7 @@ from pathlib import Path
 from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.doctor.isolated import CrashedError, Isolated
 from disttrain.errors import ConfigurationError
-from disttrain.lock import owned
+from disttrain.runs.lock import owned
 
 _PREFIX = ".doctor-"
 _LEFT_BEHIND_S = 3600.0

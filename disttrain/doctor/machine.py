@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from disttrain.cores import cpu_quota, usable_cores
+from disttrain.distributed.cores import cpu_quota, usable_cores
 from disttrain.doctor.finding import Finding, failure, ok, warning
 
 _SHARED_MEMORY = Path("/dev/shm")

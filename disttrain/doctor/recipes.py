@@ -67,7 +67,7 @@ def _loaded(data: DataRecipe) -> Finding:
     import torch
 
     from disttrain.data import load_datasets
-    from disttrain.world import World
+    from disttrain.distributed.world import World
 
     alone = World(0, 0, 1, 1, torch.device("cpu"), "this machine")
     before = logging.root.manager.disable

@@ -15,8 +15,8 @@ from disttrain.doctor.checks import Question
 from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.doctor.recipes import asked
 from disttrain.errors import ConfigurationError
-from disttrain.tracking.redact import redact, split_credentials
-from disttrain.tracking.server_uri import resolve_uri
+from disttrain.runs.redact import redact, split_credentials
+from disttrain.tracking.mlflow.server_uri import resolve_uri
 
 _CONNECT_S, _ANSWER_S = 3.0, 5.0
 _SKEW_S = 5.0

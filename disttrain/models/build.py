@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from disttrain.buffers import own_memory
 from disttrain.errors import ConfigurationError
+from disttrain.models.buffers import own_memory
 from disttrain.models.net import Net
 from disttrain.models.packaged import build_timm, build_torchvision, is_of_timm
 from disttrain.models.resnet import resnet18
 from disttrain.recipe import ModelRecipe
 from disttrain.recipe.names import TORCHVISION
-from disttrain.reference import import_callable
+from disttrain.recipe.reference import import_callable
 
 
 def build_model(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from disttrain.errors import ConfigurationError
-from disttrain.home import home_folder
+from disttrain.recipe.home import home_folder
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -14,7 +14,7 @@ from disttrain.errors import ConfigurationError, DisttrainError, UsageError
 from disttrain.layout import CONTENTS, MANIFEST, STATE
 from disttrain.recipe.address import file_system, is_url
 from disttrain.remote.place import RemoteRun
-from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, RECIPE, SPIKES
+from disttrain.runs.rundir import CHECKPOINTS, EVALUATION, JOURNAL, RECIPE, SPIKES
 
 Wanted = Literal["newest", "states", "none"]
 _FILES = (RECIPE, EVALUATION, SPIKES, "mlflow.json")

@@ -21,7 +21,7 @@ from disttrain.layout import MANIFEST, accuracy_of
 from disttrain.recipe import recipe_of_checkpoints, to_toml
 from disttrain.remote.lease import Lease
 from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
-from disttrain.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE, SPIKES
+from disttrain.runs.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE, SPIKES
 
 _OWNER = ".remote"  # in the working folder: the id of the lease under which it was worked on last
 _DELIVERY = "mlflow.json"

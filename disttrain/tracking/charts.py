@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disttrain.files import make_folder, read_text
+from disttrain.runs.journal import JOURNAL_FILE, read_journal
 from disttrain.tracking.chart_style import (
     BLUE,
     INK,
@@ -21,7 +22,6 @@ from disttrain.tracking.chart_style import (
     short_name,
     tidy,
 )
-from disttrain.tracking.journal import JOURNAL_FILE, read_journal
 from disttrain.tracking.learning_curves import learning_curves
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from disttrain.faultpoints import reached
-from disttrain.tracking.delivery_state import Owed
-from disttrain.tracking.journal import JOURNAL_FILE, Journal
-from disttrain.tracking.mlflow_sender import MlflowSender, backlog
-from disttrain.tracking.redact import redact
-from disttrain.tracking.server_uri import TrackingSettings, resolve_uri
+from disttrain.runs.journal import JOURNAL_FILE, Journal
+from disttrain.runs.redact import redact
+from disttrain.tracking.mlflow.delivery_state import Owed
+from disttrain.tracking.mlflow.sender import MlflowSender, backlog
+from disttrain.tracking.mlflow.server_uri import TrackingSettings, resolve_uri
 from disttrain.tracking.source import git_commit
 
 if TYPE_CHECKING:
@@ -134,11 +134,11 @@ class Tracker:
         classes: Sequence[str],
         sample_shape: tuple[int, ...],
     ) -> None:
-        """Export the trained model into `run_dir/model` and have MLflow store it; see `disttrain.tracking.model`.
+        """Export the trained model into `run_dir/model` and have MLflow store it; see `disttrain.tracking.export`.
 
         Does nothing if MLflow is off or `tracking.log_model` is false. Takes about a second for a small network.
         """
-        from disttrain.tracking.model import MODEL_FOLDER, export_model
+        from disttrain.tracking.export import MODEL_FOLDER, export_model
 
         with self._harmless():
             if self._journal is None or not self.exports_models:

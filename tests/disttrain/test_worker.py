@@ -12,13 +12,13 @@ from typing import Any
 import click
 import pytest
 
-from disttrain import report as report_module
-from disttrain.collectives import decided_by_main, one_per_machine_first
+from disttrain.distributed import report as report_module
+from disttrain.distributed.collectives import decided_by_main, one_per_machine_first
+from disttrain.distributed.report import says_finished
+from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, PeerError, failure_in
-from disttrain.reference import import_callable
-from disttrain.report import says_finished
+from disttrain.recipe.reference import import_callable
 from disttrain.worker import worker
-from disttrain.world import join_world
 
 _ENDS_WITH_7 = """
 import atexit, concurrent.futures, sys, threading, time

@@ -20,7 +20,7 @@ import pytest
 _PREAMBLE = """
 import atexit, json, os, signal, sys, time
 from pathlib import Path
-from disttrain.guard import end_with_launcher
+from disttrain.health.stop import end_with_launcher
 end_with_launcher()
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 def here(name):  # tells the test how far this worker is
@@ -39,8 +39,8 @@ atexit.register(finished)
 _LAUNCHER = """
 import json, sys
 from pathlib import Path
-from disttrain_launch.group import WorkerGroup
-from disttrain_launch.local import run_workers
+from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.workers import run_workers
 from disttrain_launch.restarts import Restarts
 size, log_dir, grace_s, max_restarts = json.loads(sys.argv[1])
 group = WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s)

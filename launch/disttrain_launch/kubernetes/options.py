@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from disttrain_launch.cli.arguments import RECIPE
+from disttrain_launch.cli.options import overrides_option
 from disttrain_launch.kubernetes.places import KINDS, RUNS
-from disttrain_launch.options import overrides_option
-from disttrain_launch.run_argument import RECIPE
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe

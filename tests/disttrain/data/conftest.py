@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from disttrain.data import Datasets, load_datasets
+from disttrain.distributed.world import World
 from disttrain.recipe import DataRecipe
-from disttrain.world import World
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), host="here")
 

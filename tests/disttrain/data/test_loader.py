@@ -27,7 +27,7 @@ from disttrain.data import (
     as_split,
     normalise,
 )
-from disttrain.data.synthetic import synthetic_images
+from disttrain.data.sources.synthetic import synthetic_images
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 

@@ -14,7 +14,7 @@ from torch import nn
 import disttrain
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
-from tests.disttrain.exact_runs import SMALL
+from tests.disttrain.parallel.exact_runs import SMALL
 
 
 class Augmented(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):

@@ -256,7 +256,7 @@ def test_the_two_splits_must_match() -> None:
 
 MODULE = """
 import torch
-from disttrain.data.synthetic import synthetic_images
+from disttrain.data.sources.synthetic import synthetic_images
 
 def tensors(num=6):
     return (torch.zeros(num, 1, 4, 4), torch.arange(num) % 2), (torch.zeros(2, 1, 4, 4), torch.arange(2))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from disttrain.runs.journal import Journal
 from disttrain.tracking.charts import confusion_matrix, draw_charts, per_class
-from disttrain.tracking.journal import Journal
 from disttrain.tracking.learning_curves import learning_curves
 
 

@@ -14,8 +14,8 @@ import torch
 
 from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
 from disttrain.data import load_datasets, normalise
+from disttrain.distributed.world import join_world
 from disttrain.tracking import read_journal
-from disttrain.world import join_world
 from tests.disttrain.tracking.conftest import MlflowServer
 
 

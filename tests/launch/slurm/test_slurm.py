@@ -21,9 +21,9 @@ from click.testing import CliRunner
 from disttrain.testing import cluster, hosts, run_workers
 from disttrain.testing.hosts import Cluster
 from disttrain_launch.cli import main
-from disttrain_launch.slurm.commands import _submitted
+from disttrain_launch.cli.slurm import _submitted
 from disttrain_launch.slurm.script import SlurmJob
-from tests.disttrain.exact_runs import SMALL, outcome, train
+from tests.disttrain.parallel.exact_runs import SMALL, outcome, train
 from tests.launch.slurm.cases import CASES, GOLDEN, rendered
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,1 @@
+"""Who a worker is, and how workers talk."""

@@ -1,0 +1,190 @@
+"""The named collectives. Every rank must call each of them, in the same order; a name ending in `_` works in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, magnitudes, surprises
+from disttrain.distributed.world import World
+from disttrain.errors import DisttrainError, PeerError
+
+Decision = TypeVar("Decision")
+_DAY = timedelta(days=1)
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace `tensor` by its sum over all ranks."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def max_(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace `tensor` by its maximum over all ranks."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def exact_sum_(
+    into: Sequence[torch.Tensor],
+    summands: Sequence[Summands],
+    num_summands: int,
+    *,
+    expected: Sequence[float] | None = None,
+    scratch: torch.Tensor | None = None,
+) -> list[float]:
+    """Replace each tensor of `into` by the sum of all that any rank passed for it; the bits know no order.
+
+    `summands` holds any number of lists of tensors of the shapes of `into`, with None for one that is not there; all
+    ranks together pass `num_summands` lists at most. Returns a bound of each tensor's magnitudes over all ranks. What
+    no rank passed (ABSENT), or what is not finite on any rank (infinite), is left as it is. A tensor of `into` may be
+    one of the summands.
+
+    `expected` are bounds of the magnitudes that are expected, the same on all ranks. They take part in the bits. While
+    they hold one all-reduce is enough; otherwise the sum is made without them, after another one for the magnitudes.
+    """
+    found = [magnitudes(summand) for summand in summands]
+    if expected is not None and _sum_as_expected_(into, summands, found, num_summands, expected, scratch):
+        return list(expected)
+    mine = [max(column) for column in zip([ABSENT] * len(into), *found, strict=True)]
+    largest: list[float] = max_(torch.tensor(mine, dtype=torch.float64)).tolist()
+    total = FixedPointSum(into, largest, num_summands, scratch)
+    for summand in summands:
+        total.add(summand)
+    if total.integers().numel():
+        sum_(total.integers())
+    total.write(into)
+    return largest
+
+
+def _sum_as_expected_(
+    into: Sequence[torch.Tensor],
+    summands: Sequence[Summands],
+    found: Sequence[list[float]],
+    num_summands: int,
+    expected: Sequence[float],
+    scratch: torch.Tensor | None,
+) -> bool:
+    """Sum on the grids of the expected magnitudes; return whether all ranks' were as expected. If not, nothing is done.
+
+    Whether they were travels with the sum.
+    """
+    total = FixedPointSum(into, expected, num_summands, scratch, num_extra=len(into) + 2)
+    for summand in summands:
+        total.add(summand)
+    news = [0] * (len(into) + 1)
+    for magnitudes_of_one in found:
+        one = surprises(magnitudes_of_one, expected, num_summands)
+        news = [a + b for a, b in zip(news, one, strict=True)]
+    total.extra.copy_(torch.tensor([len(found), *news]))
+    num_lists, exceeding, *faint = sum_(total.integers())[-len(total.extra) :].tolist()
+    if exceeding or num_lists in faint:
+        return False
+    total.write(into)
+    return True
+
+
+def broadcast_(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """Replace `tensor`, of any type, by the one that rank `source` holds."""
+    if tensor.numel():
+        whole = tensor.contiguous()
+        dist.broadcast(whole.reshape(-1).view(torch.uint8), src=source)  # gloo and NCCL do not know every type
+        if whole is not tensor:
+            tensor.copy_(whole)
+    return tensor
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """What rank `source` passed, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank passed, by rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextmanager
+def one_per_machine_first(world: World) -> Iterator[None]:
+    """Let one worker of each machine through the block before the others: it prepares files that they then find.
+
+    A failure of the first is raised on every rank as its own, so that nobody waits for somebody who has gone.
+    """
+    # A group of its own, because a download may take longer than a collective ever should.
+    patient = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_DAY))
+    failure: Exception | None = None
+    if world.is_local_main:
+        try:
+            yield
+        except Exception as error:
+            failure = error
+    failures = [error for error in gather_objects(_portable(failure), patient) if error is not None]
+    dist.destroy_process_group(patient)
+    if failures:
+        raise failure if failure is not None else failures[0]
+    if not world.is_local_main:
+        yield
+
+
+def decided_by_main(world: World, decide: Callable[[], Decision]) -> Decision:
+    """What `decide` returns on rank 0, on every rank; what it raises there is raised everywhere."""
+    decision: Any = None
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            decision = decide()
+        except Exception as error:
+            failure = error
+    answer, remote_failure = broadcast_object((decision, _portable(failure)))
+    if world.is_main and failure is not None:
+        raise failure
+    if remote_failure is not None:
+        raise remote_failure
+    return cast("Decision", answer)
+
+
+def _portable(failure: Exception | None) -> DisttrainError | None:
+    """A failure that can travel: other people's exceptions may not survive being sent, and are for it to tell."""
+    if failure is None or (isinstance(failure, DisttrainError) and failure.trace is None):
+        return failure
+    what = str(failure) if isinstance(failure, DisttrainError) else f"{type(failure).__name__}: {failure}"
+    return PeerError(f"rank {dist.get_rank()} failed: {what}")
+
+
+class Agreement:
+    """Whether any rank raised one of its flags, told to all ranks at the same step, without waiting.
+
+    Each step's question travels while the next step computes, and is answered after it. So all ranks learn the same
+    thing at the same step, and no step waits for the network. Every rank must call each method at the same step.
+    """
+
+    def __init__(self, num_flags: int) -> None:
+        self._flags = torch.zeros(num_flags)
+        self._alone = dist.get_world_size() == 1
+        self._work: dist.Work | None = None
+
+    def ask(self, *flags: bool) -> list[bool]:
+        """Send this rank's flags for this step; return which were raised anywhere at the step before."""
+        if self._alone:
+            return list(flags)
+        answer = self.finish()
+        self._flags = torch.tensor(flags, dtype=torch.float32)
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def finish(self) -> list[bool]:
+        """Wait for the question under way and return its answer; all false if there is none."""
+        if self._work is None:
+            return [False] * len(self._flags)
+        self._work.wait()
+        self._work = None
+        return [flag > 0 for flag in self._flags.tolist()]

@@ -1,0 +1,82 @@
+"""How a failure, or a worker's having finished, reaches the launcher and the user."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
+from disttrain.errors import ExitCode, printable
+
+
+def report_failure(
+    message: str,
+    exit_code: int,
+    trace: str | None,
+    failed_at: float,
+    *,
+    consequence: bool = False,
+    is_agreed: bool = False,
+) -> None:
+    """Write the failure to the file that the launcher named in TORCHELASTIC_ERROR_FILE, if it named one.
+
+    Without our launcher, print it on standard error too. `failed_at` is in seconds since 1970; a `consequence` is
+    mostly somebody else's failure, and one that `is_agreed` is no rank's own.
+    """
+    rank, host = rank_hint(), socket.gethostname()
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    is_written = False
+    if error_file:
+        failure = {
+            "message": message,
+            "exit_code": int(exit_code),
+            "rank": rank,
+            "host": host,
+            "traceback": trace,
+            "consequence": consequence,
+            "is_agreed": is_agreed,
+            "time": failed_at,
+            "timestamp": int(failed_at),  # torchrun's name for it, in whole seconds
+        }
+        with suppress(OSError):  # a full disk: it is printed then, whoever would have shown it
+            _write(error_file, failure)
+            is_written = True
+    told_by_all = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
+    is_shown = is_written and launched_by() in OUR_LAUNCHERS
+    if not is_shown and (not rank or not told_by_all):
+        who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
+        print(printable(f"{trace or ''}disttrain: {who}{message}"), file=sys.stderr, flush=True)
+
+
+def report_finished() -> None:
+    """Write to the launcher's file that this worker did what it was started for.
+
+    Without that, an exit code of 0 may come from anybody's `os._exit(0)`. torchrun does not ask for it, and would leave
+    the file behind.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file and launched_by() in OUR_LAUNCHERS:
+        now = time.time()
+        done = {"message": "finished", "exit_code": int(ExitCode.DONE), "time": now, "timestamp": int(now)}
+        with suppress(OSError):
+            _write(error_file, done)
+
+
+def says_finished(error_file: Path | str) -> bool:
+    """Whether the worker that was given this file wrote that it finished."""
+    try:
+        report = json.loads(Path(error_file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("exit_code") == ExitCode.DONE
+
+
+def _write(error_file: str, report: dict[str, Any]) -> None:
+    # In place: it is read when this process is gone, and our launcher's file has no name to rename to.
+    Path(error_file).write_text(json.dumps(report), encoding="utf-8")

@@ -1,0 +1,273 @@
+"""Who this worker is, and the process group it shares with the others.
+
+The only reader of RANK-style variables, but for who asks before there is torch (see `launched`), and the only caller of
+`init_process_group`. One worker has a process group too, so there is one path through the code, not two.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Its functions' default arguments hold the process group of the moment when it is first imported, as the first step of
+# an optimizer does. Imported here, before there is one, it holds none: else `destroy_process_group` could not end
+# gloo's threads, and one of them that is late aborts the process at its exit (pytorch/pytorch#179291, #190489).
+import torch.distributed.nn.functional
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
+
+from disttrain.distributed.affinity import near_memory
+from disttrain.distributed.cores import usable_cores
+from disttrain.distributed.device import choose_device, refuse_a_mixture, why_not_gpus
+from disttrain.distributed.launched import launched_by
+from disttrain.errors import ConfigurationError, DisttrainError
+
+_AFTER_THE_WATCHDOG_S = 15.0
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_BACKLOG = 2048  # as torch has it: all workers may connect at once
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This worker's place among the workers of a job."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    host: str
+    remark: str = ""
+    """What a user should know of the device; empty if it is the one to expect."""
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one worker that writes checkpoints, the journal and the console."""
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        """True for one worker of each machine: the one that downloads and measures."""
+        return self.local_rank == 0
+
+    @property
+    def node(self) -> int:
+        """Which machine this is, counted from 0."""
+        return self.rank // self.local_size
+
+    @property
+    def num_nodes(self) -> int:
+        """How many machines take part."""
+        return -(-self.size // self.local_size)
+
+
+@contextmanager
+def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0) -> Iterator[World]:
+    """Join the job's process group, and leave it whatever happens.
+
+    `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers. A
+    collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit speaks first. A
+    launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
+    this process is the only worker.
+
+    Raises ConfigurationError if the variables are incomplete, the device is not there, or there is a process group
+    already, which stays as it is.
+    """
+    if dist.is_initialized():
+        raise ConfigurationError(
+            "this process has a process group already, and disttrain makes one of its own: leave "
+            "out init_process_group, or call torch.distributed.destroy_process_group() before."
+        )
+    excepthook = sys.excepthook  # torch's own puts "[rank0]:" before each line, and stays for good
+    rank, local_rank, size, local_size = _place(os.environ)
+    chosen = choose_device(device, local_rank, local_size, size)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or num_threads(local_size))
+    timeout = timedelta(seconds=timeout_s + max(_AFTER_THE_WATCHDOG_S, timeout_s / 4))
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    with near_memory(local_rank, local_size), _gloo_on_loopback(is_alone=local_size == size):
+        try:
+            if size == 1:
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+            else:
+                host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = _MeetingPlace(host, port, rank, size, local_size == size, timeout).next_store()
+                _all_have_the_same_device(store, rank, size, chosen)
+                device_id = chosen if chosen.type == "cuda" else None
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+                )
+            remark = why_not_gpus(device, chosen, local_size)
+            yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark)
+        finally:
+            sys.excepthook = excepthook
+            torch.set_num_threads(threads_before)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def store_for_a_thread(timeout_s: float) -> Store | None:
+    """A connection of its own to the store that all ranks reach, for another thread; None for a worker that is alone.
+
+    A key that is not there is waited for `timeout_s`.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    store: Store = dist.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The CPU threads of a worker: OMP_NUM_THREADS if it is set, else its share of the machine's usable cores.
+
+    torchrun sets OMP_NUM_THREADS=1 for several workers that have none: that is nobody's wish, and not distinguishable
+    from one; `train.threads = 1` is.
+    """
+    text = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    asked = int(text) if text.isdecimal() else 0
+    if asked == 1 and local_size > 1 and launched_by(environment) == "torchrun":
+        asked = 0
+    return asked or max(1, usable_cores() // local_size)
+
+
+def on_device(world: World, name: str) -> World:
+    """The same place with the device that `name` asks for, for those who learn of it only when they have joined.
+
+    The process group is as it was. Every rank must call it. Raises ConfigurationError if the device is not there.
+    """
+    chosen = choose_device(name, world.local_rank, world.local_size, world.size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    places = [""] * world.size
+    dist.all_gather_object(places, f"{chosen.type} on {world.host}")
+    refuse_a_mixture(places)
+    return replace(world, device=chosen, remark=why_not_gpus(name, chosen, world.local_size))
+
+
+def _all_have_the_same_device(store: Store, rank: int, size: int, device: torch.device) -> None:
+    """Raise ConfigurationError on every rank if not; by the store, as NCCL would wait for those who have no GPU."""
+    store.set(f"disttrain/device/{rank}", f"{device.type} on {socket.gethostname()}")
+    places = [store.get(f"disttrain/device/{other}").decode() for other in range(size)]
+    try:
+        refuse_a_mixture(places)
+    except ConfigurationError:
+        store.set(f"disttrain/device/{rank}/read", "")
+        if rank == 0:  # with whom the store may end
+            store.wait([f"disttrain/device/{other}/read" for other in range(size)])
+        raise
+
+
+@contextmanager
+def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
+    """Where one machine has all workers, have gloo listen where no other can connect. What the user has set stands."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if not is_alone or loopback is None or _GLOO_INTERFACE in os.environ:
+        yield
+        return
+    os.environ[_GLOO_INTERFACE] = loopback
+    try:
+        yield
+    finally:
+        os.environ.pop(_GLOO_INTERFACE, None)
+
+
+@dataclass(frozen=True)
+class _MeetingPlace:
+    """Where the ranks of a job find each other, and the worker that goes there."""
+
+    host: str
+    port: int
+    rank: int
+    size: int
+    is_alone: bool  # whether one machine has all workers
+    timeout: timedelta = field(compare=False)
+
+    def next_store(self) -> Store:
+        """A store that all ranks share for one group: its keys are not those of the groups before."""
+        store, numbers = _met_at(self)
+        store.set_timeout(self.timeout)
+        # "default_pg": as `init_process_group` has it
+        return PrefixStore("default_pg", PrefixStore(f"disttrain/group-{next(numbers)}", store))
+
+
+@functools.cache
+def _met_at(place: _MeetingPlace) -> tuple[Store, Iterator[int]]:
+    """The store of all ranks, and the numbers of the groups that meet there.
+
+    Rank 0 serves it as long as its process lives. If it ended with a group, a rank that is quicker to join the next one
+    would meet the store of the last. On one machine no other can reach it, unless torchrun serves it.
+    """
+    listener = _loopback_listener() if place.rank == 0 and place.is_alone else None
+    store: Store
+    if listener is not None:
+        # torch's own socket would listen at every address of the machine.
+        store = TCPStore(
+            place.host,
+            place.port,
+            place.size,
+            is_master=True,
+            timeout=place.timeout,
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
+        )
+    else:
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=place.timeout))
+    return store, itertools.count(1)
+
+
+def _loopback_listener() -> socket.socket | None:
+    """A socket that listens at MASTER_ADDR:MASTER_PORT; None if that is not loopback, or the agent's own store."""
+    addresses = {"127.0.0.1": socket.AF_INET, "localhost": socket.AF_INET, "::1": socket.AF_INET6}
+    host = os.environ["MASTER_ADDR"]
+    if host not in addresses or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    listener = socket.socket(addresses[host], socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1" if host == "localhost" else host, int(os.environ["MASTER_PORT"])))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise DisttrainError(
+            f"MASTER_ADDR:MASTER_PORT = {host}:{os.environ['MASTER_PORT']}: {error.strerror}, so the workers cannot "
+            "meet there. Wait for the job that has the port, or choose another."
+        ) from error
+    return listener
+
+
+def _place(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """(rank, local rank, size, local size) as the launcher wrote them."""
+    if not any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return 0, 0, 1, 1
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in environment]
+    if missing:
+        raise ConfigurationError(
+            f"the launcher did not set {', '.join(missing)}: start workers with `disttrain train -n N` or torchrun, "
+            "or unset RANK, WORLD_SIZE and LOCAL_RANK for a single worker."
+        )
+    numbers = []
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        text = environment[name]
+        if not text.isdecimal():
+            raise ConfigurationError(f"{name}={text!r} is not a whole number: the launcher must set it.")
+        numbers.append(int(text))
+    rank, local_rank, size, local_size = numbers
+    if not (rank < size and local_rank < local_size <= size):
+        raise ConfigurationError(
+            f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={size} LOCAL_WORLD_SIZE={local_size} do not fit together."
+        )
+    return rank, local_rank, size, local_size

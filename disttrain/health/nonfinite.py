@@ -1,0 +1,183 @@
+"""Values that are not finite: seen before the optimizer steps, agreed by all ranks, dealt with as the recipe says.
+
+Nothing travels for it while all is well. A loss that is not finite makes every gradient of its micro-batch NaN, and the
+sum over all workers keeps a NaN: so each rank sees in its own gradients whether anything, anywhere, went wrong. Only
+then do the ranks tell each other what they know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from disttrain.data import StepBatch
+from disttrain.distributed.collectives import gather_objects
+from disttrain.distributed.world import World
+from disttrain.errors import DivergedError
+from disttrain.health.diagnosis import Rerun, listed
+from disttrain.models.buffers import BufferCopies
+from disttrain.parallel.strategy import Parallel
+from disttrain.recipe import TrainRecipe
+
+# A scale of one leaves a gradient as it is: one that is not finite then is no doing of the scaler's.
+_NO_SCALE = 1.0
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A step whose loss or gradient was not finite, and what was done ("skip" or "zero"): the same on every rank.
+
+    `rank` is the first whose loss was not finite, and `samples` are those of its shard, as places in the training set;
+    None and empty if all losses were finite. `in_a_row` counts such steps up to this one, `total` all of the run.
+    """
+
+    policy: str
+    rank: int | None
+    samples: tuple[int, ...]
+    in_a_row: int
+    total: int
+
+
+class FiniteGate:
+    """What stands between a step's gradients and the optimizer. Every rank must call each method, in every step."""
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        parallel: Parallel,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        world: World,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self._policy, self._limit = recipe.non_finite, recipe.non_finite_limit
+        self._exact, self._optimizer, self._scaler = parallel.exact, optimizer, scaler
+        self._parameters = dict(parallel.model.named_parameters())
+        self._buffers = BufferCopies(parallel.model)
+        self._rerun = Rerun(parallel.model, recipe, world.device, autocast)
+        self._holds_zeros = False
+        self._incident: Incident | None = None
+        self._in_a_row = self._total = 0
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint has of it."""
+        return {"in_a_row": self._in_a_row, "total": self._total}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Put back what `state` gave."""
+        self._in_a_row, self._total = state["in_a_row"], state["total"]
+
+    def begin_step(self) -> None:
+        """Keep what a step that is not made must leave unchanged."""
+        self._buffers.take()
+        self._holds_zeros = False
+
+    def allows(self, step: int, batch: StepBatch, losses: torch.Tensor) -> bool:
+        """Whether the optimizer may step: the gradients are summed and unscaled, and not clipped yet.
+
+        `step` counts the steps done before, `losses`, (num_shards,), are this rank's. Raises DivergedError, on every
+        rank alike, if the recipe says that the run ends: weights and buffers are then those before the step.
+        """
+        if not (self._exact and self._exact.non_finite) and all_finite(self._gradients()):
+            self._in_a_row = 0
+            return True
+        bad = {shard for shard, finite in enumerate(losses.isfinite().tolist()) if not finite}
+        samples = [sample for part in batch.parts if part.shard in bad for sample in part.samples.tolist()]
+        by_rank: list[list[int]] = gather_objects(samples)
+        rank = next((rank for rank, samples in enumerate(by_rank) if samples), None)
+        if rank is None and self._is_overflow():
+            return True  # the scaler leaves the step out by itself, and lowers its scale
+        if self._policy == "stop" or self._in_a_row >= self._limit:
+            raise DivergedError(self._why_it_ends(step, batch))
+        self._in_a_row, self._total = self._in_a_row + 1, self._total + 1
+        samples = by_rank[rank] if rank is not None else []
+        self._incident = Incident(self._policy, rank, tuple(samples), self._in_a_row, self._total)
+        self._buffers.restore(only_non_finite=self._policy == "zero")
+        if self._policy == "zero":
+            self._put_zeros()
+        self._forget_overflow()
+        return self._holds_zeros
+
+    def step(self) -> None:
+        """Have the optimizer step; the scaler leaves it out if there was an overflow."""
+        if self._holds_zeros:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+
+    def take_incident(self) -> Incident | None:
+        """What was not finite in the step just made, told once."""
+        incident, self._incident = self._incident, None
+        return incident
+
+    def _gradients(self) -> list[torch.Tensor]:
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+
+    def _scale(self) -> float:
+        return self._scaler.get_scale() if self._scaler.is_enabled() else _NO_SCALE
+
+    def _is_overflow(self) -> bool:
+        """Whether the scale alone may have done it, all losses being finite. It has to do with gradients only."""
+        only_gradients = self._exact is None or set(self._exact.non_finite) <= self._parameters.keys()
+        return self._scale() > _NO_SCALE and only_gradients
+
+    def _forget_overflow(self) -> None:
+        """Have the scaler go on as if the step had not been: what it found was no overflow."""
+        if self._scaler.is_enabled():
+            self._scaler.update(self._scaler.get_scale())
+
+    def _put_zeros(self) -> None:
+        if self._exact is not None:
+            self._exact.sum_finite_parts(self._scale())
+        for gradient in self._gradients():
+            torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        self._holds_zeros = True
+
+    def _why_it_ends(self, step: int, batch: StepBatch) -> str:
+        self._optimizer.zero_grad(set_to_none=True)
+        by_rank = gather_objects(self._rerun.find_first(batch, step, self._scale(), self._buffers.restore))
+        found = [(finding.shard, finding.part, rank) for rank, finding in enumerate(by_rank) if finding is not None]
+        row = "" if self._policy == "stop" else f" in {self._in_a_row + 1} steps in a row (train.non_finite_limit)"
+        hint = '; train.non_finite = "skip" goes on without such steps' if self._policy == "stop" else ""
+        if not found:
+            return (
+                f"the gradient of the global batch is not finite at step {step + 1}{row}, though each worker's own is. "
+                f"The step was not made. To go on, lower optim.lr{hint}."
+            )
+        rank = min(found)[-1]
+        first = by_rank[rank]
+        comparison = f" ({first.comparison})" if first.comparison else ""
+        return (
+            f"{first.what} is not finite at step {step + 1}{comparison}, first on rank {rank}, in "
+            f"{listed(first.samples)} of the training set{row}. The step was not made. To go on, {first.advice}{hint}."
+        )
+
+
+def marked(share: torch.Tensor) -> torch.Tensor:
+    """A share of the loss with the gradients it has; if it is not finite itself, all of them are NaN."""
+    return share * (1.0 + 0.0 * share.detach())
+
+
+def is_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether every number in them is finite, asked of one tensor after the other: for rare occasions."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether every number in these gradients is finite. On a GPU it is one kernel for each type, and one wait."""
+    alike: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        alike.setdefault((real.device, real.dtype), []).append(real)
+    found = []
+    for (device, _), group in alike.items():
+        # A gradient scaler's own operator: it multiplies by one, which leaves every number as it is.
+        is_bad = torch.zeros(1, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(group, is_bad, torch.ones(1, device=device))
+        found.append(is_bad)
+    return not any(is_bad.item() for is_bad in found)

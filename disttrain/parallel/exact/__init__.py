@@ -1,0 +1,1 @@
+"""Exact mode: the same bits at every number of workers."""

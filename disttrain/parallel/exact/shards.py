@@ -1,0 +1,219 @@
+"""Exact mode: a step computed shard by shard, so that neither the number of workers nor any order shows in its bits.
+
+The global batch is cut into the same shards at every world size, and each worker computes a contiguous run of them, one
+by one. Every shard starts from the step's weights and buffers. The shards' gradients are summed as integers, and so is
+what each has changed in floating-point buffers (BatchNorm's statistics): the next step starts from their mean.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from disttrain.distributed.collectives import broadcast_, exact_sum_
+from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes
+from disttrain.distributed.world import World
+from disttrain.errors import ConfigurationError
+
+
+class ExactShards:
+    """What a step's shards leave behind in a model: gathered shard by shard, then summed over all workers.
+
+    In each step, a worker opens and closes those of its `shards` that have samples, one after the other; at the end all
+    workers call `finish`.
+    """
+
+    def __init__(self, model: nn.Module, world: World, num_shards: int) -> None:
+        """Every rank must call it: all start from rank 0's weights and buffers.
+
+        Raises ConfigurationError if there are more workers than shards.
+        """
+        if world.size > num_shards:
+            raise ConfigurationError(
+                f"parallel.shards = {num_shards}: that many workers can share a step in exact mode, and {world.size} "
+                f"were started. Start at most {num_shards}, or begin a new run with more shards."
+            )
+        if world.device.type == "mps":
+            raise ConfigurationError(
+                "parallel.exact = true: an Apple GPU serves one worker only; set train.device = 'cpu'."
+            )
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.layout != torch.strided:
+                raise ConfigurationError(
+                    f"the model: '{name}' is sparse, which exact mode cannot send or sum: make it dense, or set "
+                    "parallel.exact = false."
+                )
+        self.num_shards = num_shards
+        self.shards = shards_of(world.rank, world.size, num_shards)
+        self._world = world
+        self._parameters = dict(model.named_parameters())
+        # Looked up once: a walk through the modules costs more than what a step does with the buffers of a small model.
+        self._places = _places_of_buffers(model)
+        for tensor in (*self._parameters.values(), *self._buffers()):
+            broadcast_(tensor.detach())
+        # Lives as long as the run: mapping that much memory anew at every step would cost more than the additions.
+        sizes = [tensor.numel() for tensor in (*self._parameters.values(), *self._buffers())]
+        num_integers = sum(sizes) + len(sizes) + 2  # and a counter for each tensor, see exact_sum_
+        self._scratch = torch.empty(num_integers, dtype=torch.int64, device=world.device)
+        # The bits that an expectation costs would show in float64.
+        self._expects = all(parameter.dtype != torch.float64 for parameter in self._parameters.values())
+        self.expected: list[float] | None = None
+        """Bounds of the next step's gradients and buffers, from those of the step before: part of the run's state."""
+        self.non_finite: tuple[str, ...] = ()
+        """The parameters whose gradients, and the buffers whose changes, were not finite in the step that was finished
+        last, on any worker: the same names on all."""
+        self._not_summed: list[Summands] = []
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._versions_at_start: list[int] = []
+        self._buffers_at_start: list[torch.Tensor] | None = None
+        self._discrete_of_first: list[torch.Tensor] | None = None
+        self._summands: list[Summands] = []
+
+    @property
+    def summed(self) -> list[str]:
+        """The names of the tensors that a step sums, in the order of `expected`."""
+        named = zip(self._places, self._buffers(), strict=True)
+        return [*self._parameters, *(name for name, buffer in named if buffer.is_floating_point())]
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [getattr(module, name) for module, name in self._places.values()]
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Give the model the buffers that the step started from."""
+        if self._buffers_at_start is None:
+            self._buffers_at_start = [buffer.clone() for buffer in self._buffers()]
+            self._versions_at_start = [parameter._version for parameter in self._parameters.values()]
+        else:
+            self._restore_buffers()
+
+    @torch.no_grad()
+    def close(self, shard: int) -> None:
+        """Take the shard's gradients, and what it changed in the buffers, out of the model.
+
+        Raises ConfigurationError if the model has written to a parameter of its own.
+        """
+        assert self._buffers_at_start is not None, "a shard must be opened first"
+        for (name, parameter), version in zip(self._parameters.items(), self._versions_at_start, strict=True):
+            if parameter._version != version:
+                raise ConfigurationError(
+                    f"the model wrote to its parameter '{name}' in a forward or backward pass, where each worker sees "
+                    "other samples, so the workers' weights would part: make it a buffer, which all workers share, or "
+                    "set parallel.exact = false."
+                )
+        buffers = self._buffers()
+        changes = [
+            _change(before, after)
+            for before, after in zip(self._buffers_at_start, buffers, strict=True)
+            if after.is_floating_point()
+        ]
+        self._summands.append([*(parameter.grad for parameter in self._parameters.values()), *changes])
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if shard == 0:
+            self._discrete_of_first = [buffer.clone() for buffer in buffers if not buffer.is_floating_point()]
+
+    @torch.no_grad()
+    def finish(self, num_filled: int) -> None:
+        """Give every worker's model the step's gradients and buffers. Every rank must call it.
+
+        `num_filled` is how many of the shards had samples, over all workers. What is not finite on any worker is not
+        summed: `non_finite` names it, such a gradient is infinite as a whole, such a buffer stays as it was.
+        """
+        self._restore_buffers()
+        named = zip(self._places, self._buffers(), strict=True)
+        floating = {name: buffer for name, buffer in named if buffer.is_floating_point()}
+        changes = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in floating.values()]
+        gradients = [self._room_for_gradient(index) for index in range(len(self._parameters))]
+        sums = [*gradients, *changes]
+        agreed = exact_sum_(sums, self._summands, self.num_shards, expected=self.expected, scratch=self._scratch)
+        self.expected = expected_magnitudes(sums, agreed) if self._expects else None
+        largest = dict(zip((*self._parameters, *floating), agreed, strict=True))
+        self.non_finite = tuple(name for name, magnitude in largest.items() if math.isinf(magnitude))
+        for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
+            if math.isinf(largest[name]):
+                gradient = torch.full_like(gradient, math.inf)  # beside the shards' own, see sum_finite_parts
+            parameter.grad = None if largest[name] == ABSENT else gradient
+        for (name, buffer), change in zip(floating.items(), changes, strict=True):
+            if 0 < largest[name] < math.inf:
+                buffer.copy_(buffer.double() + change / num_filled)
+        self._share_discrete_buffers()
+        self._not_summed = self._summands if self.non_finite else []
+        self._begin_step()
+
+    @torch.no_grad()
+    def sum_finite_parts(self, scale: float) -> None:
+        """Sum the gradients that `finish` left out, with a zero for each number of a shard that is not finite.
+
+        `scale` is what the loss was multiplied by: the sums are divided by it.
+
+        To be called after `finish`, before the next step. Every rank must call it.
+        """
+        bad = [index for index, name in enumerate(self._parameters) if name in self.non_finite]
+        parameters = list(self._parameters.values())
+        sums = [torch.zeros_like(parameters[index]) for index in bad]
+        finite = [[_zeroed(summands[index]) for index in bad] for summands in self._not_summed]
+        if bad:
+            exact_sum_(sums, finite, self.num_shards)
+        for index, total in zip(bad, sums, strict=True):
+            parameters[index].grad = total.div_(scale)
+        self._not_summed = []
+
+    def _restore_buffers(self) -> None:
+        if self._buffers_at_start is not None:
+            for buffer, at_start in zip(self._buffers(), self._buffers_at_start, strict=True):
+                buffer.copy_(at_start)
+
+    def _room_for_gradient(self, index: int) -> torch.Tensor:
+        for summands in self._summands:
+            gradient = summands[index]
+            if gradient is not None:
+                return gradient  # its shard's numbers are in the sum before the sum is written to it
+        return torch.empty_like(list(self._parameters.values())[index])
+
+    def _share_discrete_buffers(self) -> None:
+        """Buffers that have no mean, such as counters, are those of the first shard, which rank 0 serves."""
+        buffers = [buffer for buffer in self._buffers() if not buffer.is_floating_point()]
+        if not buffers:
+            return
+        if self._discrete_of_first is not None:
+            for buffer, first in zip(buffers, self._discrete_of_first, strict=True):
+                buffer.copy_(first)
+        if self._world.size > 1:
+            everything = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
+            sizes = [buffer.numel() * buffer.element_size() for buffer in buffers]
+            for buffer, raw in zip(buffers, torch.split(broadcast_(everything), sizes), strict=True):
+                buffer.copy_(raw.clone().view(buffer.dtype).view(buffer.shape))
+
+
+def shards_of(rank: int, size: int, num_shards: int) -> range:
+    """The run of shards that a worker serves: all together serve each once, none more than one more than another."""
+    return range(rank * num_shards // size, (rank + 1) * num_shards // size)
+
+
+def _places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where each buffer is: the module that holds it and its name there, by its full name."""
+    modules, places = dict(model.named_modules(remove_duplicate=False)), {}
+    for full_name, _ in model.named_buffers():
+        path, _, name = full_name.rpartition(".")
+        places[full_name] = (modules[path], name)
+    return places
+
+
+def _change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
+    """What a shard has added to a buffer, float64; None for nothing. Infinite numbers and NaN may stay as they are."""
+    if torch.equal(before, after):  # mostly: the rest costs several passes for each buffer of each shard
+        return None
+    before, after = before.double(), after.double()
+    stays = (before == after) | (before.isnan() & after.isnan())
+    if stays.all():
+        return None
+    return torch.where(stays, 0.0, after - before)
+
+
+def _zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None else gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,44 @@
+"""How a run stands, from its files alone, and without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from disttrain.files import parse_json, read_text
+from disttrain.layout import STATE, accuracy_of, checkpoints_in, step_of
+from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
+from disttrain.runs.journal import last_status
+
+# The journal's last status, in the words that a person would use.
+_STATES = {"RUNNING": "unfinished", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """The run's name, state, step, epoch, world size, checkpoints and MLflow run, as JSON can hold them.
+
+    The state is "finished", "stopped", "failed", "unfinished" (running, or killed without a word) or "new". Step and
+    epoch are those of the newest checkpoint. Reads whatever is there, damaged or not, and changes nothing.
+    """
+    paths = checkpoints_in(run / CHECKPOINTS)
+    state = _read_json(paths[-1] / STATE) if paths else {}
+    status = last_status(run / JOURNAL)
+    return {
+        "name": run.name,
+        "state": "new" if status is None else _STATES.get(status, "unfinished"),
+        "step": state.get("step", 0),
+        "total_steps": state.get("total_steps"),
+        "epoch": state.get("epoch", 0),
+        "accuracy": accuracy_of(paths[-1]) if paths else None,
+        "world_size": state.get("world_size"),
+        "checkpoints": [{"path": str(path), "step": step_of(path), "accuracy": accuracy_of(path)} for path in paths],
+        "mlflow_run_id": _read_json(run / "mlflow.json").get("run_id"),
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(read_text(path))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

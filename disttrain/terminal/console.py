@@ -1,0 +1,127 @@
+"""What a person sees: a progress bar on a terminal, plain lines in a pipe, and only from rank 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from disttrain.errors import printable
+
+if TYPE_CHECKING:
+    from disttrain.terminal.bar import Bar
+
+_log = logging.getLogger("disttrain")
+
+
+def _write(text: str, stream: TextIO) -> None:
+    with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk, a closed stream: the log has it
+        print(printable(text), file=stream, flush=True)
+
+
+class _Relay(logging.Handler):
+    """Shows log records on the console."""
+
+    def __init__(self, show: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        super().__init__()
+        self._show_record, self._warn = show, warn
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (self._warn if record.levelno >= logging.WARNING else self._show_record)(record.getMessage())
+
+
+class Console:
+    """Lines, warnings and progress for the user; everything but progress goes to the log as well."""
+
+    def __init__(self, *, speaks: bool, every_s: float = 30.0) -> None:
+        """`every_s`: seconds without a word after which, where there is no bar, a line tells how far training is."""
+        self._speaks, self._every_s = speaks, every_s
+        self._bar: Bar | None = None
+        self._total_steps: int | None = None  # while training is under way
+        self._words: tuple[str, ...] = ()
+        self._last_words = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_progress()
+
+    def line(self, text: str = "") -> None:
+        """Show a line."""
+        if text:
+            _log.info("%s", text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        if not self._speaks:
+            return
+        self._last_words = time.monotonic()
+        if self._bar is not None:
+            self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        else:
+            _write(text, sys.stdout)
+
+    def warn(self, text: str) -> None:
+        """Show a warning, on standard error."""
+        _log.warning("%s", text)
+        self._show_warning(text)
+
+    def _show_warning(self, text: str) -> None:
+        if not self._speaks:
+            return
+        if self._bar is not None:
+            self._bar.console.print(f"warning: {printable(text)}", style="yellow", markup=False, highlight=False)
+        else:
+            _write(f"warning: {text}", sys.stderr)
+
+    @contextmanager
+    def relaying(self, logger: str) -> Iterator[None]:
+        """Show what `logger` has to say (it goes to the log by itself), as long as the block runs."""
+        relay = _Relay(self._show, self._show_warning)
+        logging.getLogger(logger).addHandler(relay)
+        try:
+            yield
+        finally:
+            logging.getLogger(logger).removeHandler(relay)
+
+    def start_progress(self, step: int, total_steps: int) -> None:
+        """Begin to show how far training has come: as a bar, if somebody is looking."""
+        if not self._speaks:
+            return
+        self._total_steps, self._last_words = total_steps, time.monotonic()
+        if sys.stdout.isatty():
+            from disttrain.terminal.bar import Bar
+
+            self._bar = Bar(step, total_steps)
+
+    def measured(self, loss: float, images_per_second: float) -> None:
+        """What `progress` shows from now on; `loss` is the mean over a global batch."""
+        self._words = (f"loss {loss:.4f}", f"{images_per_second:,.0f} images/s")
+
+    def progress(self, step: int, epoch: int, num_epochs: int) -> None:
+        """Show that `step` is made: on the bar, or else in a line if nothing was said for a while."""
+        title = f"epoch {epoch}/{num_epochs}"
+        if self._bar is not None:
+            self._bar.update(step, title, self._words)
+        else:
+            self.busy(f"{title}: {', '.join((f'step {step} of {self._total_steps}', *self._words))}")
+
+    def busy(self, text: str) -> None:
+        """Say what training is at, if nobody sees a bar and nothing was said for a while."""
+        is_under_way = self._total_steps is not None and self._bar is None
+        if is_under_way and time.monotonic() - self._last_words >= self._every_s:
+            self._show(text)
+
+    def end_progress(self) -> None:
+        """Leave the terminal as it was."""
+        self._total_steps = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,1 @@
+"""What MLflow is sent, and the process that sends it."""

@@ -1,0 +1,239 @@
+"""The sender's own process: follows the journal and feeds MLflow until the training process says so or is gone.
+
+Its standard input brings one line of JSON with the settings, later perhaps `finish SECONDS`; its end means that the
+training process is gone. Its standard output carries one JSON object per line: {"warning": text}, {"outage": reason}
+when MLflow takes nothing, and {"over": text} when it does again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from disttrain.files import open_safely, open_to_read
+from disttrain.runs.journal import JOURNAL_FILE
+from disttrain.runs.redact import redact
+from disttrain.tracking.mlflow.database import is_database
+from disttrain.tracking.mlflow.outage import OutageError
+
+if TYPE_CHECKING:
+    from disttrain.tracking.mlflow.delivery import Delivery
+
+LOCK_FILE = ".mlflow.lock"
+_INTERVAL_S = 5.0  # between two looks at the journal
+_FIRST_BACKOFF_S = 1.0
+_LONGEST_BACKOFF_S = 30.0
+_LAST_WORDS_S = 3.0  # what a sender may still take when its training process was killed
+# Pauses between the attempts at the end. A server that is down is asked twice; a database in a file may only be busy,
+# as when several runs begin or end together.
+_PAUSES_AT_THE_END_S = (0.5, 1.0, 2.0, 4.0, 4.0)
+_NICENESS = 10
+
+
+class Orders:
+    """What the training process wants, read by a thread of its own so that no slow request hides it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.deadline: float | None = None  # by time.monotonic(); set when it is time to finish
+        self.abandoned = False
+        self._news = threading.Event()
+        self._parent = os.getppid()
+        self._stream = stream
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    @property
+    def over(self) -> bool:
+        return self.deadline is not None
+
+    def wait(self, timeout_s: float) -> None:
+        """Return after `timeout_s`, or at once when it is time to finish."""
+        self._news.wait(timeout_s)
+        if os.getppid() != self._parent:
+            # The pipe's end may live on in a process that was forked off the training process.
+            self._abandon()
+
+    def _listen(self) -> None:
+        for line in self._stream:
+            word, _, seconds = line.partition(" ")
+            if word == "finish":
+                self.deadline = time.monotonic() + float(seconds)
+                self._news.set()
+                return
+        self._abandon()
+
+    def _abandon(self) -> None:
+        if not self.over:
+            self.abandoned = True
+            self.deadline = time.monotonic() + _LAST_WORDS_S
+            self._news.set()
+            threading.Timer(_LAST_WORDS_S, os._exit, (1,)).start()
+
+
+class Sender:
+    """Delivers again and again; a circuit breaker keeps a dead server from being asked all the time."""
+
+    def __init__(self, delivery: Delivery, orders: Orders, voice: Voice, run_dir: Path) -> None:
+        self._delivery = delivery
+        self._orders = orders
+        self._voice = voice
+        self._run_dir = run_dir
+        self._journal = run_dir / JOURNAL_FILE
+        self._place = redact(delivery.uri)
+        self._reason = ""  # why MLflow takes nothing now
+        self._synced = 0
+
+    def run(self) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while not self._orders.over:
+            delivered = self._attempt()
+            _give_way()
+            if delivered:
+                backoff_s = _FIRST_BACKOFF_S
+                self._orders.wait(_INTERVAL_S)
+            else:
+                self._orders.wait(backoff_s)
+                backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+        was_down = bool(self._reason)
+        if was_down:  # before it is asked again: a server that does not answer may take all the time there is
+            _draw_charts(self._run_dir)
+        pauses = _PAUSES_AT_THE_END_S if is_database(self._delivery.uri) else _PAUSES_AT_THE_END_S[:1]
+        for pause_s in (*pauses, 0.0):
+            if self._attempt():
+                break
+            time.sleep(pause_s)
+        else:
+            if not was_down:
+                _draw_charts(self._run_dir)
+        if self._orders.abandoned:
+            with contextlib.suppress(Exception):
+                self._delivery.mark_killed()
+
+    def _attempt(self) -> bool:
+        self._sync()
+        try:
+            self._delivery.deliver()
+        except OutageError as error:
+            if str(error) != self._reason:
+                self._reason = str(error)
+                self._voice.say("outage", self._reason)
+            return False
+        if self._reason:
+            self._reason = ""
+            self._voice.say("over", f"MLflow at {self._place} has everything now.")
+        return True
+
+    def _sync(self) -> None:
+        """Bring the journal to the disk: here, where it costs the training nothing."""
+        with contextlib.suppress(OSError), open_to_read(self._journal) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != self._synced:
+                os.fsync(file.fileno())
+                self._synced = size
+
+
+def _give_way() -> None:
+    """Let training go first from here on.
+
+    Not before the first attempt: MLflow's start takes seconds of processor time, whoever waits for it, and at a low
+    priority they stretch over a minute in which every step suffers.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(max(0, _NICENESS - os.nice(0)))
+
+
+def _draw_charts(run_dir: Path) -> None:
+    """They are for whoever looks into the run directory, too; a delivery has drawn them already."""
+    with contextlib.suppress(Exception):
+        from disttrain.tracking.charts import draw_charts
+
+        draw_charts(run_dir)
+
+
+class Voice:
+    """Messages to the training process."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def say(self, level: str, message: str) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            self._stream.write(json.dumps({level: redact(message)}) + "\n")
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def sole_sender(run_dir: Path, orders: Orders) -> Iterator[bool]:
+    """Hold the run directory's lock, so that two senders never write `mlflow.json`; False if another keeps it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two senders would repeat each other's work, which MLflow does not mind
+        yield True
+        return
+    with os.fdopen(open_safely(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT), "r+") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if orders.over:
+                    yield False
+                    return
+                orders.wait(0.2)
+            except OSError:  # a file system without locks
+                yield True
+                return
+            else:
+                yield True
+                return
+
+
+def main() -> None:
+    """Run as a process by `MlflowSender`."""
+    # Libraries print what they like: standard output becomes nothing's, and the messages get a stream of their own.
+    voice = Voice(os.fdopen(os.dup(sys.stdout.fileno()), "w"))
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.dup2(nothing, sys.stderr.fileno())
+    settings = json.loads(sys.stdin.readline())
+    run_dir = Path(settings["run_dir"])
+    orders = Orders(sys.stdin)
+    try:
+        with sole_sender(run_dir, orders) as alone:
+            if alone:
+                _send(settings, run_dir, orders, voice)
+            else:
+                voice.say("warning", f"another process delivers {run_dir} to MLflow now")
+    except ImportError as error:
+        voice.say("warning", f"MLflow cannot be used here ({error}); the journal keeps everything for it.")
+    except Exception as error:
+        voice.say("warning", f"delivery to MLflow ended early ({type(error).__name__}: {error}).")
+    sys.stdout.flush()
+    os._exit(0)  # MLflow's own threads and exit handlers have nothing left to do, but may take their time over it
+
+
+def _send(settings: dict[str, str], run_dir: Path, orders: Orders, voice: Voice) -> None:
+    import logging
+    import warnings
+
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    from disttrain.tracking.mlflow.delivery import Delivery
+
+    delivery = Delivery(
+        run_dir,
+        settings["uri"],
+        settings["experiment"],
+        settings["run_name"],
+        lambda message: voice.say("warning", message),
+    )
+    Sender(delivery, orders, voice, run_dir).run()
+
+
+if __name__ == "__main__":
+    main()

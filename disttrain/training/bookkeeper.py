@@ -1,0 +1,245 @@
+"""What happens between steps: metrics, checkpoints, requests to stop; each decision agreed by all ranks at one step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from disttrain.checkpoint import CheckpointStore
+from disttrain.distributed.collectives import Agreement, decided_by_main, sum_
+from disttrain.errors import DivergedError, StoppedError
+from disttrain.health.diagnosis import listed
+from disttrain.health.nonfinite import Incident, is_finite
+from disttrain.health.spikes import RolledBack, write_skipped
+from disttrain.health.stop import StopRequest
+from disttrain.runs.rundir import EVALUATION, go_on_with, write_evaluation
+from disttrain.terminal.console import Console
+from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
+from disttrain.training.evaluate import Evaluation, evaluate
+from disttrain.training.job import Job
+from disttrain.training.saver import Saver
+
+
+class Bookkeeper:
+    """Keeps a job's journal, checkpoints and console. Rank 0 writes; all ranks know."""
+
+    def __init__(
+        self,
+        job: Job,
+        run_dir: Path,
+        store: CheckpointStore,
+        tracker: Tracker | NullTracker,
+        console: Console,
+        stop: StopRequest,
+        sampler: SystemSampler | None,
+        address: str,
+    ) -> None:
+        self.job = job
+        self.run_dir = run_dir
+        self.saver = Saver(job, run_dir, address, store, tracker, console)
+        self._tracker = tracker
+        self._console = console
+        self._stop = stop
+        self._agreement = Agreement(num_flags=2)
+        self._sampler = sampler
+        self._last_log = time.monotonic()
+        self._samples_since_log = 0
+        self._pace = ""
+        self._has_warned = False  # that evaluation.json cannot be written
+
+    def after_step(self, losses: torch.Tensor | None, global_size: int) -> None:
+        """Log, save or stop as due after the step just made.
+
+        `losses`, (num_shards,), are each shard's share of its mean loss, zero for the shards of other workers; None for
+        a step that was left out.
+
+        Every rank must call it. Raises StoppedError once all ranks have agreed to stop and the checkpoint is saved,
+        RolledBack if the loss is a spike, DivergedError if there were too many.
+        """
+        job, recipe = self.job, self.job.recipe
+        self._samples_since_log += global_size
+        # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
+        is_last = job.step == job.total_steps
+        if losses is not None and (is_last or job.step % recipe.train.log_every_steps == 0):
+            self._log(losses)
+        self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
+        if losses is not None and job.spikes.is_on:
+            self._look_for_a_spike(losses)
+        incident = job.finite.take_incident()
+        if incident is not None:
+            self._tell_of(incident)
+        self.saver.poll()
+        seconds = recipe.checkpoint.every_seconds
+        time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self.saver.last_save
+        self._act(self._agreement.ask(self._stop.received is not None, time_is_up))
+
+    def _act(self, answer: list[bool]) -> None:
+        every = self.job.recipe.checkpoint.every_steps
+        due = every > 0 and self.job.step % every == 0
+        if due or any(answer):
+            # What was asked at this very step must be known before anything is written.
+            answer = [early or late for early, late in zip(answer, self._agreement.finish(), strict=True)]
+        stop, time_is_up = answer
+        if stop:
+            self.saver.save_or_fail()
+            raise StoppedError(
+                f"stopped on request{self._stop.words()} after step {self.job.step} of {self.job.total_steps}; the "
+                f"checkpoint is saved. Resume with: {go_on_with(self.saver.address)}"
+            )
+        if due or time_is_up:
+            self.saver.save_unless_saved()
+
+    def _tell_of(self, incident: Incident) -> None:
+        """Journal a step that was not finite; warn of the first, the second, the fourth, the eighth and so on."""
+        step, fields = self.job.step, asdict(incident)
+        self._tracker.event("non-finite", step=step, epoch=1 + (step - 1) // self.job.steps_per_epoch, **fields)
+        if incident.total.bit_count() == 1:
+            where = f" on rank {incident.rank}, in {listed(incident.samples)}" if incident.rank is not None else ""
+            what = f"the {'gradient' if incident.rank is None else 'loss'} of step {step} is not finite{where}"
+            done = "the step is skipped" if incident.policy == "skip" else "zeros are put in its place"
+            limit = self.job.recipe.train.non_finite_limit
+            self._console.warn(
+                f"{what}: {done} ({incident.in_a_row} of at most {limit} in a row, {incident.total} in all; the "
+                "journal has every one)."
+            )
+
+    def _ending(self, error: DivergedError) -> DivergedError:
+        """The error with the newest checkpoint named: that of the state before the step, saved now if it was not.
+
+        A state that a step before has spoilt already (a finite gradient times a huge rate) is not worth saving.
+        """
+        self._agreement.finish()
+        self.saver.finish()
+        newest = self.saver.newest_step()
+        is_new = newest is None or newest < self.job.step
+        if self.job.world.is_main and is_new and is_finite(self.job.model_tensors().values()):
+            self.saver.save()
+            self.saver.finish()
+        self._tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))
+        words = decided_by_main(self.job.world, self.saver.words)
+        return DivergedError(f"{error} {words}")
+
+    def _look_for_a_spike(self, losses: torch.Tensor) -> None:
+        job, spikes = self.job, self.job.spikes
+        loss = math.fsum(sum_(losses.to("cpu", torch.float64, copy=True)).tolist())  # as it is logged: in no order
+        usual = spikes.normal_loss(loss)
+        if usual is None:
+            return
+        self._agreement.finish()
+        self.saver.finish()
+        what = f"the loss of step {job.step} is {loss:.4g}, more than {spikes.factor:g} times the usual {usual:.4g}"
+        if len(spikes.skipped) >= spikes.limit:
+            raise DivergedError(
+                f"{what}, and {spikes.limit} steps are left out already (train.spike_limit): lower optim.lr, set "
+                "train.clip_norm, or look at the data."
+            )
+        decided_by_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
+        self._tracker.event("spike", step=job.step, loss=loss, usual=usual)
+        self._console.warn(f"{what}: back to the newest checkpoint, and on without that step.")
+        raise RolledBack(self.saver.address)
+
+    def _log(self, losses: torch.Tensor) -> None:
+        job, world = self.job, self.job.world
+        names = SYSTEM_METRICS if job.recipe.tracking.system_metrics else ()
+        num_shards = len(losses)
+        report = torch.zeros(num_shards + world.num_nodes * len(names), dtype=torch.float64)
+        report[:num_shards] = losses
+        starts = [num_shards + node * len(names) for node in range(world.num_nodes)]
+        places = [slice(start, start + len(names)) for start in starts]
+        if self._sampler is not None:
+            report[places[world.node]] = torch.tensor(self._sampler.latest(), dtype=torch.float64)
+        # Every number in it is one worker's own, and zero on the others: only this sum rounds, in the shards' order.
+        loss = math.fsum(sum_(report)[:num_shards].tolist())
+        now = time.monotonic()
+        rate = self._samples_since_log / max(now - self._last_log, 1e-9)
+        self._last_log, self._samples_since_log = now, 0
+        metrics = {
+            "train/loss": loss,
+            "train/images_per_second": rate,
+            "train/learning_rate": job.schedule.learning_rate(job.step - 1),
+            "train/epoch": job.step / job.steps_per_epoch,
+        }
+        if names:
+            for node, place in enumerate(places):
+                metrics.update(node_metrics(node, report[place].tolist()))
+        self._tracker.metrics(job.step, metrics)
+        self._console.measured(loss, rate)
+
+    @contextmanager
+    def epoch(self) -> Iterator[None]:
+        """Around the steps of an epoch: its time is logged if it was run from its first step to its last."""
+        whole = self.job.step % self.job.steps_per_epoch == 0
+        self._last_log, self._samples_since_log = time.monotonic(), 0
+        started = time.monotonic()
+        try:
+            yield
+        except DivergedError as error:
+            raise self._ending(error) from None
+        seconds = time.monotonic() - started
+        self._act(self._agreement.finish())
+        if self.job.step % self.job.steps_per_epoch == 0:
+            self.saver.save_unless_saved()
+        if whole and self.job.step % self.job.steps_per_epoch == 0:
+            self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
+            self._pace = f", {seconds:.1f} s, {len(self.job.data.train) / seconds:,.0f} images/s"
+            if not self.job.evaluation_is_due:
+                self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
+
+    def evaluate(self) -> None:
+        """Evaluate, save a checkpoint that knows the result, and report it. Every rank must call it."""
+        job = self.job
+        if job.world.size > 1:
+            job.parallel.share_buffers_()
+        job.progress.at("evaluating", job.step)
+        result = evaluate(
+            job.model,
+            job.eval_loader,
+            job.data.test.classes,
+            autocast=job.autocast,
+            on_batch=self._evaluated_some,
+        )
+        job.metrics = {"eval/accuracy": result.accuracy, "eval/loss": result.loss}
+        self._tracker.metrics(job.step, job.metrics)
+        self._tracker.event("evaluated", step=job.step, correct=result.correct, total=result.total)
+        self._write_evaluation(result)
+        where = f"step {job.step}" if job.step % job.steps_per_epoch else f"epoch {job.epoch}/{job.num_epochs}"
+        self._console.line(
+            f"{where}: accuracy {result.accuracy:.2%} ({result.correct} of {result.total}), "
+            f"loss {result.loss:.4f}{self._pace}"
+        )
+        self._pace = ""
+        if job.step >= job.total_steps:
+            self.saver.save_or_fail()
+        else:
+            self.saver.save()
+
+    def _evaluated_some(self) -> None:
+        self.job.progress.tick()
+        self._console.busy(f"step {self.job.step} of {self.job.total_steps}: evaluating")
+
+    def _write_evaluation(self, result: Evaluation) -> None:
+        job = self.job
+        if not job.world.is_main:
+            return
+        content = {"step": job.step, "epoch": job.epoch, "classes": list(result.classes), **result.to_json()}
+        try:
+            write_evaluation(self.run_dir, content)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                self._console.warn(f"{self.run_dir / EVALUATION} could not be written: {error}")
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Accuracy and loss where the job stands, measured just now or found in the checkpoint."""
+        assert self.job.metrics is not None
+        return {"accuracy": self.job.metrics["eval/accuracy"], "loss": self.job.metrics["eval/loss"]}
+
+    def close(self) -> None:
+        """Finish the checkpoint that is being written."""
+        self.saver.close()

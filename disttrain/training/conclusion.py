@@ -1,0 +1,105 @@
+"""The account of a job, and its conclusion: what comes between the last step and the prompt.
+
+A run is finished when its journal says so, not when its last step is done. Whatever interrupts the conclusion, the next
+start makes up for what is missing: the model, the charts, and what MLflow lacks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from disttrain.distributed.launched import launched_by
+from disttrain.errors import StoppedError
+from disttrain.faultpoints import reached
+from disttrain.health.spikes import RolledBack
+from disttrain.health.stop import StopRequest
+from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
+from disttrain.terminal.console import Console
+from disttrain.tracking import NullTracker, Tracker, how_to_open, last_status, load_state, sync_command
+from disttrain.training.job import Job
+
+# How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
+_LAST_WORDS_S = 5.0
+# And when it has finished. A server that does not answer is not waited for.
+_PATIENCE_S = 120.0
+
+
+def is_concluded(job: Job, run_dir: Path) -> bool:
+    """Whether the run has nothing left to do but perhaps to bring MLflow what it lacks."""
+    return job.is_finished and last_status(run_dir / JOURNAL) == "FINISHED"
+
+
+@contextmanager
+def tracked(
+    job: Job, run_dir: Path, address: str, console: Console, stop: StopRequest, *, resumed: bool, is_done: bool
+) -> Iterator[Tracker | NullTracker]:
+    """Journal and MLflow run of the job, with how it ended. For rank 0; the others get a tracker that does nothing.
+
+    `is_done`: as `is_concluded` had it.
+    """
+    if not job.world.is_main:
+        yield NullTracker()
+        return
+    if is_done:
+        yield NullTracker()
+        tracker = Tracker(run_dir, job.recipe, {}, warn=console.warn)
+        if missing := tracker.backlog():
+            console.line(f"MLflow lacks {missing} of it: sending (Ctrl-C leaves the rest to `{sync_command(address)}`)")
+            tracker.catch_up(timeout_s=_PATIENCE_S, unless=lambda: stop.received is not None)
+        return
+    started = time.monotonic()
+    world_info = {
+        "launcher": launched_by(),
+        "world_size": job.world.size,
+        "num_nodes": job.world.num_nodes,
+        "strategy": job.parallel.name,
+        "host": job.world.host,
+    }
+    tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)
+    tracker.start(resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.rests_on(), step=job.step)
+    if not job.is_finished:
+        console.start_progress(job.step, job.total_steps)
+    try:
+        yield tracker
+    except BaseException as error:
+        console.end_progress()
+        if isinstance(error, RolledBack):
+            tracker.finish("RUNNING", timeout_s=_LAST_WORDS_S)
+            raise
+        stopped = isinstance(error, StoppedError | KeyboardInterrupt)
+        tracker.event("stopped" if stopped else "failed", step=job.step, reason=str(error))
+        tracker.finish("KILLED" if stopped else "FAILED", timeout_s=_LAST_WORDS_S)
+        raise
+    seconds = time.monotonic() - started
+    console.end_progress()
+    _conclude(job, run_dir, address, console, tracker, stop, seconds)
+
+
+def _conclude(
+    job: Job, run_dir: Path, address: str, console: Console, tracker: Tracker, stop: StopRequest, seconds: float
+) -> None:
+    assert job.metrics is not None
+    reached("conclusion: begun")
+    split = job.data.train
+    if tracker.exports_models:
+        console.line("exporting the model for MLflow")
+    tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
+    reached("conclusion: exported")
+    tracker.event("finished", step=job.step)
+    if tracker.uri is not None:
+        console.line(f"waiting until MLflow has everything (Ctrl-C leaves the rest to `{sync_command(address)}`)")
+    # Somebody who asked for a stop before is waited for no longer than at any stop; who asks now, not at all.
+    patience_s = _PATIENCE_S if stop.received is None else _LAST_WORDS_S
+    before = stop.received
+    tracker.finish("FINISHED", timeout_s=patience_s, unless=lambda: stop.received != before)
+    reached("conclusion: delivered")
+    console.line(f"done in {seconds:.1f} s: accuracy {job.metrics['eval/accuracy']:.2%}")
+    console.line(f"run         {address}")
+    console.line(f"checkpoint  {address}/{CHECKPOINTS}/step-{job.step:08d}")
+    if tracker.uri is not None:
+        run = load_state(run_dir)
+        for label, text in zip(("MLflow", ""), how_to_open(tracker.uri, run.experiment_id, run.run_id), strict=False):
+            console.line(f"{label:<10}  {text}")

@@ -1,0 +1,128 @@
+"""Whether a checkpoint is of the run that is to resume: data, objects and schedule, each compared by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from disttrain.data import Digest, Split
+from disttrain.errors import ConfigurationError, brief
+from disttrain.training.optim import Schedule
+
+_PARAMETERS = {"model": "model.name", "train_set": "data.dataset", "test_set": "data.dataset"}
+
+
+def describe_data(train: Split, digest: Digest) -> dict[str, Any]:
+    """What a checkpoint says of the training set."""
+    return {
+        "num_train": len(train),
+        "classes": list(train.classes),
+        "sample_shape": list(train.sample_shape),
+        **_preparation(train),
+        **asdict(digest),
+    }
+
+
+def _preparation(split: Split) -> dict[str, Any]:
+    """What the samples are, and what is done to them."""
+    return {
+        "dtype": str(split.dtype).removeprefix("torch."),
+        "mean": None if split.mean is None else list(split.mean),
+        "std": None if split.std is None else list(split.std),
+    }
+
+
+def refuse_other_preparation(data: Mapping[str, Any], split: Split, where: object) -> None:
+    """Raise ConfigurationError if the samples of `split` are not of the kind that `data`, of a checkpoint, knows.
+
+    An older checkpoint does not know it well enough.
+    """
+    for key, now in _preparation(split).items() if "dtype" in data else ():
+        if data[key] != now:
+            raise ConfigurationError(
+                f"{where}: trained on samples with {key} = {data[key]}, and those of the data set now have {now}: "
+                "prepare them as they were."
+            )
+
+
+def refuse_other_data(state: Mapping[str, Any], where: object, now: Mapping[str, Any], given: Collection[str]) -> None:
+    """Raise ConfigurationError if the training set, `now` described, is not the one that the checkpoint knows.
+
+    `given` are the objects that took the place of what the recipe names. What an older checkpoint does not know is not
+    compared.
+    """
+    was = state["data"]
+    if was["num_train"] != now["num_train"]:
+        raise ConfigurationError(
+            f"{where}: trained on {was['num_train']} samples, and {_source(given)} now holds {now['num_train']}"
+            f"{_objects_missing(state, given)}: {_SAME_DATA}"
+        )
+    for number, (before, name) in enumerate(zip(was["classes"], now["classes"], strict=False)):
+        if before != name:
+            raise ConfigurationError(
+                f"{where}: class {number} of the training set was {brief(repr(before), 80)}, now "
+                f"{brief(repr(name), 80)}{_objects_missing(state, given)}: {_SAME_DATA}"
+            )
+    if len(was["classes"]) != len(now["classes"]):
+        raise ConfigurationError(
+            f"{where}: trained on {len(was['classes'])} classes, and {_source(given)} now has {len(now['classes'])}"
+            f"{_objects_missing(state, given)}: {_SAME_DATA}"
+        )
+    for key, what in (("labels", "labels"), ("contents", "samples")):
+        if _differ(was.get(key), now[key]):
+            raise ConfigurationError(
+                f"{where}: the {what} of the training set are not those that the run was trained on, or their order "
+                f"differs{_objects_missing(state, given)}: {_SAME_DATA}"
+            )
+    refuse_missing_objects(state, where, [*given, *(_PARAMETERS.keys() - {"model"} if _is_known(was, now) else ())])
+
+
+def refuse_missing_objects(state: Mapping[str, Any], where: object, given: Collection[str]) -> None:
+    """Raise ConfigurationError if the run was trained on objects, and these are not among what is `given` now."""
+    missing = [name for name in state.get("given", ()) if name in _PARAMETERS and name not in given]
+    if missing:
+        keys = " and ".join(dict.fromkeys(_PARAMETERS[name] for name in missing))
+        raise ConfigurationError(
+            f"{where}: trained with {' and '.join(f'{name}=…' for name in missing)} given in Python, which {keys} of "
+            f"the recipe does not name: give the same to disttrain.train(…), or start a new run."
+        )
+
+
+def refuse_other_schedule(state: Mapping[str, Any], where: object, schedule: Schedule) -> None:
+    """Raise ConfigurationError if the steps made so far would have had other learning rates with the schedule now."""
+    step, total = state["step"], state["total_steps"]
+    if step == 0 or total == schedule.total_steps:
+        return
+    before = Schedule(schedule.recipe, schedule.base_lr, schedule.steps_per_epoch, total)
+    if before.learning_rate(step - 1) != schedule.learning_rate(step - 1):
+        raise ConfigurationError(
+            f"{where}: the {schedule.recipe.name} schedule of the {step} steps made so far was to end at step {total}, "
+            f"and train.epochs and train.max_steps now make it {schedule.total_steps}: the result would be that of "
+            "neither. Leave both as they were, or start a new --run-dir."
+        )
+
+
+_SAME_DATA = "point data.root to the same data, or start a new --run-dir."
+
+
+def _differ(was: Any, now: str | None) -> bool:
+    """Whether two digests that are known, and of one kind, differ."""
+    if not isinstance(was, str) or now is None or was.rpartition(":")[0] != now.rpartition(":")[0]:
+        return False
+    return was != now
+
+
+def _is_known(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the labels of both are known: then the same data may come as objects or not."""
+    return was.get("labels") is not None and now["labels"] is not None
+
+
+def _source(given: Collection[str]) -> str:
+    return "the train_set given" if "train_set" in given else "data.root"
+
+
+def _objects_missing(state: Mapping[str, Any], given: Collection[str]) -> str:
+    if "train_set" in state.get("given", ()) and "train_set" not in given:
+        return " (the run was trained on a train_set given in Python: give it again)"
+    return ""

@@ -1,0 +1,245 @@
+"""A training job: everything that a recipe names, built on this worker and brought to where the run left off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from disttrain.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    optimizer_to_tensors,
+)
+from disttrain.checkpoint.handout import read_by_main
+from disttrain.data import (
+    Datasets,
+    Digest,
+    EvalLoader,
+    Loader,
+    StepSampler,
+    as_datasets,
+    digest_of,
+    load_datasets,
+)
+from disttrain.distributed.collectives import one_per_machine_first
+from disttrain.distributed.world import World
+from disttrain.errors import ConfigurationError
+from disttrain.health.nonfinite import FiniteGate
+from disttrain.health.progress import Progress
+from disttrain.health.spikes import SpikeGuard
+from disttrain.models import build_model, given_model, made_ready
+from disttrain.parallel.conditions import what_bits_rest_on
+from disttrain.parallel.strategy import Parallel, parallelize
+from disttrain.recipe import Recipe
+from disttrain.training.identity import describe_data
+from disttrain.training.optim import Schedule, build_optimizer
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Job:
+    """What one worker trains with. `step` counts the steps done, over all epochs; `metrics` were measured there."""
+
+    recipe: Recipe
+    world: World
+    data: Datasets
+    parallel: Parallel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    finite: FiniteGate
+    spikes: SpikeGuard
+    schedule: Schedule
+    loader: Loader
+    eval_loader: EvalLoader
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0
+    metrics: dict[str, float] | None = None
+    progress: Progress = field(default_factory=Progress)
+    given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
+    digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called: by its recipe, or by its class if it was given as an object."""
+        return type(self.model).__name__ if "model" in self.given else self.recipe.model.name
+
+    @property
+    def data_name(self) -> str:
+        """What the data set is called."""
+        return "the sets given" if "train_set" in self.given else self.recipe.data.dataset
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model, whose names are those of the checkpoint."""
+        return self.parallel.model
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that the forward pass computes in; None for float32."""
+        return AUTOCAST[self.recipe.train.precision]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next step belongs to, counted from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def num_epochs(self) -> int:
+        """How many epochs the run touches."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is done and evaluated."""
+        return self.step >= self.total_steps and self.metrics is not None
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether an evaluation belongs to this step and has not been made."""
+        at_end = self.step >= self.total_steps
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        at_epoch = rest == 0 and epoch > 0 and epoch % self.recipe.train.eval_every_epochs == 0
+        return (at_end or at_epoch) and self.metrics is None
+
+    def close(self) -> None:
+        """Dismiss the processes that read data."""
+        self.loader.close()
+        self.eval_loader.close()
+
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        """The model's state dict."""
+        return dict(self.model.state_dict())
+
+    def optimizer_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The optimizer's tensors, and the rest of its state."""
+        return optimizer_to_tensors(self.optimizer, self.model)
+
+    def state(self) -> dict[str, Any]:
+        """Everything besides tensors that a checkpoint holds: enough to go on, and to rebuild the model elsewhere."""
+        return {
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "step_in_epoch": self.step % self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "finished": self.is_finished,
+            "metrics": self.metrics or {},
+            "optimizer": self.optimizer_tensors()[1],
+            "scaler": self.scaler.state_dict(),
+            "non_finite": self.finite.state(),
+            "recent_losses": self.spikes.recent,
+            "expected_magnitudes": self._expectation(),
+            "world_size": self.world.size,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": describe_data(self.data.train, self.digest),
+            "given": sorted(self.given),
+            "rests_on": self.rests_on(),
+        }
+
+    def _expectation(self) -> dict[str, float] | None:
+        exact = self.parallel.exact
+        if exact is None or exact.expected is None:
+            return None
+        return dict(zip(exact.summed, exact.expected, strict=True))
+
+    def rests_on(self) -> dict[str, Any]:
+        """What the bits of the run depend on besides its recipe."""
+        return {
+            **what_bits_rest_on(self.world.device),
+            # In exact mode the number of workers shows in no bit.
+            **({} if self.parallel.exact is not None else {"workers": self.world.size}),
+        }
+
+
+def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
+    """Build everything that `recipe` names, or take it from `objects` ("model", "train_set", "test_set").
+
+    The weights at the start are those of `torch.manual_seed(train.seed)` followed by the model's constructor. Every
+    rank must call it. Raises ConfigurationError for whatever does not fit.
+    """
+    data = _datasets(recipe, world, objects)
+    if len(data.train.classes) < 2:
+        raise ConfigurationError(
+            f"the training set has one class only, {data.train.classes[0]!r}: there is nothing to tell apart. "
+            "Give at least two; a folder needs one folder for each class."
+        )
+    torch.manual_seed(recipe.train.seed)
+    model, num_classes, shape = objects.get("model"), len(data.train.classes), data.train.sample_shape
+    if model is None:  # not "or": a module with a length may be empty
+        model = build_model(recipe.model, num_classes=num_classes, sample_shape=shape)
+    else:
+        model = made_ready(given_model(model, num_classes=num_classes, sample_shape=shape), shape, "the model given")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        instead = "the model given in place of " if objects.get("model") is not None else ""
+        raise ConfigurationError(f"{instead}model.name = '{recipe.model.name}': it has no parameters to train.")
+    model = model.to(world.device)
+    if recipe.train.compile:
+        model.compile()
+    parallel = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
+    train_sampler = StepSampler(
+        len(data.train),
+        num_replicas=world.size,
+        rank=world.rank,
+        seed=recipe.train.seed,
+        batch_size=recipe.data.batch_size,
+    )
+    steps_per_epoch = train_sampler.steps_per_epoch
+    total_steps = recipe.train.epochs * steps_per_epoch
+    if recipe.train.max_steps is not None:
+        total_steps = min(total_steps, recipe.train.max_steps)
+    optimizer = build_optimizer(recipe.optim, parallel.model.parameters())
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
+    autocast = AUTOCAST[recipe.train.precision]
+    return Job(
+        recipe=recipe,
+        world=world,
+        data=data,
+        parallel=parallel,
+        optimizer=optimizer,
+        scaler=scaler,
+        finite=FiniteGate(recipe.train, parallel, optimizer, scaler, world, autocast),
+        spikes=SpikeGuard(recipe.train),
+        schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
+        loader=Loader(
+            data.train,
+            train_sampler,
+            recipe.data,
+            accumulate=recipe.train.accumulate,
+            seed=recipe.train.seed,
+            device=world.device,
+            training=True,
+            shards=parallel.shards,
+            num_shards=parallel.num_shards,
+            fills_empty=parallel.exact is None,  # DDP needs as many backward passes on every worker
+        ),
+        eval_loader=EvalLoader(
+            data.test,
+            recipe.data,
+            batch_size=recipe.train.eval_batch_size,
+            rank=world.rank,
+            size=world.size,
+            device=world.device,
+        ),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        given=frozenset(name for name, value in objects.items() if value is not None),
+        digest=digest_of(data.train) if world.is_main else Digest(None, None),
+    )
+
+
+def newest_checkpoint(store: CheckpointStore, world: World, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest good checkpoint, read and verified by rank 0; its outline on the others. Every rank must call it."""
+    return read_by_main(world, lambda: store.newest(warn))
+
+
+def _datasets(recipe: Recipe, world: World, objects: dict[str, Any]) -> Datasets:
+    if objects.get("train_set") is None and objects.get("test_set") is None:
+        return load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
+    if objects.get("train_set") is None or objects.get("test_set") is None:
+        raise ConfigurationError("train_set and test_set belong together: give both, or neither.")
+    return as_datasets(objects["train_set"], objects["test_set"], recipe.data)

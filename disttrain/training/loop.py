@@ -1,0 +1,169 @@
+"""Training: the loop on one page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from disttrain import rng
+from disttrain.data import StepBatch
+from disttrain.distributed.world import join_world
+from disttrain.errors import DisttrainError, UserCodeError
+from disttrain.faultpoints import reached
+from disttrain.health.nonfinite import marked
+from disttrain.health.spikes import RolledBack
+from disttrain.health.stop import stop_requests
+from disttrain.parallel.conditions import exact_conditions, float32_by_default
+from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for
+from disttrain.training.bookkeeper import Bookkeeper
+from disttrain.training.job import Job
+from disttrain.training.optim import set_learning_rate
+from disttrain.training.preflight.model import rehearse
+from disttrain.training.session import open_session
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: the same on every rank."""
+
+    run_dir: Path
+    step: int
+    accuracy: float
+    loss: float
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    run_dir: Path | str | None = None,
+    model: nn.Module | Callable[..., nn.Module] | None = None,
+    train_set: Any = None,
+    test_set: Any = None,
+    trust: bool = False,
+) -> Result:
+    """Train what `recipe` says (a Recipe, a mapping, the name of a shipped one, or a path); return how it ended.
+
+    Runs as the worker that the launcher's variables make of this process, or alone without them. A `run_dir` that
+    holds a run already is gone on with; the default is a new folder under ./runs. `model`, `train_set` and `test_set`
+    take the place of what the recipe names: a set is a map-style Dataset of (image, label), or a pair of tensors; a
+    model is a module, or a class or function that makes one of `num_classes` and `sample_shape`, as far as it names
+    them. With `trust`, a run that goes on by the recipe in its own folder may name code to import, and a server to
+    send to.
+
+    Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError, and what the user's
+    own code raises.
+    """
+    try:
+        with float32_by_default():
+            is_own = isinstance(recipe, str | Path) and is_own_recipe(str(recipe), run_dir)
+            settled = load_recipe_for(str(recipe), run_dir, overrides) if is_own else as_recipe(recipe, overrides)
+            if is_own and run_dir is not None and not trust:
+                ask_before_resuming(settled, run_dir, overrides)
+            return _train(settled, run_dir, {"model": model, "train_set": train_set, "test_set": test_set})
+    except UserCodeError as error:
+        if error.__cause__ is None:  # it comes from a process that reads data
+            error.add_note(error.trace or "")
+        raise
+    except DisttrainError as error:  # its message says it all: no pages of our own calls above it
+        raise error.with_traceback(None) from None
+
+
+def _train(recipe: Recipe, run_dir: Path | str | None, objects: dict[str, Any]) -> Result:
+    settings = recipe.train
+    with (
+        stop_requests() as stop,
+        join_world(settings.device, settings.threads, settings.hang_timeout_s) as world,
+        exact_conditions(recipe),
+    ):
+        while True:
+            try:
+                with open_session(recipe, world, run_dir, objects, stop) as books:
+                    evaluation = fit(books.job, books)
+                    return Result(books.run_dir, books.job.step, evaluation["accuracy"], evaluation["loss"])
+            except RolledBack as spike:  # as a restart would, it goes on from the newest checkpoint
+                run_dir = spike.address
+
+
+def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
+    """Train from where `job` stands to its last step; return the last evaluation's accuracy and loss."""
+    while True:
+        if job.evaluation_is_due:
+            books.evaluate()
+        if job.step >= job.total_steps:
+            return books.last_evaluation()
+        with books.epoch():
+            for batch in _batches(job):
+                reached("step", step=job.step)
+                losses = None if job.step in job.spikes.skipped else train_step(job, batch)
+                job.step, job.metrics = job.step + 1, None
+                books.after_step(losses, batch.global_size)
+                if job.step >= job.total_steps:
+                    break
+
+
+def _batches(job: Job) -> Iterator[StepBatch]:
+    """The rest of the epoch; what is being done is noted for the watchdog."""
+    job.progress.at("loading data", job.step)
+    for batch in job.loader.epoch(job.epoch, job.step % job.steps_per_epoch):
+        job.progress.at("computing the next step", job.step)
+        yield batch
+        job.progress.at("loading data", job.step)
+
+
+def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
+    """One step of the optimizer on this worker's share of the global batch; every rank must call it.
+
+    Returns each shard's share of the loss, (num_shards,), zero for other workers' shards: summed over shards and ranks,
+    it is the mean over the global batch. Raises DivergedError, on every rank, if a value that is not finite ends the
+    run: the step is then not made.
+    """
+    settings, parallel = job.recipe.train, job.parallel
+    if parallel.ddp is not None and parallel.ddp.follow_unfreezing():
+        rehearse(job)
+    set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
+    job.finite.begin_step()
+    losses = torch.zeros(parallel.num_shards, device=job.world.device)
+    for part in batch.parts:
+        if part.opens_shard:
+            rng.seed_layers(job.world.device, settings.seed, job.step, part.shard)
+            parallel.open_shard()
+        with parallel.backward_of(is_last=part.closes_shard):
+            with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+                loss = functional.cross_entropy(
+                    parallel.forward(part.images),
+                    part.labels,
+                    reduction="sum",
+                    label_smoothing=settings.label_smoothing,
+                )
+            share = loss / batch.global_size * part.weight
+            job.scaler.scale(marked(share) * parallel.loss_scale).backward()  # type: ignore[no-untyped-call]
+            losses[part.shard] += share.detach()
+        if part.closes_shard:
+            parallel.close_shard(part.shard)
+    parallel.finish_step(batch.global_size, job.step)
+    job.scaler.unscale_(job.optimizer)
+    if job.finite.allows(job.step, batch, losses):
+        if settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parallel.model.parameters(), settings.clip_norm)
+        job.finite.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+class _CallableModule(ModuleType):
+    """`disttrain.training.loop` is this module and, for users, the function in it: calling either trains."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Result:
+        return train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,1 @@
+"""What is tried before training, so that it does not fail afterwards."""

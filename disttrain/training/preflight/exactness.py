@@ -1,0 +1,212 @@
+"""A trial of exact mode before training: what cannot be exact is refused by name, not discovered afterwards."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from disttrain import rng
+from disttrain.data import smallest_part, unlike_when_read_again
+from disttrain.distributed.collectives import decided_by_main
+from disttrain.errors import ConfigurationError
+from disttrain.models.buffers import same_bits
+from disttrain.training.job import Job
+
+_NO_DETERMINISTIC_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
+_MODEL = "the model"
+_OR_FAST = "or set parallel.exact = false"
+
+
+def try_exactness(job: Job) -> None:
+    """Compute a step of two samples twice, and evaluate them, as exact mode would; leave the job as it was.
+
+    Raises ConfigurationError, on every rank alike, for a data set that draws from a generator of its own, an operator
+    without a deterministic kernel, sparse gradients, parts of a step that are too small for the model, state that
+    changes where no checkpoint or no other worker would know of it, and results that differ from the first time to the
+    second, as they do when a model keeps state or a generator of its own.
+    """
+    decided_by_main(job.world, lambda: _read_again(job))
+    model = job.model
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    versions = {key: parameter._version for key, parameter in model.named_parameters()}
+    with generators_kept():
+        try:
+            with named_operators(job.world.device):
+                first = _results(job)
+                _refuse_lost_buffers(model, buffers)
+                _restore(model, buffers)
+                second = _results(job)
+                _restore(model, buffers)
+                _evaluate(job)
+            _refuse_changes_in_evaluation(model, buffers)
+            _refuse_changed_parameters(model, parameters, versions)
+        finally:
+            _put_back(model, buffers, parameters)
+    for key, tensor in first.items():
+        if key not in second or not torch.equal(tensor.nan_to_num(), second[key].nan_to_num()):
+            raise ConfigurationError(
+                f"{_MODEL} gives another result for '{key}' when it computes the same samples again, so it keeps state "
+                f"or a random generator of its own: keep state in buffers and draw from torch's global generator, "
+                f"{_OR_FAST}."
+            )
+
+
+def refuse_modules(model: nn.Module) -> None:
+    """Raise ConfigurationError if a module of the model can never be exact."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ConfigurationError(
+                f"{_MODEL}: '{path}' is a SyncBatchNorm, whose sums over workers are not exact: use BatchNorm, which "
+                f"in exact mode has the statistics of each shard, {_OR_FAST}."
+            )
+    refuse_renormalising(model, _OR_FAST)
+
+
+def refuse_renormalising(model: nn.Module, remedy: str) -> None:
+    """Raise ConfigurationError, with a `remedy`, if a module of the model scales its own weight as it looks it up.
+
+    Each of several workers would scale the rows that its samples ask for, and no gradient tells the others.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise ConfigurationError(
+                f"{_MODEL}: '{path}' is an {type(module).__name__} with max_norm = {module.max_norm}, which writes to "
+                f"its weight in each forward pass, where each worker sees other samples: leave it out, {remedy}."
+            )
+
+
+def _read_again(job: Job) -> None:
+    for split, name in ((job.data.train, "the training set"), (job.data.test, "the test set")):
+        changed = unlike_when_read_again(split)
+        if changed is not None:
+            raise ConfigurationError(
+                f"{changed} of {getattr(split, 'name', '') or name} is another one when it is read again with the same "
+                "seed, so the set draws from a generator of its own: draw from the global ones of torch, random or "
+                "NumPy, which are seeded for each sample, or seed its own in __getitem__ with torch.initial_seed(), "
+                f"{_OR_FAST}."
+            )
+
+
+def _samples(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two samples, or one if there are steps in which the model will see a single one."""
+    recipe = job.recipe
+    sizes = len(job.data.train), recipe.data.batch_size, recipe.parallel.shards, recipe.train.accumulate
+    num = min(2, smallest_part(*sizes))
+    images = torch.randn((num, *job.data.train.sample_shape), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(len(images)) % len(job.data.train.classes)
+    return images.to(job.world.device), labels.to(job.world.device)
+
+
+def _results(job: Job) -> dict[str, torch.Tensor]:
+    """Loss and gradients of the samples, by name; the model is left with its buffers changed and no gradients."""
+    images, labels = _samples(job)
+    rng.seed_layers(job.world.device, 0, 0, 0)
+    with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+        loss = functional.cross_entropy(job.model(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    results = {"loss": loss.detach()}
+    for key, parameter in job.model.named_parameters():
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            continue
+        if gradient.layout != torch.strided:
+            raise ConfigurationError(
+                f"{_MODEL}: the gradient of '{key}' is sparse, which exact mode cannot sum: use a dense one "
+                f"(sparse=False), {_OR_FAST}."
+            )
+        results[key] = gradient
+    return results
+
+
+def _evaluate(job: Job) -> None:
+    job.model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
+            job.model(_samples(job)[0])
+    finally:
+        job.model.train()
+
+
+def _restore(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+    now = dict(model.named_buffers())
+    for key in sorted(now.keys() | buffers.keys()):
+        if key not in now or key not in buffers or now[key].shape != buffers[key].shape:
+            raise ConfigurationError(
+                f"{_MODEL}: the buffer '{key}' appears, goes or changes its shape in training: give it its shape when "
+                f"the model is built, {_OR_FAST}."
+            )
+    with torch.no_grad():
+        for key, buffer in now.items():
+            buffer.copy_(buffers[key])
+
+
+def _refuse_lost_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    kept = model.state_dict().keys()
+    for key, buffer in model.named_buffers():
+        if key not in kept and key in before and not same_bits(buffer, before[key]):
+            raise ConfigurationError(
+                f"{_MODEL}: the buffer '{key}' changes in training and is not persistent, so no checkpoint would have "
+                f"it: register it with persistent=True, {_OR_FAST}."
+            )
+
+
+def _refuse_changes_in_evaluation(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for key, buffer in model.named_buffers():
+        if key not in before or not same_bits(buffer, before[key]):
+            raise ConfigurationError(
+                f"{_MODEL}: the buffer '{key}' changes in evaluation, where each worker sees other samples: change it "
+                f"only in training (if self.training), {_OR_FAST}."
+            )
+
+
+def _refuse_changed_parameters(model: nn.Module, before: dict[str, torch.Tensor], versions: dict[str, int]) -> None:
+    for key, parameter in model.named_parameters():
+        # Written to with the same numbers today, as by a clamp, may be with others tomorrow.
+        if parameter._version != versions.get(key) or not same_bits(parameter, before[key]):
+            raise ConfigurationError(
+                f"{_MODEL} changes its parameter '{key}' by itself, where each worker sees other samples: make it a "
+                f"buffer, which all workers share, {_OR_FAST}."
+            )
+
+
+def _put_back(model: nn.Module, *tensors: dict[str, torch.Tensor]) -> None:
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for key, value in (item for some in tensors for item in some.items()):
+            if key in now and now[key].shape == value.shape:
+                now[key].copy_(value)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's global generators as they were, whatever the block draws."""
+    python, legacy_numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy_numpy)
+        torch.set_rng_state(cpu)
+
+
+@contextmanager
+def named_operators(device: torch.device) -> Iterator[None]:
+    """Turn torch's complaint about an operator without a deterministic kernel into a ConfigurationError."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = _NO_DETERMINISTIC_KERNEL.search(str(error))
+        if found is None:
+            raise
+        raise ConfigurationError(
+            f"the operator {found[1]} has no deterministic kernel on {device.type}: replace it in the model, "
+            f"{_OR_FAST}."
+        ) from error

@@ -1,0 +1,57 @@
+"""What the first checkpoint or the optimizer's first step would fail on: found before anything is trained."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+
+from disttrain.checkpoint import optimizer_from_tensors, optimizer_to_tensors, why_not_held
+from disttrain.errors import ConfigurationError, brief
+from disttrain.training.job import Job
+from disttrain.training.optim import build_optimizer
+
+
+def check_state(job: Job) -> None:
+    """Look at what the model's state is made of, and have the optimizer step on a few numbers; changes nothing.
+
+    Raises ConfigurationError, on every rank alike, for what a checkpoint cannot hold, and if the optimizer fails.
+    """
+    for name, value in job.model.state_dict().items():
+        reason = why_not_held(value)
+        if reason is not None:
+            hint = (
+                "have get_extra_state return a tensor, or keep what it returns in buffers"
+                if name.rpartition(".")[2] == "_extra_state"
+                else "make it dense, of another type, or leave it out of the state (persistent=False)"
+            )
+            raise ConfigurationError(f"the model's state '{name}' {reason}, which a checkpoint cannot hold: {hint}.")
+    _try_optimizer(job)
+
+
+def _try_optimizer(job: Job) -> None:
+    """A step, and its state taken out and put back, with a corner of one parameter of each kind."""
+    recipe = job.recipe.optim
+    parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
+    kinds = {(one.dtype, one.device, one.ndim, one.layout): one for one in parameters if one.requires_grad}
+    corners = [nn.Parameter(one.detach()[(slice(2),) * one.ndim].clone()) for one in kinds.values()]
+    for corner in corners:
+        corner.grad = torch.zeros_like(corner)
+    optimizer = build_optimizer(recipe, corners)
+    try:
+        optimizer.step()
+    except Exception as error:  # torch's optimizers refuse by whatever exception comes first
+        reason = brief(error) or type(error).__name__
+        raise ConfigurationError(
+            f"optim: {type(optimizer).__name__} fails in its first step with these options: {reason}"
+        ) from error
+    tensors, rest = optimizer_to_tensors(optimizer)
+    for name, tensor in tensors.items():
+        why = why_not_held(tensor)
+        if why is not None:
+            raise ConfigurationError(
+                f"optim: the state '{name.partition('.')[2]}' of {type(optimizer).__name__} {why}, which a "
+                "checkpoint cannot hold: choose other options, or another optimizer."
+            )
+    optimizer_from_tensors(build_optimizer(recipe, corners), tensors, json.loads(json.dumps(rest)))

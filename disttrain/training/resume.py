@@ -1,0 +1,85 @@
+"""How a job takes up what a checkpoint holds, once it is clear that the checkpoint is its own."""
+
+from __future__ import annotations
+
+import math
+
+from disttrain.checkpoint import Checkpoint, check_complete, optimizer_from_tensors
+from disttrain.checkpoint.handout import hand_out
+from disttrain.distributed.collectives import decided_by_main
+from disttrain.distributed.fixed_point import ABSENT
+from disttrain.errors import ConfigurationError, brief
+from disttrain.parallel.conditions import differences
+from disttrain.parallel.exact.shards import ExactShards
+from disttrain.training.identity import (
+    describe_data,
+    refuse_other_data,
+    refuse_other_preparation,
+    refuse_other_schedule,
+)
+from disttrain.training.job import Job
+
+
+def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
+    """Put back what `checkpoint` holds; return what the job's bits depend on that is different now.
+
+    Every rank must call it, the others than rank 0 with an outline of the checkpoint: the tensors are rank 0's.
+    Raises ConfigurationError if it belongs to another model, optimizer, data set or schedule, or is past the last step.
+    """
+    state = checkpoint.state
+    check_complete(state, f"{checkpoint.path}/state.json")
+    now = describe_data(job.data.train, job.digest)
+    decided_by_main(job.world, lambda: refuse_other_data(state, checkpoint.path, now, job.given))
+    refuse_other_preparation(state["data"], job.data.train, checkpoint.path)
+    if state["step"] > job.total_steps:
+        raise ConfigurationError(
+            f"{checkpoint.path}: the run has {state['step']} steps already, more than the {job.total_steps} that "
+            "train.epochs and train.max_steps ask for. Raise them to go on, or start a new --run-dir."
+        )
+    refuse_other_schedule(state, checkpoint.path, job.schedule)
+    _check_tensors(job, checkpoint)
+    job.model.load_state_dict(hand_out(job.world, checkpoint.model, job.model.state_dict()))
+    optimizer_from_tensors(job.optimizer, hand_out(job.world, checkpoint.optimizer), state["optimizer"], job.model)
+    if state["scaler"]:
+        _restore_scaler(job, checkpoint)
+    if "non_finite" in state:
+        job.finite.load_state(state["non_finite"])
+    job.spikes.recent = state.get("recent_losses", [])
+    if job.parallel.exact is not None:
+        _restore_expectation(job.parallel.exact, checkpoint)
+    job.step = state["step"]
+    job.metrics = state["metrics"] or None
+    return differences(state["rests_on"], job.rests_on())
+
+
+def _restore_scaler(job: Job, checkpoint: Checkpoint) -> None:
+    try:
+        job.scaler.load_state_dict(checkpoint.state["scaler"])
+    except (KeyError, RuntimeError) as error:
+        raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {brief(error)}.") from error
+
+
+def _restore_expectation(exact: ExactShards, checkpoint: Checkpoint) -> None:
+    expected, names = checkpoint.state.get("expected_magnitudes"), exact.summed
+    if expected is None:
+        exact.expected = None
+        return
+    by_name = expected if isinstance(expected, dict) else dict(zip(names, expected, strict=False))  # a list, once
+    bounds = [by_name.get(name, math.nan) for name in names]
+    if len(expected) != len(names) or not all(bound == ABSENT or 0 < bound < math.inf for bound in bounds):
+        raise ConfigurationError(
+            f"{checkpoint.path}/state.json: 'expected_magnitudes' should be {len(names)} bounds, one for each "
+            "parameter and buffer."
+        )
+    exact.expected = bounds
+
+
+def _check_tensors(job: Job, checkpoint: Checkpoint) -> None:
+    here = {name: tuple(tensor.shape) for name, tensor in job.model.state_dict().items()}
+    there = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise ConfigurationError(
+                f"{checkpoint.path}: tensor {brief(repr(name))} is {there.get(name, 'not there')}, "
+                f"and the model '{job.model_name}' has {here.get(name, 'none of that name')}."
+            )

@@ -1,0 +1,137 @@
+"""The checkpoints of a running job: saved beside the training, told of, and where a run must not go on without one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
+from disttrain.distributed.collectives import decided_by_main
+from disttrain.errors import AgreedError, ConfigurationError
+from disttrain.layout import step_of
+from disttrain.runs.rundir import RECIPE, go_on_with, store_recipe
+from disttrain.terminal.console import Console
+from disttrain.tracking import NullTracker, Tracker
+from disttrain.training.job import Job
+
+_WORTH_A_WORD_S = 0.5
+_PATIENCE_S = 60.0  # how long a URL that cannot be reached is tried again, with the newest checkpoint not there yet
+
+
+class Saver:
+    """Has rank 0 save. Every rank must call each method, at the same step."""
+
+    def __init__(
+        self,
+        job: Job,
+        run_dir: Path,
+        address: str,
+        store: CheckpointStore,
+        tracker: Tracker | NullTracker,
+        console: Console,
+    ) -> None:
+        """`address` is where the run lives: the folder, or a URL."""
+        self.address = address
+        self.last_save = time.monotonic()
+        """When a checkpoint was last begun, by time.monotonic()."""
+        self._job, self._run_dir, self._store = job, run_dir, store
+        self._writer = CheckpointWriter(store, job.optimizer)
+        self._tracker, self._console = tracker, console
+        self._saved_step = job.step
+        self._has_waited = False
+
+    def save(self) -> None:
+        """Save beside the training; a save that fails is a warning."""
+        job = self._job
+        self.last_save, self._saved_step = time.monotonic(), job.step
+        if job.world.is_main:
+            self._report(self._writer.save(job.model_tensors(), job.optimizer_tensors()[0], job.state()))
+
+    def save_unless_saved(self) -> None:
+        """Save, but for a step that is saved, or will be with its evaluation."""
+        if self._saved_step != self._job.step and not self._job.evaluation_is_due:
+            self.save()
+
+    def save_or_fail(self) -> None:
+        """Save, and wait until the checkpoint is where the run lives. Raises AgreedError if it cannot be."""
+        with self._job.progress.patiently("saving"):
+            self.save()
+            saved = decided_by_main(self._job.world, self.finish)
+        if not saved:
+            raise AgreedError(
+                f"the checkpoint of step {self._job.step} could not be saved: make room on the disk of "
+                f"{self._run_dir}, and resume with: {go_on_with(self.address)}"
+            )
+        self.settle(_PATIENCE_S)
+
+    def settle(self, patience_s: float) -> None:
+        """Wait until the checkpoints are where the run lives. Raises DisttrainError, on every rank, if they cannot be.
+
+        All ranks hear of it every few seconds, so that none takes the others for dead.
+        """
+        arrival = self._store.settle(patience_s)
+        while not decided_by_main(self._job.world, lambda: next(arrival)):
+            pass
+
+    def poll(self) -> None:
+        """Tell what became of the checkpoint under way, if it is done."""
+        self._report(self._writer.poll())
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint under way; whether there was one and it is there."""
+        return self._report(self._writer.wait())
+
+    def close(self) -> None:
+        """Finish the checkpoint that is being written."""
+        self.finish()
+        self._writer.close()
+
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        paths = self._store.paths()
+        return step_of(paths[-1]) if paths else None
+
+    def words(self) -> str:
+        """Which checkpoint is the newest, in words."""
+        paths = self._store.paths()
+        return f"The newest checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
+
+    def _report(self, outcome: Outcome | None) -> bool:
+        """Tell what became of a checkpoint, if anything did; return whether it is there.
+
+        A save that fails is a warning: the checkpoint before stands, and training goes on.
+        """
+        if outcome is None:
+            return False
+        if outcome.path is None:
+            self._console.warn(f"step {outcome.step} could not be saved: {outcome.error}. {self.words()}")
+            self._tracker.event("checkpoint-failed", step=outcome.step, error=str(outcome.error))
+            return False
+        if not (self._run_dir / RECIPE).exists():
+            self._restore_run_dir()
+        self._tell_of_waiting(outcome)
+        path, waited_s = str(outcome.path.relative_to(self._run_dir)), round(outcome.waited_s, 3)
+        self._tracker.event("checkpoint", step=outcome.step, path=path, waited_s=waited_s)
+        return True
+
+    def _restore_run_dir(self) -> None:
+        """The folder was moved or deleted: the save has made it anew, and here comes what makes it a run again."""
+        self._tracker.restore()
+        try:
+            store_recipe(self._run_dir, self._job.recipe)
+        except ConfigurationError as error:
+            self._console.warn(f"{self._run_dir} was moved or deleted under the job: {error}")
+            return
+        self._console.warn(
+            f"{self._run_dir} was moved or deleted under the job. It is there again, with recipe, journal and the "
+            "checkpoint just saved; what else was in it is gone, or in the place that it was moved to."
+        )
+
+    def _tell_of_waiting(self, outcome: Outcome) -> None:
+        if outcome.waited_s > _WORTH_A_WORD_S and not self._has_waited:
+            self._has_waited = True
+            self._console.warn(
+                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the checkpoint before to be written: save "
+                "less often (checkpoint.every_steps, checkpoint.every_seconds), or to a faster disk. The journal has "
+                "each wait."
+            )

@@ -1,0 +1,184 @@
+"""A training session: one start of a job, from the opening of its run directory to the last line on the console."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+from disttrain.checkpoint import CheckpointStore
+from disttrain.distributed.collectives import decided_by_main, gather_objects
+from disttrain.distributed.launched import launched_by
+from disttrain.distributed.report import report_failure
+from disttrain.distributed.world import World
+from disttrain.errors import DisttrainError, ExitCode, mark_failure
+from disttrain.faultpoints import reached
+from disttrain.health.progress import Progress
+from disttrain.health.spikes import RolledBack, read_skipped
+from disttrain.health.stop import StopRequest, stop_file
+from disttrain.health.watchdog import Watchdog
+from disttrain.parallel.conditions import unlike_the_first
+from disttrain.recipe import Recipe
+from disttrain.recipe.address import is_url, settled, working_folder
+from disttrain.remote import Mirror, MirroredStore, RemoteRun
+from disttrain.runs.rundir import (
+    CHECKPOINTS,
+    STOP,
+    log_file,
+    log_to_file,
+    new_run_dir,
+    owned_run_dir,
+    refuse_another_job,
+    stop_logging,
+    store_recipe,
+)
+from disttrain.terminal.console import Console
+from disttrain.tracking import SystemSampler
+from disttrain.training.bookkeeper import Bookkeeper
+from disttrain.training.conclusion import is_concluded, tracked
+from disttrain.training.job import Job, build_job, newest_checkpoint
+from disttrain.training.preflight.exactness import try_exactness
+from disttrain.training.preflight.model import check_model
+from disttrain.training.preflight.state import check_state
+from disttrain.training.resume import resume
+
+_log = logging.getLogger("disttrain")
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe, world: World, run_dir: Path | str | None, objects: dict[str, Any], stop: StopRequest
+) -> Iterator[Bookkeeper]:
+    """Open the run directory, build the job where it left off, and close everything whatever happens.
+
+    Every rank must call it. Raises ConfigurationError if anything that the recipe names does not fit.
+    """
+    address = decided_by_main(world, lambda: settled(str(run_dir or new_run_dir(recipe))))
+    path = Path(decided_by_main(world, lambda: str(working_folder(address) if is_url(address) else address)))
+    console = Console(speaks=world.is_main)
+    keep = {"keep_last": recipe.checkpoint.keep_last, "keep_best": recipe.checkpoint.keep_best}
+    store = CheckpointStore(path / CHECKPOINTS, **keep)
+    with ExitStack() as until_the_end:
+
+        def own() -> None:
+            nonlocal store
+            until_the_end.enter_context(owned_run_dir(path, whatever_is_there=is_url(address)))
+            if is_url(address):
+                store = MirroredStore(
+                    until_the_end.enter_context(Mirror(RemoteRun(address), path, console.warn)), **keep
+                )
+            refuse_another_job(path, recipe, warnings.append)
+
+        warnings: list[str] = []
+        decided_by_main(world, own)
+        handler = log_to_file(path, world.rank)
+        until_the_end.callback(stop_logging, handler)
+        for warning in warnings:  # where they are logged, too
+            console.warn(warning)
+        progress = until_the_end.enter_context(_watched(path, recipe, world))
+        with _session_in(path, address, recipe, world, objects, stop, progress, console, store) as books:
+            yield books
+
+
+@contextmanager
+def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
+    """The progress of this worker, with a watchdog over that of all."""
+    progress = Progress()
+    if world.size == 1 and launched_by() == "python":  # nobody waits for it, and somebody may be debugging it
+        yield progress
+        return
+    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang):
+        yield progress
+
+
+def _end_of_a_hang(verdict: str) -> NoReturn:
+    """Whatever the main thread is in, it will not come back: nothing can be cleaned up, and nothing has to be."""
+    report_failure(verdict, ExitCode.FAILURE, None, time.time(), is_agreed=True)
+    os._exit(ExitCode.FAILURE)
+
+
+@contextmanager
+def _session_in(
+    path: Path,
+    address: str,
+    recipe: Recipe,
+    world: World,
+    objects: dict[str, Any],
+    stop: StopRequest,
+    progress: Progress,
+    console: Console,
+    store: CheckpointStore,
+) -> Iterator[Bookkeeper]:
+    reached("start")
+    try:
+        if world.is_main:
+            store.clear_unfinished()
+        checkpoint = newest_checkpoint(store, world, console.warn)
+        with console.relaying("disttrain.data"):
+            job = build_job(recipe, world, objects)
+        check_state(job)
+        job.progress = progress
+        if job.spikes.is_on:
+            job.spikes.skipped = decided_by_main(world, lambda: read_skipped(path))
+        resumed = checkpoint is not None
+        if checkpoint is not None:
+            differences = resume(job, checkpoint)
+            for difference in differences if not job.is_finished else []:
+                console.warn(f"the checkpoint rests on something else: {difference}; the bits may differ.")
+        checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
+        if not job.is_finished:
+            check_model(job)
+        if recipe.parallel.exact and not job.is_finished:
+            for difference in unlike_the_first(gather_objects(job.rests_on())):
+                console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
+            try_exactness(job)
+        decided_by_main(world, lambda: store_recipe(path, recipe))
+        is_done = decided_by_main(world, lambda: is_concluded(job, path))
+        _introduce(job, address, console, is_done=is_done)
+        with (
+            console,
+            closing(job),
+            SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
+            tracked(job, path, address, console, stop, resumed=resumed, is_done=is_done) as tracker,
+            closing(Bookkeeper(job, path, store, tracker, console, stop, sampler, address)) as books,
+            stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
+        ):
+            try:
+                if job.is_finished:  # it may have ended without being able to bring all of it to its URL
+                    books.saver.settle(0)
+                if job.spikes.is_on and not resumed:
+                    books.saver.save()  # so that there is something to go back to
+                yield books
+            finally:
+                progress.at("ending", job.step, patient=True)
+    except RolledBack:
+        raise
+    except Exception as error:
+        mark_failure(error)
+        if not isinstance(error, DisttrainError):
+            _log.exception("failed")
+        elif error.trace is not None:
+            _log.error("failed\n%s", error.trace)
+        raise
+
+
+def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> None:
+    world, data = job.world, job.data
+    num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    console.line(
+        f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters) on {job.data_name} "
+        f"({len(data.train):,} training, {len(data.test):,} test samples)"
+    )
+    console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.parallel.reason}")
+    if world.remark:
+        console.line(world.remark)
+    if is_done:
+        console.line(f"{address} is finished already: {job.step} of {job.total_steps} steps.")
+    elif job.is_finished:
+        console.line(f"{address} was interrupted after its last step: finishing it")
+    elif job.step:
+        console.line(f"resuming from step {job.step} of {job.total_steps} in {address}")

@@ -1,0 +1,151 @@
+"""`disttrain prove`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from disttrain_launch.cli.arguments import RECIPE
+from disttrain_launch.cli.options import json_option, most_workers, override_arguments, overrides_option
+
+if TYPE_CHECKING:
+    from disttrain.recipe import Recipe
+
+_DEFAULT_WORKERS = (1, 2, 3, 4)
+
+
+def _worker_counts(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        counts = tuple(dict.fromkeys(int(word) for word in value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} should be numbers with commas, as in 1,2,4.", ctx, parameter) from None
+    if min(counts) < 1 or max(counts) > most_workers():
+        raise click.BadParameter(f"give numbers between 1 and {most_workers()}.", ctx, parameter)
+    return counts
+
+
+@click.command()
+@click.argument("recipe", type=RECIPE)
+@click.option(
+    "--workers",
+    metavar="N,N,...",
+    callback=_worker_counts,
+    help="Numbers of workers to start and to resume with. [default: 1,2,3,4; fast mode: 2]",
+)
+@click.option("--kills", type=click.IntRange(min=0), default=5, show_default=True, help="SIGKILLs that each run meets.")
+@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, help="Train this many at most.")
+@overrides_option
+@json_option
+def prove(
+    recipe: str,
+    workers: tuple[int, ...] | None,
+    kills: int,
+    steps: int,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show that kills, restarts and the number of workers leave no trace in a single bit of RECIPE's result.
+
+    Trains undisturbed once, then once for each number of workers with SIGKILLs at random moments (to a worker, the
+    launcher or all) and restarts with other numbers, and compares weights, optimizer and losses. Exit code 0 only if
+    all are the same. A recipe in fast mode is proven in exact mode, unless one number of workers is asked for.
+    """
+    from disttrain_launch.prove.proof import Proof
+    from disttrain_launch.prove.report import as_table
+
+    checked, workers, overrides = _settled(recipe, workers, overrides, steps)
+    _clean_up_on_sigterm()
+    folder = Path(tempfile.mkdtemp(prefix="disttrain-prove-"))
+    say = _silent if as_json else _progress
+    say(_intention(checked, workers, kills, steps))
+    same = None
+    try:
+        proof = Proof(folder, [recipe, *override_arguments(overrides)], workers, kills, say)
+        result = proof.carry_out()
+        same = result["same"]
+    finally:
+        if same is not False:
+            shutil.rmtree(folder, ignore_errors=True)
+    result = {**result, "recipe": checked.name, "exact": checked.parallel.exact}
+    click.echo(json.dumps(result) if as_json else as_table(result))
+    if not same and not as_json:
+        click.echo(f"The runs are kept in {folder}")
+    sys.exit(0 if same else 1)
+
+
+def _settled(
+    recipe: str, workers: tuple[int, ...] | None, overrides: tuple[str, ...], steps: int
+) -> tuple[Recipe, tuple[int, ...], tuple[str, ...]]:
+    """The recipe as it will be proven, the numbers of workers, and the overrides that make it so."""
+    from disttrain.recipe import ConfigurationError, check_installed, load_recipe
+
+    asked = load_recipe(recipe, overrides)
+    fast_on_purpose = "exact" in asked.parallel.model_fields_set and not asked.parallel.exact
+    if fast_on_purpose and workers is None:
+        workers = (2,)
+    workers = workers or tuple(count for count in _DEFAULT_WORKERS if count <= asked.parallel.shards)
+    if fast_on_purpose and len(workers) > 1:
+        raise click.UsageError(
+            "parallel.exact is false, and fast mode gives the same bits at one number of workers only: "
+            f"give one, as in --workers {workers[0]}, or set parallel.exact = true."
+        )
+    if not asked.parallel.exact and len(workers) > 1:
+        overrides = (*overrides, "parallel.exact=true")
+    total = min(steps, asked.train.max_steps or steps)
+    every = max(1, total // 10)
+    settled = (
+        "checkpoint.every_seconds=0",
+        f"checkpoint.every_steps={every}",
+        "checkpoint.keep_last=1000000",
+        "checkpoint.keep_best=0",
+        *overrides,
+        f"train.max_steps={total}",
+        "train.log_every_steps=1",
+        "tracking.uri=none",
+        "tracking.system_metrics=false",
+        "tracking.log_model=false",
+    )
+    checked = load_recipe(recipe, settled)
+    check_installed(checked)
+    if checked.parallel.exact and max(workers) > checked.parallel.shards:
+        raise ConfigurationError(
+            f"--workers {max(workers)}: in exact mode a step is shared by at most parallel.shards = "
+            f"{checked.parallel.shards} workers. Give fewer workers, or more shards: -o parallel.shards={max(workers)}"
+        )
+    return checked, workers, settled
+
+
+def _intention(recipe: Recipe, workers: tuple[int, ...], kills: int, steps: int) -> str:
+    from disttrain_launch.prove.report import counted
+
+    counts = ", ".join(map(str, workers))
+    if recipe.parallel.exact:
+        mode = f"exact mode, {recipe.parallel.shards} shards"
+    else:
+        mode = "fast mode, which promises the same bits at one number of workers only"
+    extent = f"{counted(steps, 'step')} at most; {counted(kills, 'kill')} in each disturbed run"
+    return f"{recipe.name}: {mode}; workers {counts}; {extent}"
+
+
+def _clean_up_on_sigterm() -> None:
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _progress(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _silent(text: str) -> None:
+    """Say nothing: --json promises one object and nothing else."""

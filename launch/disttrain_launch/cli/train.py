@@ -1,0 +1,158 @@
+"""`disttrain train`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from disttrain_launch.cli.arguments import RECIPE, run_dir_callback
+from disttrain_launch.cli.node import run_node
+from disttrain_launch.cli.node_options import NodeOptions, node_options
+from disttrain_launch.cli.options import (
+    dry_run_option,
+    max_restarts_option,
+    num_workers_option,
+    override_arguments,
+    overrides_option,
+    trust_option,
+)
+from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
+from disttrain_launch.messages import say
+
+if TYPE_CHECKING:
+    from disttrain.recipe import Recipe
+
+
+# What a first start leaves that was killed before it had a recipe.
+_OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing", "stop"}
+
+
+@click.command(short_help="Train a recipe, or resume a run.")
+@click.argument("recipe", required=False, type=RECIPE)
+@num_workers_option
+@click.option(
+    "--run-dir",
+    callback=run_dir_callback,
+    metavar="DIR|URL",
+    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to resume it.",
+)
+@overrides_option
+@trust_option
+@max_restarts_option
+@node_options
+@dry_run_option
+def train(
+    recipe: str | None,
+    num_workers: int,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    trust: bool,
+    max_restarts: int,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Train RECIPE, a shipped one (see `disttrain recipe list`) or a TOML file.
+
+    Started again with the same --run-dir, a run goes on from its newest checkpoint; RECIPE may then be left out.
+    With --nodes and --rendezvous this machine is one of several: start the same command on each.
+    """
+    from disttrain_launch.local.group import WorkerGroup, module_arguments
+    from disttrain_launch.local.workers import run_workers
+    from disttrain_launch.restarts import Restarts
+
+    several = NodeOptions(**options)
+    if several.nodes is not None or several.rendezvous is not None:
+        run_node(recipe, num_workers, run_dir, overrides, several, max_restarts, dry_run=dry_run, trust=trust)
+        return
+    checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
+    refuse_more_workers_than_shards(checked, num_workers, f"-n {num_workers}")
+    if dry_run:
+        run_dir = run_dir or str(Path("runs", _new_name(checked)).absolute())
+        folder = _working_folder(run_dir)
+    else:
+        run_dir, folder = _opened_run_dir(run_dir, checked)
+    arguments = module_arguments(
+        "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir, *["--trust"] * trust
+    )
+    told = [f"-n {num_workers}"] * (num_workers > 1) + [f"--max-restarts {max_restarts}"] * (max_restarts > 0)
+    group = WorkerGroup(
+        (*arguments, *override_arguments(overrides)),
+        num_workers,
+        log_dir=folder / "logs",
+        options=" ".join(told),
+    )
+    if dry_run:
+        click.echo(group.described())
+        return
+    say(f"starting {num_workers} worker{'s' if num_workers > 1 else ''}…")
+    run_workers(group, Restarts(max_restarts, folder))
+
+
+def _opened_run_dir(run_dir: str | None, recipe: Recipe) -> tuple[str, Path]:
+    """Where the run lives, and the folder in which it is worked on, made and checked."""
+    from disttrain.recipe.address import is_url
+
+    if run_dir is None:
+        folder = _made(recipe)
+        return str(folder), folder
+    folder = _working_folder(run_dir)
+    return run_dir, _with_logs(folder) if is_url(run_dir) else _opened(folder)
+
+
+def _working_folder(run_dir: str) -> Path:
+    from disttrain.recipe.address import is_url, working_folder
+
+    return working_folder(run_dir) if is_url(run_dir) else Path(run_dir)
+
+
+def _opened(run_dir: Path) -> Path:
+    """The run directory, with its folder for logs; one that holds something else is left alone."""
+    from disttrain.recipe import ConfigurationError, recipe_of_checkpoints
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in run_dir.iterdir()}
+        is_run = "recipe.toml" in names or recipe_of_checkpoints(run_dir) is not None
+        if not is_run and names - _OF_A_KILLED_START:
+            raise ConfigurationError(
+                f"--run-dir {run_dir}: is not empty and not a run directory (it has no recipe.toml); give another one"
+            )
+    except FileExistsError as error:
+        raise ConfigurationError(f"--run-dir {run_dir}: {error.filename} is a file; give a folder") from None
+    except OSError as error:
+        raise ConfigurationError(f"--run-dir {run_dir}: {error.strerror}; give another one") from None
+    except RecursionError:
+        raise ConfigurationError(f"--run-dir: {len(run_dir.parts)} folders within each other; give fewer") from None
+    return _with_logs(run_dir)
+
+
+def _with_logs(folder: Path) -> Path:
+    """The folder, with one for logs in it."""
+    from disttrain.recipe import ConfigurationError, make_folder
+
+    try:
+        make_folder(folder / "logs")
+    except OSError as error:
+        raise ConfigurationError(f"{folder / 'logs'}: {error.strerror}; a run cannot be written there") from None
+    return folder
+
+
+def _made(recipe: Recipe) -> Path:
+    """A new run directory under ./runs; two runs that begin in the same second get two."""
+    stem, runs = _new_name(recipe), Path("runs").absolute()
+    for name in (stem, *(f"{stem}-{number}" for number in range(2, 100))):
+        try:
+            (runs / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # _opened says what is wrong
+        return _opened(runs / name)
+    raise AssertionError(f"a hundred runs called {stem}")
+
+
+def _new_name(recipe: Recipe) -> str:
+    return f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,62 @@
+"""Commands that need torch: they run in workers, this process only starts those."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from disttrain_launch.cli.arguments import IMAGE, RUN
+from disttrain_launch.cli.options import (
+    json_option,
+    num_workers_option,
+    override_arguments,
+    overrides_option,
+    trust_option,
+)
+from disttrain_launch.local.group import WorkerGroup, module_arguments
+
+
+def become(module: str, *arguments: str) -> NoReturn:
+    """Replace this process by `python -m module`: one process, so signals and its exit code need no messenger."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *module_arguments(module, *arguments)])
+
+
+@click.command(short_help="Measure accuracy on the held-out set.")
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
+@num_workers_option
+@overrides_option
+@json_option
+@trust_option
+def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bool, trust: bool) -> None:
+    """Measure the accuracy of a run's newest checkpoint, or of the one given, on the held-out set."""
+    from disttrain_launch.local.workers import run_workers
+
+    words = (run, *override_arguments(overrides), *["--json"] * as_json, *["--trust"] * trust)
+    run_workers(WorkerGroup(module_arguments("disttrain.commands.evaluate", *words), num_workers))
+
+
+@click.command()
+@click.argument("run", type=RUN)
+@click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
+@click.option("--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds to try for.")
+@json_option
+def sync(run: str, uri: str | None, timeout: float, as_json: bool) -> None:
+    """Deliver to MLflow what it still lacks of RUN; doing it twice changes nothing."""
+    options = [*(["--uri", uri] if uri else []), "--timeout", str(timeout), *["--json"] * as_json]
+    become("disttrain.commands.sync", run, *options)
+
+
+@click.command()
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=IMAGE)
+@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
+@json_option
+@trust_option
+def predict(run: str, images: tuple[str, ...], top: int, as_json: bool, trust: bool) -> None:
+    """Name the most probable classes of each IMAGE."""
+    become("disttrain.commands.predict", run, *images, "--top", str(top), *["--json"] * as_json, *["--trust"] * trust)

@@ -1,0 +1,164 @@
+"""Workers on this machine: start them, watch them, end them together."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from disttrain.distributed.suspended import LOOK_EVERY_S, Suspended
+from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.ports import reserved_port
+from disttrain_launch.local.worker import Worker
+from disttrain_launch.messages import complain, say
+from disttrain_launch.outcome import Outcome, settle
+from disttrain_launch.restarts import Restarts
+
+# `timeout` and `uv run` pass on a signal that reached this process already: within this time it is one request.
+_SAME_REQUEST_S = 1.0
+# A rank that can say why it gives up is seldom the only one, and may not be the first: the others have this long to
+# say what happened to them.
+_TO_REPORT_S = 2.0
+_NEVER = float("inf")
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoReturn:
+    """Run the group to its end, say what went wrong if something did, and exit with the workers' own code.
+
+    After a failure that is worth a retry it is started again, as `restarts` allow.
+    """
+    restarts = restarts or Restarts()
+    with _signals() as signals:
+        while True:
+            with reserved_port() as port, _started(group, port) as workers:
+                watch = _Watch(group, workers, signals)
+                outcome = watch.until_the_end()
+            if sys.stdout.isatty() and workers[0].was_killed:
+                say("\x1b[?25h")  # its progress bar had hidden the cursor
+            if outcome.traceback:
+                say(outcome.traceback.rstrip(), err=True)
+            complain(outcome.message)
+            if watch.was_asked_to_stop or not restarts.helps(outcome):
+                break
+            complain(f"restart {restarts.made} of {restarts.most}, from the newest checkpoint")
+    if restarts.gave_up:
+        complain(restarts.gave_up)
+    sys.exit(outcome.exit_code)
+
+
+@contextmanager
+def _signals() -> Iterator[int]:
+    """A file descriptor that gives the number of each signal received.
+
+    Under `nohup`, SIGHUP stays ignored. SIGINT does not, although shells have background jobs ignore it: whoever sends
+    it to a training job wants it to stop, and nothing is lost.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wake_before = signal.set_wakeup_fd(writer)
+    heard = {*_STOP_SIGNALS, signal.SIGCHLD}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        heard.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, _hear) for number in heard}
+    try:
+        yield reader
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wake_before)
+        os.close(reader)
+        os.close(writer)
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    """Nothing to do here: Python has written the number to the wake-up descriptor."""
+
+
+@contextmanager
+def _started(group: WorkerGroup, port: int) -> Iterator[list[Worker]]:
+    """The group's workers. Whatever happens in the block, none outlives it."""
+    # Each worker reads its standard input and ends when that closes: however this process dies, the kernel closes it.
+    lifeline_of_workers, lifeline = os.pipe()
+    workers: list[Worker] = []
+    try:
+        for rank in range(group.size):
+            workers.append(Worker(group, rank, port, lifeline_of_workers))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.close()
+        os.close(lifeline_of_workers)
+        os.close(lifeline)
+
+
+class _Watch:
+    """Waits for workers to end and for signals to arrive, and passes on what each means to the others."""
+
+    def __init__(self, group: WorkerGroup, workers: list[Worker], signals: int) -> None:
+        self._group = group
+        self._workers = workers
+        self._signals = signals
+        self._suspended = Suspended()
+        self._stop_requested_at: float | None = None  # this and the next two: time.monotonic()
+        self._terminate_at = _NEVER
+        self._kill_at = _NEVER
+
+    def until_the_end(self) -> Outcome:
+        """Wait until no worker runs any more."""
+        while running := [worker for worker in self._workers if not worker.has_ended()]:
+            self._end_after_a_failure(running)
+            for news in self._suspended.news({worker.rank: worker.pid for worker in running}):
+                complain(news)
+            for number in self._next_signals():
+                if number in _STOP_SIGNALS and self._is_second_request(number):
+                    return Outcome(128 + signal.SIGINT, "killed on request")
+        return settle(
+            [worker.ending for worker in self._workers if worker.ending],
+            stop_requested=self.was_asked_to_stop,
+        )
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether somebody asked the launcher to stop."""
+        return self._stop_requested_at is not None
+
+    def _end_after_a_failure(self, running: list[Worker]) -> None:
+        now = time.monotonic()
+        failed = [worker.ending for worker in self._workers if worker.ending and worker.ending.calls_for_an_end]
+        if failed and self._kill_at == _NEVER:
+            self._terminate_at = now + (_TO_REPORT_S if failed[0].report else 0.0)
+            self._kill_at = self._terminate_at + self._group.grace_s
+        if now >= self._kill_at:
+            for worker in running:
+                worker.kill()
+        elif now >= self._terminate_at:
+            self._terminate_at = _NEVER
+            for worker in running:
+                worker.terminate()
+
+    def _next_signals(self) -> bytes:
+        deadline = min(self._terminate_at, self._kill_at)
+        timeout = min(LOOK_EVERY_S, max(0.0, deadline - time.monotonic()))
+        ready, _, _ = select.select([self._signals], [], [], timeout)
+        return os.read(self._signals, 4096) if ready else b""
+
+    def _is_second_request(self, number: int) -> bool:
+        now = time.monotonic()
+        if number == signal.SIGHUP and self.was_asked_to_stop:
+            return False  # a terminal that closes sends more than one, and nobody is there who means "at once"
+        if self._stop_requested_at is None:
+            self._stop_requested_at = now
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            complain(f"{name}: the workers are asked to save and stop; once more kills them")
+            for worker in self._workers:
+                worker.terminate()
+            return False
+        return now - self._stop_requested_at > _SAME_REQUEST_S

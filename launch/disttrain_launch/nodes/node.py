@@ -1,0 +1,162 @@
+"""What one machine of several runs, as a value."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import sys
+from dataclasses import dataclass
+
+from disttrain.distributed.cores import usable_cores
+from disttrain_launch.local.group import module_arguments
+
+DEFAULT_PORT = 29400
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's part of a job on several.
+
+    Args:
+        arguments: what follows the interpreter on each worker's command line.
+        nodes: the least and the greatest number of machines.
+        host, port: where they meet.
+        workers: how many workers this one runs.
+        run_dir: where the run lives.
+        serves: whether the store of the rendezvous is on this machine; None where that cannot be told.
+        address: by which the others reach this one.
+        max_restarts: how often the workers are started again after failures.
+        job_id: the same on all machines; jobs that share a store are told apart by it.
+        grace_s: how long workers that are asked to stop may take to save.
+        recipe, overrides: what is trained, by which a node knows whether a run that is finished has more to do.
+    """
+
+    arguments: tuple[str, ...]
+    nodes: tuple[int, int]
+    host: str
+    port: int
+    workers: int
+    run_dir: str
+    serves: bool | None
+    address: str | None
+    max_restarts: int
+    job_id: str
+    grace_s: int
+    recipe: str
+    overrides: tuple[str, ...]
+
+    def command(self) -> list[str]:
+        """The agent's command line."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return [
+            sys.executable, *module_arguments("disttrain.agent"),
+            "--nodes", *map(str, self.nodes),
+            "--rendezvous", f"{host}:{self.port}",
+            "--serves", "unknown" if self.serves is None else str(self.serves).lower(),
+            *(["--local-addr", self.address] if self.address else []),
+            "--workers", str(self.workers),
+            "--max-restarts", str(self.max_restarts),
+            "--job-id", self.job_id,
+            "--stop-grace", str(self.grace_s),
+            "--run-dir", self.run_dir,
+            "--recipe", self.recipe,
+            *(f"--override={override}" for override in self.overrides),
+            "--", *self.arguments,
+        ]  # fmt: skip
+
+    def variables(self) -> dict[str, str]:
+        """What is set in its environment; what the user has set stands, but for who started the workers."""
+        defaults = {
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // self.workers)),
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONUNBUFFERED": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
+        interface = interface_of(self.address) if self.address else None
+        if interface is not None:
+            defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        unset = {name: value for name, value in defaults.items() if name not in os.environ}
+        return {**unset, "DISTTRAIN_LAUNCHER": "disttrain node"}
+
+    def described(self) -> str:
+        """What `run` would do, as a shell takes it."""
+        from disttrain.recipe.once import variables as recipe_variables
+
+        set_for_it = self.variables() | recipe_variables()
+        variables = [f"{name}={shlex.quote(value)}" for name, value in set_for_it.items()]
+        return " ".join(["env", *variables, shlex.join(self.command())])
+
+    def become(self) -> None:
+        """Replace this process by the agent: one process, so signals and its exit code need no messenger."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        command = self.command()
+        os.execve(command[0], command, {**os.environ, **self.variables()})
+
+
+def parse_nodes(text: str) -> tuple[int, int]:
+    """(least, greatest) of "N" or "MIN:MAX". Raises ValueError that says what is wrong."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no number of nodes; give N, or MIN:MAX")
+    least, greatest = int(match[1]), int(match[2] or match[1])
+    if not 1 <= least <= greatest:
+        raise ValueError(f"{text!r}: at least 1 node is needed, and MIN must not be more than MAX")
+    return least, greatest
+
+
+def parse_rendezvous(text: str) -> tuple[str, int]:
+    """(host, port) of "HOST[:PORT]". Raises ValueError that says what is wrong."""
+    match = re.fullmatch(r"\[(?P<v6>[0-9a-fA-F:.]+)\](?::(?P<p6>\d+))?|(?P<host>[^:\s/]+)(?::(?P<port>\d+))?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no HOST:PORT; give the address of one machine, such as node-0:{DEFAULT_PORT}")
+    port = int(match["p6"] or match["port"] or DEFAULT_PORT)
+    if not 0 < port < 65536:
+        raise ValueError(f"{text!r}: a port is a number from 1 to 65535")
+    host = match["v6"] or match["host"]
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"{text!r}: {host!r} is not a valid name of a machine") from None
+    return host, port
+
+
+def own_addresses() -> dict[str, str]:
+    """The addresses of this machine, and the interface that has each."""
+    import psutil
+
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        entry.address.partition("%")[0]: interface
+        for interface, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in families
+    }
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address (or name) of this machine; None if none has."""
+    addresses = own_addresses()
+    return next((addresses[one] for one in resolve(address) if one in addresses), None)
+
+
+def resolve(host: str) -> list[str]:
+    """The addresses of a name, the name itself if it is one; none if it is unknown."""
+    try:
+        return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, None)))
+    except OSError:
+        return []
+
+
+def address_towards(host: str, port: int) -> str | None:
+    """The address of this machine from which a connection to `host` would come; None if there is no way there."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent
+            try:
+                probe.connect((host, port))
+                return str(probe.getsockname()[0])
+            except OSError:
+                continue
+    return None

@@ -1,0 +1,238 @@
+"""A training run that is killed on purpose, again and again, and started again each time."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from disttrain_launch.local.group import module_arguments
+
+_POLL_S = 0.01
+_TO_END_S = 60.0
+# Of the kills, this share comes while workers start: everything before the first new step.
+_AT_START_UP = 0.25
+
+
+class RunFailed(Exception):
+    """The run ended by itself, and not well: its exit code and its last words."""
+
+    def __init__(self, exit_code: int, words: str) -> None:
+        super().__init__(words)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Start:
+    """One start of the run: with how many workers, and from which step."""
+
+    workers: int
+    step: int
+
+
+@dataclass
+class Story:
+    """What a run went through: its starts, how often it was killed, and how many steps had to be made again."""
+
+    starts: list[Start] = field(default_factory=list)
+    kills: int = 0
+    steps_repeated: int = 0
+
+
+class DisturbedRun:
+    """`disttrain train` in a folder of its own. Whatever happens in the `with` block, no process outlives it."""
+
+    def __init__(self, run_dir: Path, arguments: Sequence[str]) -> None:
+        """`arguments`: the recipe and its overrides, as on the command line."""
+        self.run_dir, self.story = run_dir, Story()
+        self._arguments = arguments
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._log = run_dir.with_suffix(".log")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kill(self._processes())
+
+    def run(self, workers: int) -> None:
+        """Start the run and let it come to its end. Raises RunFailed."""
+        self._start(workers)
+        assert self._launcher is not None
+        self._conclude(self._launcher.wait())
+
+    def run_until(self, workers: int, checkpoint: Path) -> None:
+        """Start the run and end it once the checkpoint is there. Raises RunFailed."""
+        self._start(workers)
+        while not checkpoint.exists():
+            if self._has_ended():
+                return
+            time.sleep(_POLL_S)
+        self._kill(self._processes())
+
+    def run_until_killed(self, workers: int, target: str, step: int, after_s: float, delay_s: float) -> bool:
+        """Start the run and kill `target`: "worker" (one of them, at random), "launcher" or "all".
+
+        That happens `delay_s` after the journal holds `step`, or `after_s` after the start if that is earlier. False if
+        the run came to its end before. Raises RunFailed.
+        """
+        self._start(workers)
+        latest = time.monotonic() + after_s
+        if not self._wait(lambda: time.monotonic() >= latest or self.newest_step() >= step):
+            return False
+        due = min(latest, time.monotonic() + delay_s)
+        if not self._wait(lambda: time.monotonic() >= due):
+            return False
+        launcher, *others = self._processes()
+        group = [process for process in others if _parent(process) == launcher.pid]
+        victims = {"worker": [random.choice(group)] if group else [], "launcher": [launcher]}
+        for victim in victims.get(target) or [launcher, *others]:
+            _kill(victim)
+        self.story.kills += 1
+        self._wait_until_gone([launcher, *others])
+        return True
+
+    def steps(self) -> list[tuple[float, int]]:
+        """When each step was first journalled, in seconds since 1970."""
+        try:
+            lines = (self.run_dir / "journal.jsonl").read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        rows = [json.loads(line) for line in lines if b'"train/loss"' in line and line.endswith(b"\n")]
+        return [(row["time"], row["step"]) for row in rows]
+
+    def newest_step(self) -> int:
+        """The newest step in the journal; steps that are made again do not show."""
+        rows = self.steps()
+        return rows[-1][1] if rows else 0
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint."""
+        return max((self.run_dir / "checkpoints").glob("step-????????"), default=None)
+
+    def remove(self) -> None:
+        """Remove everything it wrote."""
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def _start(self, workers: int) -> None:
+        newest = self.newest_checkpoint()
+        step = int(newest.name.removeprefix("step-")) if newest else 0
+        self.story.starts.append(Start(workers, step))
+        self.story.steps_repeated += max(0, self.newest_step() - step)
+        command = [sys.executable, *module_arguments("disttrain_launch", "train", *self._arguments)]
+        with self._log.open("ab") as log:
+            self._launcher = subprocess.Popen(
+                [*command, "-n", str(workers), "--run-dir", str(self.run_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _processes(self) -> list[psutil.Process]:
+        """The launcher and everything below it."""
+        if self._launcher is None:
+            return []
+        try:
+            launcher = psutil.Process(self._launcher.pid)
+            return [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _has_ended(self) -> bool:
+        assert self._launcher is not None
+        code = self._launcher.poll()
+        if code is None:
+            return False
+        self._conclude(code)
+        return True
+
+    def _conclude(self, code: int) -> None:
+        if code != 0:
+            words = self._log.read_text(errors="replace").strip().splitlines()
+            raise RunFailed(code if code > 0 else 1, "\n".join(words[-5:]))
+
+    def _wait(self, until: Callable[[], bool]) -> bool:
+        while not until():
+            if self._has_ended():
+                return False
+            time.sleep(_POLL_S)
+        return not self._has_ended()
+
+    def _kill(self, processes: list[psutil.Process]) -> None:
+        for process in processes:
+            _kill(process)
+        self._wait_until_gone(processes)
+
+    def _wait_until_gone(self, processes: list[psutil.Process]) -> None:
+        if self._launcher is None:
+            return
+        _, alive = psutil.wait_procs(processes[1:], timeout=_TO_END_S)
+        for process in alive:
+            _kill(process)
+        try:
+            self._launcher.wait(timeout=_TO_END_S)
+        except subprocess.TimeoutExpired:
+            self._launcher.kill()
+            self._launcher.wait()
+        self._launcher = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run goes, about: seconds from its start to its first step, and from step to step."""
+
+    start_up_s: float
+    step_s: float
+
+
+def disturb(run: DisturbedRun, first: int, sizes: Sequence[int], kills: int, num_steps: int, pace: Pace) -> None:
+    """Run to the end, with `kills` SIGKILLs at random moments on the way, resuming with other numbers of workers.
+
+    Args:
+        run: not started yet.
+        first: how many workers it starts with.
+        sizes: what it may resume with.
+        kills: how many; fewer if the run comes to its end under the killer's hands.
+        num_steps: how many the whole run has.
+        pace: that of an undisturbed run.
+
+    Raises RunFailed.
+    """
+    workers = first
+    # Sorted, since the journal shows a step only once: so the kills are spread over the whole run.
+    for moment in sorted(random.uniform(0, 0.9 * num_steps) for _ in range(kills)):
+        target = random.choice(["worker", "launcher", "all"])
+        at_start_up = random.random() < _AT_START_UP
+        step = max(math.ceil(moment), run.newest_step() + 1)
+        after_s = random.uniform(0, pace.start_up_s) if at_start_up else math.inf
+        if not run.run_until_killed(workers, target, step, after_s, random.uniform(0, 2 * pace.step_s)):
+            return
+        workers = random.choice([size for size in sizes if size != workers] or [workers])
+    run.run(workers)
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return int(process.ppid())
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _kill(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.kill()

@@ -1,0 +1,148 @@
+"""The proof that a recipe gives the same bits: one undisturbed run, disturbed ones, and where they part if they do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from disttrain.recipe import DisttrainError, ExitCode
+from disttrain_launch.local.group import module_arguments
+from disttrain_launch.prove.disturbed import DisturbedRun, Pace, RunFailed, Story, disturb
+from disttrain_launch.prove.report import counted
+
+
+class Proof:
+    """Runs in `folder`, with the `arguments` of `disttrain train`; `say` is told what goes on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        workers: Sequence[int],
+        kills: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder, self._arguments = folder, arguments
+        self._workers, self._kills, self._say = workers, kills, say
+        self._reference = folder / "undisturbed"
+        self._different: list[tuple[Path, dict[str, Any], Story]] = []
+
+    def carry_out(self) -> dict[str, Any]:
+        """All runs and how they compare: `same`, `reference`, `runs`, `first_difference` (None if all are the same).
+
+        Raises DisttrainError, with the exit code of a run that ended badly by itself.
+        """
+        try:
+            reference, pace = self._undisturbed()
+            runs = [self._disturbed(first, reference["steps"], pace) for first in self._workers]
+            first_difference = self._first_difference()
+        except RunFailed as failure:
+            raise _failure(failure) from None
+        return {
+            "same": all(run["same"] for run in runs),
+            "reference": reference,
+            "runs": runs,
+            "first_difference": first_difference,
+        }
+
+    def _undisturbed(self) -> tuple[dict[str, Any], Pace]:
+        workers = self._workers[0]
+        self._say(f"undisturbed, with {counted(workers, 'worker')} ...")
+        started = time.time()
+        with DisturbedRun(self._reference, self._arguments) as run:
+            run.run(workers)
+            times = [moment for moment, _ in run.steps()]
+        report = self._compared(self._reference)
+        self._say(f"  {time.time() - started:.1f} s, {counted(report['step'], 'step')}")
+        pace = Pace(times[0] - started, (times[-1] - times[0]) / max(1, len(times) - 1))
+        hashes = {name: report[name] for name in ("weights_sha256", "optimizer_sha256")}
+        return {"workers": workers, "kills": 0, "steps": report["step"], "steps_repeated": 0, **hashes}, pace
+
+    def _disturbed(self, first: int, num_steps: int, pace: Pace) -> dict[str, Any]:
+        self._say(f"{counted(self._kills, 'kill')}, starting with {counted(first, 'worker')} ...")
+        started = time.time()
+        with DisturbedRun(self._folder / f"workers-{first}", self._arguments) as run:
+            disturb(run, first, self._workers, self._kills, num_steps, pace)
+        report, story = self._compared(run.run_dir), run.story
+        self._say(f"  {time.time() - started:.1f} s, {'the same' if report['same'] else 'NOT THE SAME'}")
+        if report["same"]:
+            run.remove()
+        else:
+            self._different.append((run.run_dir, report, story))
+        return {
+            "workers": first,
+            "resumed_with": [start.workers for start in story.starts[1:]],
+            "kills": story.kills,
+            "steps_repeated": story.steps_repeated,
+            "weights_sha256": report["weights_sha256"],
+            "optimizer_sha256": report["optimizer_sha256"],
+            "same": report["same"],
+        }
+
+    def _compared(self, run_dir: Path, reference: Path | None = None) -> dict[str, Any]:
+        folders = (str(reference or self._reference), str(run_dir))
+        command = [sys.executable, *module_arguments("disttrain.commands.compare", *folders)]
+        answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if answer.returncode != 0:
+            raise RunFailed(answer.returncode, answer.stderr.strip())
+        report: dict[str, Any] = json.loads(answer.stdout)
+        return report
+
+    def _first_difference(self) -> dict[str, Any] | None:
+        """Where a run first parts from the reference: to the step if training on from the last common checkpoint tells.
+
+        `step` and `tensor` are the first that differ, `same_until` the last step known to be the same.
+        """
+        if not self._different:
+            return None
+        run_dir, report, story = min(self._different, key=lambda entry: _step_of_difference(entry[1]))
+        coarse = report["first_tensor"]
+        if coarse is None:
+            metric = report["first_metric"]
+            name = metric["name"] if metric else None
+            return {"step": _step_of_difference(report), "tensor": None, "metric": name, "same_until": None}
+        found = {"step": coarse["step"], "tensor": coarse["name"], "same_until": coarse["same_until"]}
+        if coarse["step"] - coarse["same_until"] > 1:
+            self._say(f"  looking for the first step after {coarse['same_until']} that differs ...")
+            workers = [start.workers for start in story.starts if start.step <= coarse["same_until"]][-1]
+            fine = self._replayed(run_dir, workers, coarse["same_until"], coarse["step"])
+            if fine is not None:
+                found = {"step": fine["step"], "tensor": fine["name"], "same_until": fine["same_until"]}
+        return {**found, "metric": None}
+
+    def _replayed(self, run_dir: Path, workers: int, begin: int, end: int) -> dict[str, Any] | None:
+        """The first tensor that differs when both train from step `begin` to `end` once more, saving at every step."""
+        copies = []
+        for source, count in ((self._reference, self._workers[0]), (run_dir, workers)):
+            copy = source.with_name(f"{source.name}-again")
+            shutil.rmtree(copy, ignore_errors=True)
+            (copy / "checkpoints").mkdir(parents=True)
+            shutil.copy(source / "recipe.toml", copy)
+            if begin:
+                name = f"step-{begin:08d}"
+                shutil.copytree(source / "checkpoints" / name, copy / "checkpoints" / name)
+            with DisturbedRun(copy, [*self._arguments, "-o", "checkpoint.every_steps=1"]) as run:
+                run.run_until(count, copy / "checkpoints" / f"step-{end:08d}")
+            copies.append(copy)
+        found: dict[str, Any] | None = self._compared(copies[1], copies[0])["first_tensor"]
+        if found is not None:
+            found["same_until"] = max(begin, found["same_until"])
+        return found
+
+
+def _step_of_difference(report: dict[str, Any]) -> int:
+    found: dict[str, Any] = report["first_tensor"] or report["first_metric"] or report
+    return int(found["step"])
+
+
+def _failure(failure: RunFailed) -> DisttrainError:
+    error = DisttrainError(str(failure).removeprefix("disttrain: "))
+    known = {code.value for code in ExitCode}
+    error.exit_code = ExitCode(failure.exit_code if failure.exit_code in known else 1)  # type: ignore[misc]
+    return error

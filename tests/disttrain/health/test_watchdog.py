@@ -1,0 +1,129 @@
+"""A rank that stands still is named, wherever it stands; one that is only slow is left alone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain.testing import WorkerFailed, cluster, faults, hosts, workers
+from disttrain.testing.faults import Fault
+from tests.disttrain.parallel.exact_runs import build, train
+
+HANG_TIMEOUT_S = 2.0
+needs_hosts = pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
+
+
+def job(run_dir: Path, *overrides: str, model: nn.Module | None = None) -> None:
+    model = model or build(3, (3, 32, 32))
+    train(run_dir, f"train.hang_timeout_s={HANG_TIMEOUT_S}", "train.epochs=1000", *overrides, model=model)
+
+
+class HoldsTheInterpreter(nn.Module):
+    """One worker's forward pass never comes back from C, and no other thread of it can run Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build(3, (3, 32, 32))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if os.environ["RANK"] == "1" and Path("stuck-now").exists():
+            ctypes.PyDLL(None).sleep(600)
+        return self.inner(images)
+
+
+def verdicts(run_dir: Path, world_size: int, *injuries: Fault, model: nn.Module | None = None) -> list[str]:
+    """Train until the watchdog ends it; what each rank's log has of its verdict."""
+    with (
+        workers(world_size, faults=injuries, process_group=False, check_collectives=False, timeout_s=480) as group,
+        suppress(WorkerFailed),
+    ):
+        group.run(job, run_dir, model=model)
+    logs = [(run_dir / "logs" / f"worker-{rank}.log").read_text() for rank in range(world_size)]
+    return [next((line for line in log.splitlines() if "no worker has made progress" in line), "") for log in logs]
+
+
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, stopped: int) -> None:
+    """Rank 0 serves the store: once it is stopped, nothing more can be learnt from there."""
+    of_rank = verdicts(tmp_path / "run", 2, faults.stop(stopped, step=5))
+    said = of_rank[1 - stopped]
+    assert said.startswith(
+        f"no worker has made progress for {HANG_TIMEOUT_S:g} s (train.hang_timeout_s): rank {stopped} "
+    )
+    assert f"on {socket.gethostname()} (process " in said
+    assert "has not been heard of for" in said
+    assert f"Rank {1 - stopped} waits for it at step 5, computing the next step (" in said
+    assert of_rank[stopped] == ""
+
+
+def test_a_rank_that_sleeps_in_python_is_named_with_the_line_it_is_in(tmp_path: Path) -> None:
+    of_rank = verdicts(tmp_path / "run", 3, faults.slow(1, 600, step=4))
+    for said in filter(None, of_rank):
+        assert "rank 1 on " in said
+        assert "stands still at step 4, computing the next step (" in said
+        assert "faultpoints.py:" in said
+        assert said.endswith("the other ranks wait for it. The stacks of all are in the run's logs/worker-RANK.log.")
+    assert any(of_rank)
+    log = (tmp_path / "run/logs/worker-0.log").read_text()
+    assert "Current thread" in log, "no stacks"
+
+
+def test_a_rank_that_holds_the_interpreter_in_c_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def stick() -> None:
+        while (
+            not (tmp_path / "run/journal.jsonl").exists()
+            or "train/loss" not in (tmp_path / "run/journal.jsonl").read_text()
+        ):
+            time.sleep(0.02)
+        (tmp_path / "stuck-now").touch()
+
+    threading.Thread(target=stick, daemon=True).start()
+    said, _ = verdicts(tmp_path / "run", 2, model=HoldsTheInterpreter())
+    assert "rank 1 on " in said
+    assert "has not been heard of for" in said
+    assert "stuck in C code" in said
+
+
+@pytest.mark.long
+def test_a_rank_that_is_only_slow_is_left_alone(tmp_path: Path) -> None:
+    """Its evaluation takes longer than the timeout, while the other waits in a collective for it."""
+    slowed = faults.slow(1, HANG_TIMEOUT_S / 4, at="evaluation", times=8)
+    overrides = ("train.max_steps=2", "train.eval_batch_size=2")
+    with workers(2, faults=[slowed], process_group=False, check_collectives=False, timeout_s=480) as group:
+        group.run(job, tmp_path / "run", *overrides)
+    assert len(slowed.happened) == 8
+
+
+@needs_hosts
+@pytest.mark.long
+def test_a_machine_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with cluster(2) as machines:
+
+        def cut() -> None:
+            journal = run_dir / "journal.jsonl"
+            while not journal.exists() or journal.read_text().count("train/loss") < 3:
+                time.sleep(0.02)
+            machines[1].cut()
+
+        threading.Thread(target=cut, daemon=True).start()
+        with (
+            workers(2, hosts=machines, process_group=False, check_collectives=False, timeout_s=480) as group,
+            suppress(WorkerFailed),
+        ):
+            group.run(job, run_dir)
+    said = (run_dir / "logs/worker-0.log").read_text()
+    assert "no worker has made progress" in said
+    assert "rank 1 on host-1 (process " in said
+    assert "has not been heard of for" in said

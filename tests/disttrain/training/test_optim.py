@@ -1,0 +1,75 @@
+"""Optimizers by name, and schedules as functions of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain.errors import ConfigurationError
+from disttrain.recipe import OptimRecipe, ScheduleRecipe, parse_recipe
+from disttrain.training.optim import Schedule, build_optimizer
+
+
+def optim(**options: Any) -> OptimRecipe:
+    return parse_recipe({"optim": options}).optim
+
+
+def schedule(total: int = 100, per_epoch: int = 10, **options: Any) -> Schedule:
+    return Schedule(ScheduleRecipe(**options), base_lr=1.0, steps_per_epoch=per_epoch, total_steps=total)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+        ({"name": "adam", "lr": 0.1, "betas": [0.8, 0.99]}, torch.optim.Adam),
+        ({"name": "adamw", "lr": 0.1, "weight_decay": 0.05}, torch.optim.AdamW),
+        ({"name": "RMSprop", "lr": 0.1, "alpha": 0.9}, torch.optim.RMSprop),
+        ({"name": "adagrad", "lr": 0.1}, torch.optim.Adagrad),
+    ],
+)
+def test_optimizers_by_name_with_their_options(options: dict[str, Any], kind: type) -> None:
+    optimizer = build_optimizer(optim(**options), nn.Linear(2, 2).parameters())
+    assert type(optimizer) is kind
+    for name, value in options.items():
+        if name != "name":
+            assert optimizer.defaults[name] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "RMSprop", "lr": 0.1, "alhpa": 0.9}, "optim.alhpa: RMSprop has no such option; did you mean 'alpha'"),
+        ({"name": "RMSporp", "lr": 0.1}, "did you mean 'rmsprop'"),
+        ({"name": "LBFGS", "lr": 0.1}, "optim.name = 'LBFGS'"),
+        ({"name": "sgd", "lr": 0.1, "nesterov": True}, "Nesterov momentum requires a momentum"),
+    ],
+)
+def test_what_an_optimizer_cannot_take_is_said_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        build_optimizer(optim(**options), nn.Linear(2, 2).parameters())
+
+
+def test_warm_up_climbs_linearly_and_ends_at_the_base_rate() -> None:
+    warm = schedule(warmup_steps=4)
+    assert [warm.learning_rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert schedule(warmup_epochs=0.5).warmup_steps == 5
+
+
+def test_step_drops_by_gamma() -> None:
+    steps = schedule(name="step", step_epochs=3, gamma=0.1)
+    assert [round(steps.learning_rate(step), 6) for step in (0, 29, 30, 59, 60)] == [1.0, 1.0, 0.1, 0.1, 0.01]
+
+
+def test_cosine_agrees_with_pytorchs() -> None:
+    ours = schedule(name="cosine", min_lr=0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=0.1)
+    for step in range(100):
+        assert math.isclose(ours.learning_rate(step), theirs.get_last_lr()[0], rel_tol=1e-9)
+        optimizer.step()
+        theirs.step()
