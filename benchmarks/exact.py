@@ -36,7 +36,7 @@ from disttrain.testing import run_workers
 from disttrain.training.job import Job, build_job
 from disttrain.training.loop import train_step
 
-COMMON = ("train.threads=1", "tracking.uri=none", "tracking.system_metrics=false", "parallel.shards=4")
+COMMON = ("train.threads=1", "tracking.uri=none", "tracking.system_metrics=false", "parallel.slices=4")
 SYNTHETIC = ("data.dataset=synthetic", "data.options={num_train=2560, num_test=10}")
 JOBS = {
     # name: overrides, steps per turn, most that exact mode may cost

@@ -1,6 +1,6 @@
 """Random numbers as a pure function of what they are for: nothing to save, nothing to restore.
 
-Every number follows from (seed, epoch), (seed, epoch, sample) or (seed, step, shard), never from what was drawn
+Every number follows from (seed, epoch), (seed, epoch, sample) or (seed, step, slice), never from what was drawn
 before it. So a run that starts again in the middle, or on another number of workers, draws what it would have drawn.
 The mixing function is the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
 Generators", OOPSLA 2014).
@@ -62,12 +62,12 @@ def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Ten
     return _shift_right(state, 40).to(torch.float32) / (1 << 24)
 
 
-def seed_layers(device: torch.device, seed: int, step: int, shard: int) -> None:
-    """Give dropout and its like their numbers for this step and shard.
+def seed_layers(device: torch.device, seed: int, step: int, slice_index: int) -> None:
+    """Give dropout and its like their numbers for this step and slice.
 
     They know no other sources than the global generators: PyTorch's own, and in users' models Python's and NumPy's.
     """
-    number = derive(seed, step, shard)
+    number = derive(seed, step, slice_index)
     torch.default_generator.manual_seed(number)
     random.seed(number)
     np.random.seed(number % 2**32)

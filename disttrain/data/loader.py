@@ -23,22 +23,22 @@ class Batch:
 
     `images`: (b, C, H, W) float32 on the device, `labels`: (b,) int64. `weight` is 1.0, or 0.0 where this worker's
     share is empty: then the batch holds one sample of the step, so that the worker can take part in the collectives.
-    `shard` is the piece of the step's global batch that it belongs to; `opens_shard` and `closes_shard` mark the first
-    and the last batch of one. `samples`: (b,) int64, where its samples are in the training set.
+    `slice_index` is the piece of the step's global batch that it belongs to; `opens_slice` and `closes_slice` mark the
+    first and the last batch of one. `samples`: (b,) int64, where its samples are in the training set.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     samples: torch.Tensor
     weight: float
-    shard: int
-    opens_shard: bool
-    closes_shard: bool
+    slice_index: int
+    opens_slice: bool
+    closes_slice: bool
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """This worker's shards of a step's global batch, each in `accumulate` parts; `global_size` is that of all."""
+    """This worker's slices of a step's global batch, each in `accumulate` parts; `global_size` is that of all."""
 
     step_in_epoch: int
     parts: list[Batch]
@@ -51,16 +51,16 @@ class _Piece:
 
     samples: torch.Tensor
     weight: float
-    shard: int
-    opens_shard: bool
-    closes_shard: bool
+    slice_index: int
+    opens_slice: bool
+    closes_slice: bool
 
 
 class Loader:
     """The batches of a training epoch, from any step on.
 
-    Each step's global batch is cut into `num_shards` shards, and each of those into `accumulate` parts. This worker
-    serves `shards`: by default one of as many as there are workers. A part without samples is left out, or with
+    Each step's global batch is cut into `num_slices` slices, and each of those into `accumulate` parts. This worker
+    serves `slices`: by default one of as many as there are workers. A part without samples is left out, or with
     `fills_empty` holds a sample that weighs nothing, so that all workers have equally many parts. Augmentation, if
     `training`, is a function of (seed, epoch, sample).
     """
@@ -75,14 +75,14 @@ class Loader:
         seed: int = 0,
         device: torch.device | None = None,
         training: bool = True,
-        shards: Sequence[int] | None = None,
-        num_shards: int | None = None,
+        slices: Sequence[int] | None = None,
+        num_slices: int | None = None,
         fills_empty: bool = True,
     ) -> None:
         self._device = device or torch.device("cpu")
         self._sampler, self._data, self._accumulate, self._seed = sampler, data, accumulate, seed
-        self._shards = [sampler.rank] if shards is None else shards
-        self._num_shards = num_shards or sampler.num_replicas
+        self._slices = [sampler.rank] if slices is None else slices
+        self._num_slices = num_slices or sampler.num_replicas
         self._fills_empty = fills_empty
         self._reader = open_reader(split, self._device, data.workers)
         self._normalised = normaliser(split.mean, split.std, self._device)
@@ -108,19 +108,21 @@ class Loader:
 
     def _pieces(self, epoch: int, step: int) -> list[_Piece]:
         pieces = []
-        for shard in self._shards:
-            whole = self._sampler.indices(epoch, step, shard, self._num_shards)
+        for slice_index in self._slices:
+            whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
             cut = [part for part in whole.tensor_split(self._accumulate) if len(part) or self._fills_empty]
             for number, samples in enumerate(cut, start=1):
                 weight = 1.0 if len(samples) else 0.0
                 if not weight:
                     samples = self._sampler.indices(epoch, step, 0, 1)[:1]
-                pieces.append(_Piece(samples, weight, shard, number == 1, number == len(cut)))
+                pieces.append(_Piece(samples, weight, slice_index, number == 1, number == len(cut)))
         return pieces
 
     def _batch(self, epoch: int, piece: _Piece, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         images = self._prepared(images, epoch, piece.samples)
-        return Batch(images, labels, piece.samples, piece.weight, piece.shard, piece.opens_shard, piece.closes_shard)
+        return Batch(
+            images, labels, piece.samples, piece.weight, piece.slice_index, piece.opens_slice, piece.closes_slice
+        )
 
     def _prepared(self, images: torch.Tensor, epoch: int, samples: torch.Tensor) -> torch.Tensor:
         if not self._augments:

@@ -23,12 +23,12 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """The first thing that is not finite in a micro-batch, the `part`-th of a shard.
+    """The first thing that is not finite in a micro-batch, the `part`-th of a slice.
 
     `samples` are those to blame, as far as that can be told, else all of the micro-batch: places in the training set.
     """
 
-    shard: int
+    slice_index: int
     part: int
     samples: tuple[int, ...]
     what: str
@@ -56,10 +56,10 @@ class Rerun:
         try:
             number = 0
             for part in batch.parts:
-                number = 0 if part.opens_shard else number + 1
-                if part.opens_shard:
+                number = 0 if part.opens_slice else number + 1
+                if part.opens_slice:
                     restore_buffers()
-                    rng.seed_layers(self._device, self._recipe.seed, step, part.shard)
+                    rng.seed_layers(self._device, self._recipe.seed, step, part.slice_index)
                 found = self._look_at(part, number, scale)
                 first = first or found
         except Exception:  # what was found without it is still to be told
@@ -71,7 +71,7 @@ class Rerun:
     def _look_at(self, part: Batch, number: int, scale: float) -> Finding | None:
         def finding(rows: torch.Tensor, *words: str) -> Finding:
             bad = part.samples[~rows.cpu()] if not rows.all() else part.samples
-            return Finding(part.shard, number, tuple(bad.tolist()), *words)
+            return Finding(part.slice_index, number, tuple(bad.tolist()), *words)
 
         images_of = _finite_rows(part.images)
         with (

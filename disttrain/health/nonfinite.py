@@ -30,7 +30,7 @@ _NO_SCALE = 1.0
 class Incident:
     """A step whose loss or gradient was not finite, and what was done ("skip" or "zero"): the same on every rank.
 
-    `rank` is the first whose loss was not finite, and `samples` are those of its shard, as places in the training set;
+    `rank` is the first whose loss was not finite, and `samples` are those of its slice, as places in the training set;
     None and empty if all losses were finite. `in_a_row` counts such steps up to this one, `total` all of the run.
     """
 
@@ -78,14 +78,14 @@ class FiniteGate:
     def allows(self, step: int, batch: StepBatch, losses: torch.Tensor) -> bool:
         """Whether the optimizer may step: the gradients are summed and unscaled, and not clipped yet.
 
-        `step` counts the steps done before, `losses`, (num_shards,), are this rank's. Raises DivergedError, on every
+        `step` counts the steps done before, `losses`, (num_slices,), are this rank's. Raises DivergedError, on every
         rank alike, if the recipe says that the run ends: weights and buffers are then those before the step.
         """
         if not (self._exact and self._exact.non_finite) and all_finite(self._gradients()):
             self._in_a_row = 0
             return True
-        bad = {shard for shard, finite in enumerate(losses.isfinite().tolist()) if not finite}
-        samples = [sample for part in batch.parts if part.shard in bad for sample in part.samples.tolist()]
+        bad = {slice_index for slice_index, finite in enumerate(losses.isfinite().tolist()) if not finite}
+        samples = [sample for part in batch.parts if part.slice_index in bad for sample in part.samples.tolist()]
         by_rank: list[list[int]] = gather_objects(samples)
         rank = next((rank for rank, samples in enumerate(by_rank) if samples), None)
         if rank is None and self._is_overflow():
@@ -141,7 +141,9 @@ class FiniteGate:
     def _why_it_ends(self, step: int, batch: StepBatch) -> str:
         self._optimizer.zero_grad(set_to_none=True)
         by_rank = gather_objects(self._rerun.find_first(batch, step, self._scale(), self._buffers.restore))
-        found = [(finding.shard, finding.part, rank) for rank, finding in enumerate(by_rank) if finding is not None]
+        found = [
+            (finding.slice_index, finding.part, rank) for rank, finding in enumerate(by_rank) if finding is not None
+        ]
         row = "" if self._policy == "stop" else f" in {self._in_a_row + 1} steps in a row (train.non_finite_limit)"
         hint = '; train.non_finite = "skip" goes on without such steps' if self._policy == "stop" else ""
         if not found:

@@ -18,7 +18,7 @@ from disttrain.distributed.collectives import broadcast_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.ddp import WrappedModel
-from disttrain.parallel.exact.shards import ExactShards
+from disttrain.parallel.exact.slices import ExactSlices
 from disttrain.parallel.sync_batchnorm import convert_sync_batchnorm
 from disttrain.recipe import ParallelRecipe
 
@@ -31,7 +31,7 @@ class Parallel:
     A loss that has been summed over a worker's samples and divided by the size of the global batch must be multiplied
     by `loss_scale` before `backward`. `reason` says in a line why this way was chosen.
 
-    Each step's global batch is cut into `num_shards` shards, of which this worker serves `shards`: one of as many as
+    Each step's global batch is cut into `num_slices` slices, of which this worker serves `slices`: one of as many as
     there are workers, or in exact mode several of as many as the recipe says.
     """
 
@@ -41,31 +41,31 @@ class Parallel:
     forward: Callable[..., Any]
     loss_scale: float = 1.0
     without_sync: Callable[[], AbstractContextManager[None]] = nullcontext
-    shards: range = range(1)
-    num_shards: int = 1
-    exact: ExactShards | None = None
+    slices: range = range(1)
+    num_slices: int = 1
+    exact: ExactSlices | None = None
     ddp: WrappedModel | None = None
 
-    def open_shard(self) -> None:
-        """Called before the first micro-batch of a shard."""
+    def open_slice(self) -> None:
+        """Called before the first micro-batch of a slice."""
         if self.exact is not None:
             self.exact.open()
         if self.ddp is not None:
             self.ddp.share_odd_()
 
-    def close_shard(self, shard: int) -> None:
-        """Called after the last micro-batch of a shard."""
+    def close_slice(self, slice_index: int) -> None:
+        """Called after the last micro-batch of a slice."""
         if self.exact is not None:
-            self.exact.close(shard)
+            self.exact.close(slice_index)
 
     def finish_step(self, global_size: int, step: int = 0) -> None:
-        """Called after the last shard of a step: now the gradients are the global batch's. Every rank must call it.
+        """Called after the last slice of a step: now the gradients are the global batch's. Every rank must call it.
 
         Raises ConfigurationError, on this rank only, if the model left parameters without a gradient that the other
         workers wait for. `step` counts the steps done before.
         """
         if self.exact is not None:
-            self.exact.finish(min(global_size, self.num_shards))
+            self.exact.finish(min(global_size, self.num_slices))
         if self.ddp is not None:
             self.ddp.finish_backward(f"in step {step + 1}")
 
@@ -88,9 +88,9 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
     Raises ConfigurationError if the strategy of the recipe does not fit this world. Every rank must call it.
     """
     if recipe.exact:
-        exact = ExactShards(model, world, recipe.shards)
-        reason = f"exact mode: {recipe.shards} shards, the same bits with 1 to {recipe.shards} workers"
-        return Parallel("exact", reason, model, model, shards=exact.shards, num_shards=recipe.shards, exact=exact)
+        exact = ExactSlices(model, world, recipe.slices)
+        reason = f"exact mode: {recipe.slices} slices, the same bits with 1 to {recipe.slices} workers"
+        return Parallel("exact", reason, model, model, slices=exact.slices, num_slices=recipe.slices, exact=exact)
     strategy, reason = choose_strategy(recipe.strategy, world.size, _visible_gpus(world.device))
     if sync_batchnorm and world.size > 1:
         model = convert_sync_batchnorm(model, world.device)
@@ -104,8 +104,8 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
             ddp,
             loss_scale=float(world.size),
             without_sync=ddp.no_sync,
-            shards=range(world.rank, world.rank + 1),
-            num_shards=world.size,
+            slices=range(world.rank, world.rank + 1),
+            num_slices=world.size,
             ddp=ddp,
         )
     if strategy == "dp":

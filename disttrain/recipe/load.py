@@ -19,6 +19,7 @@ from disttrain.recipe.model import Recipe
 from disttrain.recipe.names import did_you_mean
 from disttrain.recipe.once import kept
 from disttrain.recipe.overrides import apply_overrides
+from disttrain.recipe.renamed import with_current_names
 from disttrain.recipe.text import decoded
 
 _SHIPPED = Path(__file__).parent.parent / "recipes"
@@ -80,7 +81,7 @@ def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = (), *, s
 
 
 def _parsed(mapping: Mapping[str, Any], overrides: Sequence[str], source: str) -> Recipe:
-    merged, places = apply_overrides(dict(mapping), overrides)
+    merged, places = apply_overrides(with_current_names(dict(mapping)), overrides)
     if absurd := [f"{place(path, source, places)}: {what}" for path, what in beyond_bounds(merged)]:
         raise RecipeError("\n".join(dict.fromkeys(absurd)))
     try:

@@ -148,7 +148,7 @@ class ParallelRecipe(Section):
         default=False, description="ddp: a step may leave parameters without a gradient (LayerDrop, an unused head)"
     )
     exact: bool = Field(default=False, description="the same bits at every number of workers")
-    shards: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
+    slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
 
 
 class CheckpointRecipe(Section):

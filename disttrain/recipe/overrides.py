@@ -11,6 +11,7 @@ from typing import Any
 from disttrain.errors import RecipeError
 from disttrain.recipe.address import is_text
 from disttrain.recipe.explain import sections, unknown_key, wants_text
+from disttrain.recipe.renamed import RENAMED
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -36,6 +37,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
             raise RecipeError(f"-o {key}: is a section; give one of its keys, as in -o optim.lr=0.1")
         if not text:
             raise RecipeError(f"-o {key}: has no value; write -o {key}=VALUE")
+        key = RENAMED.get(key, key)
         value = text if wants_text(key) and not text.startswith(("'", '"')) else parse_value(text)
         if key == "optim.name":
             _leave_options_behind(merged, value)

@@ -56,7 +56,7 @@ class Bookkeeper:
     def after_step(self, losses: torch.Tensor | None, global_size: int) -> None:
         """Log, save or stop as due after the step just made.
 
-        `losses`, (num_shards,), are each shard's share of its mean loss, zero for the shards of other workers; None for
+        `losses`, (num_slices,), are each slice's share of its mean loss, zero for the slices of other workers; None for
         a step that was left out.
 
         Every rank must call it. Raises StoppedError once all ranks have agreed to stop and the checkpoint is saved,
@@ -147,15 +147,15 @@ class Bookkeeper:
     def _log(self, losses: torch.Tensor) -> None:
         job, world = self.job, self.job.world
         names = SYSTEM_METRICS if job.recipe.tracking.system_metrics else ()
-        num_shards = len(losses)
-        report = torch.zeros(num_shards + world.num_nodes * len(names), dtype=torch.float64)
-        report[:num_shards] = losses
-        starts = [num_shards + node * len(names) for node in range(world.num_nodes)]
+        num_slices = len(losses)
+        report = torch.zeros(num_slices + world.num_nodes * len(names), dtype=torch.float64)
+        report[:num_slices] = losses
+        starts = [num_slices + node * len(names) for node in range(world.num_nodes)]
         places = [slice(start, start + len(names)) for start in starts]
         if self._sampler is not None:
             report[places[world.node]] = torch.tensor(self._sampler.latest(), dtype=torch.float64)
-        # Every number in it is one worker's own, and zero on the others: only this sum rounds, in the shards' order.
-        loss = math.fsum(sum_(report)[:num_shards].tolist())
+        # Every number in it is one worker's own, and zero on the others: only this sum rounds, in the slices' order.
+        loss = math.fsum(sum_(report)[:num_slices].tolist())
         now = time.monotonic()
         rate = self._samples_since_log / max(now - self._last_log, 1e-9)
         self._last_log, self._samples_since_log = now, 0

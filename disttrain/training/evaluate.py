@@ -1,4 +1,4 @@
-"""The exact sharded evaluation: every sample once, in no worker twice, the same numbers at every world size.
+"""The exact evaluation by all workers: every sample once, in no worker twice, the same numbers at every world size.
 
 The set is cut into the same batches whatever the world size, and the workers deal them out among themselves. So each
 sample is computed in the same company, and its logits have the same bits. Counts are summed as integers; the batches'

@@ -213,8 +213,8 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
             seed=recipe.train.seed,
             device=world.device,
             training=True,
-            shards=parallel.shards,
-            num_shards=parallel.num_shards,
+            slices=parallel.slices,
+            num_slices=parallel.num_slices,
             fills_empty=parallel.exact is None,  # DDP needs as many backward passes on every worker
         ),
         eval_loader=EvalLoader(

@@ -122,7 +122,7 @@ def _batches(job: Job) -> Iterator[StepBatch]:
 def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
     """One step of the optimizer on this worker's share of the global batch; every rank must call it.
 
-    Returns each shard's share of the loss, (num_shards,), zero for other workers' shards: summed over shards and ranks,
+    Returns each slice's share of the loss, (num_slices,), zero for other workers' slices: summed over slices and ranks,
     it is the mean over the global batch. Raises DivergedError, on every rank, if a value that is not finite ends the
     run: the step is then not made.
     """
@@ -131,12 +131,12 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
         rehearse(job)
     set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
     job.finite.begin_step()
-    losses = torch.zeros(parallel.num_shards, device=job.world.device)
+    losses = torch.zeros(parallel.num_slices, device=job.world.device)
     for part in batch.parts:
-        if part.opens_shard:
-            rng.seed_layers(job.world.device, settings.seed, job.step, part.shard)
-            parallel.open_shard()
-        with parallel.backward_of(is_last=part.closes_shard):
+        if part.opens_slice:
+            rng.seed_layers(job.world.device, settings.seed, job.step, part.slice_index)
+            parallel.open_slice()
+        with parallel.backward_of(is_last=part.closes_slice):
             with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
                 loss = functional.cross_entropy(
                     parallel.forward(part.images),
@@ -146,9 +146,9 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
                 )
             share = loss / batch.global_size * part.weight
             job.scaler.scale(marked(share) * parallel.loss_scale).backward()  # type: ignore[no-untyped-call]
-            losses[part.shard] += share.detach()
-        if part.closes_shard:
-            parallel.close_shard(part.shard)
+            losses[part.slice_index] += share.detach()
+        if part.closes_slice:
+            parallel.close_slice(part.slice_index)
     parallel.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
     if job.finite.allows(job.step, batch, losses):

@@ -10,7 +10,7 @@ from disttrain.distributed.collectives import decided_by_main
 from disttrain.distributed.fixed_point import ABSENT
 from disttrain.errors import ConfigurationError, brief
 from disttrain.parallel.conditions import differences
-from disttrain.parallel.exact.shards import ExactShards
+from disttrain.parallel.exact.slices import ExactSlices
 from disttrain.training.identity import (
     describe_data,
     refuse_other_data,
@@ -59,7 +59,7 @@ def _restore_scaler(job: Job, checkpoint: Checkpoint) -> None:
         raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {brief(error)}.") from error
 
 
-def _restore_expectation(exact: ExactShards, checkpoint: Checkpoint) -> None:
+def _restore_expectation(exact: ExactSlices, checkpoint: Checkpoint) -> None:
     expected, names = checkpoint.state.get("expected_magnitudes"), exact.summed
     if expected is None:
         exact.expected = None

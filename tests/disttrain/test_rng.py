@@ -57,11 +57,11 @@ DRAWS: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("source", DRAWS)
-def test_what_a_layer_draws_follows_from_seed_step_and_shard(source: str) -> None:
+def test_what_a_layer_draws_follows_from_seed_step_and_slice(source: str) -> None:
     cpu = torch.device("cpu")
 
-    def mask(step: int, shard: int) -> torch.Tensor:
-        rng.seed_layers(cpu, 5, step, shard)
+    def mask(step: int, slice_index: int) -> torch.Tensor:
+        rng.seed_layers(cpu, 5, step, slice_index)
         return DRAWS[source]()
 
     assert torch.equal(mask(1, 0), mask(1, 0))

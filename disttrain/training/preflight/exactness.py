@@ -65,7 +65,7 @@ def refuse_modules(model: nn.Module) -> None:
         if isinstance(module, nn.SyncBatchNorm):
             raise ConfigurationError(
                 f"{_MODEL}: '{path}' is a SyncBatchNorm, whose sums over workers are not exact: use BatchNorm, which "
-                f"in exact mode has the statistics of each shard, {_OR_FAST}."
+                f"in exact mode has the statistics of each slice, {_OR_FAST}."
             )
     refuse_renormalising(model, _OR_FAST)
 
@@ -98,7 +98,7 @@ def _read_again(job: Job) -> None:
 def _samples(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """Two samples, or one if there are steps in which the model will see a single one."""
     recipe = job.recipe
-    sizes = len(job.data.train), recipe.data.batch_size, recipe.parallel.shards, recipe.train.accumulate
+    sizes = len(job.data.train), recipe.data.batch_size, recipe.parallel.slices, recipe.train.accumulate
     num = min(2, smallest_part(*sizes))
     images = torch.randn((num, *job.data.train.sample_shape), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(len(images)) % len(job.data.train.classes)

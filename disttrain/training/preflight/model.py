@@ -115,7 +115,7 @@ def _num_images(job: Job, *, training: bool) -> int:
 
 def _sizes(job: Job) -> tuple[int, int, int, int]:
     recipe = job.recipe
-    return len(job.data.train), recipe.data.batch_size, job.parallel.num_shards, recipe.train.accumulate
+    return len(job.data.train), recipe.data.batch_size, job.parallel.num_slices, recipe.train.accumulate
 
 
 def _why_one(job: Job, *, training: bool) -> str:
@@ -126,15 +126,15 @@ def _why_one(job: Job, *, training: bool) -> str:
             f"So small is the last of the batches of train.eval_batch_size = {recipe.train.eval_batch_size} that the "
             f"{len(job.data.test):,} test samples are evaluated in: choose another size. "
         )
-    exact, num_shards = job.parallel.exact is not None, job.parallel.num_shards
-    shards = f"parallel.shards = {num_shards}" if exact else f"{num_shards} worker{'s' if num_shards > 1 else ''}"
+    exact, num_slices = job.parallel.exact is not None, job.parallel.num_slices
+    slices = f"parallel.slices = {num_slices}" if exact else f"{num_slices} worker{'s' if num_slices > 1 else ''}"
     others = batch_sizes_without_single_samples(*_sizes(job))
     such_as = f" such as {' or '.join(map(str, others))}" if others else " with a larger last batch"
-    part = "shard" if exact else "share"
-    fewer = ", fewer shards" if exact else ", fewer workers" if num_shards > 1 else ""
+    part = "slice" if exact else "share"
+    fewer = ", fewer slices" if exact else ", fewer workers" if num_slices > 1 else ""
     micro = ", a smaller train.accumulate" if recipe.train.accumulate > 1 else ""
     return (
-        f"With {len(job.data.train):,} training samples, data.batch_size = {recipe.data.batch_size}, {shards} and "
+        f"With {len(job.data.train):,} training samples, data.batch_size = {recipe.data.batch_size}, {slices} and "
         f"train.accumulate = {recipe.train.accumulate} some {part} has a single sample: choose a batch size"
         f"{such_as}{fewer}{micro}{', or set parallel.exact = false' if exact else ''}. "
     )

@@ -17,7 +17,7 @@ from disttrain_launch.cli.options import (
     overrides_option,
     trust_option,
 )
-from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
+from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_slices
 from disttrain_launch.local.group import module_arguments
 
 if TYPE_CHECKING:
@@ -99,5 +99,5 @@ def _planned(
     planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, source, overrides)
     fewest = planned.nodes[0] * planned.workers
     said = f"--nodes {planned.nodes[0]} with -n {num_workers}, at least {fewest} workers"
-    refuse_more_workers_than_shards(checked, fewest, said)
+    refuse_more_workers_than_slices(checked, fewest, said)
     return planned

@@ -92,7 +92,7 @@ def _settled(
     fast_on_purpose = "exact" in asked.parallel.model_fields_set and not asked.parallel.exact
     if fast_on_purpose and workers is None:
         workers = (2,)
-    workers = workers or tuple(count for count in _DEFAULT_WORKERS if count <= asked.parallel.shards)
+    workers = workers or tuple(count for count in _DEFAULT_WORKERS if count <= asked.parallel.slices)
     if fast_on_purpose and len(workers) > 1:
         raise click.UsageError(
             "parallel.exact is false, and fast mode gives the same bits at one number of workers only: "
@@ -116,10 +116,10 @@ def _settled(
     )
     checked = load_recipe(recipe, settled)
     check_installed(checked)
-    if checked.parallel.exact and max(workers) > checked.parallel.shards:
+    if checked.parallel.exact and max(workers) > checked.parallel.slices:
         raise ConfigurationError(
-            f"--workers {max(workers)}: in exact mode a step is shared by at most parallel.shards = "
-            f"{checked.parallel.shards} workers. Give fewer workers, or more shards: -o parallel.shards={max(workers)}"
+            f"--workers {max(workers)}: in exact mode a step is shared by at most parallel.slices = "
+            f"{checked.parallel.slices} workers. Give fewer workers, or more slices: -o parallel.slices={max(workers)}"
         )
     return checked, workers, settled
 
@@ -129,7 +129,7 @@ def _intention(recipe: Recipe, workers: tuple[int, ...], kills: int, steps: int)
 
     counts = ", ".join(map(str, workers))
     if recipe.parallel.exact:
-        mode = f"exact mode, {recipe.parallel.shards} shards"
+        mode = f"exact mode, {recipe.parallel.slices} slices"
     else:
         mode = "fast mode, which promises the same bits at one number of workers only"
     extent = f"{counted(steps, 'step')} at most; {counted(kills, 'kill')} in each disturbed run"

@@ -55,12 +55,12 @@ def checked_recipe(
     return checked
 
 
-def refuse_more_workers_than_shards(recipe: Recipe, num_workers: int, said: str) -> None:
+def refuse_more_workers_than_slices(recipe: Recipe, num_workers: int, said: str) -> None:
     """Raise ConfigurationError if so many workers, as `said` on the command line, cannot share a step."""
     from disttrain.recipe import ConfigurationError
 
-    if recipe.parallel.exact and num_workers > recipe.parallel.shards:
+    if recipe.parallel.exact and num_workers > recipe.parallel.slices:
         raise ConfigurationError(
-            f"{said}: in exact mode a step is shared by at most parallel.shards = {recipe.parallel.shards} "
-            "workers. Start fewer, or begin a new run with more shards."
+            f"{said}: in exact mode a step is shared by at most parallel.slices = {recipe.parallel.slices} "
+            "workers. Start fewer, or begin a new run with more slices."
         )

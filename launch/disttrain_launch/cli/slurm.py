@@ -132,7 +132,7 @@ def _job(
     checks.check_times(warn_s, grace_s)
     run_dir = os.path.expanduser(run_dir) if run_dir is not None else None
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
-    checks.check_shards(checked, nodes, workers)
+    checks.check_slices(checked, nodes, workers)
     job = SlurmJob(
         name=name or re.sub(r"[^A-Za-z0-9_.+-]+", "-", checked.name),
         recipe=recipe if recipe is None or recipe in shipped_recipes() else settled(recipe),

@@ -19,7 +19,7 @@ from disttrain_launch.cli.options import (
     overrides_option,
     trust_option,
 )
-from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_shards
+from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_slices
 from disttrain_launch.messages import say
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def train(
         run_node(recipe, num_workers, run_dir, overrides, several, max_restarts, dry_run=dry_run, trust=trust)
         return
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
-    refuse_more_workers_than_shards(checked, num_workers, f"-n {num_workers}")
+    refuse_more_workers_than_slices(checked, num_workers, f"-n {num_workers}")
     if dry_run:
         run_dir = run_dir or str(Path("runs", _new_name(checked)).absolute())
         folder = _working_folder(run_dir)

@@ -108,10 +108,10 @@ def _ranges(request: JobRequest, recipe: Recipe) -> Iterator[str]:
     if fewest != most and request.kind != "job":
         yield f"--nodes {fewest}:{most}: --kind {request.kind} has a fixed number of nodes; give N, or --kind job"
     workers = most * request.resources.workers
-    if recipe.parallel.exact and workers > recipe.parallel.shards:
+    if recipe.parallel.exact and workers > recipe.parallel.slices:
         yield (
-            f"--nodes {most}: {workers} workers, and in exact mode a step is shared by at most parallel.shards = "
-            f"{recipe.parallel.shards}; give fewer, or more shards"
+            f"--nodes {most}: {workers} workers, and in exact mode a step is shared by at most parallel.slices = "
+            f"{recipe.parallel.slices}; give fewer, or more slices"
         )
     if request.resources.gpus and request.resources.workers > request.resources.gpus:
         yield f"--workers {request.resources.workers}: more than --gpus {request.resources.gpus}; give one per GPU"

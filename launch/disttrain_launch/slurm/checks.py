@@ -74,9 +74,9 @@ def check_times(warn_s: int, grace_s: int) -> None:
         )
 
 
-def check_shards(recipe: Recipe, nodes: int, workers: str) -> None:
+def check_slices(recipe: Recipe, nodes: int, workers: str) -> None:
     """Refuse more workers than can share a step in exact mode, where their number is known."""
-    from disttrain_launch.cli.recipe_source import refuse_more_workers_than_shards
+    from disttrain_launch.cli.recipe_source import refuse_more_workers_than_slices
 
     per_node = int(workers) if workers.isdigit() else 1
-    refuse_more_workers_than_shards(recipe, nodes * per_node, f"--nodes {nodes} with -n {workers}")
+    refuse_more_workers_than_slices(recipe, nodes * per_node, f"--nodes {nodes} with -n {workers}")

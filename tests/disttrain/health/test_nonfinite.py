@@ -37,7 +37,7 @@ BASE = (
     "tracking.uri=none",
     "tracking.system_metrics=false",
 )
-EXACT = ("parallel.exact=true", "parallel.shards=4")
+EXACT = ("parallel.exact=true", "parallel.slices=4")
 MODES: dict[str, tuple[str, ...]] = {"fast": (), "exact": EXACT}
 
 
@@ -199,7 +199,7 @@ def killed(run_dir: Path, samples: list[int], *overrides: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_zeros_in_place_of_what_is_not_finite(tmp_path: Path, mode: str) -> None:
-    """In exact mode the other shards' gradients count; in fast mode the sum of all is lost, and momentum goes on."""
+    """In exact mode the other slices' gradients count; in fast mode the sum of all is lost, and momentum goes on."""
     settings = (*MODES[mode], "train.non_finite=zero", "optim.momentum=0.0", "optim.weight_decay=0.0")
     run_workers(job, 3, args=(tmp_path, [VICTIM], *settings), process_group=False)
     before, after = at(tmp_path, 2).model, at(tmp_path, 3).model

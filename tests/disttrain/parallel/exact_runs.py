@@ -15,7 +15,7 @@ from disttrain.recipe import load_recipe
 from disttrain.runs.journal import read_journal
 from disttrain.training.loop import Result
 
-# 70 samples in batches of 16: the last one has 6, so that shards and their parts come in several sizes, and some empty.
+# 70 samples in batches of 16: the last one has 6, so that slices and their parts come in several sizes, and some empty.
 SMALL = (
     "data.dataset=synthetic",
     "data.options={num_train=70, num_test=31, num_classes=3}",

@@ -21,8 +21,8 @@ from disttrain.data import Loader, MemorySplit, StepSampler
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
 from disttrain.parallel.conditions import differences, exact_conditions, unlike_the_first, what_bits_rest_on
-from disttrain.parallel.exact import shards as exact
-from disttrain.parallel.exact.shards import ExactShards, shards_of
+from disttrain.parallel.exact import slices as exact
+from disttrain.parallel.exact.slices import ExactSlices, slices_of
 from disttrain.parallel.strategy import parallelize
 from disttrain.recipe import DataRecipe, ParallelRecipe, load_recipe
 from disttrain.testing import run_workers
@@ -32,7 +32,7 @@ AUGMENTED = ("data.crop_padding=4", "data.flip=true", "data.cutout=6")
 JOBS: dict[str, tuple[str, ...]] = {
     "tutorial": ("model.name=net", "optim.momentum=0.9", "schedule.name=constant"),
     "batchnorm-dropout-augmentation": (*AUGMENTED, "optim.weight_decay=1e-3"),
-    "accumulation": (*AUGMENTED, "train.accumulate=3", "parallel.shards=5"),
+    "accumulation": (*AUGMENTED, "train.accumulate=3", "parallel.slices=5"),
     "adam-clipping": ("optim.name=adam", "train.clip_norm=0.5", "schedule.warmup_steps=3"),
     "bf16-smoothing-stream": (
         "train.precision=bf16",
@@ -41,7 +41,7 @@ JOBS: dict[str, tuple[str, ...]] = {
         "data.workers=1",
     ),
     "fp16-scaler": ("train.precision=fp16", "optim.name=adamw"),
-    "fewer-samples-than-shards": ("data.batch_size=3", "parallel.shards=4", "train.max_steps=8"),
+    "fewer-samples-than-slices": ("data.batch_size=3", "parallel.slices=4", "train.max_steps=8"),
 }
 
 
@@ -118,25 +118,25 @@ def test_the_gradient_is_the_mean_over_the_global_batch(world_size: int) -> None
 
     def gradients() -> list[list[torch.Tensor | None]]:
         with join_world("cpu", threads=1) as world:
-            parallel = parallelize(network(), world, ParallelRecipe(exact=True, shards=5))
+            parallel = parallelize(network(), world, ParallelRecipe(exact=True, slices=5))
             loader = Loader(
                 split,
                 StepSampler(22, num_replicas=world.size, rank=world.rank, seed=3, batch_size=8),
                 DataRecipe(batch_size=8),
                 accumulate=2,
-                shards=parallel.shards,
-                num_shards=parallel.num_shards,
+                slices=parallel.slices,
+                num_slices=parallel.num_slices,
                 fills_empty=False,
             )
             steps = []
             for batch in loader.epoch(0):
                 for part in batch.parts:
-                    if part.opens_shard:
-                        parallel.open_shard()
+                    if part.opens_slice:
+                        parallel.open_slice()
                     logits = parallel.forward(part.images.double())
                     (nn.functional.cross_entropy(logits, part.labels, reduction="sum") / batch.global_size).backward()
-                    if part.closes_shard:
-                        parallel.close_shard(part.shard)
+                    if part.closes_slice:
+                        parallel.close_slice(part.slice_index)
                 parallel.finish_step(batch.global_size)
                 steps.append([parameter.grad for parameter in parallel.model.parameters()])
                 parallel.model.zero_grad()
@@ -173,18 +173,18 @@ class Counting(nn.Module):
         return self.weight * value
 
 
-def test_buffers_are_the_mean_over_the_shards_and_counters_those_of_the_first() -> None:
+def test_buffers_are_the_mean_over_the_slices_and_counters_those_of_the_first() -> None:
     def two_steps() -> list[torch.Tensor | None]:
         with join_world("cpu", threads=1) as world:
             model = Counting()
-            shards = ExactShards(model, world, 3)
+            slices = ExactSlices(model, world, 3)
             for _ in range(2):
                 model.zero_grad()
-                for shard in shards.shards:
-                    shards.open()
-                    model(float(shard + 1)).sum().backward()
-                    shards.close(shard)
-                shards.finish(3)
+                for slice_index in slices.slices:
+                    slices.open()
+                    model(float(slice_index + 1)).sum().backward()
+                    slices.close(slice_index)
+                slices.finish(3)
             return [model.mean, model.count, model.constant, model.mask, model.flag, model.weight.grad, model.idle.grad]
 
     for size in (1, 2, 3):
@@ -195,7 +195,7 @@ def test_buffers_are_the_mean_over_the_shards_and_counters_those_of_the_first() 
             assert mask.tolist() == [0.0, -torch.inf]
             assert flag.item() is True
             assert gradient.item() == 6.0
-            assert idle is None  # as without shards, so that its optimizer leaves it alone
+            assert idle is None  # as without slices, so that its optimizer leaves it alone
 
 
 def test_what_is_not_finite_ends_the_training_by_its_name_on_all_ranks(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_what_is_not_finite_ends_the_training_by_its_name_on_all_ranks(tmp_path:
 
 
 class Overflowing(nn.Module):
-    """Some samples' gradients are infinite, so that in a step some shards overflow and others do not."""
+    """Some samples' gradients are infinite, so that in a step some slices overflow and others do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Overflowing(nn.Module):
         return scores
 
 
-def test_an_overflow_in_some_shards_only_gives_the_same_bits(tmp_path: Path) -> None:
+def test_an_overflow_in_some_slices_only_gives_the_same_bits(tmp_path: Path) -> None:
     """What a rank holds of a tensor that was not summed must not be taken for the sum."""
 
     def overflow(run_dir: Path) -> None:
@@ -323,10 +323,10 @@ def test_what_cannot_be_exact_is_refused_by_name(
     assert (random.getstate(), torch.are_deterministic_algorithms_enabled()) == states
 
 
-def test_a_shard_that_is_too_small_for_the_model_is_refused_before_training(tmp_path: Path) -> None:
-    """70 samples in batches of 11: the last one has 4, one for each shard."""
+def test_a_slice_that_is_too_small_for_the_model_is_refused_before_training(tmp_path: Path) -> None:
+    """70 samples in batches of 11: the last one has 4, one for each slice."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    with pytest.raises(ConfigurationError, match="some shard has a single sample: choose a batch size"):
+    with pytest.raises(ConfigurationError, match="some slice has a single sample: choose a batch size"):
         train(tmp_path, "data.batch_size=11", model=model)
     train(tmp_path, "data.batch_size=14", "train.max_steps=1", model=model)  # five of 14, and none left over
 
@@ -394,17 +394,17 @@ def test_a_recipe_that_cannot_be_exact_is_refused(override: str, message: str) -
         load_recipe("digits", [override, "parallel.exact=true"])
 
 
-def test_more_workers_than_shards_are_refused(tmp_path: Path) -> None:
+def test_more_workers_than_slices_are_refused(tmp_path: Path) -> None:
     def too_many() -> str:
         with pytest.raises(ConfigurationError) as caught:
-            train(tmp_path / "run", "parallel.shards=2")
+            train(tmp_path / "run", "parallel.slices=2")
         return str(caught.value)
 
-    assert "parallel.shards = 2: that many workers" in run_workers(too_many, 3, process_group=False)[0]
+    assert "parallel.slices = 2: that many workers" in run_workers(too_many, 3, process_group=False)[0]
     command = [sys.executable, "-m", "disttrain_launch", "train", "digits", "-o", "parallel.exact=true", "-n", "5"]
     refused = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 78
-    assert "at most parallel.shards = 4 workers" in refused.stderr
+    assert "at most parallel.slices = 4 workers" in refused.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -457,9 +457,9 @@ def test_the_fingerprint_tells_processors_and_kernels_apart(monkeypatch: pytest.
     assert differences(of_an_old_checkpoint, before) == []
 
 
-def test_shards_are_dealt_out_in_runs_to_any_number_of_workers() -> None:
-    for num_shards in range(1, 9):
-        for size in range(1, num_shards + 1):
-            runs = [shards_of(rank, size, num_shards) for rank in range(size)]
-            assert [shard for run in runs for shard in run] == list(range(num_shards))
+def test_slices_are_dealt_out_in_runs_to_any_number_of_workers() -> None:
+    for num_slices in range(1, 9):
+        for size in range(1, num_slices + 1):
+            runs = [slices_of(rank, size, num_slices) for rank in range(size)]
+            assert [slice_index for run in runs for slice_index in run] == list(range(num_slices))
             assert max(map(len, runs)) - min(map(len, runs)) <= 1

@@ -119,7 +119,7 @@ def test_the_last_override_counts() -> None:
         ("batch-size=8", "-o batch-size: unknown key; did you mean data.batch_size?"),
         (
             "parallel.qqq=8",
-            "-o parallel.qqq: unknown key; [parallel] has strategy, find_unused_parameters, exact, shards",
+            "-o parallel.qqq: unknown key; [parallel] has strategy, find_unused_parameters, exact, slices",
         ),
         ("train.epochs=0", "-o train.epochs: should be at least 1, not 0"),
         ("train.epochs=1.5", "-o train.epochs: should be a whole number, not 1.5"),
@@ -178,7 +178,7 @@ def test_a_section_that_is_a_value(tmp_path: Path) -> None:
     assert refusal(recipe=str(path)).splitlines() == [
         f"{path}: optim: is a section; give its keys: name, lr, weight_decay, maximize, foreach, fused, "
         "differentiable, momentum, dampening, nesterov",
-        f"{path}: parallel: is a section; give its keys: strategy, find_unused_parameters, exact, shards",
+        f"{path}: parallel: is a section; give its keys: strategy, find_unused_parameters, exact, slices",
     ]
 
 
@@ -301,3 +301,8 @@ def test_a_name_that_nothing_installed_has_is_refused(monkeypatch: pytest.Monkey
     check_installed(load_recipe("digits", ["optim.name=NAdam", "model.name=torchvision:vit_b_16"]))
     monkeypatch.setattr("disttrain.recipe.installed.find_spec", lambda name: None)
     check_installed(wrong)  # without the sources the worker has the only word
+
+
+def test_a_renamed_key_is_taken_under_its_old_name() -> None:
+    assert parse_recipe({"name": "old", "parallel": {"shards": 6}}).parallel.slices == 6
+    assert load_recipe("digits", ["parallel.shards=6"]).parallel.slices == 6

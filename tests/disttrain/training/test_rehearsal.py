@@ -227,7 +227,7 @@ def test_buffers_of_any_type_are_trained_with_and_resumed(tmp_path: Path, exact:
     _, _, ours, *others = ends
     assert others == [ours] * 3
     saved = read_checkpoint(CheckpointStore(tmp_path / "parts" / "checkpoints").paths()[-1]).model
-    assert saved["count"].tolist() == ours[1] == ([18, 18] if exact else [36, 36])  # of the first shard of each step
+    assert saved["count"].tolist() == ours[1] == ([18, 18] if exact else [36, 36])  # of the first slice of each step
     assert saved["tiny"].dtype == torch.float8_e4m3fn
     assert saved["wave"].dtype == torch.complex64
 
@@ -295,19 +295,19 @@ def test_a_part_of_a_single_sample_is_refused_before_training_with_sizes_that_do
 def test_the_smallest_part_is_that_of_the_steps() -> None:
     for num in (1, 7, 12, 13, 25):
         for batch_size in (1, 4, 6, 25):
-            for shards in (1, 2, 3):
+            for slices in (1, 2, 3):
                 for accumulate in (1, 2, 3):
                     sampler = StepSampler(num, batch_size=batch_size)
                     parts = [
                         part
                         for step in range(sampler.steps_per_epoch)
-                        for shard in range(shards)
-                        for part in sampler.indices(0, step, shard, shards).tensor_split(accumulate)
+                        for slice_index in range(slices)
+                        for part in sampler.indices(0, step, slice_index, slices).tensor_split(accumulate)
                     ]
                     fewest = min(max(1, len(part)) for part in parts)
-                    assert smallest_part(num, batch_size, shards, accumulate) == fewest
-                    for size in batch_sizes_without_single_samples(num, batch_size, shards, accumulate):
-                        assert smallest_part(num, size, shards, accumulate) > 1
+                    assert smallest_part(num, batch_size, slices, accumulate) == fewest
+                    for size in batch_sizes_without_single_samples(num, batch_size, slices, accumulate):
+                        assert smallest_part(num, size, slices, accumulate) > 1
 
 
 class WithExtraState(Net):

@@ -49,7 +49,7 @@ def render(*arguments: str, image: str = "disttrain:test") -> Result:
         (["--gpus", "2", "--workers", "3"], "--workers 3: more than --gpus 2; give one per GPU"),
         (
             ["--nodes", "3", "--workers", "2", "-o", "parallel.exact=true"],
-            "--nodes 3: 6 workers, and in exact mode a step is shared by at most parallel.shards = 4",
+            "--nodes 3: 6 workers, and in exact mode a step is shared by at most parallel.slices = 4",
         ),
         (
             ["--stop-grace", "90", "--grace-period", "60"],

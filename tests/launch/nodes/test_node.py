@@ -186,7 +186,7 @@ def refused(*arguments: str) -> tuple[int, str]:
         (
             ["--nodes=5", "--rendezvous=localhost:1", "--run-dir=r", "-o", "parallel.exact=true"],
             78,
-            "at most parallel.shards = 4 workers",
+            "at most parallel.slices = 4 workers",
         ),
     ],
 )

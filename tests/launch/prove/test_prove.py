@@ -104,7 +104,7 @@ def test_fast_mode_is_proven_at_one_number_of_workers(tmp_path: Path) -> None:
             2,
             "fast mode gives the same bits at one number of workers",
         ),
-        (["--workers", "1,9"], 78, "--workers 9: in exact mode a step is shared by at most parallel.shards = 4"),
+        (["--workers", "1,9"], 78, "--workers 9: in exact mode a step is shared by at most parallel.slices = 4"),
         (["--workers", "two"], 2, "'two' should be numbers with commas"),
         (["--workers", "0"], 2, "give numbers between 1 and"),
         (["--kills", "-1"], 2, "--kills"),

@@ -77,7 +77,7 @@ def test_no_word_is_changed_by_the_shell(tmp_path: Path) -> None:
         (["digits", "--sbatch", "--time=3"], 2, "'--time=3' is no option of sbatch"),
         (["no-such-recipe"], 78, "no-such-recipe"),
         ([], 2, "Missing argument 'RECIPE'"),
-        (["digits", "--nodes", "3", "-n", "2", "-o", "parallel.exact=true"], 78, "at most parallel.shards = 4 workers"),
+        (["digits", "--nodes", "3", "-n", "2", "-o", "parallel.exact=true"], 78, "at most parallel.slices = 4 workers"),
     ],
 )
 def test_what_cannot_work_is_refused(arguments: list[str], code: int, says: str) -> None:

@@ -1,7 +1,7 @@
-"""Exact mode: a step computed shard by shard, so that neither the number of workers nor any order shows in its bits.
+"""Exact mode: a step computed slice by slice, so that neither the number of workers nor any order shows in its bits.
 
-The global batch is cut into the same shards at every world size, and each worker computes a contiguous run of them, one
-by one. Every shard starts from the step's weights and buffers. The shards' gradients are summed as integers, and so is
+The global batch is cut into the same slices at every world size, and each worker computes a contiguous run of them, one
+by one. Every slice starts from the step's weights and buffers. The slices' gradients are summed as integers, and so is
 what each has changed in floating-point buffers (BatchNorm's statistics): the next step starts from their mean.
 """
 
@@ -18,22 +18,22 @@ from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 
 
-class ExactShards:
-    """What a step's shards leave behind in a model: gathered shard by shard, then summed over all workers.
+class ExactSlices:
+    """What a step's slices leave behind in a model: gathered slice by slice, then summed over all workers.
 
-    In each step, a worker opens and closes those of its `shards` that have samples, one after the other; at the end all
+    In each step, a worker opens and closes those of its `slices` that have samples, one after the other; at the end all
     workers call `finish`.
     """
 
-    def __init__(self, model: nn.Module, world: World, num_shards: int) -> None:
+    def __init__(self, model: nn.Module, world: World, num_slices: int) -> None:
         """Every rank must call it: all start from rank 0's weights and buffers.
 
-        Raises ConfigurationError if there are more workers than shards.
+        Raises ConfigurationError if there are more workers than slices.
         """
-        if world.size > num_shards:
+        if world.size > num_slices:
             raise ConfigurationError(
-                f"parallel.shards = {num_shards}: that many workers can share a step in exact mode, and {world.size} "
-                f"were started. Start at most {num_shards}, or begin a new run with more shards."
+                f"parallel.slices = {num_slices}: that many workers can share a step in exact mode, and {world.size} "
+                f"were started. Start at most {num_slices}, or begin a new run with more slices."
             )
         if world.device.type == "mps":
             raise ConfigurationError(
@@ -45,8 +45,8 @@ class ExactShards:
                     f"the model: '{name}' is sparse, which exact mode cannot send or sum: make it dense, or set "
                     "parallel.exact = false."
                 )
-        self.num_shards = num_shards
-        self.shards = shards_of(world.rank, world.size, num_shards)
+        self.num_slices = num_slices
+        self.slices = slices_of(world.rank, world.size, num_slices)
         self._world = world
         self._parameters = dict(model.named_parameters())
         # Looked up once: a walk through the modules costs more than what a step does with the buffers of a small model.
@@ -92,12 +92,12 @@ class ExactShards:
             self._restore_buffers()
 
     @torch.no_grad()
-    def close(self, shard: int) -> None:
-        """Take the shard's gradients, and what it changed in the buffers, out of the model.
+    def close(self, slice_index: int) -> None:
+        """Take the slice's gradients, and what it changed in the buffers, out of the model.
 
         Raises ConfigurationError if the model has written to a parameter of its own.
         """
-        assert self._buffers_at_start is not None, "a shard must be opened first"
+        assert self._buffers_at_start is not None, "a slice must be opened first"
         for (name, parameter), version in zip(self._parameters.items(), self._versions_at_start, strict=True):
             if parameter._version != version:
                 raise ConfigurationError(
@@ -114,14 +114,14 @@ class ExactShards:
         self._summands.append([*(parameter.grad for parameter in self._parameters.values()), *changes])
         for parameter in self._parameters.values():
             parameter.grad = None
-        if shard == 0:
+        if slice_index == 0:
             self._discrete_of_first = [buffer.clone() for buffer in buffers if not buffer.is_floating_point()]
 
     @torch.no_grad()
     def finish(self, num_filled: int) -> None:
         """Give every worker's model the step's gradients and buffers. Every rank must call it.
 
-        `num_filled` is how many of the shards had samples, over all workers. What is not finite on any worker is not
+        `num_filled` is how many of the slices had samples, over all workers. What is not finite on any worker is not
         summed: `non_finite` names it, such a gradient is infinite as a whole, such a buffer stays as it was.
         """
         self._restore_buffers()
@@ -130,13 +130,13 @@ class ExactShards:
         changes = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in floating.values()]
         gradients = [self._room_for_gradient(index) for index in range(len(self._parameters))]
         sums = [*gradients, *changes]
-        agreed = exact_sum_(sums, self._summands, self.num_shards, expected=self.expected, scratch=self._scratch)
+        agreed = exact_sum_(sums, self._summands, self.num_slices, expected=self.expected, scratch=self._scratch)
         self.expected = expected_magnitudes(sums, agreed) if self._expects else None
         largest = dict(zip((*self._parameters, *floating), agreed, strict=True))
         self.non_finite = tuple(name for name, magnitude in largest.items() if math.isinf(magnitude))
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if math.isinf(largest[name]):
-                gradient = torch.full_like(gradient, math.inf)  # beside the shards' own, see sum_finite_parts
+                gradient = torch.full_like(gradient, math.inf)  # beside the slices' own, see sum_finite_parts
             parameter.grad = None if largest[name] == ABSENT else gradient
         for (name, buffer), change in zip(floating.items(), changes, strict=True):
             if 0 < largest[name] < math.inf:
@@ -147,7 +147,7 @@ class ExactShards:
 
     @torch.no_grad()
     def sum_finite_parts(self, scale: float) -> None:
-        """Sum the gradients that `finish` left out, with a zero for each number of a shard that is not finite.
+        """Sum the gradients that `finish` left out, with a zero for each number of a slice that is not finite.
 
         `scale` is what the loss was multiplied by: the sums are divided by it.
 
@@ -158,7 +158,7 @@ class ExactShards:
         sums = [torch.zeros_like(parameters[index]) for index in bad]
         finite = [[_zeroed(summands[index]) for index in bad] for summands in self._not_summed]
         if bad:
-            exact_sum_(sums, finite, self.num_shards)
+            exact_sum_(sums, finite, self.num_slices)
         for index, total in zip(bad, sums, strict=True):
             parameters[index].grad = total.div_(scale)
         self._not_summed = []
@@ -172,11 +172,11 @@ class ExactShards:
         for summands in self._summands:
             gradient = summands[index]
             if gradient is not None:
-                return gradient  # its shard's numbers are in the sum before the sum is written to it
+                return gradient  # its slice's numbers are in the sum before the sum is written to it
         return torch.empty_like(list(self._parameters.values())[index])
 
     def _share_discrete_buffers(self) -> None:
-        """Buffers that have no mean, such as counters, are those of the first shard, which rank 0 serves."""
+        """Buffers that have no mean, such as counters, are those of the first slice, which rank 0 serves."""
         buffers = [buffer for buffer in self._buffers() if not buffer.is_floating_point()]
         if not buffers:
             return
@@ -190,9 +190,9 @@ class ExactShards:
                 buffer.copy_(raw.clone().view(buffer.dtype).view(buffer.shape))
 
 
-def shards_of(rank: int, size: int, num_shards: int) -> range:
-    """The run of shards that a worker serves: all together serve each once, none more than one more than another."""
-    return range(rank * num_shards // size, (rank + 1) * num_shards // size)
+def slices_of(rank: int, size: int, num_slices: int) -> range:
+    """The run of slices that a worker serves: all together serve each once, none more than one more than another."""
+    return range(rank * num_slices // size, (rank + 1) * num_slices // size)
 
 
 def _places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -205,8 +205,8 @@ def _places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
-    """What a shard has added to a buffer, float64; None for nothing. Infinite numbers and NaN may stay as they are."""
-    if torch.equal(before, after):  # mostly: the rest costs several passes for each buffer of each shard
+    """What a slice has added to a buffer, float64; None for nothing. Infinite numbers and NaN may stay as they are."""
+    if torch.equal(before, after):  # mostly: the rest costs several passes for each buffer of each slice
         return None
     before, after = before.double(), after.double()
     stays = (before == after) | (before.isnan() & after.isnan())

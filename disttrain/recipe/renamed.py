@@ -1,0 +1,19 @@
+"""Keys that recipes of older versions have under another name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RENAMED = {"parallel.shards": "parallel.slices"}
+
+
+def with_current_names(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The mapping with each renamed key under its name of today, unless that is there as well."""
+    for old, new in RENAMED.items():
+        section, old_key = old.split(".")
+        new_key = new.split(".")[1]
+        keys = mapping.get(section)
+        if isinstance(keys, dict) and old_key in keys and new_key not in keys:
+            renamed = {new_key if key == old_key else key: value for key, value in keys.items()}
+            mapping = {**mapping, section: renamed}
+    return mapping
