@@ -1,7 +1,7 @@
 """Data sets, who gets which sample when, and batches."""
 
 from disttrain.data.augment import crop, cutout, flip
-from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, StreamSplit
 from disttrain.data.digest import Digest, digest_of
 from disttrain.data.load import load_datasets
 from disttrain.data.loader import Batch, EvalLoader, Loader, StepBatch
@@ -19,6 +19,8 @@ __all__ = [
     "EvalLoader",
     "Loader",
     "MemorySplit",
+    "SampleSet",
+    "SampleSets",
     "Split",
     "StepBatch",
     "StepSampler",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -105,6 +106,30 @@ class StreamSplit:
 
 
 Split: TypeAlias = MemorySplit | StreamSplit
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSet:
+    """A split whose samples are whatever its task's `collate` takes.
+
+    `dataset` is a map-style data set of them with a length, `name` what messages call it. `facts`, as JSON can hold
+    them, are what a task and a model may need to know of it (`vocab_size`, the names of classes) and a checkpoint notes.
+    """
+
+    dataset: Any
+    name: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@dataclass(frozen=True)
+class SampleSets:
+    """A data set of samples of any kind: what is learned from, and what is held out."""
+
+    train: SampleSet
+    test: SampleSet
 
 
 @dataclass(frozen=True)
