@@ -113,7 +113,7 @@ class SampleSet:
     """A split whose samples are whatever its task's `collate` takes.
 
     `dataset` is a map-style data set of them with a length, `name` what messages call it. `facts`, as JSON can hold
-    them, are what a task and a model may need to know of it (`vocab_size`, the names of classes) and a checkpoint notes.
+    them, are what a task and a model may need to know (`vocab_size`, names of classes); a checkpoint notes them.
     """
 
     dataset: Any
