@@ -72,8 +72,11 @@ class Task:
         """An answer for each sample of the batch, as JSON can hold it: what `disttrain predict RUN FILE...` prints."""
         raise NotImplementedError(f"{type(self).__name__} does not define predict(model, batch)")
 
-    def read(self, path: str) -> Any:
-        """A sample, as the data set gives them but without its target, from a file that `predict` was given."""
+    def read(self, path: str) -> list[Any]:
+        """The samples in a file that `predict` was given, as the data set gives them but without their targets.
+
+        A picture holds one, a table one per row.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define read(path)")
 
     def export(self, model: nn.Module) -> tuple[nn.Module, tuple[Any, ...]] | None:
