@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 
 from disttrain.checkpoint import Checkpoint
-from disttrain.distributed.collectives import broadcast_, decided_by_main
+from disttrain.distributed.collectives import broadcast_, broadcast_from_main
 from disttrain.distributed.world import World
 
 Found = TypeVar("Found", bound=Checkpoint | None)
@@ -30,7 +30,7 @@ def read_by_main(world: World, read: Callable[[], Found]) -> Found:
             return None
         return replace(whole, model=_outline(whole.model), optimizer=_outline(whole.optimizer))
 
-    outlined = decided_by_main(world, outline)
+    outlined = broadcast_from_main(world, outline)
     return cast("Found", whole if world.is_main else outlined)
 
 

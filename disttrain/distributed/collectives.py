@@ -135,7 +135,7 @@ def one_per_machine_first(world: World) -> Iterator[None]:
         yield
 
 
-def decided_by_main(world: World, decide: Callable[[], Decision]) -> Decision:
+def broadcast_from_main(world: World, decide: Callable[[], Decision]) -> Decision:
     """What `decide` returns on rank 0, on every rank; what it raises there is raised everywhere."""
     decision: Any = None
     failure: Exception | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from disttrain.checkpoint import CheckpointStore
-from disttrain.distributed.collectives import Agreement, decided_by_main, sum_
+from disttrain.distributed.collectives import Agreement, broadcast_from_main, sum_
 from disttrain.errors import DivergedError, StoppedError
 from disttrain.health.diagnosis import listed
 from disttrain.health.nonfinite import Incident, is_finite
@@ -122,7 +122,7 @@ class Bookkeeper:
             self.saver.save()
             self.saver.finish()
         self._tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))
-        words = decided_by_main(self.job.world, self.saver.words)
+        words = broadcast_from_main(self.job.world, self.saver.words)
         return DivergedError(f"{error} {words}")
 
     def _look_for_a_spike(self, losses: torch.Tensor) -> None:
@@ -139,7 +139,7 @@ class Bookkeeper:
                 f"{what}, and {spikes.limit} steps are left out already (train.spike_limit): lower optim.lr, set "
                 "train.clip_norm, or look at the data."
             )
-        decided_by_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
+        broadcast_from_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
         self._tracker.event("spike", step=job.step, loss=loss, usual=usual)
         self._console.warn(f"{what}: back to the newest checkpoint, and on without that step.")
         raise RolledBack(self.saver.address)

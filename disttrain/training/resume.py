@@ -6,7 +6,7 @@ import math
 
 from disttrain.checkpoint import Checkpoint, check_complete, optimizer_from_tensors
 from disttrain.checkpoint.handout import hand_out
-from disttrain.distributed.collectives import decided_by_main
+from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.distributed.fixed_point import ABSENT
 from disttrain.errors import ConfigurationError, brief
 from disttrain.parallel.conditions import differences
@@ -29,7 +29,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     state = checkpoint.state
     check_complete(state, f"{checkpoint.path}/state.json")
     now = describe_data(job.data.train, job.digest)
-    decided_by_main(job.world, lambda: refuse_other_data(state, checkpoint.path, now, job.given))
+    broadcast_from_main(job.world, lambda: refuse_other_data(state, checkpoint.path, now, job.given))
     refuse_other_preparation(state["data"], job.data.train, checkpoint.path)
     if state["step"] > job.total_steps:
         raise ConfigurationError(

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
-from disttrain.distributed.collectives import decided_by_main
+from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import AgreedError, ConfigurationError
 from disttrain.layout import step_of
 from disttrain.runs.rundir import RECIPE, go_on_with, store_recipe
@@ -56,7 +56,7 @@ class Saver:
         """Save, and wait until the checkpoint is where the run lives. Raises AgreedError if it cannot be."""
         with self._job.progress.patiently("saving"):
             self.save()
-            saved = decided_by_main(self._job.world, self.finish)
+            saved = broadcast_from_main(self._job.world, self.finish)
         if not saved:
             raise AgreedError(
                 f"the checkpoint of step {self._job.step} could not be saved: make room on the disk of "
@@ -70,7 +70,7 @@ class Saver:
         All ranks hear of it every few seconds, so that none takes the others for dead.
         """
         arrival = self._store.settle(patience_s)
-        while not decided_by_main(self._job.world, lambda: next(arrival)):
+        while not broadcast_from_main(self._job.world, lambda: next(arrival)):
             pass
 
     def poll(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from disttrain.checkpoint import CheckpointStore
-from disttrain.distributed.collectives import decided_by_main, gather_objects
+from disttrain.distributed.collectives import broadcast_from_main, gather_objects
 from disttrain.distributed.launched import launched_by
 from disttrain.distributed.report import report_failure
 from disttrain.distributed.world import World
@@ -57,8 +57,8 @@ def open_session(
 
     Every rank must call it. Raises ConfigurationError if anything that the recipe names does not fit.
     """
-    address = decided_by_main(world, lambda: settled(str(run_dir or new_run_dir(recipe))))
-    path = Path(decided_by_main(world, lambda: str(working_folder(address) if is_url(address) else address)))
+    address = broadcast_from_main(world, lambda: settled(str(run_dir or new_run_dir(recipe))))
+    path = Path(broadcast_from_main(world, lambda: str(working_folder(address) if is_url(address) else address)))
     console = Console(speaks=world.is_main)
     keep = {"keep_last": recipe.checkpoint.keep_last, "keep_best": recipe.checkpoint.keep_best}
     store = CheckpointStore(path / CHECKPOINTS, **keep)
@@ -74,7 +74,7 @@ def open_session(
             refuse_another_job(path, recipe, warnings.append)
 
         warnings: list[str] = []
-        decided_by_main(world, own)
+        broadcast_from_main(world, own)
         handler = log_to_file(path, world.rank)
         until_the_end.callback(stop_logging, handler)
         for warning in warnings:  # where they are logged, too
@@ -123,7 +123,7 @@ def _session_in(
         check_state(job)
         job.progress = progress
         if job.spikes.is_on:
-            job.spikes.skipped = decided_by_main(world, lambda: read_skipped(path))
+            job.spikes.skipped = broadcast_from_main(world, lambda: read_skipped(path))
         resumed = checkpoint is not None
         if checkpoint is not None:
             differences = resume(job, checkpoint)
@@ -136,8 +136,8 @@ def _session_in(
             for difference in unlike_the_first(gather_objects(job.rests_on())):
                 console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
             try_exactness(job)
-        decided_by_main(world, lambda: store_recipe(path, recipe))
-        is_done = decided_by_main(world, lambda: is_concluded(job, path))
+        broadcast_from_main(world, lambda: store_recipe(path, recipe))
+        is_done = broadcast_from_main(world, lambda: is_concluded(job, path))
         _introduce(job, address, console, is_done=is_done)
         with (
             console,

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from disttrain.distributed import report as report_module
-from disttrain.distributed.collectives import decided_by_main, one_per_machine_first
+from disttrain.distributed.collectives import broadcast_from_main, one_per_machine_first
 from disttrain.distributed.report import says_finished
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, PeerError, failure_in
@@ -113,7 +113,7 @@ def test_a_failure_elsewhere_is_known_as_such() -> None:
             _stumble()
 
     with join_world("cpu", threads=1) as world:
-        for way in (prepare, lambda: decided_by_main(world, _stumble)):
+        for way in (prepare, lambda: broadcast_from_main(world, _stumble)):
             with pytest.raises((PeerError, IndexError)) as caught:
                 way()
             assert caught.type is (IndexError if world.is_main else PeerError)

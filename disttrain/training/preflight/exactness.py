@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from disttrain import rng
 from disttrain.data import smallest_part, unlike_when_read_again
-from disttrain.distributed.collectives import decided_by_main
+from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError
 from disttrain.models.buffers import same_bits
 from disttrain.training.job import Job
@@ -32,7 +32,7 @@ def try_exactness(job: Job) -> None:
     changes where no checkpoint or no other worker would know of it, and results that differ from the first time to the
     second, as they do when a model keeps state or a generator of its own.
     """
-    decided_by_main(job.world, lambda: _read_again(job))
+    broadcast_from_main(job.world, lambda: _read_again(job))
     model = job.model
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}

@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 
 from disttrain.distributed import world as world_module
-from disttrain.distributed.collectives import Agreement, decided_by_main, gather_objects, one_per_machine_first, sum_
+from disttrain.distributed.collectives import (
+    Agreement,
+    broadcast_from_main,
+    gather_objects,
+    one_per_machine_first,
+    sum_,
+)
 from disttrain.distributed.world import join_world, num_threads, on_device
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.testing import run_workers
@@ -168,9 +174,9 @@ def test_rank_0_decides_for_all_and_fails_for_all(rank: int) -> None:
         raise ConfigurationError("no")
 
     with join_world("cpu") as world:
-        assert decided_by_main(world, lambda: 40 + rank) == 40
+        assert broadcast_from_main(world, lambda: 40 + rank) == 40
         with pytest.raises(ConfigurationError, match="no"):
-            decided_by_main(world, fail)
+            broadcast_from_main(world, fail)
 
 
 @three_workers
