@@ -23,8 +23,8 @@ from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import stop_requests
 from disttrain.parallel.conditions import exact_conditions, float32_by_default
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for
-from disttrain.training.bookkeeper import Bookkeeper
 from disttrain.training.job import Job
+from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rate
 from disttrain.training.preflight.model import rehearse
 from disttrain.training.session import open_session
@@ -86,26 +86,26 @@ def _train(recipe: Recipe, run_dir: Path | str | None, objects: dict[str, Any]) 
     ):
         while True:
             try:
-                with open_session(recipe, world, run_dir, objects, stop) as books:
-                    evaluation = fit(books.job, books)
-                    return Result(books.run_dir, books.job.step, evaluation["accuracy"], evaluation["loss"])
+                with open_session(recipe, world, run_dir, objects, stop) as monitor:
+                    evaluation = fit(monitor.job, monitor)
+                    return Result(monitor.run_dir, monitor.job.step, evaluation["accuracy"], evaluation["loss"])
             except RolledBack as spike:  # as a restart would, it goes on from the newest checkpoint
                 run_dir = spike.address
 
 
-def fit(job: Job, books: Bookkeeper) -> dict[str, float]:
+def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
     """Train from where `job` stands to its last step; return the last evaluation's accuracy and loss."""
     while True:
         if job.evaluation_is_due:
-            books.evaluate()
+            monitor.evaluate()
         if job.step >= job.total_steps:
-            return books.last_evaluation()
-        with books.epoch():
+            return monitor.last_evaluation()
+        with monitor.epoch():
             for batch in _batches(job):
                 reached("step", step=job.step)
                 losses = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
-                books.after_step(losses, batch.global_size)
+                monitor.after_step(losses, batch.global_size)
                 if job.step >= job.total_steps:
                     break
 

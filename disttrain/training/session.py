@@ -38,9 +38,9 @@ from disttrain.runs.rundir import (
 )
 from disttrain.terminal.console import Console
 from disttrain.tracking import SystemSampler
-from disttrain.training.bookkeeper import Bookkeeper
 from disttrain.training.conclusion import is_concluded, tracked
 from disttrain.training.job import Job, build_job, newest_checkpoint
+from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
 from disttrain.training.preflight.state import check_state
@@ -52,7 +52,7 @@ _log = logging.getLogger("disttrain")
 @contextmanager
 def open_session(
     recipe: Recipe, world: World, run_dir: Path | str | None, objects: dict[str, Any], stop: StopRequest
-) -> Iterator[Bookkeeper]:
+) -> Iterator[RunMonitor]:
     """Open the run directory, build the job where it left off, and close everything whatever happens.
 
     Every rank must call it. Raises ConfigurationError if anything that the recipe names does not fit.
@@ -80,8 +80,8 @@ def open_session(
         for warning in warnings:  # where they are logged, too
             console.warn(warning)
         progress = until_the_end.enter_context(_watched(path, recipe, world))
-        with _session_in(path, address, recipe, world, objects, stop, progress, console, store) as books:
-            yield books
+        with _session_in(path, address, recipe, world, objects, stop, progress, console, store) as monitor:
+            yield monitor
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _session_in(
     progress: Progress,
     console: Console,
     store: CheckpointStore,
-) -> Iterator[Bookkeeper]:
+) -> Iterator[RunMonitor]:
     reached("start")
     try:
         if world.is_main:
@@ -144,15 +144,15 @@ def _session_in(
             closing(job),
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
             tracked(job, path, address, console, stop, resumed=resumed, is_done=is_done) as tracker,
-            closing(Bookkeeper(job, path, store, tracker, console, stop, sampler, address)) as books,
+            closing(RunMonitor(job, path, store, tracker, console, stop, sampler, address)) as monitor,
             stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
             try:
                 if job.is_finished:  # it may have ended without being able to bring all of it to its URL
-                    books.saver.settle(0)
+                    monitor.saver.settle(0)
                 if job.spikes.is_on and not resumed:
-                    books.saver.save()  # so that there is something to go back to
-                yield books
+                    monitor.saver.save()  # so that there is something to go back to
+                yield monitor
             finally:
                 progress.at("ending", job.step, patient=True)
     except RolledBack:

@@ -151,7 +151,7 @@ class Clipping(nn.Linear):
 
 
 class Loop:
-    """A training loop as a bookkeeper sees it: a step, then perhaps a checkpoint."""
+    """A training loop as a run monitor sees it: a step, then perhaps a checkpoint."""
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self.model = model

@@ -114,9 +114,9 @@ def test_a_stop_is_a_stop_only_when_its_checkpoint_is_there(tmp_path: Path, undi
 
 def never_arrives(url: str, machine: Path) -> str:
     """Train with a place that takes nothing but small objects; what is said in the end."""
-    from disttrain.training import bookkeeper
+    from disttrain.training import saver
 
-    bookkeeper._PATIENCE_S = 0.0
+    saver._PATIENCE_S = 0.0
     try:
         train_at(url, machine)
     except DisttrainError as error:

@@ -123,16 +123,16 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path: Path, world_
     run_workers(train, world_size, args=(tmp_path / "whole", *options), process_group=False)
 
     def first_part() -> None:
-        from disttrain.training import bookkeeper
+        from disttrain.training import monitor
 
-        after_step = bookkeeper.Bookkeeper.after_step
+        after_step = monitor.RunMonitor.after_step
 
-        def signalled(books: Any, *arguments: Any) -> None:
-            if books.job.step == stop_at and books.job.world.rank == books.job.world.size - 1:
+        def signalled(observer: Any, *arguments: Any) -> None:
+            if observer.job.step == stop_at and observer.job.world.rank == observer.job.world.size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            after_step(books, *arguments)
+            after_step(observer, *arguments)
 
-        bookkeeper.Bookkeeper.after_step = signalled  # type: ignore[method-assign]
+        monitor.RunMonitor.after_step = signalled  # type: ignore[method-assign]
         with pytest.raises(StoppedError):
             train(tmp_path / "parts", *options)
 

@@ -26,7 +26,7 @@ from disttrain.training.job import Job
 from disttrain.training.saver import Saver
 
 
-class Bookkeeper:
+class RunMonitor:
     """Keeps a job's journal, checkpoints and console. Rank 0 writes; all ranks know."""
 
     def __init__(
