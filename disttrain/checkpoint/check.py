@@ -10,6 +10,12 @@ from typing import Any
 from disttrain.errors import ConfigurationError, brief
 
 _LARGEST_SIDE = 2**14
+_RENAMED = {"rests_on": "environment_fingerprint"}  # keys of older checkpoints
+
+
+def with_current_names(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with each key of an older version under its name of today."""
+    return {_RENAMED.get(key, key): value for key, value in state.items()}
 
 
 def check_state(state: dict[str, Any], file: Path | str) -> None:
@@ -140,6 +146,6 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recipe": (_is_table, "a table"),
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
     "given": (_list_of(_is_text), "a list of names"),
-    "rests_on": (_table_of(_is_plain), "a table of plain values"),
+    "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
 _OPTIONAL = {"expected_magnitudes", "given", "non_finite", "recent_losses"}  # older checkpoints have none

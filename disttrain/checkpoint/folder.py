@@ -2,7 +2,7 @@
 
     step-00000500/model.safetensors       the model's state dict, by its own names
                   optimizer.safetensors   the optimizer's tensors, as PARAMETER.NAME; state.json names the parameters
-                  state.json              step, best metric, optimizer options, recipe, what the run rests on
+                  state.json              step, best metric, optimizer options, recipe, environment fingerprint
                   manifest.json           size and SHA-256 of each file; written last
 
 Nothing in it is a pickle, so reading one runs no code.
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from disttrain.checkpoint.check import check_state
+from disttrain.checkpoint.check import check_state, with_current_names
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
@@ -122,7 +122,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             model, optimizer = load_file(model_file), load_file(optimizer_file)
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"{path}: the tensors cannot be read: {brief(error)}.") from error
-    state = _read_json(path / STATE)
+    state = with_current_names(_read_json(path / STATE))
     check_state(state, path / STATE)
     return Checkpoint(path, model, optimizer, state)
 

@@ -1,4 +1,4 @@
-"""An all-reduce between real processes: what training rests on."""
+"""An all-reduce between real processes: what training depends on."""
 
 from __future__ import annotations
 

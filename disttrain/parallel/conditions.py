@@ -1,4 +1,4 @@
-"""What the bits of a run rest on besides its recipe, and how exact mode holds on to it."""
+"""The environment that the bits of a run depend on besides its recipe, and how exact mode keeps it fixed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def exact_conditions(recipe: Recipe) -> Iterator[None]:
             os.environ.pop(_CUBLAS_WORKSPACE, None)
 
 
-def what_bits_rest_on(device: torch.device) -> dict[str, Any]:
+def environment_fingerprint(device: torch.device) -> dict[str, Any]:
     """The facts about this process that its floating-point results depend on, as JSON can hold them."""
     facts = {
         "torch": torch.__version__,

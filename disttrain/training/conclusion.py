@@ -59,7 +59,9 @@ def tracked(
         "host": job.world.host,
     }
     tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)
-    tracker.start(resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.rests_on(), step=job.step)
+    tracker.start(
+        resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.environment_fingerprint(), step=job.step
+    )
     if not job.is_finished:
         console.start_progress(job.step, job.total_steps)
     try:

@@ -32,7 +32,7 @@ from disttrain.health.nonfinite import FiniteGate
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
 from disttrain.models import build_model, given_model, made_ready
-from disttrain.parallel.conditions import what_bits_rest_on
+from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Parallel, parallelize
 from disttrain.recipe import Recipe
 from disttrain.training.identity import describe_data
@@ -138,7 +138,7 @@ class Job:
             "recipe": self.recipe.model_dump(mode="json"),
             "data": describe_data(self.data.train, self.digest),
             "given": sorted(self.given),
-            "rests_on": self.rests_on(),
+            "environment_fingerprint": self.environment_fingerprint(),
         }
 
     def _expectation(self) -> dict[str, float] | None:
@@ -147,10 +147,10 @@ class Job:
             return None
         return dict(zip(exact.summed, exact.expected, strict=True))
 
-    def rests_on(self) -> dict[str, Any]:
+    def environment_fingerprint(self) -> dict[str, Any]:
         """What the bits of the run depend on besides its recipe."""
         return {
-            **what_bits_rest_on(self.world.device),
+            **environment_fingerprint(self.world.device),
             # In exact mode the number of workers shows in no bit.
             **({} if self.parallel.exact is not None else {"workers": self.world.size}),
         }

@@ -49,7 +49,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
         _restore_expectation(job.parallel.exact, checkpoint)
     job.step = state["step"]
     job.metrics = state["metrics"] or None
-    return differences(state["rests_on"], job.rests_on())
+    return differences(state["environment_fingerprint"], job.environment_fingerprint())
 
 
 def _restore_scaler(job: Job, checkpoint: Checkpoint) -> None:

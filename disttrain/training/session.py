@@ -128,12 +128,12 @@ def _session_in(
         if checkpoint is not None:
             differences = resume(job, checkpoint)
             for difference in differences if not job.is_finished else []:
-                console.warn(f"the checkpoint rests on something else: {difference}; the bits may differ.")
+                console.warn(f"the environment has changed since the checkpoint: {difference}; the bits may differ.")
         checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
         if not job.is_finished:
             check_model(job)
         if recipe.parallel.exact and not job.is_finished:
-            for difference in unlike_the_first(gather_objects(job.rests_on())):
+            for difference in unlike_the_first(gather_objects(job.environment_fingerprint())):
                 console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
             try_exactness(job)
         broadcast_from_main(world, lambda: store_recipe(path, recipe))

@@ -54,6 +54,12 @@ def test_what_is_written_is_read(tmp_path: Path, folder: str) -> None:
     assert os.listdir(tmp_path / folder) == ["step-00000003"]
 
 
+def test_a_key_of_an_older_version_is_read_under_its_name_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001"
+    write_checkpoint(path, tensors(), {}, {**state(1), "rests_on": {"device": "cpu"}})
+    assert read_checkpoint(path).state == {**state(1), "environment_fingerprint": {"device": "cpu"}}
+
+
 def test_tied_and_strided_weights_are_stored_by_each_name(tmp_path: Path) -> None:
     shared = torch.arange(6.0).view(2, 3)
     write_checkpoint(tmp_path / "step-00000001", {"x": shared, "y": shared, "z": shared.T}, {}, state(1))

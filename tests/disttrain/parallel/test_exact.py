@@ -20,7 +20,7 @@ from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.data import Loader, MemorySplit, StepSampler
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
-from disttrain.parallel.conditions import differences, exact_conditions, unlike_the_first, what_bits_rest_on
+from disttrain.parallel.conditions import differences, environment_fingerprint, exact_conditions, unlike_the_first
 from disttrain.parallel.exact import slices as exact
 from disttrain.parallel.exact.slices import ExactSlices, slices_of
 from disttrain.parallel.strategy import parallelize
@@ -411,14 +411,14 @@ def test_more_workers_than_slices_are_refused(tmp_path: Path) -> None:
 def test_the_conditions_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     threads = torch.get_num_threads()
-    before = what_bits_rest_on(torch.device("cpu"))
+    before = environment_fingerprint(torch.device("cpu"))
     with exact_conditions(load_recipe("digits", ["parallel.exact=true", "train.threads=3"])):
-        inside = what_bits_rest_on(torch.device("cpu"))
+        inside = environment_fingerprint(torch.device("cpu"))
         assert (inside["threads"], inside["deterministic"]) == (3, True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with exact_conditions(load_recipe("digits", ["parallel.exact=true"])):
         assert torch.get_num_threads() == 1  # not the cores' share, which would follow from the number of workers
-    assert what_bits_rest_on(torch.device("cpu")) == before
+    assert environment_fingerprint(torch.device("cpu")) == before
     assert torch.get_num_threads() == threads
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
@@ -439,12 +439,12 @@ def test_the_fingerprint_tells_processors_and_kernels_apart(monkeypatch: pytest.
     for noise in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_VERBOSE"):  # they follow from the world, or say nothing
         monkeypatch.setenv(noise, "1")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    before = what_bits_rest_on(cpu)
+    before = environment_fingerprint(cpu)
     assert before["cpu"]
     assert all(noise not in before["variables"] for noise in ("NUM_THREADS", "VERBOSE"))
     for name, value in (("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "COMPATIBLE"), ("ATEN_CPU_CAPABILITY", "avx2")):
         monkeypatch.setenv(name, value)
-        now = what_bits_rest_on(cpu)
+        now = environment_fingerprint(cpu)
         assert differences(before, now) == [f"variables was without, now with {name}={value}"]
         assert unlike_the_first([now, before]) == [f"variables is with {name}={value} on rank 0 and without on rank 1"]
         monkeypatch.delenv(name)
