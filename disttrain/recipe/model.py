@@ -9,7 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.recipe.names import check_dataset, check_model
 from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
-from disttrain.recipe.section import Count, NoneIfSaid, NonNegative, Positive, Section, WholeNumber
+from disttrain.recipe.section import Count, NoneIfSaid, Positive, Section, WholeNumber
+from disttrain.recipe.train import CheckpointRecipe, ScheduleRecipe, TrainRecipe
 
 
 class DataRecipe(Section):
@@ -67,76 +68,6 @@ class ModelRecipe(Section):
     )
 
 
-class ScheduleRecipe(Section):
-    """The learning rate as a function of the step."""
-
-    name: Literal["constant", "step", "cosine"] = Field(default="constant", description="constant, step or cosine")
-    warmup_steps: WholeNumber = Field(default=0, description="climb linearly to optim.lr over this many steps")
-    warmup_epochs: NonNegative = Field(default=0.0, description="the same in epochs; give one of the two")
-    step_epochs: Count = Field(default=30, description="step: multiply by gamma each time this many epochs have passed")
-    gamma: Positive = Field(default=0.1, description="step: the factor")
-    min_lr: NonNegative = Field(default=0.0, description="cosine: the learning rate at the end")
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> Self:
-        if self.warmup_steps and self.warmup_epochs:
-            raise ValueError("warmup_steps and warmup_epochs are both set; give one of the two")
-        return self
-
-
-class TrainRecipe(Section):
-    """How long to train, and how."""
-
-    epochs: Count = Field(default=1, description="how many times the training set is gone through")
-    max_steps: Annotated[Count | None, NoneIfSaid] = Field(
-        default=None, description="end after this many steps at the latest"
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="weights, order and augmentation follow from it"
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp32, or bf16 or fp16 autocast")
-    accumulate: Count = Field(
-        default=1, description="cut the global batch into this many micro-batches; never changes what is learnt"
-    )
-    clip_norm: Annotated[Positive | None, NoneIfSaid] = Field(
-        default=None, description="clip the gradient's norm to this (left out: off)"
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="the share of each label spread over all classes"
-    )
-    compile: bool = Field(default=False, description="torch.compile the model")
-    threads: WholeNumber = Field(
-        default=0, description="CPU threads per worker (0: OMP_NUM_THREADS, or the usable cores shared out)"
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        default="auto", description="auto: GPUs if each worker has one, else the CPU"
-    )
-    log_every_steps: Count = Field(default=50, description="steps between two rows of metrics")
-    eval_every_epochs: Count = Field(default=1, description="epochs between two evaluations")
-    eval_batch_size: Count = Field(default=500, description="samples per evaluation batch")
-    hang_timeout_s: Positive = Field(
-        default=600.0, description="seconds without progress after which a worker counts as hung"
-    )
-    non_finite: Literal["stop", "skip", "zero"] = Field(
-        default="stop",
-        description="a loss or gradient that is NaN or infinite: end the run, skip the step, or put zeros in its place",
-    )
-    spike_factor: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="a loss above so many times the median of the recent ones is a spike (0: off)"
-    )
-    spike_window: Annotated[int, Field(ge=4)] = Field(default=50, description="steps that the median is taken over")
-    spike_limit: Count = Field(default=3, description="steps that may be left out; one more spike ends the run")
-    non_finite_limit: Count = Field(
-        default=10, description="skip, zero: the run ends after this many such steps in a row"
-    )
-
-    @model_validator(mode="after")
-    def _spikes_stand_out(self) -> Self:
-        if 0 < self.spike_factor <= 1:
-            raise ValueError(f"spike_factor is {self.spike_factor}: half of all losses would be spikes; give 2 or more")
-        return self
-
-
 class ParallelRecipe(Section):
     """How the workers' gradients meet."""
 
@@ -149,15 +80,6 @@ class ParallelRecipe(Section):
     )
     exact: bool = Field(default=False, description="the same bits at every number of workers")
     slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
-
-
-class CheckpointRecipe(Section):
-    """When to save (always at the end of an epoch and of the run), and how many to keep."""
-
-    every_steps: WholeNumber = Field(default=0, description="save each time this many steps have passed (0: off)")
-    every_seconds: NonNegative = Field(default=0.0, description="save each time this many seconds have passed (0: off)")
-    keep_last: Count = Field(default=2, description="keep the newest checkpoints, this many")
-    keep_best: WholeNumber = Field(default=1, description="keep the checkpoints of best accuracy too, this many")
 
 
 # Of a server, whatever stands before the @ lets somebody in; of a database, a user's name alone does not.
