@@ -60,7 +60,7 @@ def test_in_a_bare_environment_a_path_is_printed_as_it_was_given() -> None:
 
 def test_an_unreadable_run_is_a_row_and_hides_no_other(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from disttrain.commands import runs as command
-    from disttrain.commands import summary
+    from disttrain.runs import summary
 
     def summarise(run: Path) -> dict[str, object]:
         if run.name == "broken":
