@@ -13,7 +13,7 @@ import click
 from disttrain.worker import leave, worker
 
 if TYPE_CHECKING:
-    from disttrain.tracking import Owed
+    from disttrain.tracking import Backlog
 
 
 @click.command(name="disttrain sync")
@@ -47,7 +47,7 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
         print(f"MLflow at {target} has everything of {run}")
 
 
-def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tuple[str, Owed]:
+def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tuple[str, Backlog]:
     """Deliver what MLflow lacks of the run in the folder `run`, which lives at `address`.
 
     Returns where MLflow is, without credentials, and what it lacks still. Raises UsageError, or ConfigurationError if

@@ -2,7 +2,7 @@
 
 from disttrain.runs.journal import JOURNAL_FILE, Journal, last_status, read_journal
 from disttrain.runs.redact import redact
-from disttrain.tracking.mlflow.delivery_state import DeliveryState, Owed, load_state, owed
+from disttrain.tracking.mlflow.delivery_state import Backlog, DeliveryState, backlog_of, load_state
 from disttrain.tracking.mlflow.sender import MlflowSender, deliver
 from disttrain.tracking.mlflow.server_uri import how_to_open, resolve_uri
 from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metrics
@@ -11,19 +11,19 @@ from disttrain.tracking.tracker import NullTracker, Tracker, sync_command
 __all__ = [
     "JOURNAL_FILE",
     "SYSTEM_METRICS",
+    "Backlog",
     "DeliveryState",
     "Journal",
     "MlflowSender",
     "NullTracker",
-    "Owed",
     "SystemSampler",
     "Tracker",
+    "backlog_of",
     "deliver",
     "how_to_open",
     "last_status",
     "load_state",
     "node_metrics",
-    "owed",
     "read_journal",
     "redact",
     "resolve_uri",

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from disttrain.faultpoints import reached
 from disttrain.runs.journal import JOURNAL_FILE, Journal
 from disttrain.runs.redact import redact
-from disttrain.tracking.mlflow.delivery_state import Owed
-from disttrain.tracking.mlflow.sender import MlflowSender, backlog
+from disttrain.tracking.mlflow.delivery_state import Backlog
+from disttrain.tracking.mlflow.sender import MlflowSender, backlog_at
 from disttrain.tracking.mlflow.server_uri import TrackingSettings, resolve_uri
 from disttrain.tracking.source import git_commit
 
@@ -153,7 +153,7 @@ class Tracker:
                 )
             self._journal.append("model", path=MODEL_FOLDER, step=self._step)
 
-    def finish(self, status: str, timeout_s: float = 120.0, unless: Callable[[], bool] | None = None) -> Owed:
+    def finish(self, status: str, timeout_s: float = 120.0, unless: Callable[[], bool] | None = None) -> Backlog:
         """Close the journal, let the sender finish, and tell what MLflow is still owed; the user is told as well.
 
         Args:
@@ -174,19 +174,19 @@ class Tracker:
         reached("conclusion: written")
         return self._finish_sender(timeout_s, unless)
 
-    def backlog(self) -> Owed:
+    def backlog(self) -> Backlog:
         """What MLflow lacks of a run that was being sent there."""
-        return Owed() if self.uri is None else backlog(self._run_dir, self.uri, self._settings.experiment)
+        return Backlog() if self.uri is None else backlog_at(self._run_dir, self.uri, self._settings.experiment)
 
-    def catch_up(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Owed:
+    def catch_up(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Backlog:
         """Bring MLflow what it lacks of a run that has ended, as far as it takes it now; see `finish`."""
         with self._harmless():
             if self.uri is not None:
                 self._sender = MlflowSender(self._run_dir, self.uri, self._settings.experiment, None, self._warn)
         return self._finish_sender(timeout_s, unless)
 
-    def _finish_sender(self, timeout_s: float, unless: Callable[[], bool] | None) -> Owed:
-        missing = Owed()
+    def _finish_sender(self, timeout_s: float, unless: Callable[[], bool] | None) -> Backlog:
+        missing = Backlog()
         with self._harmless():
             if self._sender is not None:
                 sender, self._sender = self._sender, None
@@ -239,9 +239,9 @@ class NullTracker:
     ) -> None:
         """Do nothing."""
 
-    def finish(self, status: str, timeout_s: float = 120.0) -> Owed:
+    def finish(self, status: str, timeout_s: float = 120.0) -> Backlog:
         """Do nothing."""
-        return Owed()
+        return Backlog()
 
 
 def sync_command(run: str | os.PathLike[str]) -> str:

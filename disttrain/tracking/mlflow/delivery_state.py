@@ -1,4 +1,4 @@
-"""What MLflow has of a run, kept in the run directory as `mlflow.json`, and what it is still owed."""
+"""What MLflow has of a run, kept in the run directory as `mlflow.json`, and the backlog it has yet to receive."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def state_for(run_dir: Path, uri: str, experiment: str) -> DeliveryState:
 
 
 @dataclass(frozen=True)
-class Owed:
+class Backlog:
     """What MLflow still lacks of a run. False when it has everything."""
 
     records: int = 0
@@ -95,8 +95,8 @@ class Owed:
         return " and ".join(parts) or "nothing"
 
 
-def owed(run_dir: str | os.PathLike[str], reason: str = "") -> Owed:
+def backlog_of(run_dir: str | os.PathLike[str], reason: str = "") -> Backlog:
     """Count what the journal holds and MLflow does not."""
     state = load_state(run_dir)
     records = count_records(Path(run_dir) / JOURNAL_FILE, state.offset)
-    return Owed(records, len(state.uploads) + (state.status is not None), reason)
+    return Backlog(records, len(state.uploads) + (state.status is not None), reason)

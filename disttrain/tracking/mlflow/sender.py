@@ -22,7 +22,7 @@ from pathlib import Path
 from disttrain.recipe import ask_before_sending
 from disttrain.recipe.home import home_folder
 from disttrain.runs.redact import redact, split_credentials
-from disttrain.tracking.mlflow.delivery_state import Owed, load_state, owed, state_for
+from disttrain.tracking.mlflow.delivery_state import Backlog, backlog_of, load_state, state_for
 
 _LOOK_EVERY_S = 0.1
 _MOST_RESTARTS = 3
@@ -157,7 +157,7 @@ class MlflowSender:
             )
         self._warn(message)
 
-    def finish(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Owed:
+    def finish(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Backlog:
         """Let the sender deliver what it can within `timeout_s`, end it, and tell what MLflow is still owed.
 
         A server that does not answer is asked twice, not for the whole time. `unless` is asked again and again; once it
@@ -174,7 +174,7 @@ class MlflowSender:
                 break
         self._close()
         too_late = "" if has_ended else f"it was not done within {timeout_s:g} s"
-        return owed(self._run_dir, self._outage or too_late)
+        return backlog_of(self._run_dir, self._outage or too_late)
 
     def _heard_out(self, deadline: float, unless: Callable[[], bool] | None) -> bool:
         """Pass on what the sender has to say until it ends; False if it has not by then."""
@@ -192,11 +192,11 @@ class MlflowSender:
             self._process.stdin.flush()
 
 
-def backlog(run_dir: Path, uri: str, experiment: str) -> Owed:
+def backlog_at(run_dir: Path, uri: str, experiment: str) -> Backlog:
     """What MLflow at `uri` lacks of a run that was being sent there; nothing if it never was."""
     state = load_state(run_dir)
     place = redact(split_credentials(uri)[0])
-    return owed(run_dir) if (state.uri, state.experiment) == (place, experiment) else Owed()
+    return backlog_of(run_dir) if (state.uri, state.experiment) == (place, experiment) else Backlog()
 
 
 def deliver(
@@ -205,7 +205,7 @@ def deliver(
     experiment: str | None = None,
     timeout_s: float = 60.0,
     warn: Callable[[str], None] = lambda message: None,
-) -> Owed:
+) -> Backlog:
     """Bring to MLflow what it still lacks of a run, and tell what it lacks after that.
 
     Args:

@@ -17,7 +17,7 @@ from disttrain.commands.locate import find_checkpoint, recipe_of
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import RecipeError, ask_before_sending, is_own_recipe, load_recipe, parse_recipe, to_toml
 from disttrain.runs.rundir import go_on_with
-from disttrain.tracking import Owed, deliver, resolve_uri
+from disttrain.tracking import Backlog, deliver, resolve_uri
 from disttrain.tracking.mlflow.delivery_state import DeliveryState
 
 OVERRIDES = ("tracking.uri=none", "train.device=cpu", "train.max_steps=1", "model.name=nets_of_a_stranger:Net")
@@ -127,9 +127,9 @@ def synced(run: Path, monkeypatch: pytest.MonkeyPatch) -> Syncer:
         DeliveryState(uri=uri, experiment="e").save(run)
         went: list[str] = []
 
-        def deliver(folder: Path, target: str, *_: object) -> Owed:
+        def deliver(folder: Path, target: str, *_: object) -> Backlog:
             went.append(target)
-            return Owed()
+            return Backlog()
 
         monkeypatch.setattr("disttrain.tracking.deliver", deliver)
         result = CliRunner().invoke(sync.command, [str(run), *arguments])

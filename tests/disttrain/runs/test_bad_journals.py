@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.runs.summary import summarise
-from disttrain.tracking import load_state, owed
+from disttrain.tracking import load_state, backlog_of
 from disttrain.tracking.mlflow.delivery import Delivery
 from disttrain.runs.journal import Journal, read_journal
 from tests.disttrain.mutations import mutated_bytes, mutated_json
@@ -54,7 +54,7 @@ def test_mutated_journals_and_states(run_dir: Path) -> None:
             json.dumps(summary)
             for record in read_journal(run_dir / "journal.jsonl"):
                 assert isinstance(record["kind"], str)
-            assert owed(run_dir).records <= len(changed)
+            assert backlog_of(run_dir).records <= len(changed)
             assert load_state(run_dir).offset >= 0
             assert (run_dir / "journal.jsonl").read_bytes() == changed
             assert (run_dir / "mlflow.json").read_bytes() == before
@@ -97,7 +97,7 @@ def test_hostile_records_hold_up_nothing(server: Any, run_dir: Path) -> None:
     journal.close()
     said: list[str] = []
     Delivery(run_dir, server.uri, "tests", run_dir.name, said.append).deliver()
-    assert not owed(run_dir)
+    assert not backlog_of(run_dir)
     run = the_run(server.uri, run_dir)
     assert run.data.metrics == {"late": 1.0, "later": 1.0, "good": 1.0}
     assert run.info.status == "RUNNING"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.tracking import NullTracker, Owed, Tracker, last_status, load_state, owed, read_journal
+from disttrain.tracking import Backlog, NullTracker, Tracker, backlog_of, last_status, load_state, read_journal
 
 EVALUATION = {
     "classes": ["cat", "dog", "emu"],
@@ -180,7 +180,7 @@ def test_no_server_at_all_costs_little_and_is_made_up_for(line: Any, run_dir: Pa
     line.connect()
     later = Tracker(run_dir, recipe(uri=line.uri), {}, warn=said.append)
     assert later.backlog().records == missing.records
-    assert later.catch_up(timeout_s=240) == later.backlog() == Owed()
+    assert later.catch_up(timeout_s=240) == later.backlog() == Backlog()
     run = MlflowClient(line.uri).get_run(load_state(run_dir).run_id)
     assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})
 
@@ -297,7 +297,7 @@ def test_nothing_is_printed(run_dir: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, folder, end, uri]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=480)
         assert (ended.stdout, ended.stderr, ended.returncode) == (expected, "", 0)
-    wait_until(lambda: not owed(run_dir.parent / "finish"))
+    wait_until(lambda: not backlog_of(run_dir.parent / "finish"))
 
 
 def test_tracking_that_cannot_work_never_stops_a_training(run_dir: Path, recipe: Any) -> None:

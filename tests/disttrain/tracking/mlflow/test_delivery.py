@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from disttrain.runs.journal import Journal, read_journal
-from disttrain.tracking import Tracker, load_state, owed, resolve_uri
+from disttrain.tracking import Tracker, backlog_of, load_state, resolve_uri
 from disttrain.tracking.mlflow.database import one_at_a_time
 from disttrain.tracking.mlflow.delivery import Delivery, OutageError
 
@@ -74,7 +74,7 @@ def test_everything_arrives(server: Any, run_dir: Path, journal: Journal) -> Non
     sent, kept = rows_in_mlflow(server.uri, run_dir), rows_in_journal(run_dir)
     kept["train/top_5"] = kept.pop("train/top@5")
     assert sent == kept
-    assert not owed(run_dir)
+    assert not backlog_of(run_dir)
 
 
 def test_values_that_are_not_numbers_arrive(server: Any, run_dir: Path, journal: Journal) -> None:
@@ -125,7 +125,7 @@ def test_cut_in_the_middle_everything_arrives_once(line: Any, run_dir: Path, jou
         with pytest.raises(OutageError) as caught:
             sender.deliver()
         assert str(caught.value) == "Connection refused"
-    assert owed(run_dir).records == 2498
+    assert backlog_of(run_dir).records == 2498
     line.connect()
     sender.deliver()
     assert rows_in_mlflow(line.uri, run_dir) == rows_in_journal(run_dir)
@@ -169,7 +169,7 @@ def test_a_server_that_answers_with_errors_is_an_outage(run_dir: Path, journal: 
             delivery(run_dir, f"http://127.0.0.1:{grumpy.server_port}").deliver()
         grumpy.shutdown()
     assert "\n" not in str(caught.value)
-    assert owed(run_dir).records == 2
+    assert backlog_of(run_dir).records == 2
 
 
 def test_a_row_that_mlflow_refuses_holds_up_nothing(server: Any, run_dir: Path, journal: Journal) -> None:
@@ -187,7 +187,7 @@ def test_a_row_that_mlflow_refuses_holds_up_nothing(server: Any, run_dir: Path, 
     assert run.data.metrics == {"train/loss": 1.0}
     assert len(said) == 1
     assert "momentum" in said[0]
-    assert not owed(run_dir)
+    assert not backlog_of(run_dir)
 
 
 def test_a_parameter_changed_by_a_restart_is_a_tag(server: Any, run_dir: Path, journal: Journal) -> None:
@@ -245,7 +245,7 @@ def test_a_database_beside_the_runs(run_dir: Path, journal: Journal, monkeypatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     (artifacts / "charts").unlink()
     delivery(run_dir, uri).deliver()
-    assert not owed(run_dir)
+    assert not backlog_of(run_dir)
 
 
 def test_files_that_cannot_be_stored_hold_up_no_metrics(
@@ -265,10 +265,10 @@ def test_files_that_cannot_be_stored_hold_up_no_metrics(
         delivery(run_dir, server.uri).deliver()
     run = the_run(server.uri, run_dir)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
-    assert (owed(run_dir).records, owed(run_dir).files) == (0, 2)
+    assert (backlog_of(run_dir).records, backlog_of(run_dir).files) == (0, 2)
     monkeypatch.setattr(MlflowClient, "log_artifact", real)
     delivery(run_dir, server.uri).deliver()
-    assert not owed(run_dir)
+    assert not backlog_of(run_dir)
 
 
 @pytest.mark.parametrize("path", ["../../secret.txt", "/etc/passwd", "gone.txt"])
@@ -280,7 +280,7 @@ def test_a_journal_cannot_send_files_from_elsewhere(server: Any, run_dir: Path, 
     assert MlflowClient(server.uri).list_artifacts(load_state(run_dir).run_id) == []
     assert len(said) == 1
     assert path in said[0]
-    assert not owed(run_dir)
+    assert not backlog_of(run_dir)
 
 
 @pytest.mark.parametrize("rubbish", ["", "{", "[]", '{"offset": "many"}', '{"other": 1}', '{"uploads": null}'])
