@@ -33,6 +33,7 @@ from disttrain.distributed.world import join_world
 from disttrain.parallel.conditions import exact_conditions
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.testing import run_workers
+from disttrain.training.given import Given
 from disttrain.training.job import Job, build_job
 from disttrain.training.loop import train_step
 
@@ -83,7 +84,7 @@ def bytes_per_step(job: Job) -> int:
 def measure(overrides: tuple[str, ...], steps: int, rounds: int) -> tuple[list[tuple[float, float]], list[int]]:
     """(fast, exact) seconds per step of each round, and the bytes per step of both."""
     with join_world("cpu", threads=1) as world:
-        jobs = [build_job(recipe(overrides, exact=exact), world, {}) for exact in (False, True)]
+        jobs = [build_job(recipe(overrides, exact=exact), world, Given()) for exact in (False, True)]
         sources = [batches(job) for job in jobs]
         measured = []
         for _ in range(rounds + 1):

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe as Recipe
     from disttrain.recipe import load_recipe as load_recipe
+    from disttrain.task import Task as Task
     from disttrain.training.loop import Result as Result
     from disttrain.training.loop import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "load_recipe", "train"]
+__all__ = ["Recipe", "Result", "Task", "load_recipe", "train"]
 
 _HOMES = {
     "Recipe": "disttrain.recipe",
     "load_recipe": "disttrain.recipe",
+    "Task": "disttrain.task",
     "Result": "disttrain.training.loop",
     "train": "disttrain.training.loop",
 }

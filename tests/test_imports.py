@@ -15,7 +15,7 @@ WORKER, LAUNCH = ROOT / "disttrain", ROOT / "launch" / "disttrain_launch"
 
 # What each room of disttrain may import from disttrain, besides itself and `errors`.
 LAYERS = {
-    "__init__": {"recipe", "training"},
+    "__init__": {"recipe", "task", "training"},
     "__main__": {"health", "terminal", "training", "worker"},
     "errors": set(),
     "faultpoints": set(),

@@ -15,7 +15,7 @@ from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_mo
 from disttrain.errors import ConfigurationError, UsageError, brief, printable
 from disttrain.layout import MANIFEST, is_checkpoint
 from disttrain.models import build_model
-from disttrain.recipe import Recipe, ask_before_importing, parse_recipe
+from disttrain.recipe import KEYS_OF_CODE, Recipe, ask_before_importing, parse_recipe
 from disttrain.recipe.address import is_url
 from disttrain.remote import local_copy
 from disttrain.runs.rundir import CHECKPOINTS, RECIPE, is_run
@@ -55,7 +55,7 @@ def recipe_of(
     overrides: tuple[str, ...] = (),
     *,
     trust: bool = False,
-    imports: tuple[str, ...] = ("model.name", "data.dataset"),
+    imports: tuple[str, ...] = KEYS_OF_CODE,
 ) -> Recipe:
     """The recipe that the checkpoint was trained with. Raises RecipeError.
 

@@ -37,7 +37,7 @@ def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, tru
 
     checkpoint = find_checkpoint(address)
     refuse_objects(checkpoint, ("model.name",))
-    data, recipe = data_of(checkpoint), recipe_of(checkpoint, trust=trust, imports=("model.name",))
+    data, recipe = data_of(checkpoint), recipe_of(checkpoint, trust=trust, imports=("task.name", "model.name"))
     refuse_other_than_pictures(checkpoint, recipe)
     model = restore_model(checkpoint, recipe).eval()
     channels, height, width = data["sample_shape"]

@@ -4,11 +4,12 @@ from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, Recip
 from disttrain.files import make_folder, open_to_append, open_to_read, parse_json
 from disttrain.recipe.installed import check_installed
 from disttrain.recipe.load import as_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
-from disttrain.recipe.model import DataRecipe, ModelRecipe, ParallelRecipe, Recipe, TrackingRecipe
+from disttrain.recipe.model import DataRecipe, ModelRecipe, ParallelRecipe, Recipe, TaskRecipe, TrackingRecipe
 from disttrain.recipe.optimizers import OptimRecipe
 from disttrain.recipe.stored import damage, load_recipe_for, recipe_of_checkpoints
 from disttrain.recipe.train import CheckpointRecipe, ScheduleRecipe, TrainRecipe
 from disttrain.recipe.trust import (
+    KEYS_OF_CODE,
     ask_before_importing,
     ask_before_resuming,
     ask_before_sending,
@@ -19,6 +20,7 @@ from disttrain.recipe.trust import (
 from disttrain.recipe.write import json_schema, to_toml
 
 __all__ = [
+    "KEYS_OF_CODE",
     "CheckpointRecipe",
     "ConfigurationError",
     "DataRecipe",
@@ -30,6 +32,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ScheduleRecipe",
+    "TaskRecipe",
     "TrackingRecipe",
     "TrainRecipe",
     "UsageError",

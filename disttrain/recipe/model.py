@@ -7,10 +7,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from disttrain.recipe.names import check_dataset, check_model
+from disttrain.recipe.names import check_dataset, check_model, check_task
 from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
 from disttrain.recipe.section import Count, NoneIfSaid, Positive, Section, WholeNumber
 from disttrain.recipe.train import CheckpointRecipe, ScheduleRecipe, TrainRecipe
+
+
+class TaskRecipe(Section):
+    """What is learned: the loss, the metrics, how samples become a batch."""
+
+    name: Annotated[str, AfterValidator(check_task)] = Field(
+        default="image-classification",
+        description="image-classification, language-modeling, tabular, or package.module:callable",
+    )
+    options: dict[str, Any] = Field(default={}, description="arguments of the task's constructor")
 
 
 class DataRecipe(Section):
@@ -115,6 +125,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = Field(
         default="", description="what runs of this recipe are called (left out: the file's name)"
     )
+    task: TaskRecipe = TaskRecipe()
     data: DataRecipe = DataRecipe()
     model: ModelRecipe = ModelRecipe()
     optim: AnyOptimRecipe = SgdRecipe()

@@ -10,6 +10,7 @@ from disttrain.errors import ConfigurationError
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
+TASKS = ("image-classification", "language-modeling", "tabular")
 DATASETS = ("cifar10", "cifar100", "folder", "digits", "synthetic")
 MODELS = ("net", "resnet18")
 TORCHVISION = "torchvision:"
@@ -34,6 +35,15 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 def is_reference(name: str) -> bool:
     """Whether `name` has the form `package.module:callable`. Whether it exists is found out where it is imported."""
     return _REFERENCE.fullmatch(name) is not None
+
+
+def check_task(name: str) -> str:
+    """Raises ValueError for a name that can be no task."""
+    if name in TASKS or is_reference(name):
+        return name
+    raise ValueError(
+        f"no task {name!r}; give one of {', '.join(TASKS)} or package.module:callable" + did_you_mean(name, TASKS)
+    )
 
 
 def check_dataset(name: str) -> str:

@@ -47,8 +47,13 @@ def damage(run: Path) -> str | None:
         return f"cannot be read ({error.strerror or error})"
     except (ValueError, RecursionError, RecipeError):
         return "is damaged"
-    missing = [name for name in sections() if name not in mapping]
-    return f"is cut off (it has no section {missing[0]})" if missing else None
+    missing = _cut_off([name in mapping for name in sections()])
+    return f"is cut off (it has no section {sections()[missing]})" if missing is not None else None
+
+
+def _cut_off(present: Sequence[bool]) -> int | None:
+    """From which section on none is there. One that is missing between others is newer than the run."""
+    return None if present[-1] else max((index + 1 for index, there in enumerate(present) if there), default=0)
 
 
 def recipe_of_checkpoints(run: Path) -> tuple[Path, Recipe] | None:

@@ -20,17 +20,19 @@ _OF_MLFLOW = (
     "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH",
     "MLFLOW_TRACKING_AWS_SIGV4",
 )  # fmt: skip
+KEYS_OF_CODE = ("task.name", "model.name", "data.dataset")
+"""The keys that may name code to import."""
 _FILE_OF_MLFLOW = "~/.mlflow/credentials"
 
 
 def names_code(recipe: Recipe) -> dict[str, str]:
     """What the recipe has imported that does not come with disttrain: `package.module:callable` by key."""
-    named = {"model.name": recipe.model.name, "data.dataset": recipe.data.dataset}
+    named = {"task.name": recipe.task.name, "model.name": recipe.model.name, "data.dataset": recipe.data.dataset}
     return {key: name for key, name in named.items() if is_reference(name) and not name.startswith(TORCHVISION)}
 
 
 def ask_before_importing(
-    recipe: Recipe, source: str, overrides: Sequence[str] = (), keys: Sequence[str] = ("model.name", "data.dataset")
+    recipe: Recipe, source: str, overrides: Sequence[str] = (), keys: Sequence[str] = KEYS_OF_CODE
 ) -> None:
     """Raise ConfigurationError if the recipe, which a run or checkpoint holds, names code at one of `keys`.
 

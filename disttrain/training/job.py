@@ -35,6 +35,7 @@ from disttrain.models import build_model, given_model, made_ready
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Parallel, parallelize
 from disttrain.recipe import Recipe
+from disttrain.training.given import Given
 from disttrain.training.identity import describe_data
 from disttrain.training.optim import Schedule, build_optimizer
 
@@ -156,26 +157,26 @@ class Job:
         }
 
 
-def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
-    """Build everything that `recipe` names, or take it from `objects` ("model", "train_set", "test_set").
+def build_job(recipe: Recipe, world: World, given: Given) -> Job:
+    """Build everything that `recipe` names, or take it from what was `given`.
 
     The weights at the start are those of `torch.manual_seed(train.seed)` followed by the model's constructor. Every
     rank must call it. Raises ConfigurationError for whatever does not fit.
     """
-    data = _datasets(recipe, world, objects)
+    data = _datasets(recipe, world, given)
     if len(data.train.classes) < 2:
         raise ConfigurationError(
             f"the training set has one class only, {data.train.classes[0]!r}: there is nothing to tell apart. "
             "Give at least two; a folder needs one folder for each class."
         )
     torch.manual_seed(recipe.train.seed)
-    model, num_classes, shape = objects.get("model"), len(data.train.classes), data.train.sample_shape
+    model, num_classes, shape = given.model, len(data.train.classes), data.train.sample_shape
     if model is None:  # not "or": a module with a length may be empty
         model = build_model(recipe.model, num_classes=num_classes, sample_shape=shape)
     else:
         model = made_ready(given_model(model, num_classes=num_classes, sample_shape=shape), shape, "the model given")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        instead = "the model given in place of " if objects.get("model") is not None else ""
+        instead = "the model given in place of " if given.model is not None else ""
         raise ConfigurationError(f"{instead}model.name = '{recipe.model.name}': it has no parameters to train.")
     model = model.to(world.device)
     if recipe.train.compile:
@@ -227,7 +228,7 @@ def build_job(recipe: Recipe, world: World, objects: dict[str, Any]) -> Job:
         ),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        given=frozenset(name for name, value in objects.items() if value is not None),
+        given=given.names(),
         digest=digest_of(data.train) if world.is_main else Digest(None, None),
     )
 
@@ -237,9 +238,9 @@ def newest_checkpoint(store: CheckpointStore, world: World, warn: Callable[[str]
     return read_by_main(world, lambda: store.newest(warn))
 
 
-def _datasets(recipe: Recipe, world: World, objects: dict[str, Any]) -> Datasets:
-    if objects.get("train_set") is None and objects.get("test_set") is None:
+def _datasets(recipe: Recipe, world: World, given: Given) -> Datasets:
+    if given.train_set is None and given.test_set is None:
         return load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
-    if objects.get("train_set") is None or objects.get("test_set") is None:
+    if given.train_set is None or given.test_set is None:
         raise ConfigurationError("train_set and test_set belong together: give both, or neither.")
-    return as_datasets(objects["train_set"], objects["test_set"], recipe.data)
+    return as_datasets(given.train_set, given.test_set, recipe.data)

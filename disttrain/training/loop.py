@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +21,8 @@ from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import stop_requests
 from disttrain.parallel.conditions import exact_conditions, float32_by_default
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for
+from disttrain.task import Task
+from disttrain.training.given import Given
 from disttrain.training.job import Job
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rate
@@ -48,16 +48,22 @@ def train(
     model: nn.Module | Callable[..., nn.Module] | None = None,
     train_set: Any = None,
     test_set: Any = None,
+    task: Task | Callable[..., Task] | None = None,
     trust: bool = False,
 ) -> Result:
     """Train what `recipe` says (a Recipe, a mapping, the name of a shipped one, or a path); return how it ended.
 
     Runs as the worker that the launcher's variables make of this process, or alone without them. A `run_dir` that
-    holds a run already is gone on with; the default is a new folder under ./runs. `model`, `train_set` and `test_set`
-    take the place of what the recipe names: a set is a map-style Dataset of (image, label), or a pair of tensors; a
-    model is a module, or a class or function that makes one of `num_classes` and `sample_shape`, as far as it names
-    them. With `trust`, a run that goes on by the recipe in its own folder may name code to import, and a server to
-    send to.
+    holds a run already is resumed; the default is a new folder under ./runs. `model`, `train_set`, `test_set` and
+    `task` take the place of what the recipe names:
+
+    - a set is a map-style Dataset of what the task's `collate` takes; for images, of (image, label), or two tensors;
+    - a model is a module, or a class or function that makes one of those of `task.model_arguments` that it names: for
+      images `num_classes` and `sample_shape`;
+    - a task is an object, or a class, which is called with `task.options` and, as far as it names them, `train_set` and
+      `recipe`.
+
+    With `trust`, a run that resumes by the recipe in its own folder may name code to import, and a server to send to.
 
     Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError, and what the user's
     own code raises.
@@ -68,7 +74,7 @@ def train(
             settled = load_recipe_for(str(recipe), run_dir, overrides) if is_own else as_recipe(recipe, overrides)
             if is_own and run_dir is not None and not trust:
                 ask_before_resuming(settled, run_dir, overrides)
-            return _train(settled, run_dir, {"model": model, "train_set": train_set, "test_set": test_set})
+            return _train(settled, run_dir, Given(model, train_set, test_set, task))
     except UserCodeError as error:
         if error.__cause__ is None:  # it comes from a process that reads data
             error.add_note(error.trace or "")
@@ -77,7 +83,7 @@ def train(
         raise error.with_traceback(None) from None
 
 
-def _train(recipe: Recipe, run_dir: Path | str | None, objects: dict[str, Any]) -> Result:
+def _train(recipe: Recipe, run_dir: Path | str | None, given: Given) -> Result:
     settings = recipe.train
     with (
         stop_requests() as stop,
@@ -86,7 +92,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, objects: dict[str, Any]) 
     ):
         while True:
             try:
-                with open_session(recipe, world, run_dir, objects, stop) as monitor:
+                with open_session(recipe, world, run_dir, given, stop) as monitor:
                     evaluation = fit(monitor.job, monitor)
                     return Result(monitor.run_dir, monitor.job.step, evaluation["accuracy"], evaluation["loss"])
             except RolledBack as spike:  # as a restart would, it goes on from the newest checkpoint
@@ -157,13 +163,3 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
         job.finite.step()
     job.optimizer.zero_grad(set_to_none=True)
     return losses
-
-
-class _CallableModule(ModuleType):
-    """`disttrain.training.loop` is this module and, for users, the function in it: calling either trains."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Result:
-        return train(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule

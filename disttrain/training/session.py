@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from disttrain.checkpoint import CheckpointStore
 from disttrain.distributed.collectives import broadcast_from_main, gather_objects
@@ -39,6 +39,7 @@ from disttrain.runs.rundir import (
 from disttrain.terminal.console import Console
 from disttrain.tracking import SystemSampler
 from disttrain.training.conclusion import is_concluded, tracked
+from disttrain.training.given import Given
 from disttrain.training.job import Job, build_job, newest_checkpoint
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.exactness import try_exactness
@@ -51,7 +52,7 @@ _log = logging.getLogger("disttrain")
 
 @contextmanager
 def open_session(
-    recipe: Recipe, world: World, run_dir: Path | str | None, objects: dict[str, Any], stop: StopRequest
+    recipe: Recipe, world: World, run_dir: Path | str | None, given: Given, stop: StopRequest
 ) -> Iterator[RunMonitor]:
     """Open the run directory, build the job where it left off, and close everything whatever happens.
 
@@ -80,7 +81,7 @@ def open_session(
         for warning in warnings:  # where they are logged, too
             console.warn(warning)
         progress = until_the_end.enter_context(_watched(path, recipe, world))
-        with _session_in(path, address, recipe, world, objects, stop, progress, console, store) as monitor:
+        with _session_in(path, address, recipe, world, given, stop, progress, console, store) as monitor:
             yield monitor
 
 
@@ -107,7 +108,7 @@ def _session_in(
     address: str,
     recipe: Recipe,
     world: World,
-    objects: dict[str, Any],
+    given: Given,
     stop: StopRequest,
     progress: Progress,
     console: Console,
@@ -119,7 +120,7 @@ def _session_in(
             store.clear_unfinished()
         checkpoint = newest_checkpoint(store, world, console.warn)
         with console.relaying("disttrain.data"):
-            job = build_job(recipe, world, objects)
+            job = build_job(recipe, world, given)
         check_state(job)
         job.progress = progress
         if job.spikes.is_on:

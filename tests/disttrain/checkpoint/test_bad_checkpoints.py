@@ -21,6 +21,7 @@ from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.recipe import load_recipe
+from disttrain.training.given import Given
 from disttrain.training.job import Job, build_job
 from disttrain.training.resume import resume
 from tests.disttrain.mutations import mutated_bytes, mutated_json, mutated_safetensors
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job() -> Iterator[Job]:
     """What the run trained with, built once."""
     with join_world("cpu") as world:
-        yield build_job(load_recipe("digits", OVERRIDES), world, {})
+        yield build_job(load_recipe("digits", OVERRIDES), world, Given())
 
 
 @pytest.fixture

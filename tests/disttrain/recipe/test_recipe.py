@@ -113,8 +113,8 @@ def test_the_last_override_counts() -> None:
         ("optim.lr=", "-o optim.lr: has no value; write -o optim.lr=VALUE"),
         ("optim.lrr=1", "-o optim.lrr: unknown key; did you mean optim.lr?"),
         ("optm.lr=1", "-o optm.lr: unknown section; did you mean optim?"),
-        ("zzz.lr=1", "-o zzz.lr: unknown section; there are data, model, optim, schedule, train, parallel, checkpoint, "
-                     "tracking"),
+        ("zzz.lr=1", "-o zzz.lr: unknown section; there are task, data, model, optim, schedule, train, parallel, "
+                     "checkpoint, tracking"),
         ("train.batch_size=8", "-o train.batch_size: unknown key; did you mean data.batch_size?"),
         ("batch-size=8", "-o batch-size: unknown key; did you mean data.batch_size?"),
         (

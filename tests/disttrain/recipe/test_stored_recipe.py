@@ -11,7 +11,7 @@ import pytest
 
 import disttrain
 from disttrain.errors import ConfigurationError
-from disttrain.recipe import load_recipe, load_recipe_for, recipe_of_checkpoints, to_toml
+from disttrain.recipe import damage, load_recipe, load_recipe_for, recipe_of_checkpoints, to_toml
 from disttrain.runs.rundir import refuse_other_recipe
 from disttrain_launch.cli.recipe_source import checked_recipe
 from disttrain_launch.cli.train import _opened
@@ -35,7 +35,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "lost": (lambda file: file.unlink(), "recipe.toml is lost"),
-    "emptied": (lambda file: file.write_bytes(b""), r"recipe.toml is cut off \(it has no section data\)"),
+    "emptied": (lambda file: file.write_bytes(b""), r"recipe.toml is cut off \(it has no section task\)"),
     "cut": (lambda file: file.write_text(file.read_text().partition("[schedule]")[0]), "no section schedule"),
     "cut in a line": (lambda file: file.write_text(file.read_text()[:200].rstrip() + ' "'), "recipe.toml is damaged"),
     "zeros": (lambda file: file.write_bytes(b"\0" * 500), "recipe.toml is damaged"),
@@ -44,8 +44,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_recipe_that_is_lost_or_damaged_is_restored(copy: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
-    damage, words = DAMAGES[how]
-    damage(copy / "recipe.toml")
+    injure, words = DAMAGES[how]
+    injure(copy / "recipe.toml")
     assert checked_recipe(None, str(copy), ()) == RECIPE, "by the launcher, without torch"
     assert checked_recipe(None, str(copy), ("train.threads=1",)).train.threads == 1
     assert _opened(copy) == copy
@@ -95,3 +95,12 @@ def test_a_folder_with_other_checkpoints_in_it_is_left_alone(tmp_path: Path) -> 
         disttrain.train(RECIPE, run_dir=tmp_path)
     with pytest.raises(ConfigurationError, match="not a run directory"):
         _opened(tmp_path)
+
+
+def test_a_recipe_from_before_there_were_tasks_is_whole(copy: Path) -> None:
+    file = copy / "recipe.toml"
+    before, task, after = file.read_text().partition("[task]")
+    file.write_text(before + "[data]" + after.partition("[data]")[2])
+    assert task
+    assert damage(copy) is None
+    assert load_recipe(str(file)) == RECIPE

@@ -1,7 +1,9 @@
-"""`disttrain.training.loop` with what programs bring along: each works, or is one clear line."""
+"""`disttrain.train` with what programs bring along: each works, or is one clear line."""
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import sys
 import traceback
 from pathlib import Path
@@ -133,3 +135,9 @@ def test_an_exception_of_a_data_set_names_its_sample_and_its_place(tmp_path: Pat
     )
     assert "in __getitem__" in "".join(traceback.format_exception(caught.value))
     assert "in __getitem__" in (tmp_path / "logs" / "worker-0.log").read_text()
+
+
+def test_train_is_a_function_at_every_access() -> None:
+    assert disttrain.train is disttrain.train
+    assert pickle.loads(pickle.dumps(disttrain.train)) is disttrain.train
+    assert {"task", "model", "train_set", "test_set"} <= set(inspect.signature(disttrain.train).parameters)
