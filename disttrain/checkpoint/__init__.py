@@ -1,4 +1,4 @@
-"""Checkpoints that exist or do not: written aside, verified on load, retired only when a newer one stands."""
+"""Checkpoints that exist or do not: written under another name, verified on load, retired only when a newer one stands."""
 
 from disttrain.checkpoint.check import check_complete as check_complete
 from disttrain.checkpoint.check import check_describes_model as check_describes_model

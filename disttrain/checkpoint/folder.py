@@ -75,12 +75,12 @@ def write_checkpoint(path: Path, model: Tensors, optimizer: Tensors, state: Mapp
 
 
 def _put_in_place(temporary: Path, path: Path, step: int) -> None:
-    """Give the folder its name. One of that name is set aside first, since a folder cannot be renamed over another."""
+    """Give the folder its name. One of that name is moved away first, since a folder cannot be renamed over another."""
     aside = hidden(path, REPLACED)
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        reached("checkpoint: set aside", step=step)
+        reached("checkpoint: moved away", step=step)
     try:
         temporary.rename(path)
     except OSError:

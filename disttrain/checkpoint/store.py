@@ -1,4 +1,4 @@
-"""The checkpoints of one run: find the newest good one, set damaged ones aside, retire old ones."""
+"""The checkpoints of one run: find the newest good one, quarantine damaged ones, retire old ones."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ class CheckpointStore:
         return path
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest good checkpoint, or None. Damaged ones are renamed aside, and `warn` is told their names."""
+        """The newest good checkpoint, or None. Damaged ones are quarantined: renamed, and named to `warn`."""
         oldest_first = self.paths()
         for path in reversed(oldest_first):
             try:
                 checkpoint = read_checkpoint(path)
             except ConfigurationError as error:
-                aside = _set_aside(path)
+                quarantined = _quarantine(path)
                 others = path != oldest_first[0]
                 what = "the checkpoint before it is used" if others else "no other is left, so training begins anew"
-                warn(f"{error} Set aside as {aside.name}; {what}.")
+                warn(f"{error} Quarantined as {quarantined.name}; {what}.")
             else:
                 self._known_good.add(path.name)
                 return checkpoint
@@ -70,8 +70,8 @@ class CheckpointStore:
         """Wait until the checkpoints are where the run lives: true, at last. In a folder they are there already."""
         yield True
 
-    def set_aside(self) -> list[Path]:
-        """The damaged ones that were renamed aside."""
+    def quarantined(self) -> list[Path]:
+        """The damaged ones that were quarantined."""
         return sorted(self.folder.glob("step-*.damaged*"))
 
     def unfinished(self) -> list[Path]:
@@ -100,7 +100,7 @@ class CheckpointStore:
             if not damaged:
                 break
             for path in damaged:
-                _set_aside(path)  # it does not count: an older one is kept in its place
+                _quarantine(path)  # it does not count: an older one is kept in its place
         for path in paths:
             if path not in keep:
                 # Renamed first: a kill in the middle of the removal must not leave what looks like a damaged one.
@@ -125,9 +125,9 @@ def to_keep(checkpoints: Sequence[tuple[Name, Any, float | None]], keep_last: in
     return {*(name for name, _, _ in checkpoints[-keep_last:]), *(name for _, _, name in best)}
 
 
-def _set_aside(path: Path) -> Path:
-    number, aside = 1, path.with_name(f"{path.name}.damaged")
-    while aside.exists():
+def _quarantine(path: Path) -> Path:
+    number, quarantined = 1, path.with_name(f"{path.name}.damaged")
+    while quarantined.exists():
         number += 1
-        aside = path.with_name(f"{path.name}.damaged-{number}")
-    return path.rename(aside)
+        quarantined = path.with_name(f"{path.name}.damaged-{number}")
+    return path.rename(quarantined)

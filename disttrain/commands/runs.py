@@ -122,20 +122,20 @@ def show(run: str, as_json: bool) -> None:
 def verify(run: str, as_json: bool) -> None:
     """Check each file of the checkpoints of RUN against its manifest; exit 78 if one is damaged.
 
-    Names those that were set aside as damaged too, and what is unfinished: being written, or left by a killed job.
+    Names quarantined ones, which are damaged, too, and what is unfinished: being written, or left by a killed job.
     """
     from disttrain.errors import ConfigurationError
     from disttrain.recipe.address import is_url
     from disttrain.remote import verify_behind
 
-    checked, set_aside, unfinished = verify_behind(run) if is_url(run) else _verified(Path(run))
+    checked, quarantined, unfinished = verify_behind(run) if is_url(run) else _verified(Path(run))
     if as_json:
-        print(json.dumps({"checkpoints": checked, "set_aside": set_aside, "unfinished": unfinished}))
+        print(json.dumps({"checkpoints": checked, "set_aside": quarantined, "unfinished": unfinished}))
     else:
         for entry in checked:
             print(printable(f"{entry['path']}: {'good' if entry['good'] else 'DAMAGED: ' + entry['detail']}"))
-        for path in set_aside:
-            print(printable(f"{path}: set aside, damaged"))
+        for path in quarantined:
+            print(printable(f"{path}: quarantined, damaged"))
         for path in unfinished:
             print(printable(f"{path}: unfinished; it is being written, or the next start clears it up"))
         if not checked:
@@ -146,7 +146,7 @@ def verify(run: str, as_json: bool) -> None:
 
 
 def _verified(run: Path) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Path, good and detail of each checkpoint; what was set aside; what is unfinished."""
+    """Path, good and detail of each checkpoint; what was quarantined; what is unfinished."""
     from disttrain.checkpoint import CheckpointStore, verify_checkpoint
     from disttrain.errors import ConfigurationError
     from disttrain.layout import is_checkpoint
@@ -163,7 +163,7 @@ def _verified(run: Path) -> tuple[list[dict[str, Any]], list[str], list[str]]:
             checked.append({"path": str(path), "good": True, "detail": ""})
     if store is None:
         return checked, [], []
-    return checked, [str(path) for path in store.set_aside()], [str(path) for path in store.unfinished()]
+    return checked, [str(path) for path in store.quarantined()], [str(path) for path in store.unfinished()]
 
 
 @command.command(name="hash")

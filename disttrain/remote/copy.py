@@ -79,7 +79,7 @@ def _fetch(run: RemoteRun, path: Path, checkpoints: Wanted) -> None:
 def verify_behind(url: str) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Verify each checkpoint behind a URL, of a run or itself one, by fetching it.
 
-    Returns path, good and detail of each; the URLs of those that were set aside; and those of what is unfinished.
+    Returns path, good and detail of each; the URLs of those that were quarantined, and of what is unfinished.
     Raises UsageError if there is neither a run nor a checkpoint.
     """
     run = RemoteRun(url)
@@ -99,10 +99,10 @@ def verify_behind(url: str) -> tuple[list[dict[str, Any]], list[str], list[str]]
             else:
                 found.append({"path": place, "good": True, "detail": ""})
             shutil.rmtree(path, ignore_errors=True)
-    set_aside, unfinished = (
+    quarantined, unfinished = (
         [f"{run.url}/checkpoints/{name}" for name in names] for names in (there.damaged, there.unfinished)
     )
-    return found, set_aside, unfinished
+    return found, quarantined, unfinished
 
 
 def _is_neither(run: RemoteRun) -> str:

@@ -238,10 +238,10 @@ class Mirror:
                 self.run.get_checkpoint(name, self.folder / CHECKPOINTS / name.partition(".")[0])
                 return
             except ConfigurationError as error:
-                self.run.set_aside(name, str(error))
+                self.run.quarantine(name, str(error))
                 others = name != names[0]
                 what = "the checkpoint before it is used" if others else "no other is left, so training begins anew"
-                self._warn(f"{error} Set aside; {what}.")
+                self._warn(f"{error} Quarantined; {what}.")
 
 
 class MirroredStore(CheckpointStore):

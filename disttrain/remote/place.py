@@ -36,7 +36,7 @@ class Standing:
     """The names of the checkpoints of a run, oldest first."""
 
     good: list[str]  # committed, and not known to be damaged
-    damaged: list[str]  # set aside
+    damaged: list[str]  # quarantined
     unfinished: list[str]  # what a killed upload or removal has left
 
 
@@ -157,7 +157,7 @@ class RemoteRun:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def set_aside(self, name: str, why: str) -> None:
+    def quarantine(self, name: str, why: str) -> None:
         """Mark a damaged checkpoint: it is left as it is, and used no more."""
         self.write(f"checkpoints/{name}/{_DAMAGED}", why.encode())
 

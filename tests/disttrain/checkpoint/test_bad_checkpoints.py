@@ -138,7 +138,7 @@ def try_mutations(seeds: range, run: Path, job: Job, picture: Path, folder: Path
             assert resumed is not None
             if warnings:
                 assert "step-00000004" in warnings[0]
-                assert "Set aside as step-00000004.damaged" in warnings[0]
+                assert "Quarantined as step-00000004.damaged" in warnings[0]
                 assert resumed.path.name == "step-00000002"
             elif "fits" not in what:
                 assert weights_sha256(resumed.model) == good

@@ -1,4 +1,4 @@
-"""A checkpoint exists or it does not; reading one runs no code; a damaged one is set aside."""
+"""A checkpoint exists or it does not; reading one runs no code; a damaged one is quarantined."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_type_that_no_checkpoint_can_hold_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
     store = CheckpointStore(tmp_path)
     save(store, 1)
     newest = save(store, 2)

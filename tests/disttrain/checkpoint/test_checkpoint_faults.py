@@ -35,8 +35,8 @@ from disttrain.testing.faults import Fault
 from tests.disttrain.checkpoint.test_checkpoint import save, state
 from tests.disttrain.parallel.exact_runs import train
 
-# In the order in which a save comes to them; "set aside" only if there is a checkpoint of that step.
-STAGES = ["asked for", "begun", "tensors", "state", "written", "set aside", "named", "durable", "retired"]
+# In the order in which a save comes to them; "moved away" only if there is a checkpoint of that step.
+STAGES = ["asked for", "begun", "tensors", "state", "written", "moved away", "named", "durable", "retired"]
 
 
 class Interrupted:
@@ -149,7 +149,7 @@ def save_second(folder: Path, *, again: bool) -> None:
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_kill_at_each_stage_leaves_one_good_checkpoint(tmp_path: Path, stage: str, again: bool) -> None:
-    if stage == ("retired" if again else "set aside"):
+    if stage == ("retired" if again else "moved away"):
         return  # not a stage of this save
     save(CheckpointStore(tmp_path), 1, value=1.0)
     fault = faults.kill(0, at=f"checkpoint: {stage}")

@@ -177,7 +177,7 @@ def test_a_kill_during_an_upload_leaves_one_good_checkpoint(url: str, tmp_path: 
         assert run.checkpoints().unfinished == []
 
 
-def test_a_damaged_one_there_is_set_aside_and_the_one_before_is_used(url: str, tmp_path: Path) -> None:
+def test_a_damaged_one_there_is_quarantined_and_the_one_before_is_used(url: str, tmp_path: Path) -> None:
     with machine(url, tmp_path / "a") as store:
         save(store, 1, value=1.0)
         save(store, 2, value=2.0)
