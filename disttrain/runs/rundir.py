@@ -178,7 +178,7 @@ def _shown(value: object) -> str:
     return "unset" if value is None else repr(value)
 
 
-def go_on_with(run_dir: Path | str) -> str:
+def resume_command(run_dir: Path | str) -> str:
     """The command that resumes a run, as a shell takes it; in words where only who started it knows it."""
     launcher = launched_by()
     if launcher == NODE_LAUNCHER:

@@ -18,7 +18,7 @@ from disttrain.health.diagnosis import listed
 from disttrain.health.nonfinite import Incident, is_finite
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
-from disttrain.runs.rundir import EVALUATION, go_on_with, write_evaluation
+from disttrain.runs.rundir import EVALUATION, resume_command, write_evaluation
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 from disttrain.training.evaluate import Evaluation, evaluate
@@ -90,7 +90,7 @@ class RunMonitor:
             self.saver.save_or_fail()
             raise StoppedError(
                 f"stopped on request{self._stop.words()} after step {self.job.step} of {self.job.total_steps}; the "
-                f"checkpoint is saved. Resume with: {go_on_with(self.saver.address)}"
+                f"checkpoint is saved. Resume with: {resume_command(self.saver.address)}"
             )
         if due or time_is_up:
             self.saver.save_unless_saved()

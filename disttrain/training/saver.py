@@ -9,7 +9,7 @@ from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import AgreedError, ConfigurationError
 from disttrain.layout import step_of
-from disttrain.runs.rundir import RECIPE, go_on_with, store_recipe
+from disttrain.runs.rundir import RECIPE, resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import NullTracker, Tracker
 from disttrain.training.job import Job
@@ -60,7 +60,7 @@ class Saver:
         if not saved:
             raise AgreedError(
                 f"the checkpoint of step {self._job.step} could not be saved: make room on the disk of "
-                f"{self._run_dir}, and resume with: {go_on_with(self.address)}"
+                f"{self._run_dir}, and resume with: {resume_command(self.address)}"
             )
         self.settle(_PATIENCE_S)
 

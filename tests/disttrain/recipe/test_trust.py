@@ -16,7 +16,7 @@ from disttrain.commands import evaluate, predict, sync
 from disttrain.commands.locate import find_checkpoint, recipe_of
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import RecipeError, ask_before_sending, is_own_recipe, load_recipe, parse_recipe, to_toml
-from disttrain.runs.rundir import go_on_with
+from disttrain.runs.rundir import resume_command
 from disttrain.tracking import Backlog, deliver, resolve_uri
 from disttrain.tracking.mlflow.delivery_state import DeliveryState
 
@@ -82,7 +82,7 @@ def test_resuming_by_the_runs_own_recipe_asks(run: Path, code: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"names code that would be imported and run.*Add --trust"):
         disttrain.train(str(run / "recipe.toml"), run_dir=run)
     assert not code.exists()
-    assert go_on_with(run) == f"disttrain train --run-dir {run} --trust"
+    assert resume_command(run) == f"disttrain train --run-dir {run} --trust"
 
 
 def test_the_users_own_recipe_and_a_word_of_trust_are_enough(run: Path, code: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_users_own_recipe_and_a_word_of_trust_are_enough(run: Path, code: Pa
 def test_what_is_shipped_needs_no_trust(run: Path, name: str) -> None:
     recipe_of(find_checkpoint(run), (f"model.name={name}",))
     (run / "recipe.toml").write_text(to_toml(load_recipe("digits", [f"model.name={name}"])))
-    assert go_on_with(run) == f"disttrain train --run-dir {run}"
+    assert resume_command(run) == f"disttrain train --run-dir {run}"
 
 
 def test_whose_recipe_it_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_server_that_the_run_alone_names_is_asked_about(synced: Syncer, run: P
     assert synced(SERVER) is None
     assert synced(SERVER, "--uri", SERVER) == SERVER
     (run / "recipe.toml").write_text(to_toml(load_recipe("digits", [f"tracking.uri={SERVER}"])))
-    assert go_on_with(run) == f"disttrain train --run-dir {run} --trust"
+    assert resume_command(run) == f"disttrain train --run-dir {run} --trust"
 
 
 def test_a_database_elsewhere_is_asked_about(synced: Syncer, run: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.recipe import DataRecipe, load_recipe
 from disttrain.rng import permutation
-from disttrain.runs.rundir import go_on_with
+from disttrain.runs.rundir import resume_command
 from disttrain.testing import run_workers
 from disttrain.training.evaluate import evaluate
 from disttrain.training.loop import Result
@@ -316,7 +316,7 @@ def test_a_look_at_the_model_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_the_command_that_resumes_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = f"--run-dir '{tmp_path}/my runs/a'"
-    assert go_on_with(tmp_path / "my runs" / "a") == f"disttrain train {place}"
+    assert resume_command(tmp_path / "my runs" / "a") == f"disttrain train {place}"
     monkeypatch.setenv("DISTTRAIN_OPTIONS", "-n 2 --max-restarts 3")
     expected = {
         "disttrain": f"disttrain train -n 2 --max-restarts 3 {place}",
@@ -325,7 +325,7 @@ def test_the_command_that_resumes_can_be_pasted(tmp_path: Path, monkeypatch: pyt
     }
     for launcher, command in expected.items():
         monkeypatch.setenv("DISTTRAIN_LAUNCHER", launcher)
-        assert go_on_with(tmp_path / "my runs" / "a") == command
+        assert resume_command(tmp_path / "my runs" / "a") == command
 
 
 def test_the_loss_of_the_last_step_is_journalled(tmp_path: Path) -> None:
