@@ -44,7 +44,9 @@ def optimizer_from_tensors(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if model is not None and "names" in rest:
-        tensors, rest = _in_the_order_of(_names(optimizer, model), tensors, rest)
+        names = iter(_names(optimizer, model))
+        here = [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
+        tensors, rest = _in_the_order_of(here, optimizer.param_groups, tensors, rest)
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["values"].items()]:
         index, _, name = key.partition(".")
@@ -91,29 +93,56 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
 
 
 def _in_the_order_of(
-    names: list[str], tensors: dict[str, torch.Tensor], rest: dict[str, Any]
+    names: list[list[str]],
+    groups_here: list[dict[str, Any]],
+    tensors: dict[str, torch.Tensor],
+    rest: dict[str, Any],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A state with its parameters renumbered as `names` has them. Raises ConfigurationError if it has others."""
+    """A state with its parameters numbered and grouped as `names` has them, group by group.
+
+    Raises ConfigurationError if it has others, or if one of them had another weight decay or learning rate.
+    """
     theirs: list[str] = rest["names"]
-    unknown = sorted(set(theirs) ^ set(names))
-    if unknown or len(theirs) != len(names):
+    ours = [name for group in names for name in group]
+    unknown = sorted(set(theirs) ^ set(ours))
+    if unknown or len(theirs) != len(ours):
         raise ConfigurationError(
             f"the checkpoint's optimizer state does not fit this optimizer: it has {len(theirs)} parameters and this "
-            f"one {len(names)}; only one of the two has {brief(repr(unknown[0] if unknown else theirs[0]))}."
+            f"one {len(ours)}; only one of the two has {brief(repr(unknown[0] if unknown else theirs[0]))}."
         )
-    number_here = {name: number for number, name in enumerate(names)}
+    options = {
+        theirs[number]: {key: value for key, value in group.items() if key != "params"}
+        for group in rest["param_groups"]
+        for number in group["params"]
+        if number < len(theirs)
+    }
+    if len(options) != len(ours):
+        raise ConfigurationError("the checkpoint's optimizer state does not fit this optimizer: its groups are broken.")
+    number_here = {name: number for number, name in enumerate(ours)}
     moved = {number: number_here[name] for number, name in enumerate(theirs)}
 
     def renamed(key: str) -> str:
         number, dot, name = key.partition(".")
         return f"{moved[int(number)]}{dot}{name}" if number.isdecimal() and int(number) in moved else key
 
-    groups = [
-        {**group, "params": sorted(moved.get(number, number) for number in group["params"])}
-        for group in rest["param_groups"]
-    ]
+    groups = []
+    for members, now in zip(names, groups_here, strict=True):
+        for name in members:
+            _refuse_other_options(name, options[name], now)
+        groups.append({**(options[members[0]] if members else now), "params": [number_here[name] for name in members]})
     values = {renamed(key): value for key, value in rest["values"].items()}
     return {renamed(key): tensor for key, tensor in tensors.items()}, {"values": values, "param_groups": groups}
+
+
+def _refuse_other_options(name: str, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """What makes a group one of its own has to be the same: the groups themselves may be in any order."""
+    for key, default in (("weight_decay", 0.0), ("lr_scale", 1.0)):
+        before, after = was.get(key, default), now.get(key, default)
+        if before != after:
+            raise ConfigurationError(
+                f"the checkpoint's optimizer has trained {brief(repr(name))} with {key} = {brief(repr(before))}, and "
+                f"its parameter group says {after!r} now: give the same groups, or start a new --run-dir."
+            )
 
 
 def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:

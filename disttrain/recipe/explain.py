@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from disttrain.recipe.model import Recipe
 from disttrain.recipe.names import did_you_mean, nearest
-from disttrain.recipe.optimizers import OPTIM_MODELS
+from disttrain.recipe.optimizers import OPTIM_MODELS, GroupRecipe
 from disttrain.recipe.section import Section
 
 _BARE = re.compile(r"[\w-]+")  # what else a key holds is shown quoted, so that it cannot pose as anything
@@ -105,7 +105,11 @@ def _what(details: ErrorDetails, path: list[str], optimizer: str) -> str:
         choices = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         return f"should be one of {', '.join(choices)}, not {_shown(value)}{hint}"
+    if kind == "missing":
+        return "is missing"
     if kind in ("model_type", "model_attributes_type"):
+        if path[1:2] == ["groups"]:
+            return f"is a table; give its keys: {', '.join(GroupRecipe.model_fields)}"
         return f"is a section; give its keys: {', '.join(section_keys(path[0], optimizer))}"
     if kind in ("too_short", "too_long"):
         wanted = context.get("min_length", context.get("max_length"))
@@ -124,6 +128,9 @@ def _what(details: ErrorDetails, path: list[str], optimizer: str) -> str:
 def unknown_key(path: list[str], optimizer: str = "sgd") -> str:
     """What to say of a key that no recipe has: the same key in another section, or the nearest one."""
     key = path[-1].replace("-", "_")
+    if path[:2] == ["optim", "groups"]:
+        own = list(GroupRecipe.model_fields)
+        return f"unknown key{did_you_mean(key, own) or '; a group has ' + ', '.join(own)}"
     if len(path) == 1:
         elsewhere = [dotted for dotted in known_keys() if dotted.endswith(f".{key}")]
         if elsewhere:

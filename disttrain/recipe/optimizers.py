@@ -6,9 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from disttrain.recipe.section import NonNegative, Positive, Section
+from disttrain.recipe.section import NonNegative, Patterns, Positive, Section
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class GroupRecipe(Section):
+    """What is different for the parameters of some names; what is left out is as for all others."""
+
+    match: Annotated[Patterns, Field(min_length=1)] = Field(
+        description='the parameters, by patterns of their names: ["encoder.*"]'
+    )
+    weight_decay: NonNegative | None = Field(default=None, description="their weight decay")
+    lr_scale: Positive = Field(default=1.0, description="their learning rate, relative to optim.lr and its schedule")
 
 
 class OptimRecipe(Section):
@@ -16,11 +26,22 @@ class OptimRecipe(Section):
 
     name: str = Field(default="sgd", description="sgd, adam, adamw, or any other optimizer of torch.optim by its name")
     lr: NonNegative = Field(default=0.01, description="the learning rate the schedule starts from")
+    decay_biases_and_norms: bool = Field(
+        default=True, description="false: no weight decay for parameters of fewer than two dimensions"
+    )
+    groups: list[GroupRecipe] = Field(
+        default=[], description="parameters with a weight decay or a learning rate of their own: the first match counts"
+    )
 
     @property
     def options(self) -> dict[str, Any]:
         """The options the recipe gives; those it leaves out keep torch's own defaults."""
-        return {key: value for key, value in self.model_dump(exclude_none=True).items() if key not in ("name", "lr")}
+        given = self.model_dump(exclude_none=True)
+        return {key: value for key, value in given.items() if key not in OPTIONS_OF_ALL}
+
+
+OPTIONS_OF_ALL = frozenset(OptimRecipe.model_fields)
+"""The keys of `optim` that are not options of one optimizer: another one leaves them as they are."""
 
 
 class _Common(OptimRecipe):

@@ -11,6 +11,7 @@ from typing import Any
 from disttrain.errors import RecipeError
 from disttrain.recipe.address import is_text
 from disttrain.recipe.explain import sections, unknown_key, wants_text
+from disttrain.recipe.optimizers import OPTIONS_OF_ALL
 from disttrain.recipe.renamed import RENAMED
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
@@ -59,10 +60,10 @@ def parse_value(text: str) -> Any:
 
 
 def _leave_options_behind(mapping: dict[str, Any], name: Any) -> None:
-    """Options belong to their optimizer: naming another one keeps the learning rate alone."""
+    """Options belong to their optimizer: naming another one keeps the learning rate and the groups alone."""
     optim = mapping.get("optim", {})
     if isinstance(optim, dict) and optim.get("name", "sgd") != name:
-        mapping["optim"] = {key: value for key, value in optim.items() if key in ("name", "lr")}
+        mapping["optim"] = {key: value for key, value in optim.items() if key in OPTIONS_OF_ALL}
 
 
 def _copy(mapping: dict[str, Any]) -> dict[str, Any]:

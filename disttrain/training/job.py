@@ -36,6 +36,7 @@ from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Parallel, parallelize
 from disttrain.recipe import Recipe
 from disttrain.training.given import Given
+from disttrain.training.groups import parameter_groups
 from disttrain.training.identity import describe_data
 from disttrain.training.optim import Schedule, build_optimizer
 
@@ -193,7 +194,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     total_steps = recipe.train.epochs * steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
-    optimizer = build_optimizer(recipe.optim, parallel.model.parameters())
+    optimizer = build_optimizer(recipe.optim, parameter_groups(recipe.optim, parallel.model))
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     autocast = AUTOCAST[recipe.train.precision]
     return Job(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ from disttrain.recipe import OptimRecipe, ScheduleRecipe
 from disttrain.recipe.names import check_optimizer, nearest
 
 
-def build_optimizer(recipe: OptimRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the recipe names, with its options.
+def build_optimizer(
+    recipe: OptimRecipe, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The optimizer that the recipe names, with its options, for parameters or groups of them.
 
     Raises ConfigurationError for an unknown name, an unknown option or a value that the optimizer refuses.
     """
+    params: list[Any] = list(parameters)
     known: dict[str, Any] = {
         name: kind
         for name, kind in vars(torch.optim).items()
@@ -36,9 +39,14 @@ def build_optimizer(recipe: OptimRecipe, parameters: Iterable[nn.Parameter]) -> 
             raise ConfigurationError(
                 f"optim.{option}: {kind.__name__} has no such option{hint} It has: {', '.join(allowed)}."
             )
+    has_own_decay = any(isinstance(group, Mapping) and "weight_decay" in group for group in params)
+    if has_own_decay and "weight_decay" not in allowed:
+        raise ConfigurationError(
+            f"optim: {kind.__name__} has no weight_decay, which a parameter group gives; leave it out there."
+        )
     try:
         optimizer: torch.optim.Optimizer = kind(
-            parameters, lr=recipe.lr, **{name: _tuple(value) for name, value in recipe.options.items()}
+            params, lr=recipe.lr, **{name: _tuple(value) for name, value in recipe.options.items()}
         )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"optim: {kind.__name__} refuses these options: {error}") from error
@@ -78,6 +86,6 @@ class Schedule:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, times the group's own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -144,8 +144,8 @@ def test_the_last_override_counts() -> None:
         ("model.name=torchvision:", "-o model.name: no model 'torchvision:'; give one of net, resnet18, "
                                     "torchvision:NAME, timm:NAME or package.module:callable"),
         ("optim.betas=[0.9, 0.99]", "-o optim.betas: is no option of this optimizer; [optim] has name, lr, "
-                                    "weight_decay, maximize, foreach, fused, differentiable, momentum, "
-                                    "dampening, nesterov"),
+                                    "decay_biases_and_norms, groups, weight_decay, maximize, foreach, fused, "
+                                    "differentiable, momentum, dampening, nesterov"),
         ("optim.momentun=0.9", "-o optim.momentun: unknown key; did you mean optim.momentum?"),
         ("optim={lr=1}", "-o optim: is a section; give one of its keys, as in -o optim.lr=0.1"),
         ("optim", "-o optim: should be key=value, as in -o optim.lr=0.1"),
@@ -176,8 +176,8 @@ def test_a_section_that_is_a_value(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("parallel = 3\noptim = 4\n")
     assert refusal(recipe=str(path)).splitlines() == [
-        f"{path}: optim: is a section; give its keys: name, lr, weight_decay, maximize, foreach, fused, "
-        "differentiable, momentum, dampening, nesterov",
+        f"{path}: optim: is a section; give its keys: name, lr, decay_biases_and_norms, groups, "
+        "weight_decay, maximize, foreach, fused, differentiable, momentum, dampening, nesterov",
         f"{path}: parallel: is a section; give its keys: strategy, find_unused_parameters, exact, slices",
     ]
 
