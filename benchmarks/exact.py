@@ -75,7 +75,7 @@ def bytes_per_step(job: Job) -> int:
     discrete = [buffer for buffer in job.model.buffers() if not buffer.is_floating_point()]
     buffers = sum(buffer.numel() for buffer in floating)
     counters = sum(buffer.numel() * buffer.element_size() for buffer in discrete)
-    if job.parallel.exact is None:
+    if job.strategy.bits_depend_on_world_size:
         return 4 * (weights + buffers) + counters  # DDP gives rank 0's buffers to all
     num_tensors = len(list(job.model.parameters())) + len(floating)
     return 8 * (weights + buffers + num_tensors + 2) + counters

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from disttrain.distributed.world import World
 from disttrain.errors import DivergedError
 from disttrain.health.diagnosis import Rerun, listed
 from disttrain.models.buffers import BufferCopies
-from disttrain.parallel.strategy import Parallel
+from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import TrainRecipe
 
 # A scale of one leaves a gradient as it is: one that is not finite then is no doing of the scaler's.
@@ -41,24 +42,34 @@ class Incident:
     total: int
 
 
-class FiniteGate:
-    """What stands between a step's gradients and the optimizer. Every rank must call each method, in every step."""
+class Verdict(Enum):
+    """What is to become of a step, the same on every rank."""
+
+    STEP = auto()
+    """The optimizer steps, by way of the scaler, which leaves the step out after an overflow."""
+    STEP_WITHOUT_SCALER = auto()
+    """The optimizer steps: zeros have replaced what was not finite, and the scaler would still leave the step out."""
+    SKIP = auto()
+    """The optimizer does not step."""
+
+
+class NonFiniteGuard:
+    """Looks at a step's gradients before the optimizer does. Every rank must call each method, in every step."""
 
     def __init__(
         self,
         recipe: TrainRecipe,
-        parallel: Parallel,
+        strategy: Strategy,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         world: World,
         autocast: torch.dtype | None,
     ) -> None:
         self._policy, self._limit = recipe.non_finite, recipe.non_finite_limit
-        self._exact, self._optimizer, self._scaler = parallel.exact, optimizer, scaler
-        self._parameters = dict(parallel.model.named_parameters())
-        self._buffers = BufferCopies(parallel.model)
-        self._rerun = Rerun(parallel.model, recipe, world.device, autocast)
-        self._holds_zeros = False
+        self._strategy, self._optimizer, self._scaler = strategy, optimizer, scaler
+        self._parameters = dict(strategy.model.named_parameters())
+        self._buffers = BufferCopies(strategy.model)
+        self._rerun = Rerun(strategy.model, recipe, world.device, autocast)
         self._incident: Incident | None = None
         self._in_a_row = self._total = 0
 
@@ -73,41 +84,33 @@ class FiniteGate:
     def begin_step(self) -> None:
         """Keep what a step that is not made must leave unchanged."""
         self._buffers.take()
-        self._holds_zeros = False
 
-    def allows(self, step: int, batch: StepBatch, losses: torch.Tensor) -> bool:
-        """Whether the optimizer may step: the gradients are summed and unscaled, and not clipped yet.
+    def check(self, step: int, batch: StepBatch, losses: torch.Tensor) -> Verdict:
+        """What is to become of the step: the gradients are summed and unscaled, and not clipped yet.
 
         `step` counts the steps done before, `losses`, (num_slices,), are this rank's. Raises DivergedError, on every
         rank alike, if the recipe says that the run ends: weights and buffers are then those before the step.
         """
-        if not (self._exact and self._exact.non_finite) and all_finite(self._gradients()):
+        if not self._strategy.non_finite and all_finite(self._gradients()):
             self._in_a_row = 0
-            return True
+            return Verdict.STEP
         bad = {slice_index for slice_index, finite in enumerate(losses.isfinite().tolist()) if not finite}
         samples = [sample for part in batch.parts if part.slice_index in bad for sample in part.samples.tolist()]
         by_rank: list[list[int]] = gather_objects(samples)
         rank = next((rank for rank, samples in enumerate(by_rank) if samples), None)
         if rank is None and self._is_overflow():
-            return True  # the scaler leaves the step out by itself, and lowers its scale
+            return Verdict.STEP  # the scaler leaves the step out by itself, and lowers its scale
         if self._policy == "stop" or self._in_a_row >= self._limit:
             raise DivergedError(self._why_it_ends(step, batch))
         self._in_a_row, self._total = self._in_a_row + 1, self._total + 1
         samples = by_rank[rank] if rank is not None else []
         self._incident = Incident(self._policy, rank, tuple(samples), self._in_a_row, self._total)
         self._buffers.restore(only_non_finite=self._policy == "zero")
-        if self._policy == "zero":
-            self._put_zeros()
         self._forget_overflow()
-        return self._holds_zeros
-
-    def step(self) -> None:
-        """Have the optimizer step; the scaler leaves it out if there was an overflow."""
-        if self._holds_zeros:
-            self._optimizer.step()
-        else:
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
+        if self._policy == "skip":
+            return Verdict.SKIP
+        self._put_zeros()
+        return Verdict.STEP_WITHOUT_SCALER
 
     def take_incident(self) -> Incident | None:
         """What was not finite in the step just made, told once."""
@@ -123,7 +126,7 @@ class FiniteGate:
 
     def _is_overflow(self) -> bool:
         """Whether the scale alone may have done it, all losses being finite. It has to do with gradients only."""
-        only_gradients = self._exact is None or set(self._exact.non_finite) <= self._parameters.keys()
+        only_gradients = set(self._strategy.non_finite) <= self._parameters.keys()
         return self._scale() > _NO_SCALE and only_gradients
 
     def _forget_overflow(self) -> None:
@@ -132,11 +135,9 @@ class FiniteGate:
             self._scaler.update(self._scaler.get_scale())
 
     def _put_zeros(self) -> None:
-        if self._exact is not None:
-            self._exact.sum_finite_parts(self._scale())
+        self._strategy.sum_finite_parts(self._scale())
         for gradient in self._gradients():
             torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        self._holds_zeros = True
 
     def _why_it_ends(self, step: int, batch: StepBatch) -> str:
         self._optimizer.zero_grad(set_to_none=True)

@@ -1,9 +1,15 @@
-"""A model in DistributedDataParallel, with what that leaves undone: named faults, odd buffers, parameters unfrozen."""
+"""DistributedDataParallel, with what it leaves undone: named faults, odd buffers, parameters unfrozen.
+
+Its reducer works by hooks on the parameters, and its `forward` only prepares the reducer before and after the model's.
+Here both are done around the whole loss, which may then call any method of the bare model, any number of times. Through
+DistributedDataParallel's own `forward` it could call nothing else, and once only: the reducer would miss the rest.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.distributed.collectives import broadcast_, gather_objects, sum_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.modules import refuse_renormalising
+from disttrain.parallel.strategy import Strategy
 
 # What DistributedDataParallel can send; the other types are sent by us, as bytes.
 _SENDABLE = {
@@ -22,15 +30,18 @@ _SENDABLE = {
 _MOST_NAMED = 4
 
 
-class WrappedModel:
-    """Calls the model, and has its gradients summed over all workers in the backward pass.
+class Ddp(Strategy):
+    """Gradients are summed over all workers in the backward pass. Every rank must call each method at the same step."""
 
-    Every rank must call each method at the same step.
-    """
+    name = "ddp"
 
-    def __init__(self, model: nn.Module, world: World, *, find_unused: bool) -> None:
+    def __init__(self, model: nn.Module, reason: str, world: World, *, find_unused: bool) -> None:
         """All start from rank 0's weights and buffers. Raises ConfigurationError for a sparse buffer that differs."""
-        self._model, self._world, self._find_unused = model, world, find_unused
+        super().__init__(model, reason)
+        self._world, self._find_unused = world, find_unused
+        # DDP divides the summed gradients by the number of workers; our losses are shares of the global mean already.
+        self.loss_scale = float(world.size)
+        self.slices, self.num_slices = range(world.rank, world.rank + 1), world.size
         self._parameters = dict(model.named_parameters())
         everything = {**self._parameters, **dict(model.named_buffers())}
         sparse = {name: tensor for name, tensor in everything.items() if tensor.layout != torch.strided}
@@ -45,25 +56,60 @@ class WrappedModel:
             ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
             ignore(model, ignored)
         self._wrap()
-        self.share_odd_()
+        self._share_odd_()
 
-    def __call__(self, *arguments: Any) -> Any:
-        """What the model returns. The first call of a step gives every worker rank 0's buffers before."""
-        return self.module(*arguments)
+    def check_modules(self) -> None:
+        """As `Strategy` has it."""
+        if self._world.size > 1:
+            refuse_renormalising(self.model, "or start one worker (-n 1)")
 
-    def no_sync(self) -> AbstractContextManager[None]:
-        """The context for a backward pass whose gradients wait for the next one."""
-        context: AbstractContextManager[None] = self.module.no_sync()
-        return context
+    def open_slice(self) -> None:
+        """As `Strategy` has it. The other buffers are shared by the first `loss` of the step."""
+        self._share_odd_()
+
+    def loss(
+        self,
+        compute: Callable[[nn.Module, Any], torch.Tensor],
+        batch: Any,
+        *,
+        num_samples: int,
+        is_last: bool = True,
+    ) -> torch.Tensor:
+        """As `Strategy` has it. The first call of a step gives every worker rank 0's buffers before."""
+        ddp: Any = self.module
+        with (
+            nullcontext() if is_last else ddp.no_sync(),
+            ddp._inside_ddp_forward(),  # torch.compile cuts its graphs where buckets end
+        ):
+            ddp._pre_forward()
+            # Parameters that are not used are those that this very loss does not depend on.
+            loss: torch.Tensor = ddp._post_forward(compute(self.model, batch))
+        return loss
+
+    def finish_step(self, global_size: int, step: int) -> None:
+        """As `Strategy` has it: each parameter has the sum over all workers now."""
+        self._finish_backward(f"in step {step + 1}")
+
+    def rehearse(self, loss: torch.Tensor) -> None:
+        """As `Strategy` has it: the reducer arranges its sums anew after its first step."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._finish_backward("when it is tried before training")
 
     @torch.no_grad()
-    def share_odd_(self) -> None:
+    def share_buffers_(self) -> None:
+        """As `Strategy` has it."""
+        for buffer in self.model.buffers():
+            if buffer.layout == torch.strided:  # sparse ones are constant, see _refuse_unlike
+                broadcast_(buffer)
+
+    @torch.no_grad()
+    def _share_odd_(self) -> None:
         """Replace the tensors that DistributedDataParallel cannot send by rank 0's."""
         for module, name, _ in self._odd:
             broadcast_(getattr(module, name).detach())
 
     def follow_unfreezing(self) -> bool:
-        """Wrap the model anew if other parameters are trainable now than were when it was wrapped; whether it was.
+        """As `Strategy` has it: the model is wrapped anew.
 
         Raises ConfigurationError, on every rank, if all have changed and not alike. A rank that alone has changed waits
         for the others, and the watchdog names it: to ask all at each step would cost a collective.
@@ -76,11 +122,11 @@ class WrappedModel:
         return True
 
     @torch.no_grad()
-    def finish_backward(self, when: str) -> None:
-        """To be called after a step's last backward pass: each parameter has the sum over all workers now.
+    def _finish_backward(self, when: str) -> None:
+        """Raise ConfigurationError, on this rank only, if the model left some parameters without a gradient.
 
-        One that became trainable in the step itself is summed here. Raises ConfigurationError, on this rank only, if
-        the model left some without a gradient: the other ranks wait for them. `when` is for the message.
+        The other ranks wait for them then. One that became trainable in the step itself is summed here. `when` is for
+        the message.
         """
         try:
             self.module._check_reducer_finalized()  # type: ignore[no-untyped-call]
@@ -99,8 +145,7 @@ class WrappedModel:
     def _wrap(self) -> None:
         self._trainable = self._trainable_now()
         self.module = DistributedDataParallel(
-            self._model,
-            device_ids=[self._world.device.index] if self._world.device.type == "cuda" else None,
+            self.model,  # without device_ids: batches are on the device already
             gradient_as_bucket_view=True,
             find_unused_parameters=self._find_unused,
         )

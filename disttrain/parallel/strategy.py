@@ -1,139 +1,115 @@
-"""How the workers' gradients meet: DistributedDataParallel, exact mode, DataParallel, or one worker alone.
-
-The gradient is always the mean over the samples of the global batch, however unevenly the workers share it.
-"""
+"""What the training loop asks of a way to train with several workers, and what one worker alone answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel
-
-from disttrain.distributed.collectives import broadcast_
-from disttrain.distributed.world import World
-from disttrain.errors import ConfigurationError
-from disttrain.parallel.ddp import WrappedModel
-from disttrain.parallel.exact.slices import ExactSlices
-from disttrain.parallel.sync_batchnorm import convert_sync_batchnorm
-from disttrain.recipe import ParallelRecipe
 
 
-@dataclass(frozen=True)
-class Parallel:
-    """A model ready for training by all workers.
-
-    `forward` is what to call in training, `model` the bare one: its names are those of every checkpoint.
-    A loss that has been summed over a worker's samples and divided by the size of the global batch must be multiplied
-    by `loss_scale` before `backward`. `reason` says in a line why this way was chosen.
+class Strategy:
+    """How a step's gradients come about. The answers here are those of one worker; the others override them.
 
     Each step's global batch is cut into `num_slices` slices, of which this worker serves `slices`: one of as many as
-    there are workers, or in exact mode several of as many as the recipe says.
+    there are workers, or in exact mode several of as many as the recipe says. A slice comes in one or more
+    micro-batches. In each step every rank calls, in this order: `follow_unfreezing`; for each of its slices
+    `open_slice`, then for each micro-batch `loss` and `backward` of what it returns times `loss_scale`, and
+    `close_slice`; `finish_step`. Then the parameters' gradients are those of the global batch, on every rank.
     """
 
-    name: str
-    reason: str
-    model: nn.Module
-    forward: Callable[..., Any]
+    name: ClassVar[str]
+    """What the recipe and MLflow call it."""
     loss_scale: float = 1.0
-    without_sync: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What a loss that has been divided by the size of the global batch must be multiplied by before `backward`."""
     slices: range = range(1)
     num_slices: int = 1
-    exact: ExactSlices | None = None
-    ddp: WrappedModel | None = None
+    fills_empty: bool = True
+    """Whether a slice without samples has a backward pass all the same, because the other workers wait for it."""
+    bits_depend_on_world_size: bool = True
+    """Whether another number of workers gives other bits."""
+    non_finite: Collection[str] = ()
+    """The parameters and buffers that are known not to have had finite summands in the step that was finished last:
+    the same on every rank. What is not known here shows in the gradients."""
+
+    def __init__(self, model: nn.Module, reason: str) -> None:
+        """`model` is on its device; `reason` says in a line why this strategy was chosen."""
+        self.model = model
+        """The bare model: its names are those of the checkpoint."""
+        self.reason = reason
+
+    def check_modules(self) -> None:
+        """Raise ConfigurationError if a module of the model can never be trained in this way."""
+
+    def follow_unfreezing(self) -> bool:
+        """Take notice of parameters that were frozen or unfrozen since the last step.
+
+        Returns whether a step must be rehearsed before the next one. Every rank must call it.
+        """
+        return False
 
     def open_slice(self) -> None:
-        """Called before the first micro-batch of a slice."""
-        if self.exact is not None:
-            self.exact.open()
-        if self.ddp is not None:
-            self.ddp.share_odd_()
+        """To be called before the first micro-batch of a slice."""
+
+    def loss(
+        self,
+        compute: Callable[[nn.Module, Any], torch.Tensor],
+        batch: Any,
+        *,
+        num_samples: int,
+        is_last: bool = True,
+    ) -> torch.Tensor:
+        """`compute(model, batch)`, a sum over the batch's `num_samples` samples, in such a way that gradients meet.
+
+        `compute` may call any method of the model, any number of times. Gradients are exchanged in the backward pass of
+        the last micro-batch of a slice (`is_last`). Every rank must call it equally often.
+        """
+        return compute(self.model, batch)
 
     def close_slice(self, slice_index: int) -> None:
-        """Called after the last micro-batch of a slice."""
-        if self.exact is not None:
-            self.exact.close(slice_index)
+        """To be called after the backward pass of a slice's last micro-batch."""
 
-    def finish_step(self, global_size: int, step: int = 0) -> None:
-        """Called after the last slice of a step: now the gradients are the global batch's. Every rank must call it.
+    def finish_step(self, global_size: int, step: int) -> None:
+        """To be called after the last slice of a step: now the gradients are the global batch's, of `global_size`.
 
-        Raises ConfigurationError, on this rank only, if the model left parameters without a gradient that the other
-        workers wait for. `step` counts the steps done before.
+        `step` counts the steps done before. Every rank must call it. Raises ConfigurationError, on this rank only, if
+        the model left parameters without a gradient that the other workers wait for.
         """
-        if self.exact is not None:
-            self.exact.finish(min(global_size, self.num_slices))
-        if self.ddp is not None:
-            self.ddp.finish_backward(f"in step {step + 1}")
 
-    def backward_of(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """The context for one micro-batch: gradients travel once per step, with the last one."""
-        return nullcontext() if is_last else self.without_sync()
+    def rehearse(self, loss: torch.Tensor) -> None:
+        """Do with the loss of a step that is not made whatever the bits of the steps after it depend on.
+
+        Every rank must call it. Raises as `finish_step` does.
+        """
+
+    def sum_finite_parts(self, scale: float) -> None:
+        """Put the sum of their finite summands in the place of the gradients that `non_finite` names.
+
+        `scale` is what the loss was multiplied by: the sums are divided by it. Every rank must call it.
+        """
 
     def share_buffers_(self) -> None:
         """Replace every worker's buffers (BatchNorm's statistics) by rank 0's. Every rank must call it."""
-        if self.exact is not None:
-            return  # they are the same already
-        for buffer in self.model.buffers():
-            if buffer.layout == torch.strided:  # sparse ones are constant, see WrappedModel
-                broadcast_(buffer)
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, by the key in state.json; it takes part in the bits of the steps to come."""
+        return {}
 
-def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_batchnorm: bool = False) -> Parallel:
-    """Choose how gradients meet, and wrap `model`, which is on the world's device already.
+    def load_state(self, state: Mapping[str, Any], where: str) -> None:
+        """Put back what `state` gave; `state` is all that a checkpoint's state.json holds, `where` its path.
 
-    Raises ConfigurationError if the strategy of the recipe does not fit this world. Every rank must call it.
-    """
-    if recipe.exact:
-        exact = ExactSlices(model, world, recipe.slices)
-        reason = f"exact mode: {recipe.slices} slices, the same bits with 1 to {recipe.slices} workers"
-        return Parallel("exact", reason, model, model, slices=exact.slices, num_slices=recipe.slices, exact=exact)
-    strategy, reason = choose_strategy(recipe.strategy, world.size, _visible_gpus(world.device))
-    if sync_batchnorm and world.size > 1:
-        model = convert_sync_batchnorm(model, world.device)
-    if strategy == "ddp":
-        ddp = WrappedModel(model, world, find_unused=recipe.find_unused_parameters)
-        # DDP divides the summed gradients by the number of workers; our losses are shares of the global mean already.
-        return Parallel(
-            "ddp",
-            reason,
-            model,
-            ddp,
-            loss_scale=float(world.size),
-            without_sync=ddp.no_sync,
-            slices=range(world.rank, world.rank + 1),
-            num_slices=world.size,
-            ddp=ddp,
-        )
-    if strategy == "dp":
-        return Parallel("dp", reason, model, DataParallel(model))
-    return Parallel("none", reason, model, model)
+        Raises ConfigurationError if it does not fit the model.
+        """
 
+    @property
+    def cut_by(self) -> str:
+        """What decides into how many slices a step is cut, in words."""
+        return f"{self.num_slices} worker{'s' if self.num_slices > 1 else ''}"
 
-def choose_strategy(wanted: str, num_workers: int, num_gpus: int) -> tuple[str, str]:
-    """The strategy ("ddp", "dp" or "none") and the reason for it; `num_gpus` are those that this process sees.
+    slice_word: ClassVar[str] = "share"
+    """What a slice is called in messages."""
 
-    Raises ConfigurationError for a strategy that cannot train with so many workers.
-    """
-    if num_workers > 1 and wanted in ("dp", "none"):
-        raise ConfigurationError(
-            f"parallel.strategy = '{wanted}' is for one process, and {num_workers} workers were started: "
-            "use 'auto' or 'ddp', or start one worker (-n 1)."
-        )
-    if wanted == "ddp" or num_workers > 1:
-        return "ddp", f"DistributedDataParallel: {num_workers} worker{'s' if num_workers > 1 else ''}"
-    if wanted == "dp" or (wanted == "auto" and num_gpus > 1):
-        return "dp", (
-            f"DataParallel: one process drives {num_gpus} GPUs and copies the model at every step; "
-            "`-n gpu` starts a process for each GPU, which is faster"
-            if num_gpus > 1
-            else f"DataParallel over {num_gpus or 'no'} GPU{'' if num_gpus == 1 else 's'}: the same as training alone"
-        )
-    return "none", "one worker, no gradients to share"
-
-
-def _visible_gpus(device: torch.device) -> int:
-    return torch.cuda.device_count() if device.type == "cuda" else 0
+    def larger_slices(self) -> list[str]:
+        """What makes slices larger, in words."""
+        return ["fewer workers"] if self.num_slices > 1 else []

@@ -55,7 +55,7 @@ def tracked(
         "launcher": launched_by(),
         "world_size": job.world.size,
         "num_nodes": job.world.num_nodes,
-        "strategy": job.parallel.name,
+        "strategy": job.strategy.name,
         "host": job.world.host,
     }
     tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)

@@ -28,12 +28,13 @@ from disttrain.data import (
 from disttrain.distributed.collectives import one_per_machine_first
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
-from disttrain.health.nonfinite import FiniteGate
+from disttrain.health.nonfinite import NonFiniteGuard
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
 from disttrain.models import build_model, given_model, made_ready
+from disttrain.parallel.choose import parallelize
 from disttrain.parallel.conditions import environment_fingerprint
-from disttrain.parallel.strategy import Parallel, parallelize
+from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import Recipe
 from disttrain.training.given import Given
 from disttrain.training.groups import parameter_groups
@@ -50,10 +51,10 @@ class Job:
     recipe: Recipe
     world: World
     data: Datasets
-    parallel: Parallel
+    strategy: Strategy
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    finite: FiniteGate
+    non_finite: NonFiniteGuard
     spikes: SpikeGuard
     schedule: Schedule
     loader: Loader
@@ -79,7 +80,7 @@ class Job:
     @property
     def model(self) -> nn.Module:
         """The bare model, whose names are those of the checkpoint."""
-        return self.parallel.model
+        return self.strategy.model
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -133,9 +134,9 @@ class Job:
             "metrics": self.metrics or {},
             "optimizer": self.optimizer_tensors()[1],
             "scaler": self.scaler.state_dict(),
-            "non_finite": self.finite.state(),
+            "non_finite": self.non_finite.state(),
             "recent_losses": self.spikes.recent,
-            "expected_magnitudes": self._expectation(),
+            **self.strategy.state(),
             "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
             "data": describe_data(self.data.train, self.digest),
@@ -143,18 +144,11 @@ class Job:
             "environment_fingerprint": self.environment_fingerprint(),
         }
 
-    def _expectation(self) -> dict[str, float] | None:
-        exact = self.parallel.exact
-        if exact is None or exact.expected is None:
-            return None
-        return dict(zip(exact.summed, exact.expected, strict=True))
-
     def environment_fingerprint(self) -> dict[str, Any]:
         """What the bits of the run depend on besides its recipe."""
         return {
             **environment_fingerprint(self.world.device),
-            # In exact mode the number of workers shows in no bit.
-            **({} if self.parallel.exact is not None else {"workers": self.world.size}),
+            **({"workers": self.world.size} if self.strategy.bits_depend_on_world_size else {}),
         }
 
 
@@ -182,7 +176,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     model = model.to(world.device)
     if recipe.train.compile:
         model.compile()
-    parallel = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
+    strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
     train_sampler = StepSampler(
         len(data.train),
         num_replicas=world.size,
@@ -194,17 +188,17 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     total_steps = recipe.train.epochs * steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
-    optimizer = build_optimizer(recipe.optim, parameter_groups(recipe.optim, parallel.model))
+    optimizer = build_optimizer(recipe.optim, parameter_groups(recipe.optim, strategy.model))
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     autocast = AUTOCAST[recipe.train.precision]
     return Job(
         recipe=recipe,
         world=world,
         data=data,
-        parallel=parallel,
+        strategy=strategy,
         optimizer=optimizer,
         scaler=scaler,
-        finite=FiniteGate(recipe.train, parallel, optimizer, scaler, world, autocast),
+        non_finite=NonFiniteGuard(recipe.train, strategy, optimizer, scaler, world, autocast),
         spikes=SpikeGuard(recipe.train),
         schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
         loader=Loader(
@@ -215,9 +209,9 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
             seed=recipe.train.seed,
             device=world.device,
             training=True,
-            slices=parallel.slices,
-            num_slices=parallel.num_slices,
-            fills_empty=parallel.exact is None,  # DDP needs as many backward passes on every worker
+            slices=strategy.slices,
+            num_slices=strategy.num_slices,
+            fills_empty=strategy.fills_empty,
         ),
         eval_loader=EvalLoader(
             data.test,

@@ -16,7 +16,7 @@ from disttrain.data import StepBatch
 from disttrain.distributed.world import join_world
 from disttrain.errors import DisttrainError, UserCodeError
 from disttrain.faultpoints import reached
-from disttrain.health.nonfinite import marked
+from disttrain.health.nonfinite import Verdict, marked
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import stop_requests
 from disttrain.parallel.conditions import exact_conditions, float32_by_default
@@ -132,34 +132,40 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
     it is the mean over the global batch. Raises DivergedError, on every rank, if a value that is not finite ends the
     run: the step is then not made.
     """
-    settings, parallel = job.recipe.train, job.parallel
-    if parallel.ddp is not None and parallel.ddp.follow_unfreezing():
+    settings, strategy = job.recipe.train, job.strategy
+    if strategy.follow_unfreezing():
         rehearse(job)
     set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
-    job.finite.begin_step()
-    losses = torch.zeros(parallel.num_slices, device=job.world.device)
+    job.non_finite.begin_step()
+
+    def loss_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        images, labels = data
+        return functional.cross_entropy(
+            model(images), labels, reduction="sum", label_smoothing=settings.label_smoothing
+        )
+
+    losses = torch.zeros(strategy.num_slices, device=job.world.device)
     for part in batch.parts:
         if part.opens_slice:
             rng.seed_layers(job.world.device, settings.seed, job.step, part.slice_index)
-            parallel.open_slice()
-        with parallel.backward_of(is_last=part.closes_slice):
-            with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
-                loss = functional.cross_entropy(
-                    parallel.forward(part.images),
-                    part.labels,
-                    reduction="sum",
-                    label_smoothing=settings.label_smoothing,
-                )
-            share = loss / batch.global_size * part.weight
-            job.scaler.scale(marked(share) * parallel.loss_scale).backward()  # type: ignore[no-untyped-call]
-            losses[part.slice_index] += share.detach()
+            strategy.open_slice()
+        data, num_samples = (part.images, part.labels), len(part.samples)
+        with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+            loss = strategy.loss(loss_of, data, num_samples=num_samples, is_last=part.closes_slice)
+        share = loss / batch.global_size * part.weight
+        job.scaler.scale(marked(share) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
+        losses[part.slice_index] += share.detach()
         if part.closes_slice:
-            parallel.close_slice(part.slice_index)
-    parallel.finish_step(batch.global_size, job.step)
+            strategy.close_slice(part.slice_index)
+    strategy.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
-    if job.finite.allows(job.step, batch, losses):
-        if settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parallel.model.parameters(), settings.clip_norm)
-        job.finite.step()
+    verdict = job.non_finite.check(job.step, batch, losses)
+    if verdict is not Verdict.SKIP and settings.clip_norm is not None:
+        nn.utils.clip_grad_norm_(job.model.parameters(), settings.clip_norm)
+    if verdict is Verdict.STEP:
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+    elif verdict is Verdict.STEP_WITHOUT_SCALER:
+        job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     return losses

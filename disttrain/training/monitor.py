@@ -71,7 +71,7 @@ class RunMonitor:
         self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
         if losses is not None and job.spikes.is_on:
             self._look_for_a_spike(losses)
-        incident = job.finite.take_incident()
+        incident = job.non_finite.take_incident()
         if incident is not None:
             self._tell_of(incident)
         self.saver.poll()
@@ -194,8 +194,7 @@ class RunMonitor:
     def evaluate(self) -> None:
         """Evaluate, save a checkpoint that knows the result, and report it. Every rank must call it."""
         job = self.job
-        if job.world.size > 1:
-            job.parallel.share_buffers_()
+        job.strategy.share_buffers_()
         job.progress.at("evaluating", job.step)
         result = evaluate(
             job.model,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from disttrain.checkpoint import Checkpoint, check_complete, optimizer_from_tensors
 from disttrain.checkpoint.handout import hand_out
 from disttrain.distributed.collectives import broadcast_from_main
-from disttrain.distributed.fixed_point import ABSENT
 from disttrain.errors import ConfigurationError, brief
 from disttrain.parallel.conditions import differences
-from disttrain.parallel.exact.slices import ExactSlices
 from disttrain.training.identity import (
     describe_data,
     refuse_other_data,
@@ -43,10 +39,9 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     if state["scaler"]:
         _restore_scaler(job, checkpoint)
     if "non_finite" in state:
-        job.finite.load_state(state["non_finite"])
+        job.non_finite.load_state(state["non_finite"])
     job.spikes.recent = state.get("recent_losses", [])
-    if job.parallel.exact is not None:
-        _restore_expectation(job.parallel.exact, checkpoint)
+    job.strategy.load_state(state, f"{checkpoint.path}/state.json")
     job.step = state["step"]
     job.metrics = state["metrics"] or None
     return differences(state["environment_fingerprint"], job.environment_fingerprint())
@@ -57,21 +52,6 @@ def _restore_scaler(job: Job, checkpoint: Checkpoint) -> None:
         job.scaler.load_state_dict(checkpoint.state["scaler"])
     except (KeyError, RuntimeError) as error:
         raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {brief(error)}.") from error
-
-
-def _restore_expectation(exact: ExactSlices, checkpoint: Checkpoint) -> None:
-    expected, names = checkpoint.state.get("expected_magnitudes"), exact.summed
-    if expected is None:
-        exact.expected = None
-        return
-    by_name = expected if isinstance(expected, dict) else dict(zip(names, expected, strict=False))  # a list, once
-    bounds = [by_name.get(name, math.nan) for name in names]
-    if len(expected) != len(names) or not all(bound == ABSENT or 0 < bound < math.inf for bound in bounds):
-        raise ConfigurationError(
-            f"{checkpoint.path}/state.json: 'expected_magnitudes' should be {len(names)} bounds, one for each "
-            "parameter and buffer."
-        )
-    exact.expected = bounds
 
 
 def _check_tensors(job: Job, checkpoint: Checkpoint) -> None:

@@ -133,7 +133,7 @@ def _session_in(
         checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
         if not job.is_finished:
             check_model(job)
-        if recipe.parallel.exact and not job.is_finished:
+        if not job.strategy.bits_depend_on_world_size and not job.is_finished:
             for difference in unlike_the_first(gather_objects(job.environment_fingerprint())):
                 console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
             try_exactness(job)
@@ -174,7 +174,7 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
         f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters) on {job.data_name} "
         f"({len(data.train):,} training, {len(data.test):,} test samples)"
     )
-    console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.parallel.reason}")
+    console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
     if world.remark:
         console.line(world.remark)
     if is_done:

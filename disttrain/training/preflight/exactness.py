@@ -59,30 +59,6 @@ def try_exactness(job: Job) -> None:
             )
 
 
-def refuse_modules(model: nn.Module) -> None:
-    """Raise ConfigurationError if a module of the model can never be exact."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            raise ConfigurationError(
-                f"{_MODEL}: '{path}' is a SyncBatchNorm, whose sums over workers are not exact: use BatchNorm, which "
-                f"in exact mode has the statistics of each slice, {_OR_FAST}."
-            )
-    refuse_renormalising(model, _OR_FAST)
-
-
-def refuse_renormalising(model: nn.Module, remedy: str) -> None:
-    """Raise ConfigurationError, with a `remedy`, if a module of the model scales its own weight as it looks it up.
-
-    Each of several workers would scale the rows that its samples ask for, and no gradient tells the others.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            raise ConfigurationError(
-                f"{_MODEL}: '{path}' is an {type(module).__name__} with max_norm = {module.max_norm}, which writes to "
-                f"its weight in each forward pass, where each worker sees other samples: leave it out, {remedy}."
-            )
-
-
 def _read_again(job: Job) -> None:
     for split, name in ((job.data.train, "the training set"), (job.data.test, "the test set")):
         changed = unlike_when_read_again(split)

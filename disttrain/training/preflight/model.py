@@ -16,12 +16,7 @@ from disttrain.data import batch_sizes_without_single_samples, smallest_batch, s
 from disttrain.errors import ConfigurationError
 from disttrain.models.buffers import buffers_kept, same_bits
 from disttrain.training.job import Job
-from disttrain.training.preflight.exactness import (
-    generators_kept,
-    named_operators,
-    refuse_modules,
-    refuse_renormalising,
-)
+from disttrain.training.preflight.exactness import generators_kept, named_operators
 
 _log = logging.getLogger("disttrain")
 _NUM_IMAGES = 2  # or one, if training or evaluation will come upon a single one
@@ -33,10 +28,7 @@ def check_model(job: Job) -> None:
     Every rank must call it: a model may have collectives of its own. Raises ConfigurationError if it fails or does not
     return one score per image and class; on every rank alike, unless the ranks' models differ.
     """
-    if job.parallel.exact is not None:
-        refuse_modules(job.model)  # by its name, before it fails for a reason of its own
-    elif job.world.size > 1:
-        refuse_renormalising(job.model, "or start one worker (-n 1)")
+    job.strategy.check_modules()  # by its name, before it fails for a reason of its own
     _try(job, training=False)
     rehearse(job)
 
@@ -54,7 +46,12 @@ def rehearse(job: Job) -> None:
 def _try(job: Job, *, training: bool) -> None:
     num = _num_images(job, training=training)
     images = torch.zeros(num, *job.data.train.sample_shape, device=job.world.device)
-    ddp = job.parallel.ddp if training else None
+
+    def classify(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        scores = model(images)
+        _check_scores(job, scores, len(images), training=training)
+        return functional.cross_entropy(scores, torch.zeros(len(images), dtype=torch.int64, device=images.device))
+
     job.model.train(training)
     try:
         with (
@@ -67,12 +64,12 @@ def _try(job: Job, *, training: bool) -> None:
         ):
             rng.seed_layers(job.world.device, 0, 0, 0)  # on all ranks alike
             with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
-                scores = (ddp or job.model)(images)
-                _check_scores(job, scores, num, training=training)
-                loss = functional.cross_entropy(scores, torch.zeros(num, dtype=torch.int64, device=images.device))
-            if ddp is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
-                ddp.finish_backward("when it is tried before training")
+                if training:
+                    loss = job.strategy.loss(classify, images, num_samples=num)
+                else:
+                    classify(job.model, images)
+            if training:
+                job.strategy.rehearse(loss)
     except ConfigurationError:
         raise
     except Exception as error:
@@ -115,7 +112,7 @@ def _num_images(job: Job, *, training: bool) -> int:
 
 def _sizes(job: Job) -> tuple[int, int, int, int]:
     recipe = job.recipe
-    return len(job.data.train), recipe.data.batch_size, job.parallel.num_slices, recipe.train.accumulate
+    return len(job.data.train), recipe.data.batch_size, job.strategy.num_slices, recipe.train.accumulate
 
 
 def _why_one(job: Job, *, training: bool) -> str:
@@ -126,17 +123,14 @@ def _why_one(job: Job, *, training: bool) -> str:
             f"So small is the last of the batches of train.eval_batch_size = {recipe.train.eval_batch_size} that the "
             f"{len(job.data.test):,} test samples are evaluated in: choose another size. "
         )
-    exact, num_slices = job.parallel.exact is not None, job.parallel.num_slices
-    slices = f"parallel.slices = {num_slices}" if exact else f"{num_slices} worker{'s' if num_slices > 1 else ''}"
     others = batch_sizes_without_single_samples(*_sizes(job))
     such_as = f" such as {' or '.join(map(str, others))}" if others else " with a larger last batch"
-    part = "slice" if exact else "share"
-    fewer = ", fewer slices" if exact else ", fewer workers" if num_slices > 1 else ""
-    micro = ", a smaller train.accumulate" if recipe.train.accumulate > 1 else ""
+    micro = ["a smaller train.accumulate"] if recipe.train.accumulate > 1 else []
+    remedies = "".join(f", or {remedy}" for remedy in [*micro, *job.strategy.larger_slices()])
     return (
-        f"With {len(job.data.train):,} training samples, data.batch_size = {recipe.data.batch_size}, {slices} and "
-        f"train.accumulate = {recipe.train.accumulate} some {part} has a single sample: choose a batch size"
-        f"{such_as}{fewer}{micro}{', or set parallel.exact = false' if exact else ''}. "
+        f"With {len(job.data.train):,} training samples, data.batch_size = {recipe.data.batch_size}, "
+        f"{job.strategy.cut_by} and train.accumulate = {recipe.train.accumulate} some {job.strategy.slice_word} has a "
+        f"single sample: choose a batch size{such_as}{remedies}. "
     )
 
 

@@ -20,10 +20,10 @@ from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.data import Loader, MemorySplit, StepSampler
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
+from disttrain.parallel.choose import parallelize
 from disttrain.parallel.conditions import differences, environment_fingerprint, exact_conditions, unlike_the_first
 from disttrain.parallel.exact import slices as exact
 from disttrain.parallel.exact.slices import ExactSlices, slices_of
-from disttrain.parallel.strategy import parallelize
 from disttrain.recipe import DataRecipe, ParallelRecipe, load_recipe
 from disttrain.testing import run_workers
 from tests.disttrain.parallel.exact_runs import build, outcome, train
@@ -116,30 +116,33 @@ def test_the_gradient_is_the_mean_over_the_global_batch(world_size: int) -> None
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
+    def classify(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
     def gradients() -> list[list[torch.Tensor | None]]:
         with join_world("cpu", threads=1) as world:
-            parallel = parallelize(network(), world, ParallelRecipe(exact=True, slices=5))
+            strategy = parallelize(network(), world, ParallelRecipe(exact=True, slices=5))
             loader = Loader(
                 split,
                 StepSampler(22, num_replicas=world.size, rank=world.rank, seed=3, batch_size=8),
                 DataRecipe(batch_size=8),
                 accumulate=2,
-                slices=parallel.slices,
-                num_slices=parallel.num_slices,
+                slices=strategy.slices,
+                num_slices=strategy.num_slices,
                 fills_empty=False,
             )
             steps = []
             for batch in loader.epoch(0):
                 for part in batch.parts:
                     if part.opens_slice:
-                        parallel.open_slice()
-                    logits = parallel.forward(part.images.double())
-                    (nn.functional.cross_entropy(logits, part.labels, reduction="sum") / batch.global_size).backward()
+                        strategy.open_slice()
+                    loss = strategy.loss(classify, (part.images.double(), part.labels), num_samples=len(part.samples))
+                    (loss / batch.global_size).backward()
                     if part.closes_slice:
-                        parallel.close_slice(part.slice_index)
-                parallel.finish_step(batch.global_size)
-                steps.append([parameter.grad for parameter in parallel.model.parameters()])
-                parallel.model.zero_grad()
+                        strategy.close_slice(part.slice_index)
+                strategy.finish_step(batch.global_size, 0)
+                steps.append([parameter.grad for parameter in strategy.model.parameters()])
+                strategy.model.zero_grad()
             return steps
 
     model, order = network(), StepSampler(22, seed=3, batch_size=8).order(0)

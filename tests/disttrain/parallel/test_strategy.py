@@ -10,7 +10,8 @@ from torch.nn import functional
 from disttrain.data import Loader, MemorySplit, StepSampler
 from disttrain.distributed.world import World, join_world
 from disttrain.errors import ConfigurationError
-from disttrain.parallel.strategy import choose_strategy, parallelize
+from disttrain.parallel.choose import choose_strategy, parallelize
+from disttrain.parallel.ddp import Ddp
 from disttrain.parallel.sync_batchnorm import convert_sync_batchnorm
 from disttrain.recipe import DataRecipe, ParallelRecipe
 from disttrain.testing import run_workers
@@ -30,21 +31,34 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
+def classify(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    images, labels = batch
+    return functional.cross_entropy(model(images), labels, reduction="sum")
+
+
+def total(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    answer: torch.Tensor = model(images).sum()
+    return answer
+
+
 def gradients_of_an_epoch(accumulate: int = 1) -> list[list[torch.Tensor]]:
     """The gradients of each step of one epoch, as this worker sees them."""
     with join_world("cpu", threads=1) as world:
-        parallel = parallelize(network(), world, ParallelRecipe())
+        strategy = parallelize(network(), world, ParallelRecipe())
         sampler = StepSampler(NUM_SAMPLES, num_replicas=world.size, rank=world.rank, seed=3, batch_size=BATCH)
         loader = Loader(split(), sampler, DataRecipe(batch_size=BATCH), accumulate=accumulate, device=world.device)
         steps = []
         for batch in loader.epoch(0):
             for number, part in enumerate(batch.parts, start=1):
-                with parallel.backward_of(is_last=number == len(batch.parts)):
-                    logits = parallel.forward(part.images.double())
-                    loss = functional.cross_entropy(logits, part.labels, reduction="sum")
-                    (loss / batch.global_size * part.weight * parallel.loss_scale).backward()
-            steps.append([parameter.grad.clone() for parameter in parallel.model.parameters()])  # type: ignore[union-attr]
-            parallel.model.zero_grad()
+                loss = strategy.loss(
+                    classify,
+                    (part.images.double(), part.labels),
+                    num_samples=len(part.samples),
+                    is_last=number == len(batch.parts),
+                )
+                (loss / batch.global_size * part.weight * strategy.loss_scale).backward()
+            steps.append([parameter.grad.clone() for parameter in strategy.model.parameters()])  # type: ignore[union-attr]
+            strategy.model.zero_grad()
         return steps
 
 
@@ -78,13 +92,13 @@ def test_more_workers_than_samples() -> None:
         with join_world("cpu", threads=1) as world:
             data = split()
             one = MemorySplit(data.images[:1], data.labels[:1], data.classes, data.mean, data.std)
-            parallel = parallelize(network(), world, ParallelRecipe())
+            strategy = parallelize(network(), world, ParallelRecipe())
             sampler = StepSampler(1, num_replicas=world.size, rank=world.rank, batch_size=4)
             (batch,) = Loader(one, sampler, DataRecipe(batch_size=4), device=world.device).epoch(0)
             (part,) = batch.parts
-            loss = functional.cross_entropy(parallel.forward(part.images.double()), part.labels, reduction="sum")
-            (loss / batch.global_size * part.weight * parallel.loss_scale).backward()
-            gradient = next(parallel.model.parameters()).grad
+            loss = strategy.loss(classify, (part.images.double(), part.labels), num_samples=1)
+            (loss / batch.global_size * part.weight * strategy.loss_scale).backward()
+            gradient = next(strategy.model.parameters()).grad
             assert gradient is not None
             return gradient
 
@@ -125,10 +139,10 @@ def test_data_parallel_trains_like_the_model_alone() -> None:
     world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), host="here")
     images = torch.rand(4, 1, 4, 4, dtype=torch.float64)
     results = []
-    for strategy in ("none", "dp"):
-        parallel = parallelize(network(), world, ParallelRecipe(strategy=strategy))  # type: ignore[arg-type]
-        parallel.forward(images).sum().backward()
-        results.append((next(parallel.model.parameters()).grad, list(parallel.model.state_dict())))
+    for name in ("none", "dp"):
+        strategy = parallelize(network(), world, ParallelRecipe(strategy=name))  # type: ignore[arg-type]
+        strategy.loss(total, images, num_samples=len(images)).backward()
+        results.append((next(strategy.model.parameters()).grad, list(strategy.model.state_dict())))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
 
@@ -170,10 +184,10 @@ def test_accumulation_talks_once_per_step() -> None:
         return future
 
     with join_world("cpu", threads=1) as world:
-        parallel = parallelize(network(), world, ParallelRecipe())
-        assert parallel.ddp is not None
-        parallel.ddp.module.register_comm_hook(None, hook)
+        strategy = parallelize(network(), world, ParallelRecipe())
+        assert isinstance(strategy, Ddp)
+        strategy.module.register_comm_hook(None, hook)
         for number in range(4):
-            with parallel.backward_of(is_last=number == 3):
-                parallel.forward(torch.rand(2, 1, 4, 4, dtype=torch.float64)).sum().backward()
+            images = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+            strategy.loss(total, images, num_samples=2, is_last=number == 3).backward()
     assert calls == 1
