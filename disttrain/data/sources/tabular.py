@@ -1,0 +1,278 @@
+"""Tables: quantities or classes to be predicted from columns of numbers and categories."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from disttrain import rng
+from disttrain.data.dataset import SampleSet, SampleSets
+from disttrain.data.digest import Digest
+from disttrain.data.sources.columns import (
+    columns_from_json,
+    columns_to_json,
+    encode,
+    fit_columns,
+    mean_and_std,
+    parse_numbers,
+    sorted_words,
+    word,
+)
+from disttrain.data.sources.table_file import Table, cells_of, read_table
+from disttrain.errors import ConfigurationError, brief
+from disttrain.recipe import DataRecipe
+from disttrain.recipe.address import expanded
+from disttrain.recipe.table import TableOptions, table_options
+
+_log = logging.getLogger(__name__)
+_SKLEARN = "sklearn:"
+_TABLES = ("breast_cancer", "diabetes", "iris", "wine")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A map-style data set of (features (F,) float32, target): () float32, or int64 for the number of a class."""
+
+    features: torch.Tensor
+    targets: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.features[index], self.targets[index]
+
+    def training_digest(self) -> Digest:
+        """See `disttrain.data.digest`."""
+        return Digest(_sha256(self.targets), f"table:{_sha256(self.features)}")
+
+
+def load_table(data: DataRecipe) -> SampleSets:
+    """The table that `data.options` describe, see `disttrain.recipe.table`, its features standardised.
+
+    The facts of its sets are all that `rows_to_predict` and the task need. Raises ConfigurationError for whatever is
+    wrong with the options or a file, by file, line and column.
+    """
+    try:
+        options = table_options(data.options)
+    except ValueError as error:
+        raise ConfigurationError(f"data.{error}.") from error
+    root = expanded(data.root)
+    if options.file is not None:
+        table = _read(options.file, "file", root, options)
+        train, test = _split(table, options)
+    else:
+        assert options.train_file is not None
+        assert options.test_file is not None
+        train = _read(options.train_file, "train_file", root, options)
+        test = _read(options.test_file, "test_file", root, options)
+    return _sets(train, test, options)
+
+
+def table_sets(
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
+    *,
+    kind: str = "auto",
+    categorical: Collection[str] = (),
+) -> SampleSets:
+    """Arrays as the data set of the task `tabular`: `train` and `test` are each (features, targets).
+
+    Features are an array or tensor (N, F), whose columns are called "0", "1", …, or a DataFrame; targets are (N,).
+    `kind` and `categorical` are as in `disttrain.recipe.table`. Raises ConfigurationError for what does not fit.
+    """
+    try:
+        options = table_options({"file": "", "target": _TARGET, "kind": kind, "categorical": list(categorical)})
+    except ValueError as error:
+        raise ConfigurationError(f"{str(error).removeprefix('options.')}.") from error
+    return _sets(_of_arrays(*train, "the training set"), _of_arrays(*test, "the test set"), options)
+
+
+def rows_to_predict(path: Path, facts: Mapping[str, Any]) -> torch.Tensor:
+    """The features of each row of a file, (N, F) float32, by the `facts` of the set that was trained on.
+
+    It needs the columns of the features and no others, in any order. Raises ConfigurationError for a wrong file.
+    """
+    return encode(read_table(path, **facts["format"]), columns_from_json(facts["columns"]))
+
+
+_TARGET = "target"
+
+
+def _of_arrays(features: Any, targets: Any, name: str) -> Table:
+    if hasattr(features, "columns"):  # a DataFrame of pandas or polars
+        columns = {str(key): cells_of(features[key].to_list()) for key in features.columns}
+    else:
+        array = np.asarray(features)
+        if array.ndim != 2:
+            raise ConfigurationError(f"{name}: features are {array.shape}; give (rows, columns).")
+        columns = {str(number): cells_of(array[:, number].tolist()) for number in range(array.shape[1])}
+    values = np.asarray(targets)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    num_rows = len(next(iter(columns.values()), ()))
+    if values.shape != (num_rows,) or num_rows == 0:
+        raise ConfigurationError(f"{name}: {num_rows} rows of features and targets {values.shape}; give one per row.")
+    if _TARGET in columns:
+        raise ConfigurationError(f"{name}: a column of the features is called {_TARGET!r}; rename it.")
+    return Table({**columns, _TARGET: cells_of(values.tolist())}, name, range(num_rows))
+
+
+def _read(file: str, key: str, root: Path, options: TableOptions) -> Table:
+    if file.startswith(_SKLEARN):
+        return _of_sklearn(file.removeprefix(_SKLEARN), options.target)
+    path = root / expanded(file)
+    if not path.is_file():
+        here = f' There is ./{file}: set data.root = ".".' if Path(file).is_file() else ""
+        raise ConfigurationError(f"data.options.{key}: there is no file {path.absolute()}.{here}")
+    return read_table(path, **_format(options))
+
+
+def _format(options: TableOptions) -> dict[str, Any]:
+    return {"delimiter": options.delimiter, "encoding": options.encoding}
+
+
+def _of_sklearn(name: str, target: str) -> Table:
+    if name not in _TABLES:
+        raise ConfigurationError(
+            f"data.options.file: scikit-learn ships no table {name!r}; it has {', '.join(_TABLES)}."
+        )
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"data.options.file: {_SKLEARN}{name} comes with scikit-learn; pip install scikit-learn."
+        ) from error
+    options = {"scaled": False} if name == "diabetes" else {}
+    loaded = getattr(datasets, f"load_{name}")(**options)
+    names = getattr(loaded, "target_names", None)
+    targets = loaded.target.tolist()
+    columns = {str(key): loaded.data[:, number].tolist() for number, key in enumerate(loaded.feature_names)}
+    columns[target] = targets if names is None else [str(names[value]) for value in targets]
+    return Table(columns, f"{_SKLEARN}{name}", range(1, len(targets) + 1))
+
+
+def _split(table: Table, options: TableOptions) -> tuple[Table, Table]:
+    num_test = max(1, round(len(table) * options.test_fraction))
+    if num_test >= len(table):
+        raise ConfigurationError(
+            f"{table.name}: {len(table)} rows cannot be split into training and test rows "
+            f"(data.options.test_fraction = {options.test_fraction})."
+        )
+    order = rng.permutation(options.seed, 0, len(table)).tolist()
+    return table.rows(sorted(order[num_test:])), table.rows(sorted(order[:num_test]))
+
+
+def _sets(train: Table, test: Table, options: TableOptions) -> SampleSets:
+    columns = fit_columns(train, _chosen(train, options), options.categorical)
+    kind = _kind(train, options)
+    describe, of_target = (_fit_classes if kind == "classification" else _fit_quantity)(train, options.target)
+    facts = {
+        "kind": kind,
+        "target": options.target,
+        "columns": columns_to_json(columns),
+        "num_features": sum(column.num_features for column in columns),
+        "format": _format(options),
+        **describe,
+    }
+    _log.info(
+        "%s: %s rows to train on and %s to test on; %s of %r from %d columns, %d features.",
+        train.name, f"{len(train):,}", f"{len(test):,}", kind, options.target, len(columns), facts["num_features"],
+    )  # fmt: skip
+    train_set, test_set = (
+        SampleSet(Rows(encode(table, columns), of_target(table)), table.name, facts) for table in (train, test)
+    )
+    return SampleSets(train_set, test_set)
+
+
+def _chosen(train: Table, options: TableOptions) -> list[str]:
+    """The names of the columns that features are made of."""
+    train.column(options.target, "data.options.target")
+    for key in ("features", "exclude", "categorical"):
+        for name in getattr(options, key) or ():
+            train.column(name, f"data.options.{key}")
+    wanted = list(train.columns) if options.features is None else options.features
+    if options.features is not None and options.target in options.features:
+        raise ConfigurationError(f"data.options.features: {options.target!r} is the target; leave it out.")
+    chosen = [name for name in wanted if name != options.target and name not in options.exclude]
+    if not chosen:
+        raise ConfigurationError(f"{train.name}: there is no column besides {options.target!r} to predict it from.")
+    return chosen
+
+
+def _kind(train: Table, options: TableOptions) -> str:
+    if options.kind != "auto":
+        return options.kind
+    numbers, strange = parse_numbers(train.column(options.target))
+    is_class = len(strange) * 2 > len(numbers) or (not strange and set(numbers.tolist()) <= {0.0, 1.0})
+    return "classification" if is_class else "regression"
+
+
+def _fit_quantity(train: Table, target: str) -> tuple[dict[str, Any], Any]:
+    def numbers_of(table: Table) -> np.ndarray[Any, np.dtype[np.float64]]:
+        cells = table.column(target)
+        numbers, _ = parse_numbers(cells)
+        for row in np.flatnonzero(np.isnan(numbers)).tolist():
+            shown = brief(repr(str(cells[row])), 40)
+            raise ConfigurationError(
+                f"{table.at(row)}: the target {target!r} is {shown}, not a finite number. Correct or remove the row; "
+                'for classes set data.options.kind = "classification".'
+            )
+        return numbers
+
+    mean, std = mean_and_std(numbers_of(train), f"{train.name}: the target {target!r}")
+    if not std:
+        raise ConfigurationError(
+            f"{train.name}: the target {target!r} is {mean:g} in every training row; there is nothing to learn."
+        )
+
+    def standardised(table: Table) -> torch.Tensor:
+        return torch.from_numpy(((numbers_of(table) - mean) / std).astype(np.float32))
+
+    return {"num_outputs": 1, "target_mean": mean, "target_std": std}, standardised
+
+
+def _fit_classes(train: Table, target: str) -> tuple[dict[str, Any], Any]:
+    def words_of(table: Table) -> list[str]:
+        words = [word(cell) for cell in table.column(target)]
+        for row, one in enumerate(words):
+            if one in ("", "nan"):
+                raise ConfigurationError(f"{table.at(row)}: the target {target!r} is empty; fill in or remove the row.")
+        return words
+
+    classes = sorted_words(set(words_of(train)))
+    if len(classes) < 2:
+        raise ConfigurationError(
+            f"{train.name}: the target {target!r} is {classes[0]!r} in every training row; there is nothing to tell "
+            "apart."
+        )
+    if len(classes) * 2 > len(train) and len(classes) > 2:
+        raise ConfigurationError(
+            f"{train.name}: the target {target!r} has {len(classes):,} classes in {len(train):,} training rows. For a "
+            'quantity set data.options.kind = "regression".'
+        )
+    number_of = {one: number for number, one in enumerate(classes)}
+
+    def numbered(table: Table) -> torch.Tensor:
+        numbers = []
+        for row, one in enumerate(words_of(table)):
+            if one not in number_of:
+                raise ConfigurationError(
+                    f"{table.at(row)}: {brief(repr(one), 40)} is not among the {len(classes)} classes of the training "
+                    "rows."
+                )
+            numbers.append(number_of[one])
+        return torch.tensor(numbers)
+
+    return {"num_outputs": len(classes), "classes": list(classes)}, numbered
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
