@@ -1,53 +1,18 @@
-"""Find the checkpoint that a user means by RUN or CHECKPOINT."""
+"""What a checkpoint says of its run, and its model built again."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, CheckpointStore, check_describes_model, read_checkpoint
-from disttrain.errors import ConfigurationError, UsageError, brief, printable
-from disttrain.layout import MANIFEST, is_checkpoint
+from disttrain.checkpoint import Checkpoint, check_describes_model
+from disttrain.errors import ConfigurationError, brief, printable
 from disttrain.models import build_model
 from disttrain.recipe import KEYS_OF_CODE, Recipe, ask_before_importing, parse_recipe
-from disttrain.recipe.address import is_url
-from disttrain.remote import local_copy
-from disttrain.runs.rundir import CHECKPOINTS, RECIPE, is_run
-
-
-def find_checkpoint(address: str | Path) -> Checkpoint:
-    """The checkpoint at a path or URL, or the newest good one of the run there.
-
-    Raises UsageError if there is neither, ConfigurationError if it, or all of the run, is damaged. Changes nothing
-    on disk.
-    """
-    with local_copy(str(address), checkpoints="newest") as path:
-        found = _find(path)
-        if is_url(address):
-            found = replace(found, path=str(found.path).replace(str(path), str(address).rstrip("/")))
-        return found
-
-
-def _find(path: Path) -> Checkpoint:
-    if is_checkpoint(path):
-        return read_checkpoint(path)
-    if not is_run(path):
-        raise UsageError(_what_is_wrong_with(path))
-    oldest_first = CheckpointStore(path / CHECKPOINTS).paths()
-    for candidate in reversed(oldest_first):
-        try:
-            return read_checkpoint(candidate)
-        except ConfigurationError as error:
-            if candidate == oldest_first[0]:
-                raise
-            print(printable(f"warning: {error} The checkpoint before it is used."), file=sys.stderr)
-    raise UsageError(f"{path} has no good checkpoint yet.")
+from disttrain.remote.find import find_checkpoint as find_checkpoint
 
 
 def recipe_of(
@@ -139,9 +104,3 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
             f"{brief(str(error).splitlines()[-1])}"
         ) from error
     return model
-
-
-def _what_is_wrong_with(path: Path) -> str:
-    if not os.path.exists(path):
-        return f"{brief(path)} does not exist: give a run directory (see `disttrain runs list`) or a checkpoint in it."
-    return f"{path} is neither a run directory (no {RECIPE}) nor a checkpoint (no {MANIFEST})."
