@@ -63,7 +63,7 @@ def turn(job: Job, source: Iterator[StepBatch], steps: int) -> float:
     with exact_conditions(job.recipe):
         began = time.perf_counter()
         for _ in range(steps):
-            float(train_step(job, next(source)).sum())
+            float(train_step(job, next(source)).losses.sum())
             job.step += 1
         return (time.perf_counter() - began) / steps
 

@@ -44,6 +44,20 @@ from disttrain.training.optim import Schedule, build_optimizer
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step came to.
+
+    `losses`: each slice's share of the loss, (num_slices,), zero for other workers' slices; summed over slices and
+    ranks, it is the mean over the global batch. `grad_norm`: the 2-norm of the global batch's gradient, () on the
+    device, before it is clipped, the same on every rank (and in exact mode at every world size, since the gradient is);
+    None unless the step is logged or gradients are clipped, and for a step that was skipped.
+    """
+
+    losses: torch.Tensor
+    grad_norm: torch.Tensor | None
+
+
 @dataclass
 class Job:
     """What one worker trains with. `step` counts the steps done, over all epochs; `metrics` were measured there."""
@@ -109,6 +123,10 @@ class Job:
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         at_epoch = rest == 0 and epoch > 0 and epoch % self.recipe.train.eval_every_epochs == 0
         return (at_end or at_epoch) and self.metrics is None
+
+    def is_logged(self, step: int) -> bool:
+        """Whether metrics are logged once `step` steps are done."""
+        return step == self.total_steps or step % self.recipe.train.log_every_steps == 0
 
     def close(self) -> None:
         """Dismiss the processes that read data."""

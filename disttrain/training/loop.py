@@ -23,7 +23,7 @@ from disttrain.parallel.conditions import exact_conditions, float32_by_default
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for
 from disttrain.task import Task
 from disttrain.training.given import Given
-from disttrain.training.job import Job
+from disttrain.training.job import Job, StepResult
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rate
 from disttrain.training.preflight.model import rehearse
@@ -109,9 +109,9 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
         with monitor.epoch():
             for batch in _batches(job):
                 reached("step", step=job.step)
-                losses = None if job.step in job.spikes.skipped else train_step(job, batch)
+                result = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
-                monitor.after_step(losses, batch.global_size)
+                monitor.after_step(result, batch.global_size)
                 if job.step >= job.total_steps:
                     break
 
@@ -125,12 +125,10 @@ def _batches(job: Job) -> Iterator[StepBatch]:
         job.progress.at("loading data", job.step)
 
 
-def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
+def train_step(job: Job, batch: StepBatch) -> StepResult:
     """One step of the optimizer on this worker's share of the global batch; every rank must call it.
 
-    Returns each slice's share of the loss, (num_slices,), zero for other workers' slices: summed over slices and ranks,
-    it is the mean over the global batch. Raises DivergedError, on every rank, if a value that is not finite ends the
-    run: the step is then not made.
+    Raises DivergedError, on every rank, if a value that is not finite ends the run: the step is then not made.
     """
     settings, strategy = job.recipe.train, job.strategy
     if strategy.follow_unfreezing():
@@ -160,12 +158,15 @@ def train_step(job: Job, batch: StepBatch) -> torch.Tensor:
     strategy.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
     verdict = job.non_finite.check(job.step, batch, losses)
+    grad_norm = None
     if verdict is not Verdict.SKIP and settings.clip_norm is not None:
-        nn.utils.clip_grad_norm_(job.model.parameters(), settings.clip_norm)
+        grad_norm = nn.utils.clip_grad_norm_(job.model.parameters(), settings.clip_norm)
+    elif verdict is not Verdict.SKIP and job.is_logged(job.step + 1):
+        grad_norm = nn.utils.get_total_norm([one.grad for one in job.model.parameters() if one.grad is not None])
     if verdict is Verdict.STEP:
         job.scaler.step(job.optimizer)
         job.scaler.update()
     elif verdict is Verdict.STEP_WITHOUT_SCALER:
         job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    return losses
+    return StepResult(losses, grad_norm)

@@ -22,7 +22,7 @@ from disttrain.runs.rundir import EVALUATION, resume_command, write_evaluation
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 from disttrain.training.evaluate import Evaluation, evaluate
-from disttrain.training.job import Job
+from disttrain.training.job import Job, StepResult
 from disttrain.training.saver import Saver
 
 
@@ -53,11 +53,8 @@ class RunMonitor:
         self._pace = ""
         self._has_warned = False  # that evaluation.json cannot be written
 
-    def after_step(self, losses: torch.Tensor | None, global_size: int) -> None:
-        """Log, save or stop as due after the step just made.
-
-        `losses`, (num_slices,), are each slice's share of its mean loss, zero for the slices of other workers; None for
-        a step that was left out.
+    def after_step(self, result: StepResult | None, global_size: int) -> None:
+        """Log, save or stop as due after the step just made; `result` is None for a step that was left out.
 
         Every rank must call it. Raises StoppedError once all ranks have agreed to stop and the checkpoint is saved,
         RolledBack if the loss is a spike, DivergedError if there were too many.
@@ -65,12 +62,11 @@ class RunMonitor:
         job, recipe = self.job, self.job.recipe
         self._samples_since_log += global_size
         # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
-        is_last = job.step == job.total_steps
-        if losses is not None and (is_last or job.step % recipe.train.log_every_steps == 0):
-            self._log(losses)
+        if result is not None and job.is_logged(job.step):
+            self._log(result.losses)
         self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
-        if losses is not None and job.spikes.is_on:
-            self._look_for_a_spike(losses)
+        if result is not None and job.spikes.is_on:
+            self._look_for_a_spike(result.losses)
         incident = job.non_finite.take_incident()
         if incident is not None:
             self._tell_of(incident)
