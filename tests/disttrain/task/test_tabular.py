@@ -1,0 +1,103 @@
+"""Regression and classification of a table's rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from disttrain.data import SampleSets
+from disttrain.data.sources.tabular import table_sets
+from disttrain.errors import ConfigurationError
+from disttrain.models.mlp import Mlp
+from disttrain.task.tabular import Tabular
+
+
+def people(kind: str) -> SampleSets:
+    """70 rows to train on and 31 to test on, of three columns; the target is far from 0 and from unit variance."""
+    generator = np.random.default_rng(0)
+    features = generator.normal(50, 20, (101, 3))
+    quantity = features @ [3.0, -2.0, 0.5] + generator.normal(400, 30, 101)
+    targets = quantity if kind == "regression" else np.array(["low", "mid", "top"])[np.digitize(quantity, [430, 500])]
+    return table_sets((features[:70], targets[:70]), (features[70:], targets[70:]))
+
+
+def whole(samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return samples.dataset.features, samples.dataset.targets
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_the_losses_of_uneven_parts_add_up_to_the_whole_sets(kind: str) -> None:
+    sets = people(kind)
+    task = Tabular(sets.train)
+    torch.manual_seed(0)
+    model = Mlp(3, sets.train.facts["num_outputs"], widths=(8,)).double()
+    features, targets = whole(sets.train)
+    features = features.double()
+
+    def gradient(*sizes: int) -> torch.Tensor:
+        model.zero_grad()
+        for part in zip(features.split(sizes), targets.split(sizes), strict=True):
+            task.loss(model, part).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    alone = gradient(70)
+    for sizes in ((35, 35), (1, 69), (24, 23, 23), (5, 60, 3, 2)):
+        assert (gradient(*sizes) - alone).abs().max() < 1e-12 * alone.abs().max()
+
+
+def test_the_metrics_of_a_quantity_are_in_its_own_units() -> None:
+    sets = people("regression")
+    task = Tabular(sets.train)
+    assert task.best == ("rmse", "min")
+    torch.manual_seed(0)
+    model = Mlp(**task.model_arguments(sets.train), widths=(8,)).eval()
+    with torch.no_grad():
+        sums = task.score(model, whole(sets.test))
+        answers = np.array(task.predict(model, sets.test.dataset.features))
+    facts = sets.train.facts
+    truth = sets.test.dataset.targets.double().numpy() * facts["target_std"] + facts["target_mean"]
+    errors = answers - truth
+    metrics = task.metrics(sums, len(sets.test))
+    assert metrics["rmse"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-5)
+    assert metrics["mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-5)
+    assert metrics["r2"] == pytest.approx(1 - (errors**2).sum() / ((truth - truth.mean()) ** 2).sum(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx((errors**2).mean() / facts["target_std"] ** 2, rel=1e-5)
+    assert 300 < truth.mean() < 700
+
+
+def test_targets_that_are_all_alike_have_no_r2() -> None:
+    sets = people("regression")
+    task = Tabular(sets.train)
+    model = Mlp(3, 1, widths=()).requires_grad_(False)
+    features = sets.test.dataset.features
+    assert set(task.metrics(task.score(model, (features, torch.ones(31))), 31)) == {"loss", "rmse", "mae"}
+
+
+def test_a_class_is_predicted_with_the_probability_of_each() -> None:
+    sets = people("classification")
+    task = Tabular(sets.train)
+    assert task.best == ("accuracy", "max")
+    assert task.model_arguments(sets.train) == {"num_features": 3, "num_outputs": 3, "num_classes": 3}
+    torch.manual_seed(0)
+    model = Mlp(3, 3).eval()
+    features, targets = whole(sets.test)
+    with torch.no_grad():
+        answers = task.predict(model, features)
+        metrics = task.metrics(task.score(model, (features, targets)), 31)
+    assert all(list(answer) == ["low", "mid", "top"] for answer in answers)
+    assert all(sum(answer.values()) == pytest.approx(1) for answer in answers)
+    likeliest = [max(answer, key=lambda one: answer[one]) for answer in answers]
+    hits = [guess == task.classes[target] for guess, target in zip(likeliest, targets.tolist(), strict=True)]
+    assert metrics["accuracy"] == pytest.approx(sum(hits) / 31)
+
+
+def test_what_is_no_table_and_a_model_of_another_shape_are_refused() -> None:
+    sets = people("regression")
+    with pytest.raises(ConfigurationError, match=r'the training set is no table\. Set data\.dataset = "table"'):
+        Tabular([(torch.zeros(3), torch.zeros(()))])
+    with pytest.raises(ConfigurationError, match=r"the model gives \(70,\) for 70 rows; it should give \(70, 1\)"):
+        Tabular(sets.train).loss(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), whole(sets.train))
