@@ -39,12 +39,15 @@ atexit.register(finished)
 _LAUNCHER = """
 import json, sys
 from pathlib import Path
+from disttrain.distributed import suspended
+from disttrain_launch.local import workers
 from disttrain_launch.local.group import WorkerGroup
-from disttrain_launch.local.workers import run_workers
 from disttrain_launch.restarts import Restarts
-size, log_dir, grace_s, max_restarts = json.loads(sys.argv[1])
+size, log_dir, grace_s, max_restarts, to_report_s = json.loads(sys.argv[1])
+workers._TO_REPORT_S = to_report_s
+suspended.LOOK_EVERY_S = workers.LOOK_EVERY_S = 0.5
 group = WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s)
-run_workers(group, Restarts(max_restarts, Path("run")))
+workers.run_workers(group, Restarts(max_restarts, Path("run")))
 """
 
 
@@ -110,11 +113,12 @@ def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
         grace_s: float = 5.0,
         prefix: tuple[str, ...] = (),
         max_restarts: int = 0,
+        to_report_s: float = 2.0,
     ) -> Launcher:
         (tmp_path / "worker.py").write_text(_PREAMBLE + dedent(code))
         (tmp_path / "tmp").mkdir()
         (tmp_path / "logs").mkdir()
-        request = json.dumps([size, str(tmp_path / "logs") if logs else None, grace_s, max_restarts])
+        request = json.dumps([size, str(tmp_path / "logs") if logs else None, grace_s, max_restarts, to_report_s])
         mark = uuid.uuid4().hex
         process = subprocess.Popen(
             [*prefix, sys.executable, "-c", _LAUNCHER, request],

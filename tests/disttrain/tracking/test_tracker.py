@@ -143,7 +143,7 @@ def test_a_server_killed_and_revived_gets_everything(server: Any, run_dir: Path,
 def test_the_charts_do_not_wait_for_a_server_that_takes_all_the_time_there_is(
     run_dir: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -155,7 +155,7 @@ def test_the_charts_do_not_wait_for_a_server_that_takes_all_the_time_there_is(
             return bool(said)
 
         wait_until(warned)
-        assert tracker.finish("FINISHED", timeout_s=9)  # less than the two attempts at the end take
+        assert tracker.finish("FINISHED", timeout_s=3)  # less than the two attempts at the end take
     assert (run_dir / "charts" / "learning_curves.png").is_file()
 
 

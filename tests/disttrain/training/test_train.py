@@ -7,8 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -27,7 +25,7 @@ from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.recipe import DataRecipe, load_recipe
 from disttrain.rng import permutation
 from disttrain.runs.rundir import resume_command
-from disttrain.testing import run_workers
+from disttrain.testing import run_workers, workers
 from disttrain.training.evaluate import evaluate
 from disttrain.training.loop import Result
 
@@ -275,20 +273,17 @@ def test_a_recipe_that_was_refused_can_be_corrected_in_its_place(tmp_path: Path)
 
 def test_two_jobs_never_write_to_one_run(tmp_path: Path) -> None:
     """The second is refused while the first trains, and the first is not disturbed."""
-    script = "import sys; from tests.disttrain.training.test_train import *; train(Path(sys.argv[1]), *ENDLESS)"
-    first = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 240
+    with workers(1, process_group=False, check_collectives=False, timeout_s=480) as group:
+        first = threading.Thread(target=group.attempt, args=(train, tmp_path, *ENDLESS))
+        first.start()
         while not (tmp_path / "journal.jsonl").exists():
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with pytest.raises(ConfigurationError, match=rf"in use: process {first.pid} on"):
+            assert first.is_alive()
+            time.sleep(0.02)
+        with pytest.raises(ConfigurationError, match=rf"in use: process {group.pids[0]} on"):
             train(tmp_path)
-        assert first.poll() is None
-    finally:
-        first.kill()
-        first.wait()
+        assert first.is_alive()
+        os.kill(group.pids[0], signal.SIGKILL)
+        first.join()
     paths = CheckpointStore(tmp_path / "checkpoints").paths()
     next_step = 1 + (int(paths[-1].name.removeprefix("step-")) if paths else 0)
     train(tmp_path, *ENDLESS, f"train.max_steps={next_step}")  # the dead one does not keep it

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from disttrain_launch.cli import main
+from disttrain_launch.kubernetes import follow as following
 from disttrain_launch.kubernetes.client import Cluster
 from disttrain_launch.kubernetes.follow import follow
 from tests.launch.kubernetes.fake_cluster import FakeCluster, fake_cluster
@@ -94,6 +95,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     """A user with a kubeconfig for a cluster that is theirs."""
     (tmp_path / "stand-in.sh").write_text(_STAND_IN)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(following, "_POLL_S", 0.1)
     with fake_cluster(tmp_path, program=["sh", str(tmp_path / "stand-in.sh")]) as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
         yield Desk(cluster)

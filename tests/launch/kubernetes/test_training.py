@@ -66,6 +66,16 @@ def reference(desk: Desk) -> tuple[int, str, str]:
     return weights(alone)
 
 
+def test_what_is_rendered_trains_and_its_end_is_seen(real: Desk) -> None:
+    real.submit(*RECIPE, "-o", "train.max_steps=3", nodes="1")
+    end(real.follow())
+    assert real.exit_code == 0, real.lines
+    assert real.said[-1] == "complete"
+    assert any("accuracy" in line for line in real.lines)
+    assert weights(real.run_dir)[0] == 3
+
+
+@pytest.mark.long
 def test_two_nodes_train_one_is_killed_and_the_bits_are_the_same(real: Desk) -> None:
     follower = submitted(real)
     real.cluster.wait("a checkpoint", lambda: checkpoints(real) >= 1, 300)

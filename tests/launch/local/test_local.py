@@ -78,7 +78,7 @@ def test_logs_of_an_earlier_start_are_kept(start_launcher: StartLauncher, tmp_pa
 
 @pytest.mark.parametrize("code", [1, 2, 70, 78])
 def test_the_failing_workers_message_and_code_are_passed_on(start_launcher: StartLauncher, code: int) -> None:
-    launcher = start_launcher(f"report('no good', {code}) if rank == 1 else time.sleep(600)", 2)
+    launcher = start_launcher(f"report('no good', {code}) if rank == 1 else time.sleep(600)", 2, to_report_s=0.1)
     assert launcher.end() == (code, "", "disttrain: rank 1 on box: no good\n")
 
 
@@ -151,7 +151,7 @@ def test_a_silent_exit_is_shown_with_its_last_words(start_launcher: StartLaunche
 
 def test_a_worker_that_leaves_with_0_before_it_has_finished_has_failed(start_launcher: StartLauncher) -> None:
     """And the others do not wait for it."""
-    launcher = start_launcher("os._exit(0) if rank == 1 else time.sleep(600)", 2)
+    launcher = start_launcher("os._exit(0) if rank == 1 else time.sleep(600)", 2, to_report_s=0.1)
     assert launcher.end() == (
         1,
         "",
@@ -172,6 +172,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_when_another_fails(start_launch
         """,
         2,
         grace_s=0.5,
+        to_report_s=0.1,
     )
     launcher.wait_for("deaf-0")
     began = time.monotonic()
