@@ -146,6 +146,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recipe": (_is_table, "a table"),
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
     "given": (_list_of(_is_text), "a list of names"),
+    "init": (_table_of(_is_text), "a table of texts"),
     "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
-_OPTIONAL = {"expected_magnitudes", "given", "non_finite", "recent_losses"}  # older checkpoints have none
+_OPTIONAL = {"expected_magnitudes", "given", "init", "non_finite", "recent_losses"}  # older checkpoints have none

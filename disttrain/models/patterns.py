@@ -20,7 +20,12 @@ def matching(patterns: Sequence[str], names: Iterable[str], key: str, *, what: s
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigurationError(f"{key}: no {what} matches {pattern!r}{_hint(pattern, names)}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if matches(name, patterns)]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns matches the name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def listed(names: Sequence[str]) -> str:

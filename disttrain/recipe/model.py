@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.recipe.names import check_dataset, check_model, check_task
 from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
-from disttrain.recipe.section import Count, NoneIfSaid, Positive, Section, WholeNumber
+from disttrain.recipe.section import Count, NoneIfSaid, Patterns, Positive, Section, WholeNumber
 from disttrain.recipe.train import CheckpointRecipe, ScheduleRecipe, TrainRecipe
 
 
@@ -76,6 +76,17 @@ class ModelRecipe(Section):
     sync_batchnorm: bool = Field(
         default=False, description="batch-norm statistics over the global batch, not each worker's"
     )
+    init: Annotated[str | None, NoneIfSaid] = Field(
+        default=None, description="start from the weights of a run, a checkpoint, or a safetensors file or folder"
+    )
+    init_skip: Patterns = Field(default=[], description='tensors that init leaves alone, by patterns: ["head.*"]')
+    freeze: Patterns = Field(default=[], description='parameters that are not trained, by patterns: ["backbone.*"]')
+
+    @model_validator(mode="after")
+    def _something_to_skip_from(self) -> Self:
+        if self.init_skip and self.init is None:
+            raise ValueError("init_skip is set and init is not; say what to start from, or leave it out")
+        return self
 
 
 class ParallelRecipe(Section):

@@ -32,6 +32,7 @@ from disttrain.health.nonfinite import NonFiniteGuard
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
 from disttrain.models import build_model, given_model, made_ready
+from disttrain.models.freeze import freeze, hold_statistics
 from disttrain.parallel.choose import parallelize
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
@@ -79,6 +80,7 @@ class Job:
     metrics: dict[str, float] | None = None
     progress: Progress = field(default_factory=Progress)
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
+    init: dict[str, str] | None = None  # the weights it started from, and their SHA-256
     digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
 
     @property
@@ -159,6 +161,7 @@ class Job:
             "recipe": self.recipe.model_dump(mode="json"),
             "data": describe_data(self.data.train, self.digest),
             "given": sorted(self.given),
+            **({"init": self.init} if self.init is not None else {}),
             "environment_fingerprint": self.environment_fingerprint(),
         }
 
@@ -191,10 +194,12 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         instead = "the model given in place of " if given.model is not None else ""
         raise ConfigurationError(f"{instead}model.name = '{recipe.model.name}': it has no parameters to train.")
+    freeze(model, recipe.model.freeze)
     model = model.to(world.device)
     if recipe.train.compile:
         model.compile()
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
+    hold_statistics(strategy.model, recipe.model.freeze)
     train_sampler = StepSampler(
         len(data.train),
         num_replicas=world.size,

@@ -42,6 +42,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
         job.non_finite.load_state(state["non_finite"])
     job.spikes.recent = state.get("recent_losses", [])
     job.strategy.load_state(state, f"{checkpoint.path}/state.json")
+    job.init = state.get("init")
     job.step = state["step"]
     job.metrics = state["metrics"] or None
     return differences(state["environment_fingerprint"], job.environment_fingerprint())

@@ -40,6 +40,7 @@ from disttrain.terminal.console import Console
 from disttrain.tracking import SystemSampler
 from disttrain.training.conclusion import is_concluded, tracked
 from disttrain.training.given import Given
+from disttrain.training.init import start_from_weights
 from disttrain.training.job import Job, build_job, newest_checkpoint
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.exactness import try_exactness
@@ -130,6 +131,9 @@ def _session_in(
             differences = resume(job, checkpoint)
             for difference in differences if not job.is_finished else []:
                 console.warn(f"the environment has changed since the checkpoint: {difference}; the bits may differ.")
+        elif recipe.model.init is not None:
+            for line in start_from_weights(job):
+                console.line(line)
         checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
         if not job.is_finished:
             check_model(job)
@@ -151,8 +155,10 @@ def _session_in(
             try:
                 if job.is_finished:  # it may have ended without being able to bring all of it to its URL
                     monitor.saver.settle(0)
-                if job.spikes.is_on and not resumed:
-                    monitor.saver.save()  # so that there is something to go back to
+                if job.init is not None and not resumed:
+                    tracker.event("init", **job.init)
+                if (job.spikes.is_on or job.init is not None) and not resumed:
+                    monitor.saver.save()  # something to go back to; what it started from is not read again
                 yield monitor
             finally:
                 progress.at("ending", job.step, patient=True)
@@ -170,8 +176,10 @@ def _session_in(
 def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> None:
     world, data = job.world, job.data
     num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    num_frozen = sum(parameter.numel() for parameter in job.model.parameters() if not parameter.requires_grad)
+    frozen = f", {num_frozen:,} frozen" if num_frozen else ""
     console.line(
-        f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters) on {job.data_name} "
+        f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_name} "
         f"({len(data.train):,} training, {len(data.test):,} test samples)"
     )
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")

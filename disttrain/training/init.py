@@ -1,0 +1,100 @@
+"""Weights to start from: those of a run, a checkpoint or a safetensors file, as far as their names and shapes fit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from disttrain.checkpoint import Checkpoint, weights_sha256
+from disttrain.checkpoint.handout import hand_out, read_by_main
+from disttrain.checkpoint.weights import read_weights
+from disttrain.errors import ConfigurationError, UsageError
+from disttrain.layout import MANIFEST
+from disttrain.models.patterns import listed, matching
+from disttrain.recipe import ModelRecipe
+from disttrain.recipe.address import is_url
+from disttrain.remote.find import find_checkpoint
+from disttrain.runs.rundir import is_run
+from disttrain.training.job import Job
+
+_log = logging.getLogger("disttrain")
+
+
+def start_from_weights(job: Job) -> list[str]:
+    """Give the model the weights that `model.init` names; return the report, a line each, for the console.
+
+    Every rank must call it; rank 0 reads. The log has every name. Raises ConfigurationError if nothing can be read or
+    nothing fits, and for a shape that does not, unless `model.init_skip` matches its name.
+    """
+    found = read_by_main(job.world, lambda: _fitting(job.model, job.recipe.model))
+    job.init = found.state["init"]
+    weights = hand_out(job.world, found.model, job.model.state_dict())
+    job.model.load_state_dict(weights, strict=False)
+    lines: list[str] = found.state["lines"]
+    return lines
+
+
+def _fitting(model: nn.Module, recipe: ModelRecipe) -> Checkpoint:
+    """Those of the weights that the model takes, with the report and what a checkpoint says of it."""
+    assert recipe.init is not None
+    source, weights = _read(recipe.init)
+    here = model.state_dict()
+    skipped = set(matching(recipe.init_skip, {**here, **weights}, "model.init_skip", what="tensor"))
+    wanted = {name: tensor for name, tensor in here.items() if name not in skipped}
+    fitting = {name: tensor for name, tensor in weights.items() if name in wanted}
+    if not fitting:
+        raise ConfigurationError(
+            f"model.init: none of the names in {source} is one of the model's: it has {listed(list(weights))}; the "
+            f"model has {listed(list(here))}."
+        )
+    unlike = [name for name in wanted if name in fitting and fitting[name].shape != wanted[name].shape]
+    if unlike:
+        name, rest = unlike[0], len(unlike) - 1
+        raise ConfigurationError(
+            f"model.init: '{name}' is {tuple(fitting[name].shape)} in {source}, and the model has "
+            f"{tuple(wanted[name].shape)}{f' ({rest} more differ)' if rest else ''}; model.init_skip = "
+            f'["{_module_of(name)}"] leaves it as the model\'s constructor made it.'
+        )
+    missing = _not_loaded(wanted, fitting)
+    unexpected = [name for name in weights if name not in here]
+    lines = [f"starting from {source}: {len(fitting)} of {len(here)} tensors"]
+    for what, names in (
+        ("missing there", missing),
+        ("left as they were (model.init_skip)", sorted(skipped & here.keys())),
+        ("not used", unexpected),
+    ):
+        if names:
+            lines.append(f"  {what}: {listed(names)}")
+            _log.info("model.init: %s: %s", what, ", ".join(names))
+    init = {"source": source, "sha256": weights_sha256(fitting)}
+    return Checkpoint(source, fitting, {}, {"lines": lines, "init": init})
+
+
+def _read(address: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """Where the weights are, and the weights."""
+    try:
+        if is_url(address):
+            checkpoint = find_checkpoint(address)
+        else:
+            path = Path(address).expanduser()
+            if not ((path / MANIFEST).is_file() or is_run(path)):
+                return str(path), read_weights(path)
+            checkpoint = find_checkpoint(path)
+    except (ConfigurationError, UsageError) as error:
+        raise ConfigurationError(f"model.init: {error}") from error
+    return str(checkpoint.path), checkpoint.model
+
+
+def _not_loaded(wanted: dict[str, Any], fitting: dict[str, Any]) -> list[str]:
+    """What keeps the constructor's numbers: a name that shares its memory with one that is loaded does not."""
+    loaded = {wanted[name].data_ptr() for name in fitting}
+    return [name for name, tensor in wanted.items() if name not in fitting and tensor.data_ptr() not in loaded]
+
+
+def _module_of(name: str) -> str:
+    module = name.rpartition(".")[0]
+    return f"{module}.*" if module else name
