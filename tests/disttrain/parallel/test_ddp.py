@@ -1,0 +1,170 @@
+"""However the workers share a batch, and whatever a loss does with the model, the gradient is the global batch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain.data import Loader, MemorySplit, StepSampler
+from disttrain.distributed.collectives import gather_objects
+from disttrain.distributed.world import join_world
+from disttrain.parallel.choose import parallelize
+from disttrain.parallel.ddp import Ddp
+from disttrain.recipe import DataRecipe, ParallelRecipe
+from disttrain.testing import run_workers
+from tests.disttrain.parallel.gradients import (
+    assert_close,
+    classify,
+    gradients_by_hand,
+    gradients_of_an_epoch,
+    network,
+    split,
+    total,
+)
+
+
+@pytest.mark.distributed(world_size=[1, 2, 3, 4], process_group=False)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_gradient_is_the_mean_over_the_global_batch(accumulate: int) -> None:
+    with join_world("cpu", threads=1) as world:
+        strategy = parallelize(network(), world, ParallelRecipe())
+        assert_close(gradients_of_an_epoch(strategy, world, accumulate), gradients_by_hand())
+
+
+def test_more_workers_than_samples() -> None:
+    """A worker without a sample takes part, and weighs nothing."""
+
+    def gradient_of_one_sample() -> torch.Tensor:
+        with join_world("cpu", threads=1) as world:
+            data = split()
+            one = MemorySplit(data.images[:1], data.labels[:1], data.classes, data.mean, data.std)
+            strategy = parallelize(network(), world, ParallelRecipe())
+            sampler = StepSampler(1, num_replicas=world.size, rank=world.rank, batch_size=4)
+            (batch,) = Loader(one, sampler, DataRecipe(batch_size=4), device=world.device).epoch(0)
+            (part,) = batch.parts
+            loss = strategy.loss(classify, (part.images.double(), part.labels), num_samples=1)
+            (loss / batch.global_size * part.weight * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
+            gradient = next(strategy.model.parameters()).grad
+            assert gradient is not None
+            return gradient
+
+    alone, *others = (
+        run_workers(gradient_of_one_sample, size, process_group=False, timeout_s=240)[0] for size in (1, 2, 3)
+    )
+    assert alone.abs().max() > 0
+    for other in others:
+        torch.testing.assert_close(other, alone, rtol=1e-12, atol=1e-14)
+
+
+class Towers(nn.Module):
+    """Several ways in, with state behind one of them; each loss leaves something unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(4, momentum=1.0)
+        self.text = nn.Linear(5, 4)
+        self.head = nn.Linear(4, 2)
+        self.double()
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self.image(images)  # type: ignore[no-any-return]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encode(images))  # type: ignore[no-any-return]
+
+
+def by_methods(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Never calls the model itself: a method, twice, and submodules."""
+    assert isinstance(model, Towers)
+    image, mirrored = model.encode(batch["image"]), model.encode(-batch["image"])
+    return (image * model.text(batch["text"]) + mirrored.tanh()).square().sum()
+
+
+def by_calls(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Calls the model several times, and a method besides."""
+    assert isinstance(model, Towers)
+    consistency = model(batch["image"]) - model(batch["image"].roll(1, dims=1))
+    return consistency.square().sum() + model.encode(batch["image"]).pow(4).sum()
+
+
+LOSSES = {"methods": by_methods, "calls": by_calls}
+
+
+@pytest.mark.distributed(world_size=[2, 3], process_group=False)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_may_call_any_method_of_the_model_any_number_of_times(name: str) -> None:
+    """And what it leaves unused has no gradient, though the model's own forward may use it."""
+    compute: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor] = LOSSES[name]
+    alone, generator = Towers(), torch.Generator().manual_seed(0)
+    with join_world("cpu", threads=1) as world:
+        strategy = parallelize(Towers(), world, ParallelRecipe(find_unused_parameters=True))
+        for step, accumulate in enumerate((1, 2, 1)):
+            batch = {
+                "image": torch.rand(12, 6, dtype=torch.float64, generator=generator),
+                "text": torch.rand(12, 5, dtype=torch.float64, generator=generator),
+            }
+            alone.zero_grad()
+            compute(alone, batch).backward()  # type: ignore[no-untyped-call]
+            strategy.model.zero_grad()
+            for part in range(accumulate):
+                num_parts, mine = world.size * accumulate, world.rank * accumulate + part
+                share = {key: value.tensor_split(num_parts)[mine] for key, value in batch.items()}
+                loss = strategy.loss(compute, share, num_samples=len(share["text"]), is_last=part == accumulate - 1)
+                (loss * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
+            strategy.finish_step(12, step)
+            for (key, expected), found in zip(alone.named_parameters(), strategy.model.parameters(), strict=True):
+                if expected.grad is None:
+                    assert found.grad is None, key
+                else:
+                    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-12, atol=1e-14, msg=key)
+        assert copy.deepcopy(strategy.model).state_dict().keys() == alone.state_dict().keys()
+
+
+@pytest.mark.distributed(world_size=2, process_group=False)
+def test_every_step_starts_from_the_first_ranks_buffers_whichever_module_holds_them(rank: int) -> None:
+    seen = []
+
+    def normalised(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        assert isinstance(model, Towers)
+        assert model.norm.running_mean is not None
+        seen.append(model.norm.running_mean.tolist())
+        outputs = model.norm(model.encode(images)) + model.norm(model.encode(images + 1))
+        return outputs.sum()  # type: ignore[no-any-return]
+
+    with join_world("cpu", threads=1) as world:
+        strategy = parallelize(Towers(), world, ParallelRecipe(find_unused_parameters=True))
+        for step, is_last in enumerate((True, False, True)):  # two steps: the second has two micro-batches
+            images = torch.full((3, 6), float(rank + step), dtype=torch.float64)
+            strategy.loss(normalised, images, num_samples=3, is_last=is_last).backward()  # type: ignore[no-untyped-call]
+        first, second = gather_objects(seen)
+    assert first[0] == second[0] == [0.0] * 4
+    assert first[1] == second[1] != first[0], "the buffers after the first step are rank 0's"
+    assert first[2] != second[2], "within a step each worker goes on with its own"
+
+
+@pytest.mark.distributed(world_size=2, process_group=False)
+def test_accumulation_talks_once_per_step() -> None:
+    """Gradients travel with the last micro-batch only: DDP's hook runs once per bucket and step."""
+    calls = 0
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP wants the types themselves, or none
+        nonlocal calls
+        calls += 1
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    with join_world("cpu", threads=1) as world:
+        strategy = parallelize(network(), world, ParallelRecipe())
+        assert isinstance(strategy, Ddp)
+        strategy.module.register_comm_hook(None, hook)
+        for number in range(4):
+            images = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+            strategy.loss(total, images, num_samples=2, is_last=number == 3).backward()
+    assert calls == 1
