@@ -27,7 +27,7 @@ class DataRecipe(Section):
     """What is learnt from, and how it is cut into batches."""
 
     dataset: Annotated[str, AfterValidator(check_dataset)] = Field(
-        default="digits", description="cifar10, cifar100, folder, digits, synthetic, or package.module:callable"
+        default="digits", description="cifar10, cifar100, folder, digits, text, synthetic, or package.module:callable"
     )
     root: str = Field(default="data", description="the folder that holds the data, or into which it is downloaded")
     verify: bool = Field(default=True, description="check the published md5 sums; false accepts an altered copy")
@@ -49,7 +49,7 @@ class DataRecipe(Section):
         default="auto", description="hold the set as one tensor in memory, or stream it through DataLoader workers"
     )
     workers: WholeNumber = Field(default=2, description="DataLoader workers per training worker, when streaming")
-    options: dict[str, Any] = Field(default={}, description="arguments of synthetic, or of your own callable")
+    options: dict[str, Any] = Field(default={}, description="arguments of text, synthetic, or of your own callable")
 
     @model_validator(mode="after")
     def _mean_and_std_belong_together(self) -> Self:
@@ -61,7 +61,7 @@ class DataRecipe(Section):
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
-        if self.options and self.dataset != "synthetic" and ":" not in self.dataset:
+        if self.options and self.dataset not in ("text", "synthetic") and ":" not in self.dataset:
             raise ValueError(f"options: dataset {self.dataset!r} takes none; leave them out")
         return self
 
@@ -70,7 +70,7 @@ class ModelRecipe(Section):
     """What learns."""
 
     name: Annotated[str, AfterValidator(check_model)] = Field(
-        default="net", description="net, resnet18, torchvision:NAME, timm:NAME, or package.module:callable"
+        default="net", description="net, resnet18, gpt, torchvision:NAME, timm:NAME, or package.module:callable"
     )
     options: dict[str, Any] = Field(default={}, description="further arguments of the model's constructor")
     sync_batchnorm: bool = Field(
