@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from disttrain.recipe.names import check_dataset, check_model, check_task
 from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
 from disttrain.recipe.section import Count, NoneIfSaid, Patterns, Positive, Section, WholeNumber
+from disttrain.recipe.table import table_options
 from disttrain.recipe.train import CheckpointRecipe, ScheduleRecipe, TrainRecipe
 
 
@@ -27,7 +28,8 @@ class DataRecipe(Section):
     """What is learnt from, and how it is cut into batches."""
 
     dataset: Annotated[str, AfterValidator(check_dataset)] = Field(
-        default="digits", description="cifar10, cifar100, folder, digits, text, synthetic, or package.module:callable"
+        default="digits",
+        description="cifar10, cifar100, folder, digits, text, table, synthetic, or package.module:callable",
     )
     root: str = Field(default="data", description="the folder that holds the data, or into which it is downloaded")
     verify: bool = Field(default=True, description="check the published md5 sums; false accepts an altered copy")
@@ -49,7 +51,9 @@ class DataRecipe(Section):
         default="auto", description="hold the set as one tensor in memory, or stream it through DataLoader workers"
     )
     workers: WholeNumber = Field(default=2, description="DataLoader workers per training worker, when streaming")
-    options: dict[str, Any] = Field(default={}, description="arguments of text, synthetic, or of your own callable")
+    options: dict[str, Any] = Field(
+        default={}, description="arguments of text, table, synthetic, or of your own callable"
+    )
 
     @model_validator(mode="after")
     def _mean_and_std_belong_together(self) -> Self:
@@ -61,8 +65,10 @@ class DataRecipe(Section):
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
-        if self.options and self.dataset not in ("text", "synthetic") and ":" not in self.dataset:
+        if self.options and self.dataset not in ("text", "table", "synthetic") and ":" not in self.dataset:
             raise ValueError(f"options: dataset {self.dataset!r} takes none; leave them out")
+        if self.dataset == "table":
+            table_options(self.options)
         return self
 
 
@@ -70,7 +76,7 @@ class ModelRecipe(Section):
     """What learns."""
 
     name: Annotated[str, AfterValidator(check_model)] = Field(
-        default="net", description="net, resnet18, gpt, torchvision:NAME, timm:NAME, or package.module:callable"
+        default="net", description="net, resnet18, gpt, mlp, torchvision:NAME, timm:NAME, or package.module:callable"
     )
     options: dict[str, Any] = Field(default={}, description="further arguments of the model's constructor")
     sync_batchnorm: bool = Field(

@@ -11,8 +11,8 @@ from disttrain.errors import ConfigurationError
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 TASKS = ("image-classification", "language-modeling", "tabular")
-DATASETS = ("cifar10", "cifar100", "folder", "digits", "text", "synthetic")
-MODELS = ("net", "resnet18", "gpt")
+DATASETS = ("cifar10", "cifar100", "folder", "digits", "text", "table", "synthetic")
+MODELS = ("net", "resnet18", "gpt", "mlp")
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
 # These ask for more than a gradient: a closure that computes the loss again, or sparse gradients.

@@ -14,16 +14,21 @@ from torch.nn import functional
 from disttrain.data.sources.tabular import rows_to_predict
 from disttrain.errors import ConfigurationError
 from disttrain.task.base import Task
+from disttrain.task.served_table import ServedTable, example_rows
+from disttrain.task.single_label import SingleLabel
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""features (B, F) float32, and targets (B,): float32 quantities, standardised, or int64 numbers of classes."""
 
 
 class Tabular(Task):
-    """Regression or classification of rows: batches are (features (B, F) float32, targets (B,)).
+    """Regression or classification of rows.
 
     The model gives (B, num_outputs): one standardised quantity, or a score for each class. Which, and all that it takes
     to read a new row, are the facts of a table's training set. Raises ConfigurationError for a set without them.
     """
 
-    name = "tabular"
+    items = "rows"
 
     def __init__(self, train_set: Any) -> None:
         facts = getattr(train_set, "facts", {})
@@ -33,54 +38,77 @@ class Tabular(Task):
                 "sets of arrays by disttrain.data.table_sets(train, test)."
             )
         self.facts: Mapping[str, Any] = facts
-        self.classes: tuple[str, ...] = tuple(facts.get("classes", ()))
-        self.best = ("accuracy", "max") if self.classes else ("rmse", "min")
+        self.labels = SingleLabel(tuple(facts["classes"])) if "classes" in facts else None
+        self.best = ("rmse", "min") if self.labels is None else self.labels.best
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Cross-entropy, or the squared error of the standardised quantity."""
+    def loss(self, model: nn.Module, batch: Rows) -> torch.Tensor:
+        """The summed cross-entropy, or the summed squared error of the standardised quantity."""
+        return self.losses(model, batch).sum()
+
+    def losses(self, model: nn.Module, batch: Rows) -> torch.Tensor:
+        """What `loss` sums, (B,): so that a row that makes it NaN can be named."""
         features, targets = batch
-        return self._loss(self._outputs(model, features), targets)
+        outputs = self._outputs(model, features)
+        if self.labels is not None:
+            return self.labels.losses(outputs, targets, reduction="none")
+        return functional.mse_loss(outputs, targets.to(outputs.dtype), reduction="none")
 
-    def score(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        """The loss, and the confusion matrix or what the errors of a quantity come to."""
+    def score(self, model: nn.Module, batch: Rows) -> dict[str, torch.Tensor]:
+        """The loss, and the confusion matrix or the sums that the errors of a quantity follow from."""
         features, targets = batch
         outputs = self._outputs(model, features).float()
-        sums = {"loss": self._loss(outputs, targets)}
-        if self.classes:
-            num = len(self.classes)
-            pairs = targets * num + outputs.argmax(1)
-            return {**sums, "confusion": torch.bincount(pairs, minlength=num * num).view(num, num)}
+        if self.labels is not None:
+            return self.labels.score(outputs, targets)
         return {
-            **sums,
+            "squared_error": (outputs - targets).square().sum(),
             "absolute_error": (outputs - targets).abs().sum(),
             "target": targets.sum(),
             "squared_target": targets.square().sum(),
         }
 
     def metrics(self, sums: Mapping[str, Any], weight: int) -> dict[str, float]:
-        """Loss and accuracy, or loss, rmse and mae in the target's own units, and r2 where the targets differ."""
-        loss = float(sums["loss"]) / weight
-        if self.classes:
-            return {"loss": loss, "accuracy": float(sums["confusion"].diagonal().sum()) / weight}
+        """Accuracy and loss; or rmse and mae in the target's own units, r2 where targets differ, and loss."""
+        if self.labels is not None:
+            return self.labels.metrics(sums, weight)
+        means = {name: float(one) / weight for name, one in sums.items()}
         unit = self.facts["target_std"]
-        found = {
-            "loss": loss,
-            "rmse": math.sqrt(loss) * unit,
-            "mae": float(sums["absolute_error"]) / weight * unit,
-        }
-        variance = float(sums["squared_target"]) / weight - (float(sums["target"]) / weight) ** 2
-        return {**found, "r2": 1 - loss / variance} if variance > 1e-12 else found
+        found = {"rmse": math.sqrt(means["squared_error"]) * unit, "mae": means["absolute_error"] * unit}
+        variance = means["squared_target"] - means["target"] ** 2
+        if variance > 1e-12:
+            found["r2"] = 1 - means["squared_error"] / variance
+        return {**found, "loss": means["squared_error"]}
 
-    def predict(self, model: nn.Module, batch: Any) -> list[Any]:
-        """For each row the quantity in its own unit, or the probability of each class."""
+    def details(self, sums: Mapping[str, Any], weight: int) -> dict[str, Any]:
+        """Of classes the counts, the share of correct rows in each, and the confusion matrix."""
+        return {"total": weight} if self.labels is None else self.labels.details(sums, weight)
+
+    def headline(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
+        """The accuracy, or the errors."""
+        if self.labels is not None:
+            return self.labels.headline(metrics, details)
+        return super().headline({name: value for name, value in metrics.items() if name != "loss"}, details)
+
+    def report(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
+        """The errors, or the accuracy of each class below that of all."""
+        if self.labels is not None:
+            return self.labels.report(metrics, details)
+        return [f"{super().headline(metrics, details)} ({details['total']} rows)"]
+
+    def predict(self, model: nn.Module, batch: torch.Tensor) -> list[Any]:
+        """For each row of features (B, F) the quantity in its own unit, or the probability of each class."""
         outputs = self._outputs(model, batch).float()
-        if not self.classes:
-            return list((outputs.double().cpu() * self.facts["target_std"] + self.facts["target_mean"]).tolist())
-        return [dict(zip(self.classes, row, strict=True)) for row in outputs.softmax(1).tolist()]
+        if self.labels is None:
+            return list((outputs.cpu().double() * self.facts["target_std"] + self.facts["target_mean"]).tolist())
+        rows = self.labels.probabilities(outputs).tolist()
+        return [dict(zip(self.labels.classes, row, strict=True)) for row in rows]
 
     def read(self, path: str) -> list[torch.Tensor]:
         """The features (F,) of each row of a file; of its columns the target and others may be missing."""
         return list(rows_to_predict(Path(path), self.facts))
+
+    def export(self, model: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]]:
+        """From raw rows, one number for each column, to quantities or probabilities: see ServedTable."""
+        return ServedTable(model, self.facts).eval(), (example_rows(self.facts),)
 
     def describe(self) -> dict[str, Any]:
         """What is predicted."""
@@ -89,7 +117,7 @@ class Tabular(Task):
     def model_arguments(self, train_set: Any) -> dict[str, Any]:
         """`num_features` and `num_outputs`; for classes also `num_classes`."""
         arguments = {"num_features": self.facts["num_features"], "num_outputs": self.facts["num_outputs"]}
-        return {**arguments, "num_classes": len(self.classes)} if self.classes else arguments
+        return arguments if self.labels is None else {**arguments, "num_classes": len(self.labels.classes)}
 
     def _outputs(self, model: nn.Module, features: torch.Tensor) -> torch.Tensor:
         """(B, K) scores, or (B,) quantities. Raises ConfigurationError for a model that gives something else."""
@@ -99,9 +127,4 @@ class Tabular(Task):
                 f"the model gives {tuple(outputs.shape)} for {len(features)} rows; it should give "
                 f"({len(features)}, {self.facts['num_outputs']}), which is (rows, num_outputs)."
             )
-        return outputs if self.classes else outputs.squeeze(1)
-
-    def _loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if self.classes:
-            return functional.cross_entropy(outputs, targets, reduction="sum")
-        return functional.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
+        return outputs.squeeze(1) if self.labels is None else outputs

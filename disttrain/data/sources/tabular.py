@@ -85,7 +85,7 @@ def table_sets(
 ) -> SampleSets:
     """Arrays as the data set of the task `tabular`: `train` and `test` are each (features, targets).
 
-    Features are an array or tensor (N, F), whose columns are called "0", "1", …, or a DataFrame; targets are (N,).
+    Features are an array or tensor (N, F), whose columns are called x0, x1, …, or a DataFrame; targets are (N,).
     `kind` and `categorical` are as in `disttrain.recipe.table`. Raises ConfigurationError for what does not fit.
     """
     try:
@@ -113,7 +113,7 @@ def _of_arrays(features: Any, targets: Any, name: str) -> Table:
         array = np.asarray(features)
         if array.ndim != 2:
             raise ConfigurationError(f"{name}: features are {array.shape}; give (rows, columns).")
-        columns = {str(number): cells_of(array[:, number].tolist()) for number in range(array.shape[1])}
+        columns = {f"x{number}": cells_of(array[:, number].tolist()) for number in range(array.shape[1])}
     values = np.asarray(targets)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]

@@ -138,10 +138,10 @@ def test_the_last_override_counts() -> None:
         ("data.mean=[0.5]", "recipe 'digits': data: mean and std belong together; give both or neither"),
         ("data.options.n=1", "recipe 'digits': data: options: dataset 'digits' takes none; leave them out"),
         ("data.dataset=cifar11", "-o data.dataset: no dataset 'cifar11'; give one of cifar10, cifar100, folder, "
-                                 "digits, text, synthetic or package.module:callable; did you mean cifar10?"),
-        ("model.name=resnet", "-o model.name: no model 'resnet'; give one of net, resnet18, gpt, torchvision:NAME, "
-                              "timm:NAME or package.module:callable; did you mean resnet18?"),
-        ("model.name=torchvision:", "-o model.name: no model 'torchvision:'; give one of net, resnet18, gpt, "
+                                 "digits, text, table, synthetic or package.module:callable; did you mean cifar10?"),
+        ("model.name=resnet", "-o model.name: no model 'resnet'; give one of net, resnet18, gpt, mlp, "
+                              "torchvision:NAME, timm:NAME or package.module:callable; did you mean resnet18?"),
+        ("model.name=torchvision:", "-o model.name: no model 'torchvision:'; give one of net, resnet18, gpt, mlp, "
                                     "torchvision:NAME, timm:NAME or package.module:callable"),
         ("optim.betas=[0.9, 0.99]", "-o optim.betas: is no option of this optimizer; [optim] has name, lr, "
                                     "decay_biases_and_norms, groups, weight_decay, maximize, foreach, fused, "

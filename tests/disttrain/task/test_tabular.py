@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,10 @@ import torch
 from torch import nn
 
 from disttrain.data import SampleSets
-from disttrain.data.sources.tabular import table_sets
+from disttrain.data.sources.tabular import load_table, table_sets
 from disttrain.errors import ConfigurationError
 from disttrain.models.mlp import Mlp
+from disttrain.recipe import DataRecipe
 from disttrain.task.tabular import Tabular
 
 
@@ -74,7 +77,7 @@ def test_targets_that_are_all_alike_have_no_r2() -> None:
     task = Tabular(sets.train)
     model = Mlp(3, 1, widths=()).requires_grad_(False)
     features = sets.test.dataset.features
-    assert set(task.metrics(task.score(model, (features, torch.ones(31))), 31)) == {"loss", "rmse", "mae"}
+    assert set(task.metrics(task.score(model, (features, torch.ones(31))), 31)) == {"rmse", "mae", "loss"}
 
 
 def test_a_class_is_predicted_with_the_probability_of_each() -> None:
@@ -91,7 +94,9 @@ def test_a_class_is_predicted_with_the_probability_of_each() -> None:
     assert all(list(answer) == ["low", "mid", "top"] for answer in answers)
     assert all(sum(answer.values()) == pytest.approx(1) for answer in answers)
     likeliest = [max(answer, key=lambda one: answer[one]) for answer in answers]
-    hits = [guess == task.classes[target] for guess, target in zip(likeliest, targets.tolist(), strict=True)]
+    hits = [
+        guess == sets.train.facts["classes"][target] for guess, target in zip(likeliest, targets.tolist(), strict=True)
+    ]
     assert metrics["accuracy"] == pytest.approx(sum(hits) / 31)
 
 
@@ -101,3 +106,27 @@ def test_what_is_no_table_and_a_model_of_another_shape_are_refused() -> None:
         Tabular([(torch.zeros(3), torch.zeros(()))])
     with pytest.raises(ConfigurationError, match=r"the model gives \(70,\) for 70 rows; it should give \(70, 1\)"):
         Tabular(sets.train).loss(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), whole(sets.train))
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_the_exported_program_takes_raw_rows_and_gives_what_predict_gives(tmp_path: Path, kind: str) -> None:
+    """Numbers among categories, missing ones and unknown ones, and a column that tells nothing."""
+    targets = ["1.5", "2.5", "9", "4"] if kind == "regression" else ["no", "yes", "no", "no"]
+    rows = ["a,1,,7", "b,1,20,7", "a,1,-3.5,8", "c,1,1e6,9"]
+    table = "\n".join(["word,same,number,code,y", *(f"{row},{y}" for row, y in zip(rows, targets, strict=True))])
+    (tmp_path / "t.csv").write_text(table)
+    options = {"train_file": "t.csv", "test_file": "t.csv", "target": "y", "categorical": ["code"]}
+    sets = load_table(DataRecipe.model_construct(root=str(tmp_path), options=options))
+    task = Tabular(sets.train)
+    arguments = task.model_arguments(sets.train)
+    torch.manual_seed(0)
+    model = Mlp(arguments["num_features"], arguments["num_outputs"], widths=(8,)).eval().requires_grad_(False)
+
+    served, (example,) = task.export(model)
+    program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    (tmp_path / "new.csv").write_text("number,code,word,same\n?,8,b,2\n5,1,zebra,1\n-1,9,c,1\n")
+    features = torch.stack(task.read(str(tmp_path / "new.csv")))
+    raw = torch.tensor([[1, 2, math.nan, 1], [9, 1, 5, -1], [2, 1, -1, 2]], dtype=torch.float64)
+    answers = task.predict(model, features)
+    wanted = [[answer] if kind == "regression" else list(answer.values()) for answer in answers]
+    assert program(raw).tolist() == [pytest.approx(row, rel=1e-5) for row in wanted]

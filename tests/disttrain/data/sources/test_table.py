@@ -162,9 +162,9 @@ def test_parquet_and_arrays_give_the_same_as_csv(tmp_path: Path) -> None:
     assert binary.dataset.training_digest() == by_csv.dataset.training_digest()
 
     pair = (torch.tensor([x, code], dtype=torch.float64).T, np.array(y))
-    given = table_sets(pair, pair, categorical=["1"]).train
+    given = table_sets(pair, pair, categorical=["x1"]).train
     assert torch.equal(given.dataset.features, by_csv.dataset.features)
-    assert [column["name"] for column in given.facts["columns"]] == ["0", "1"]
+    assert [column["name"] for column in given.facts["columns"]] == ["x0", "x1"]
     with pytest.raises(ConfigurationError, match=r"^the test set: 2 rows of features and targets \(3,\)"):
         table_sets(pair, (pair[0][:2], y))
     with pytest.raises(ConfigurationError, match=r"^kind: "):

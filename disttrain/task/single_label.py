@@ -1,0 +1,98 @@
+"""One label per sample: cross-entropy, accuracy and the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class SingleLabel:
+    """What is made of a score for each of `classes`, (B, K), and of labels: (B,) int64, or probabilities (B, K).
+
+    With more than `top_k` classes the share of samples whose label is among the `top_k` best is a metric, too; 0 turns
+    it off. A label of probabilities counts as its most probable class in all metrics but the loss.
+    """
+
+    classes: tuple[str, ...]
+    top_k: int = 0
+
+    best: ClassVar[tuple[str, str]] = ("accuracy", "max")
+
+    def losses(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        weight: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "sum",
+    ) -> torch.Tensor:
+        """The cross-entropy, summed or (B,); `weight` (K,) multiplies that of each class."""
+        return functional.cross_entropy(
+            logits, labels, weight=weight, reduction=reduction, label_smoothing=label_smoothing
+        )
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, K), adding up to 1."""
+        return logits.softmax(1)
+
+    def score(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The summed loss, the hits among the best, and `confusion[i, j]`: how many of class i were taken for j."""
+        num_classes = len(self.classes)
+        loss = self.losses(logits.float(), labels)
+        classes = labels if labels.ndim == 1 else labels.argmax(1)
+        pairs = (classes * num_classes + logits.argmax(1)).cpu()  # counting on a GPU has no deterministic kernel
+        confusion = torch.bincount(pairs, minlength=num_classes * num_classes)
+        found = {"loss": loss, "confusion": confusion.view(num_classes, num_classes)}
+        if self._counts_top_k:
+            found["top_k"] = (logits.topk(self.top_k, 1).indices == classes[:, None]).sum()
+        return found
+
+    @property
+    def _counts_top_k(self) -> bool:
+        return 0 < self.top_k < len(self.classes)
+
+    def metrics(self, sums: Mapping[str, Any], weight: int) -> dict[str, float]:
+        """The share of correct samples, 0 to 1, the mean loss of one, and the share with a label among the best."""
+        total = max(1, int(sums["confusion"].sum()))
+        found = {"accuracy": int(sums["confusion"].diagonal().sum()) / total, "loss": float(sums["loss"]) / total}
+        return {**found, f"top{self.top_k}_accuracy": int(sums["top_k"]) / total} if self._counts_top_k else found
+
+    def details(self, sums: Mapping[str, Any], weight: int) -> dict[str, Any]:
+        """Counts, the share of correct ones in each class (None without samples), and the confusion matrix."""
+        confusion = sums["confusion"]
+        hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+        shares = [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
+        return {
+            "classes": list(self.classes),
+            "correct": sum(hits),
+            "total": sum(totals),
+            **self.metrics(sums, weight),
+            "per_class": dict(zip(self.classes, shares, strict=True)),
+            "confusion": confusion.tolist(),
+        }
+
+    def headline(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
+        """The accuracy, with counts and the loss where the details are known."""
+        accuracy = f"accuracy {metrics['accuracy']:.2%}"
+        if not details:
+            return accuracy
+        return f"{accuracy} ({details['correct']} of {details['total']}), loss {metrics['loss']:.4f}"
+
+    def report(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
+        """The accuracy of each class below that of all."""
+        counts = f"({details['correct']} of {details['total']})"
+        width = max(len(name) for name in self.classes)
+        top_k = f", top-{self.top_k} {metrics[f'top{self.top_k}_accuracy']:.2%}" if self._counts_top_k else ""
+        return [
+            f"accuracy {metrics['accuracy']:.2%} {counts}{top_k}, loss {metrics['loss']:.6f}",
+            *(
+                f"  {name:<{width}}  {'no samples' if share is None else f'{share:7.2%}'}"
+                for name, share in details["per_class"].items()
+            ),
+        ]
