@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 SIZES = (1, 1, 2, 2, 3, 4)  # small ones more often: each worker costs its start
 VICTIMS = ("worker", "launcher", "all")
 OVERRIDES = (
-    "model.name=tests.disttrain.exact_runs:build",
+    "model.name=tests.disttrain.parallel.exact_runs:build",
     "data.options={num_train=150, num_test=31, num_classes=3}",
     "data.crop_padding=4",
     "data.flip=true",

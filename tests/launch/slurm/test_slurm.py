@@ -27,7 +27,7 @@ from tests.disttrain.parallel.exact_runs import SMALL, outcome, train
 from tests.launch.slurm.cases import CASES, GOLDEN, rendered
 
 ROOT = Path(__file__).parents[3]
-MODEL = "model.name=tests.disttrain.exact_runs:build"
+MODEL = "model.name=tests.disttrain.parallel.exact_runs:build"
 needs_hosts = pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
 
 
