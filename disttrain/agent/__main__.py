@@ -39,14 +39,14 @@ from disttrain.tracking import read_journal
 
 _MONITOR_S = 0.3
 _TO_LEAVE_S = 15.0  # how long the node that serves the store waits for the others to have read it
-_TO_RESOLVE_S = 60.0  # a cluster knows the name of a machine that it has just started some seconds later
+_TO_RESOLVE_S = 60.0  # the name of a machine that was just started resolves some seconds later
 _LOOK_EVERY_S = 0.5
 _JOIN_S = 600
-_LAST_CALL_S = 5  # with the least number of nodes there, how long more may come
+_LAST_CALL_S = 5  # once the minimum number of nodes is there, how long to wait for more
 
 
 @click.command(name="python -m disttrain.agent", context_settings={"ignore_unknown_options": True})
-@click.option("--nodes", nargs=2, type=int, required=True, help="The least and the greatest number of nodes.")
+@click.option("--nodes", nargs=2, type=int, required=True, help="The minimum and maximum number of nodes.")
 @click.option("--rendezvous", required=True, metavar="HOST:PORT")
 @click.option("--workers", type=int, required=True, help="Workers on this node.")
 @click.option("--max-restarts", type=int, required=True)
@@ -60,8 +60,8 @@ _LAST_CALL_S = 5  # with the least number of nodes there, how long more may come
 @click.option("--local-addr", help="The address by which the other nodes reach this one.")
 @click.option("--stop-grace", type=int, required=True, help="Seconds that workers may take to save.")
 @click.option("--run-dir", required=True)
-@click.option("--recipe", required=True, help="The workers' recipe; a run that is finished by it needs no node.")
-@click.option("--override", "overrides", multiple=True, help="What is changed in it.")
+@click.option("--recipe", required=True, help="The workers' recipe; a run that is finished needs no node.")
+@click.option("--override", "overrides", multiple=True, help="Changes to the recipe.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     nodes: tuple[int, int],
@@ -81,9 +81,9 @@ def command(
     signals = [name for name in STOP_SIGNALS if name != "SIGHUP" or not _is_ignored(signal.SIGHUP)]
     for name in signals:
         signal.signal(getattr(signal, name), _stop)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said by us
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report it ourselves
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signals)
-    # With torch 2.14 a node that joins later is not told the address of a store that the nodes share.
+    # With torch 2.14 a node that joins later is not given the address of a store that the nodes share.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["DISTTRAIN_LAUNCHER_PID"] = str(os.getpid())  # with which the workers end
     log_dir = tempfile.mkdtemp(prefix="disttrain-node-")
@@ -92,7 +92,7 @@ def command(
         return is_finished(run_dir, recipe, overrides)
 
     try:
-        # Held back since `disttrain node` began: the first process of a container would never hear of them otherwise.
+        # Blocked since `disttrain node` began: the first process of a container would never receive them otherwise.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in STOP_SIGNALS])
         _leave_if(finished, run_dir)
         _wait_for_name(rendezvous, serves, finished, run_dir)
@@ -123,8 +123,8 @@ def command(
     except RendezvousError as error:
         _leave_if(finished, run_dir)  # by the others, who are gone now
         raise DisttrainError(
-            f"job {job_id!r}: the nodes do not find each other at {rendezvous} ({_deepest(error)}). The node with "
-            f"--node-rank 0 must serve that address, and at least {nodes[0]} must come within {_JOIN_S} s."
+            f"job {job_id!r}: the nodes cannot find each other at {rendezvous} ({_deepest(error)}). The node with "
+            f"--node-rank 0 must serve that address, and at least {nodes[0]} must join within {_JOIN_S} s."
         ) from error
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
@@ -142,12 +142,12 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def _leave_if(finished: Callable[[], bool], run_dir: str) -> None:
     """Raise click's Exit if the run is finished."""
     if finished():
-        _say(f"{run_dir} is finished already: there is nothing left to do")
+        _say(f"{run_dir} is already finished: there is nothing left to do")
         raise click.exceptions.Exit(ExitCode.DONE)
 
 
 def _wait_for_name(rendezvous: str, serves: str, finished: Callable[[], bool], run_dir: str) -> None:
-    """Wait until the rendezvous has an address. Raises DisttrainError if it gets none: it may have one at a retry."""
+    """Wait until the rendezvous has an address. Raises DisttrainError if it gets none: a retry may help."""
     host = rendezvous.rpartition(":")[0].strip("[]")
     deadline = time.monotonic() + _TO_RESOLVE_S
     while True:
@@ -157,7 +157,7 @@ def _wait_for_name(rendezvous: str, serves: str, finished: Callable[[], bool], r
             where = f"--rendezvous {rendezvous}: the name {host!r} does not resolve here ({error.strerror})"
             if serves == "unknown":
                 raise DisttrainError(
-                    f"{where}, so that nobody can tell which machine it is. Give an address, or --node-rank."
+                    f"{where}, so it is unknown which machine serves it. Give an address, or --node-rank."
                 ) from error
             if time.monotonic() >= deadline:
                 raise DisttrainError(f"{where}; give an address, or a name that every node knows.") from error
@@ -193,7 +193,7 @@ def _run(agent: Agent, handler: RendezvousHandler, *, serves: bool) -> None:
     except StoppedOnRequest as stopped:
         end = stopped.end
     else:
-        if result is None:  # more nodes had come than there was room for, and the others have ended
+        if result is None:  # more nodes joined than there was room for, and the others have ended
             raise RendezvousClosedError("the others ended while this node waited for a place among them")
         end = agent.cause if result.is_failed() else None
     ignore_requests()
@@ -222,7 +222,7 @@ def _deepest(error: BaseException) -> str:
 
 
 def _newest_step(run_dir: Path) -> int | None:
-    """The newest step that the run's journal or a checkpoint knows; None where the run cannot be seen from here."""
+    """The newest step in the run's journal or a checkpoint; None where the run cannot be seen from here."""
     if not run_dir.is_dir():
         return None
     steps = [step_of(path) for path in CheckpointStore(run_dir / CHECKPOINTS).paths()]

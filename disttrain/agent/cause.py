@@ -1,4 +1,4 @@
-"""Why the workers of a group ended, and how the nodes tell each other."""
+"""Why the workers of a group ended, and how the nodes inform each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from disttrain.errors import ExitCode
 
 FINAL_CODES = (ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.STOPPED, ExitCode.CONFIGURATION)
-"""The exit codes of a worker after which no restart helps, or none is wanted."""
+"""The exit codes of a worker after which a restart cannot help, or is not wanted."""
 
 _FINAL, _FIRST = "disttrain/final", "disttrain/first"
 _POLL_S = 0.1
@@ -28,10 +28,10 @@ class Cause:
     """What ended a worker.
 
     Args:
-        code: the exit code that it makes of the job.
+        code: the resulting exit code of the job.
         message: for the user, with the rank and the host that it happened to.
         traceback: of an unexpected failure.
-        is_consequence: whether it is mostly somebody else's failure, as a lost connection is.
+        is_consequence: whether it is mostly another worker's failure, as a lost connection is.
     """
 
     code: int
@@ -52,11 +52,10 @@ def first_cause(failures: Mapping[int, ProcessFailure], host: str) -> Cause:
 
 
 def left_early(rank: int, host: str) -> Cause:
-    """The cause that a worker makes that ended with 0 and did not say that it had finished."""
+    """The cause when a worker exited with 0 but did not report that it had finished."""
     return Cause(
         ExitCode.FAILURE,
-        f"rank {rank} on {host} ended with exit code 0 before its work was done: code that it imports or calls has "
-        "left with os._exit(0)",
+        f"rank {rank} on {host} exited with code 0 before its work was done: code that it runs called os._exit(0)",
     )
 
 
@@ -71,12 +70,12 @@ def _cause(rank: int, failure: ProcessFailure, host: str) -> Cause:
     report, code = _report(failure), failure.exitcode
     who = f"rank {rank} on {report.get('host', host)}"
     if code < 0:
-        why = " (mostly that means that the machine ran out of memory)" if code == -signal.SIGKILL else ""
+        why = " (usually because the machine ran out of memory)" if code == -signal.SIGKILL else ""
         with suppress(ValueError):
             return Cause(ExitCode.FAILURE, f"{who} was killed by {signal.Signals(-code).name}{why}")
         return Cause(ExitCode.FAILURE, f"{who} was killed by signal {-code}")
     if not report:
-        return Cause(code, f"{who} exited with code {code} without saying why")
+        return Cause(code, f"{who} exited with code {code} without giving a reason")
     told_by_all = report.get("is_agreed") is True or code in (ExitCode.STOPPED, ExitCode.DIVERGED)
     message = str(report["message"]) if told_by_all else f"{who}: {report['message']}"
     return Cause(code, message, report.get("traceback"), report.get("consequence") is True)
@@ -90,13 +89,13 @@ def _report(failure: ProcessFailure) -> dict[str, Any]:
 
 
 class Bulletin:
-    """What the nodes of one round of rendezvous tell each other through its store; the store may be gone."""
+    """What the nodes of one round of rendezvous share through its store; the store may be gone."""
 
     def __init__(self, store: Store, node: int, num_nodes: int) -> None:
         self._store, self._node, self._num_nodes = store, node, num_nodes
 
     def announce(self, cause: Cause) -> None:
-        """Tell all that the job ends for this cause; the first word counts."""
+        """Announce that the job ends for this cause; the first announcement counts."""
         self._put(_FINAL, cause)
 
     def ended(self) -> Cause | None:
@@ -104,11 +103,11 @@ class Bulletin:
         return self._read(_FINAL)
 
     def first(self) -> Cause | None:
-        """The first cause of a failure that a node has told."""
+        """The first cause of a failure that a node has reported."""
         return self._read(_FIRST)
 
     def first_of_all(self, cause: Cause, patience_s: float) -> Cause:
-        """What other nodes know of the cause, if this one is a consequence; and let them know if it is not."""
+        """What other nodes reported as the cause, if this one is a consequence; reports it to them if it is not."""
         if not cause.is_consequence:
             self._put(_FIRST, cause)
             return cause
@@ -123,8 +122,8 @@ class Bulletin:
     def end_of_all(self, cause: Cause, patience_s: float, *, is_sure: bool) -> Cause:
         """How the job ends on all nodes that were asked to stop.
 
-        One worker that ended by saving is proof that all have saved, whatever became of the others after that: who is
-        not sure of its own end waits for the word of another node.
+        One worker that ended by saving is proof that all have saved, whatever became of the others after that: a node
+        that is not sure of its own end waits for another's report.
         """
         if not is_sure:
             deadline = time.monotonic() + patience_s if self._num_nodes > 1 else 0.0
@@ -136,7 +135,7 @@ class Bulletin:
         return found or cause
 
     def leave(self, patience_s: float, *, serves: bool) -> None:
-        """Say that this node has read what there is; the one that serves the store waits until all others have."""
+        """Report that this node has read everything; the one that serves the store waits until all others have."""
         with suppress(RuntimeError):
             self._store.set(f"disttrain/left/{self._node}", "")
             if serves:

@@ -1,8 +1,8 @@
-"""torchrun's agent, told what disttrain's exit codes mean.
+"""torchrun's agent, extended by the meaning of disttrain's exit codes.
 
-torchrun starts the workers again after every failure, exits with 1 whatever their code was, and kills workers that take
-longer than a few seconds to save. This one starts them again only where that can help, leaves them their time to save,
-tells the other nodes why the job ends, and knows the code to end with.
+torchrun restarts the workers after every failure, exits with 1 whatever their code was, and kills workers that take
+longer than a few seconds to save. This one restarts them only where that can help, gives them time to save,
+informs the other nodes why the job ends, and exits with the right code.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from disttrain.health.stop import name_of
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """What asks a node to stop."""
 
-# `timeout` and `uv run` pass on a signal that reached this process already: within this time it is one request.
+# `timeout` and `uv run` pass on a signal that reached this process already: within this time it counts as one request.
 _SAME_REQUEST_S = 1.0
 # Workers that wait for a dead one cannot save any more: between SIGTERM and SIGKILL there is nothing to wait for.
 _TO_END_S = 5
-# One that a request to stop has ended before it was ready leaves others that wait for it.
+# A worker that a request to stop ended before it was ready leaves others waiting for it.
 _TO_FOLLOW_S = 15.0
 _TO_HEAR_THE_CAUSE_S = 3.0
 _POLL_S = 0.1
 
 
 class StoppedOnRequest(Exception):
-    """Somebody asked this node to stop, and its workers have ended: what that makes of the job."""
+    """This node was asked to stop, and its workers have ended: what follows for the job."""
 
     def __init__(self, end: Cause) -> None:
         super().__init__(end.message)
@@ -60,7 +60,7 @@ class Agent(LocalElasticAgent):
     Args:
         grace_s: how long workers that are asked to stop may take to save.
         host: what this machine is called in messages.
-        newest_step: how far the run has come, as far as can be seen from here; None where it cannot be seen.
+        newest_step: the run's newest step, as far as can be seen from here; None where it cannot be seen.
         is_finished: whether it has been trained to its end, as far as can be seen from here.
         say: for messages to the user.
     """
@@ -103,12 +103,12 @@ class Agent(LocalElasticAgent):
         return result
 
     def _stop(self, request: signal.Signals) -> Cause:
-        """Have the workers save and end, and agree with the other nodes on what that makes of the job."""
+        """Have the workers save and end, and agree with the other nodes on how the job ends."""
         kill = ignore_requests()
         killed = ""
         were_running = None in self.exit_codes()
         if were_running:
-            self._say(f"{name_of(request)}: the workers are asked to save and stop; a second Ctrl-C kills them")
+            self._say(f"{name_of(request)}: asking the workers to save and stop; press Ctrl-C again to kill them")
             if not self._ended_by_request(kill):
                 killed = "on request" if kill.is_set() else f"after {self._grace_s} s (--stop-grace)"
             super()._shutdown(signal.SIGKILL, _TO_END_S)
@@ -189,7 +189,7 @@ class Agent(LocalElasticAgent):
         if early is not None and (cause.is_consequence or not result.failures):
             cause = early
         self.cause = bulletin.first_of_all(cause, _TO_HEAR_THE_CAUSE_S)
-        if not self.cause.is_final and self._is_finished():  # it failed after the end: the others will not come again
+        if not self.cause.is_final and self._is_finished():  # it failed after the end: the others will not return
             self.cause = None
             return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(result.failures))
         if not self.cause.is_final:
@@ -208,31 +208,31 @@ class Agent(LocalElasticAgent):
         return None
 
     def _give_up_where_it_stands_still(self) -> None:
-        """Starting again does not help a job that has come no further since the failure before."""
+        """A restart does not help a job that has made no progress since the previous failure."""
         assert self.cause is not None
         before, now = self._failed_at, self._newest_step()
         self._failed_at = now
         if before is not None and before == now and self._remaining_restarts > 0:
-            self._say(f"it failed again, and no step was made since the restart (step {now}): giving up")
+            self._say(f"it failed again without making a step since the restart (step {now}): giving up")
             self._remaining_restarts = 0
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state is WorkerState.HEALTHY:  # a node waits to join: a new one, or one whose workers failed
             bulletin = self.bulletin()
             elsewhere = bulletin.first() if bulletin is not None else None
-            why = f"{elsewhere.message}. " if elsewhere is not None else "another node has come or gone. "
-            self._say(f"{why}The workers of all nodes start again, from the newest checkpoint")
+            why = f"{elsewhere.message}. " if elsewhere is not None else "another node has joined or left. "
+            self._say(f"{why}The workers of all nodes restart from the latest checkpoint")
         else:
             most = worker_group.spec.max_restarts
             why = f"{self.cause.message}. " if self.cause is not None else ""
-            self._say(f"{why}Restart {most - self._remaining_restarts} of {most}, from the newest checkpoint")
+            self._say(f"{why}Restart {most - self._remaining_restarts} of {most} from the latest checkpoint")
         super()._restart_workers(worker_group)
 
 
 def ignore_requests() -> threading.Event:
-    """From now on requests to stop mean nothing, but for another Ctrl-C, which sets the event.
+    """From now on requests to stop are ignored, except another Ctrl-C, which sets the event.
 
-    Whoever stops a pod or a service may say so several times while it saves, and has SIGKILL.
+    A pod or a service may be asked to stop several times while it saves; SIGKILL remains.
     """
     kill, began = threading.Event(), time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Whether there is anything left to do for a node: a successor, or one that comes late, may find the run finished."""
+"""Whether there is anything left to do for a node: a successor, or one that joins late, may find the run finished."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from disttrain.runs.rundir import JOURNAL, RECIPE, refuse_other_recipe
 
 
 def is_finished(run: str, source: str, overrides: Sequence[str]) -> bool:
-    """Whether the run in a folder or behind a URL was trained as the recipe wants it; False where that is not seen.
+    """Whether the run in a folder or behind a URL has been trained as the recipe asks; False where it cannot be seen.
 
     Raises ConfigurationError if it is finished, and another recipe's.
     """
@@ -42,7 +42,7 @@ def _recipe_of_finished(run: str) -> Recipe | None:
 
 
 def _last_status(lines: list[bytes]) -> str | None:
-    """The journal's last word on how the run stands."""
+    """The journal's latest status of the run."""
     for line in reversed(lines):
         if b'"status"' in line:
             try:

@@ -1,4 +1,4 @@
-"""Checkpoints that exist or do not: written under another name, verified on load, retired only when a newer one stands."""
+"""Checkpoints that exist or do not: written under a temporary name, verified on load, retired by newer ones."""
 
 from disttrain.checkpoint.check import check_complete as check_complete
 from disttrain.checkpoint.check import check_describes_model as check_describes_model

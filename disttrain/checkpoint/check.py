@@ -27,7 +27,7 @@ def check_state(state: dict[str, Any], file: Path | str) -> None:
 
 
 def check_complete(state: dict[str, Any], file: Path | str) -> None:
-    """Check that a checked state has every key that a training job goes on from. Raises ConfigurationError."""
+    """Check that a checked state has every key that a training job needs to resume. Raises ConfigurationError."""
     _require(state, tuple(_KEYS), file)
 
 
@@ -43,7 +43,7 @@ def _require(state: dict[str, Any], keys: tuple[str, ...], file: Path | str) -> 
 
 
 def is_number(value: Any) -> bool:
-    """A number that a float can hold; NaN and the infinities are some."""
+    """A number that a float can hold; NaN and the infinities count."""
     return isinstance(value, float) or (_is_whole(value) and abs(value) < 2**63)
 
 
@@ -149,4 +149,4 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init": (_table_of(_is_text), "a table of texts"),
     "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
-_OPTIONAL = {"expected_magnitudes", "given", "init", "non_finite", "recent_losses"}  # older checkpoints have none
+_OPTIONAL = {"expected_magnitudes", "given", "init", "non_finite", "recent_losses"}  # older checkpoints lack them

@@ -39,7 +39,7 @@ def hand_out(
 ) -> dict[str, torch.Tensor]:
     """Rank 0's `tensors` on every rank; the others pass the outlines of them.
 
-    They travel one at a time, into the tensors of `into` where those fit: nobody needs memory for a second copy. Every
+    They travel one at a time, into the tensors of `into` where those fit: no rank needs memory for a second copy. Every
     rank must call it.
     """
     if world.size == 1:

@@ -16,8 +16,8 @@ class Snapshot:
     """One copy, on the CPU, of all that a checkpoint holds, in the same memory each time.
 
     `begin` copies what may change at any time, such as buffers, and `copy_the_rest` what only an optimizer's step
-    changes: that may run on another thread, beside a forward and backward pass. `changed` then tells whether the pass
-    has kept its hands off.
+    changes: that may run on another thread, beside a forward and backward pass. `changed` then returns whether the pass
+    has left them alone.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Snapshot:
     def changed(self, *, to_the_bit: bool = False) -> str | None:
         """The name of a tensor that was changed while `copy_the_rest` may have been reading it; None if none was.
 
-        PyTorch counts the changes that it is told of; those made behind its back (`weight.data`) show `to_the_bit`.
+        PyTorch counts the changes that it sees; those made behind its back (`weight.data`) show up `to_the_bit`.
         """
         for name, copy, original, version in self._rest:
             if original._version != version:
@@ -69,7 +69,7 @@ def _pairs(tensors: Tensors, copies: dict[str, torch.Tensor]) -> Iterator[tuple[
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    """The same memory as integers of the same width: NumPy does not know every type of PyTorch's."""
+    """The same memory as integers of the same width: NumPy lacks some of PyTorch's types."""
     array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = tensor.view(_INTEGERS[tensor.element_size()]).numpy()
     return array
 

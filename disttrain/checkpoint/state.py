@@ -15,7 +15,7 @@ def optimizer_to_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The optimizer's tensors as "PARAMETER.NAME", and everything else as values that JSON can hold.
 
-    PARAMETER is a number; with the optimizer's `model`, "names" among the values says which parameter has which.
+    PARAMETER is a number; with the optimizer's `model`, "names" among the values lists which parameter has which.
     """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}

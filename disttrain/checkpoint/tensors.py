@@ -40,7 +40,7 @@ _NAMES = {
 def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:
     """The bytes of a safetensors file that holds `tensors`, in order: its header, then tensor by tensor.
 
-    Raises ConfigurationError for a tensor of a type that the format does not know.
+    Raises ConfigurationError for a tensor of a type that the format does not have.
     """
     # As the library orders them: large elements first, so that each tensor begins where its type may.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))

@@ -53,8 +53,9 @@ class CheckpointWriter:
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Outcome | None:
         """Begin to write the checkpoint of `state["step"]`.
 
-        Waits for the checkpoint before, and returns what became of it unless that has been told. What is passed may
-        change when this returns, but for the parameters and state of the writer's optimizer, which its step may change.
+        Waits for the checkpoint before, and returns what became of it unless that was returned already. What is passed
+        may change when this returns, but for the parameters and state of the writer's optimizer, which its step may
+        change.
         """
         waits = self._writing is not None and not self._writing.done()
         begin = time.monotonic()
@@ -74,11 +75,11 @@ class CheckpointWriter:
         return before
 
     def poll(self) -> Outcome | None:
-        """What became of the checkpoint under way, told once; None while it is being written."""
+        """What became of the checkpoint under way, once; None while it is being written."""
         return self.wait() if self._writing is not None and self._writing.done() else None
 
     def wait(self) -> Outcome | None:
-        """Wait until nothing is being written; what became of the last checkpoint, unless that has been told."""
+        """Wait until nothing is being written; what became of the last checkpoint, unless that was returned already."""
         self.finish_copy()
         if self._writing is None:
             return None
@@ -109,7 +110,7 @@ class CheckpointWriter:
     def _write(self, state: dict[str, Any], waited_s: float, changed: str | None) -> Outcome:
         step = state["step"]
         if changed is not None:
-            error = f"the model changed its parameter '{changed}' while that was copied; later saves copy at once"
+            error = f"the model changed its parameter '{changed}' while it was copied; later saves copy it at once"
             return Outcome(step, None, error, waited_s)
         try:
             path = self._store.save(self._snapshot.model, self._snapshot.optimizer, state)

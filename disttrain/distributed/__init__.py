@@ -1,1 +1,1 @@
-"""Who a worker is, and how workers talk."""
+"""Which worker this is, and how workers communicate."""

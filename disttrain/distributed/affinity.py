@@ -11,7 +11,7 @@ _NODES = Path("/sys/devices/system/node")
 
 
 def cores_for(local_rank: int, local_size: int, allowed: set[int], nodes: Path = _NODES) -> set[int] | None:
-    """The cores of the NUMA node that a worker should keep to; None where there is nothing to choose.
+    """The cores of the NUMA node that a worker should stay on; None where there is nothing to choose.
 
     The workers of a machine are dealt out over the nodes in runs, so that neighbours share one. Only cores of `allowed`
     count, and a node without any is none.

@@ -38,7 +38,7 @@ def exact_sum_(
     expected: Sequence[float] | None = None,
     scratch: torch.Tensor | None = None,
 ) -> list[float]:
-    """Replace each tensor of `into` by the sum of all that any rank passed for it; the bits know no order.
+    """Replace each tensor of `into` by the sum of all that any rank passed for it; the order does not affect the bits.
 
     `summands` holds any number of lists of tensors of the shapes of `into`, with None for one that is not there; all
     ranks together pass `num_summands` lists at most. Returns a bound of each tensor's magnitudes over all ranks. What
@@ -93,7 +93,7 @@ def broadcast_(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
     """Replace `tensor`, of any type, by the one that rank `source` holds."""
     if tensor.numel():
         whole = tensor.contiguous()
-        dist.broadcast(whole.reshape(-1).view(torch.uint8), src=source)  # gloo and NCCL do not know every type
+        dist.broadcast(whole.reshape(-1).view(torch.uint8), src=source)  # gloo and NCCL do not support every type
         if whole is not tensor:
             tensor.copy_(whole)
     return tensor
@@ -117,7 +117,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 def one_per_machine_first(world: World) -> Iterator[None]:
     """Let one worker of each machine through the block before the others: it prepares files that they then find.
 
-    A failure of the first is raised on every rank as its own, so that nobody waits for somebody who has gone.
+    A failure of the first is raised on every rank as its own, so that no rank waits for one that has gone.
     """
     # A group of its own, because a download may take longer than a collective ever should.
     patient = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_DAY))
@@ -153,7 +153,7 @@ def broadcast_from_main(world: World, decide: Callable[[], Decision]) -> Decisio
 
 
 def _portable(failure: Exception | None) -> DisttrainError | None:
-    """A failure that can travel: other people's exceptions may not survive being sent, and are for it to tell."""
+    """A failure that can travel: a library's exception may not survive being sent; its own rank reports it."""
     if failure is None or (isinstance(failure, DisttrainError) and failure.trace is None):
         return failure
     what = str(failure) if isinstance(failure, DisttrainError) else f"{type(failure).__name__}: {failure}"
@@ -161,10 +161,10 @@ def _portable(failure: Exception | None) -> DisttrainError | None:
 
 
 class Agreement:
-    """Whether any rank raised one of its flags, told to all ranks at the same step, without waiting.
+    """Whether any rank raised one of its flags, agreed by all ranks at the same step, without waiting.
 
-    Each step's question travels while the next step computes, and is answered after it. So all ranks learn the same
-    thing at the same step, and no step waits for the network. Every rank must call each method at the same step.
+    Each step's question travels while the next step computes, and is answered after it. So all ranks get the same
+    answer at the same step, and no step waits for the network. Every rank must call each method at the same step.
     """
 
     def __init__(self, num_flags: int) -> None:

@@ -1,4 +1,4 @@
-"""How many processor cores this process may use. Everything that shares cores out asks here; needs no torch."""
+"""How many processor cores this process may use. Whatever divides cores uses this; needs no torch."""
 
 from __future__ import annotations
 

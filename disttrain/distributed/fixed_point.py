@@ -1,13 +1,14 @@
-"""Sums that no order can change: numbers as integers on a common grid, where addition is associative.
+"""Sums that do not depend on the order: numbers as integers on a common grid, where addition is associative.
 
-A tensor's grid is fixed by the largest magnitude among all its summands, which is a maximum and so knows no order
-either. The largest summand gets 62 bits, less one for each doubling of the number of summands; a sum can therefore
-never overflow, however large or small the numbers are. Cutting off what lies below the grid is the only error: less
-than 2**(h - 61) of the largest magnitude for each summand, where 2**h is the number of summands, rounded up.
+A tensor's grid is fixed by the largest magnitude among all its summands, which is a maximum and so does not depend on
+the order either. The largest summand gets 62 bits, less one for each doubling of the number of summands; a sum can
+therefore never overflow, however large or small the numbers are. Cutting off what lies below the grid is the only
+error: less than 2**(h - 61) of the largest magnitude for each summand, where 2**h is the number of summands, rounded
+up.
 
-Where one sum follows another, its grid can be fixed by a bound that is expected of it, so that nobody has to agree on
-magnitudes first: `expected_magnitudes` makes bounds of the sums before, and `surprises` says whether they hold. The
-grid may then be coarser by h + 6 bits: less than 2**(2 * h - 55) of the largest magnitude is cut off each summand.
+Where one sum follows another, its grid can be fixed by a bound that is expected of it, so that the ranks need not agree
+on magnitudes first: `expected_magnitudes` makes bounds of the sums before, and `surprises` checks whether they hold.
+The grid may then be coarser by h + 6 bits: less than 2**(2 * h - 55) of the largest magnitude is cut off each summand.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def magnitudes(summands: Summands) -> list[float]:
 
 
 def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) -> list[float] | None:
-    """Bounds that the summands of the next sums are expected to keep, from the sums just made; None: nobody can say.
+    """Bounds that the summands of the next sums are expected to keep, from the sums just made; None: unknown.
 
     `largest` is what was known of the summands' magnitudes. A bound is some eight times the largest number of the sum,
     and ABSENT for a tensor that was not there. After zeros and infinities nothing is expected: a tensor that was not
@@ -72,7 +73,7 @@ def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) 
 
 
 def surprises(found: Sequence[float], expected: Sequence[float], num_summands: int) -> list[int]:
-    """What speaks against the `expected` bounds in a list of tensors whose magnitudes were `found`.
+    """Where a list of tensors, whose magnitudes were `found`, violates the `expected` bounds.
 
     First 1 if one exceeds its bound, else 0; then for each tensor 1 if it is so small that the bound's grid is too
     coarse for it. To be added up over all lists: the expectation holds if the first is 0, and none of the others is the
@@ -128,7 +129,7 @@ class FixedPointSum:
         self._is_empty = False
 
     def integers(self) -> torch.Tensor:
-        """The sum so far and the counters, one int64 vector: adding others' to it in place is what all this is for."""
+        """The sum so far and the counters, one int64 vector: others' are added to it in place."""
         if self._is_empty:
             self._total.zero_()
             self._is_empty = False

@@ -1,4 +1,4 @@
-"""Who started this worker, as far as its environment tells: known before torch is there, and without it."""
+"""What started this worker, as far as its environment shows: available before torch is imported, and without it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ OUR_LAUNCHERS = (LAUNCHER, NODE_LAUNCHER)
 
 
 def launched_by(environment: Mapping[str, str] = os.environ) -> str:
-    """Which launcher started this worker: "torchrun", what DISTTRAIN_LAUNCHER says, or "python" for none."""
+    """Which launcher started this worker: "torchrun", what DISTTRAIN_LAUNCHER names, or "python" for none."""
     if "DISTTRAIN_LAUNCHER" in environment:
         return environment["DISTTRAIN_LAUNCHER"]
     return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "python"
 
 
 def rank_hint(environment: Mapping[str, str] = os.environ) -> int | None:
-    """This worker's rank as far as it can be told outside a world; None if no launcher gave it one."""
+    """This worker's rank as far as it can be known outside a world; None if no launcher gave it one."""
     text = environment.get("RANK", "")
     return int(text) if text.isdecimal() else None
 
 
 def launcher_options(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """What our launcher of one machine was told besides the recipe and the run, as a shell takes it: `-n 2`."""
+    """The options of our launcher of one machine besides the recipe and the run, as a shell takes it: `-n 2`."""
     told = environment.get("DISTTRAIN_OPTIONS", "")
     return (told,) if told and launched_by(environment) == LAUNCHER else ()

@@ -27,7 +27,7 @@ def report_failure(
     """Write the failure to the file that the launcher named in TORCHELASTIC_ERROR_FILE, if it named one.
 
     Without our launcher, print it on standard error too. `failed_at` is in seconds since 1970; a `consequence` is
-    mostly somebody else's failure, and one that `is_agreed` is no rank's own.
+    mostly another rank's failure, and one that `is_agreed` belongs to no single rank.
     """
     rank, host = rank_hint(), socket.gethostname()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -44,12 +44,12 @@ def report_failure(
             "time": failed_at,
             "timestamp": int(failed_at),  # torchrun's name for it, in whole seconds
         }
-        with suppress(OSError):  # a full disk: it is printed then, whoever would have shown it
+        with suppress(OSError):  # a full disk: it is printed here instead
             _write(error_file, failure)
             is_written = True
-    told_by_all = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
+    is_common = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
     is_shown = is_written and launched_by() in OUR_LAUNCHERS
-    if not is_shown and (not rank or not told_by_all):
+    if not is_shown and (not rank or not is_common):
         who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
         print(printable(f"{trace or ''}disttrain: {who}{message}"), file=sys.stderr, flush=True)
 
@@ -57,7 +57,7 @@ def report_failure(
 def report_finished() -> None:
     """Write to the launcher's file that this worker did what it was started for.
 
-    Without that, an exit code of 0 may come from anybody's `os._exit(0)`. torchrun does not ask for it, and would leave
+    Without that, an exit code of 0 may come from any library's `os._exit(0)`. torchrun does not use it, and would leave
     the file behind.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")

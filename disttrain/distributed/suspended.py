@@ -1,4 +1,4 @@
-"""Workers that a signal has stopped (SIGSTOP): nothing else tells of them. For both kinds of launcher; no torch."""
+"""Workers that a signal has stopped (SIGSTOP): nothing else reveals them. For both kinds of launcher; no torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping
 import psutil
 
 LOOK_EVERY_S = 2.0
-"""How often it is worth while to ask."""
+"""How often a check is worthwhile."""
 
 
 class Suspended:
-    """Which workers of this machine are stopped, said once for each time."""
+    """Which workers of this machine are stopped, reported once each time."""
 
     def __init__(self) -> None:
         self._looked_at = time.monotonic()
         self._looks: dict[int, int] = {}  # by process id: how often in a row it was found stopped
 
     def news(self, processes: Mapping[int, int]) -> list[str]:
-        """What there is to say of these running workers (rank: process id) since it was asked before."""
+        """Messages on these running workers (rank: process id) since the previous call."""
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
             return []
         self._looked_at = time.monotonic()

@@ -1,6 +1,6 @@
-"""Who this worker is, and the process group it shares with the others.
+"""Which worker this is, and the process group it shares with the others.
 
-The only reader of RANK-style variables, but for who asks before there is torch (see `launched`), and the only caller of
+The only reader of RANK-style variables, except where torch is not imported yet (see `launched`), and the only caller of
 `init_process_group`. One worker has a process group too, so there is one path through the code, not two.
 """
 
@@ -49,7 +49,7 @@ class World:
     device: torch.device
     host: str
     remark: str = ""
-    """What a user should know of the device; empty if it is the one to expect."""
+    """What a user should know about the device; empty if it is the expected one."""
 
     @property
     def is_main(self) -> bool:
@@ -77,7 +77,7 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
     """Join the job's process group, and leave it whatever happens.
 
     `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers. A
-    collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit speaks first. A
+    collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit reports first. A
     launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
     this process is the only worker.
 
@@ -134,8 +134,8 @@ def store_for_a_thread(timeout_s: float) -> Store | None:
 def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) -> int:
     """The CPU threads of a worker: OMP_NUM_THREADS if it is set, else its share of the machine's usable cores.
 
-    torchrun sets OMP_NUM_THREADS=1 for several workers that have none: that is nobody's wish, and not distinguishable
-    from one; `train.threads = 1` is.
+    torchrun sets OMP_NUM_THREADS=1 for several workers that have none: no user asked for that, and it cannot be
+    distinguished from a request; `train.threads = 1` is.
     """
     text = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     asked = int(text) if text.isdecimal() else 0
@@ -145,7 +145,7 @@ def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) ->
 
 
 def on_device(world: World, name: str) -> World:
-    """The same place with the device that `name` asks for, for those who learn of it only when they have joined.
+    """The same place with the device that `name` asks for, for workers that learn of it only after they have joined.
 
     The process group is as it was. Every rank must call it. Raises ConfigurationError if the device is not there.
     """
@@ -159,21 +159,21 @@ def on_device(world: World, name: str) -> World:
 
 
 def _all_have_the_same_device(store: Store, rank: int, size: int, device: torch.device) -> None:
-    """Raise ConfigurationError on every rank if not; by the store, as NCCL would wait for those who have no GPU."""
+    """Raise ConfigurationError on every rank if not; by the store, as NCCL would wait for ranks that have no GPU."""
     store.set(f"disttrain/device/{rank}", f"{device.type} on {socket.gethostname()}")
     places = [store.get(f"disttrain/device/{other}").decode() for other in range(size)]
     try:
         refuse_a_mixture(places)
     except ConfigurationError:
         store.set(f"disttrain/device/{rank}/read", "")
-        if rank == 0:  # with whom the store may end
+        if rank == 0:  # the store may end with it
             store.wait([f"disttrain/device/{other}/read" for other in range(size)])
         raise
 
 
 @contextmanager
 def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
-    """Where one machine has all workers, have gloo listen where no other can connect. What the user has set stands."""
+    """Where one machine has all workers, have gloo listen where no other can connect. The user's own setting wins."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if not is_alone or loopback is None or _GLOO_INTERFACE in os.environ:
         yield
@@ -187,7 +187,7 @@ def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _MeetingPlace:
-    """Where the ranks of a job find each other, and the worker that goes there."""
+    """Where the ranks of a job find each other, and the worker that meets them there."""
 
     host: str
     port: int

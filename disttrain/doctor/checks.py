@@ -14,7 +14,7 @@ from disttrain.recipe.address import is_url, working_folder
 
 @dataclass(frozen=True)
 class Question:
-    """What the doctor is asked.
+    """What the doctor examines.
 
     Args:
         run_dir: where runs are to live, a folder (there already or not) or a URL.
@@ -49,7 +49,7 @@ class Check:
     name: str
     find: Callable[[], Iterable[Finding]]
     if_it_hangs: str = "Look at what else the machine is doing; --timeout gives the checks more time."
-    if_it_crashes: str = "That should not happen: please report it."
+    if_it_crashes: str = "This should not happen: please report it."
 
     def look(self) -> list[dict[str, str]]:
         """All that it finds, as JSON can hold it."""
@@ -57,7 +57,7 @@ class Check:
 
 
 def checks_for(question: Question) -> list[Check]:
-    """The checks that answer the question. Each imports what it needs when it looks: that may be what is broken."""
+    """The checks of an examination. Each imports what it needs when it runs: that may be what is broken."""
 
     def check(name: str, module: str, function: str, *arguments: Any, **remedies: str) -> Check:
         return Check(name, partial(_imported, module, function, *arguments), **remedies)
@@ -82,7 +82,7 @@ def checks_for(question: Question) -> list[Check]:
             "gloo",
             "collective",
             "gloo",
-            if_it_hangs="Two processes of this machine do not reach each other: look at the network checks.",
+            if_it_hangs="Two processes of this machine cannot reach each other: look at the network checks.",
             if_it_crashes=reinstall,
         ),
         check(
@@ -90,7 +90,7 @@ def checks_for(question: Question) -> list[Check]:
             "network",
             "host_name",
             several,
-            if_it_hangs="The name service does not answer: put this host into /etc/hosts, or mend /etc/resolv.conf.",
+            if_it_hangs="The name service does not answer: put this host into /etc/hosts, or fix /etc/resolv.conf.",
         ),
         check("interface", "network", "interface", several),
         check("ports", "network", "ports"),

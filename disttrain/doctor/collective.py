@@ -36,7 +36,7 @@ def all_reduced(device: str, size: int) -> None:
     """Sum a tensor over `size` processes of this machine. Raises CrashedError, or ValueError for a wrong sum."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))  # not listening: rank 0 may, and nobody else gets the port
+        holder.bind(("127.0.0.1", 0))  # not listening: rank 0 may, and no other process gets the port
         port = holder.getsockname()[1]
         workers = [Isolated(partial(_rank, rank, size, port, device)) for rank in range(size)]
         try:

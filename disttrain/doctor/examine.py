@@ -33,4 +33,4 @@ def examine(checks: Sequence[Check], limit_s: float) -> Iterator[Finding]:
                     check.if_it_hangs,
                 )
             except CrashedError as error:
-                yield failure(check.name, f"the check itself broke down: {error}", check.if_it_crashes)
+                yield failure(check.name, f"the check itself failed: {error}", check.if_it_crashes)

@@ -37,7 +37,7 @@ def run_directory(folder: Path) -> Iterator[Finding]:
         yield failure(
             "run-directory",
             f"{folder} cannot be used: {error.strerror or error}",
-            "Free some space, mend its permissions, or choose another --run-dir.",
+            "Free some space, fix its permissions, or choose another --run-dir.",
         )
 
 
@@ -58,12 +58,12 @@ def _probe(folder: Path) -> Iterator[Path]:
             shutil.rmtree(probe, ignore_errors=True)
     finally:
         for one in reversed(made):
-            with suppress(OSError):  # somebody else has put something there
+            with suppress(OSError):  # something else was put there meanwhile
                 one.rmdir()
 
 
 def _remove_what_was_left_behind(folder: Path) -> None:
-    """Of a check that was killed together with everybody who could have removed it, long ago."""
+    """Left by a check that was killed, long ago, together with every process that could have removed it."""
     for old in folder.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > _LEFT_BEHIND_S:
@@ -106,7 +106,7 @@ def _locks(folder: Path, probe: Path) -> Finding:
     if not kept_out:
         return failure("locks", f"{folder}: two processes got the same lock", remedy)
     if not let_in:
-        return failure("locks", f"{folder}: a lock that was given back stayed", remedy)
+        return failure("locks", f"{folder}: a lock that was released is still held", remedy)
     return ok("locks", f"{folder}: a lock kept another process out")
 
 
@@ -141,13 +141,13 @@ def _clock(folder: Path, skew: float) -> Finding:
 def _space(folder: Path, probe: Path) -> Finding:
     status = os.statvfs(probe)
     free = status.f_bavail * status.f_frsize
-    told = f"{folder}: {free / 1024**3:.1f} GiB free"
+    found = f"{folder}: {free / 1024**3:.1f} GiB free"
     remedy = "A checkpoint takes three to four times the size of the weights, and several are kept: free some space."
     if status.f_files and not status.f_favail:
-        return failure("disk-space", f"{told}, but no more files can be made (no inodes left)", "Remove some files.")
+        return failure("disk-space", f"{found}, but no more files can be made (no inodes left)", "Remove some files.")
     if free < _NO_SPACE:
-        return failure("disk-space", told, remedy)
-    return warning("disk-space", told, remedy) if free < _LITTLE_SPACE else ok("disk-space", told)
+        return failure("disk-space", found, remedy)
+    return warning("disk-space", found, remedy) if free < _LITTLE_SPACE else ok("disk-space", found)
 
 
 def _fsync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a check found out."""
+"""What a check found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Status = Literal["ok", "warning", "failure"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's answer.
+    """One line of the doctor's report.
 
     Args:
         name: of what was looked at, in lower case with hyphens; it stays the same from version to version.

@@ -32,11 +32,11 @@ def gpus() -> Iterator[Finding]:
         else:
             yield ok("gpus", "none; training uses CPUs")
         return
-    told = f"{len(names)} ({', '.join(dict.fromkeys(names))}), CUDA {built_for}"
+    found = f"{len(names)} ({', '.join(dict.fromkeys(names))}), CUDA {built_for}"
     if len(names) < installed and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        yield warning("gpus", f"{told}; the driver shows {installed}", "Look at nvidia-smi: MIG, or a GPU in trouble.")
+        yield warning("gpus", f"{found}; the driver shows {installed}", "Look at nvidia-smi: MIG, or a failed GPU.")
     else:
-        yield ok("gpus", told)
+        yield ok("gpus", found)
     yield _nccl(min(2, len(names)), nccl)
 
 
@@ -47,7 +47,7 @@ def _nccl(size: int, version: str) -> Finding:
         return failure(
             "nccl",
             f"{version}, {size} of the GPUs cannot add a tensor: {error}",
-            "NCCL_DEBUG=INFO tells "
+            "NCCL_DEBUG=INFO prints "
             "more. In a container: enough shared memory, and no NCCL_* variables of another system.",
         )
     return ok("nccl", f"{version}, {size} GPU{'s' if size > 1 else ''} added 4 MiB")

@@ -1,4 +1,4 @@
-"""A function in a process of its own, which may fail, hang or crash without harm to anybody else."""
+"""A function in a process of its own, which may fail, hang or crash without harm to any other process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-# What a process that is asked to end may take to remove what it made.
+# How long a process that is asked to end may take to remove what it made.
 _TO_CLEAN_UP_S = 2.0
 
 
@@ -26,7 +26,7 @@ class CrashedError(Exception):
 class Isolated:
     """`function()` in a fork of this process, which must have no threads that hold locks.
 
-    What it prints is nobody's: the answer is what it returns, as JSON holds it. It ends with this process, however
+    What it prints is discarded: the answer is what it returns, as JSON holds it. It ends with this process, however
     that ends, and its `finally` blocks are run first wherever that is possible.
     """
 

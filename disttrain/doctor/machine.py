@@ -17,7 +17,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _MIB = 1024**2
 # A worker that has imported torch and holds a small model takes about 400 MiB.
 _LITTLE_MEMORY = 1024 * _MIB
-# What DataLoader workers hand over goes through it; containers get 64 MiB unless somebody asks for more.
+# What DataLoader workers hand over goes through it; containers get 64 MiB unless more is requested.
 _LITTLE_SHARED_MEMORY = 512 * _MIB
 # Each batch on its way from a DataLoader worker, each connection to another rank and each shard of a file takes some.
 _FEW_FILES = 1024
@@ -26,23 +26,23 @@ _FEW_FILES = 1024
 def cores() -> Iterator[Finding]:
     """The processor cores that the workers of this machine share."""
     cores, quota = usable_cores(), cpu_quota()
-    told = f"{cores} of this machine's {os.cpu_count()} are for workers"
-    yield ok("cores", told + (f", by a CPU quota of {quota:g}" if quota is not None and int(quota) <= cores else ""))
+    found = f"{cores} of this machine's {os.cpu_count()} are for workers"
+    yield ok("cores", found + (f", by a CPU quota of {quota:g}" if quota is not None and int(quota) <= cores else ""))
 
 
 def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Finding]:
     """Memory that is free for workers, and the limit of the container (control group version 2)."""
     available, limit = psutil.virtual_memory().available, _limit(limit_file)
-    told = f"{_gib(available)} available" + (f", {_gib(limit)} allowed" if limit is not None else "")
+    found = f"{_gib(available)} available" + (f", {_gib(limit)} allowed" if limit is not None else "")
     if min(available, limit or available) < _LITTLE_MEMORY:
         yield warning(
             "memory",
-            told,
+            found,
             "Each worker takes about 0.4 GiB before its model: end other programs, use fewer "
             "workers, or raise the container's memory limit.",
         )
     else:
-        yield ok("memory", told)
+        yield ok("memory", found)
 
 
 def shared_memory(folder: Path = _SHARED_MEMORY) -> Iterator[Finding]:
@@ -51,19 +51,19 @@ def shared_memory(folder: Path = _SHARED_MEMORY) -> Iterator[Finding]:
         yield ok("shared-memory", f"no {folder} on this system")
         return
     size = shutil.disk_usage(folder)
-    told = f"{folder} has {_gib(size.total)}, {_gib(size.free)} of it free"
+    found = f"{folder} has {_gib(size.total)}, {_gib(size.free)} of it free"
     if not os.access(folder, os.W_OK):
         yield failure("shared-memory", f"{folder} cannot be written", f"chmod 1777 {folder}, as root.")
     elif size.free < _LITTLE_SHARED_MEMORY:
         yield warning(
             "shared-memory",
-            told,
-            'Streamed data (data.layout = "stream") may die of a bus error: start the '
+            found,
+            'Streamed data (data.layout = "stream") may fail with a bus error: start the '
             "container with --shm-size=2g, give the pod a memory-backed emptyDir at /dev/shm, or set "
             "data.workers = 0.",
         )
     else:
-        yield ok("shared-memory", told)
+        yield ok("shared-memory", found)
 
 
 def open_files() -> Iterator[Finding]:

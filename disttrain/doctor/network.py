@@ -1,4 +1,4 @@
-"""What workers need of the network: a name that leads here, an interface, ports, and the others."""
+"""What workers need of the network: a name that resolves to this machine, an interface, ports, and the others."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def host_name(several: bool) -> Iterator[Finding]:
-    """Whether the host's own name leads to an address of this machine that others can reach, too.
+    """Whether the host's own name resolves to an address of this machine that others can reach, too.
 
-    gloo binds to it and tells it to the other workers. Debian and Ubuntu have it lead to 127.0.1.1, which on every
+    gloo binds to it and sends it to the other workers. Debian and Ubuntu resolve it to 127.0.1.1, which on every
     other machine is that machine itself. With `several` machines that is a failure.
     """
     name = socket.gethostname()
@@ -29,17 +29,17 @@ def host_name(several: bool) -> Iterator[Finding]:
     if isinstance(addresses, str):
         yield Finding("host-name", bad, f"{name} cannot be resolved ({addresses}){consequence}", _OWN_NAME)
         return
-    told = f"{name} is {', '.join(addresses)}"
+    found = f"{name} is {', '.join(addresses)}"
     if not any(_is_ours(address) for address in addresses):
-        yield Finding("host-name", bad, f"{told}, and this machine has no such address{consequence}", _OWN_NAME)
+        yield Finding("host-name", bad, f"{found}, and this machine has no such address{consequence}", _OWN_NAME)
     elif all(ipaddress.ip_address(address).is_loopback for address in addresses):
-        yield Finding("host-name", bad, f"{told}, which no other machine can reach{consequence}", _OWN_NAME)
+        yield Finding("host-name", bad, f"{found}, which no other machine can reach{consequence}", _OWN_NAME)
     else:
-        yield ok("host-name", told)
+        yield ok("host-name", found)
 
 
 def interface(several: bool) -> Iterator[Finding]:
-    """The network interface that gloo will use: the one it is told, else the one of the host name, else loopback."""
+    """The network interface that gloo will use: the one that is set, else the one of the host name, else loopback."""
     present, up = psutil.net_if_addrs(), {name for name, state in psutil.net_if_stats().items() if state.isup}
     for variable in _INTERFACE_VARIABLES:
         for name in os.environ.get(variable, "").lstrip("^=").split(","):
@@ -50,10 +50,10 @@ def interface(several: bool) -> Iterator[Finding]:
                     f"Unset {variable}, or give one of {', '.join(sorted(present))}.",
                 )
                 return
-    told = os.environ.get("GLOO_SOCKET_IFNAME")
-    if told:
-        where = f"{told}, as GLOO_SOCKET_IFNAME says"
-        chosen = told.split(",")[0]
+    configured = os.environ.get("GLOO_SOCKET_IFNAME")
+    if configured:
+        where = f"{configured}, as GLOO_SOCKET_IFNAME says"
+        chosen = configured.split(",")[0]
     else:
         addresses = _addresses(socket.gethostname())
         usable = [] if isinstance(addresses, str) else [address for address in addresses if _is_ours(address)]
@@ -61,7 +61,7 @@ def interface(several: bool) -> Iterator[Finding]:
         if usable:
             where = f"{chosen} ({usable[0]}), as the host name says"
         else:
-            where = f"{chosen}, since the host name leads to no interface"
+            where = f"{chosen}, since the host name resolves to no interface"
     if chosen in present and chosen not in up:
         yield failure("interface", f"{where}, is down", f"Bring it up: ip link set {chosen} up")
     elif several and chosen == _loopback():
@@ -112,7 +112,7 @@ def rendezvous(address: str) -> Iterator[Finding]:
         else:
             yield warning(
                 "rendezvous",
-                f"{host} answers, and nobody listens on port {port}",
+                f"{host} answers, but nothing listens on port {port}",
                 "No harm before rank 0 has started; afterwards: the port is wrong, or a firewall refuses it.",
             )
     except OSError as error:

@@ -19,12 +19,12 @@ _DOWNLOADED = {
 
 
 def asked(question: Question) -> Recipe | None:
-    """The recipe of the question, or None. Raises RecipeError."""
+    """The recipe that is examined, or None. Raises RecipeError."""
     return None if question.recipe is None else load_recipe(question.recipe, question.overrides)
 
 
 def recipe(question: Question) -> Iterator[Finding]:
-    """Whether the recipe is one, and what it names is installed."""
+    """Whether the recipe is valid, and what it names is installed."""
     try:
         found = asked(question)
         assert found is not None
@@ -51,7 +51,7 @@ def data(question: Question) -> Iterator[Finding]:
         yield warning(
             "data",
             f"{found.data.dataset} is not in {found.data.root}; the first start downloads it",
-            "Where workers have no way to the internet, put it there before.",
+            "Where workers have no internet access, put it there first.",
         )
         return
     yield _loaded(found.data)

@@ -1,4 +1,4 @@
-"""The tracking server: reachable, willing, and with a clock like ours. Its credentials are never shown."""
+"""The tracking server: reachable, writable, and with a clock like ours. Its credentials are never shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from disttrain.tracking.mlflow.server_uri import resolve_uri
 _CONNECT_S, _ANSWER_S = 3.0, 5.0
 _SKEW_S = 5.0
 _PROBE_TAG = "disttrain.doctor"
-_NO_HARM = "Training goes on without it, and `disttrain sync RUN` delivers later; "
+_NO_HARM = "Training continues without it, and `disttrain sync RUN` uploads later; "
 _TRUE = ("1", "true")
 
 
@@ -67,12 +67,14 @@ def _database(file: Path) -> Finding:
         finally:
             database.close()
     except sqlite3.Error as error:
-        return warning("tracking", f"{file}: {error}", f"{_NO_HARM}mend or move the file away to have MLflow's pages.")
+        return warning(
+            "tracking", f"{file}: {error}", f"{_NO_HARM}repair the file or move it away to have MLflow's pages."
+        )
     return ok("tracking", f"{file} can be written")
 
 
 class _Refused(Exception):
-    """The server has answered, and not as it should."""
+    """The server answered, but not as it should."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(f"HTTP {status}" + (f" {code}" if code else ""))
@@ -158,7 +160,7 @@ def _write(api: _Api, experiment: str) -> str:
             raise
         made = api.ask("POST", "experiments/create", name=f"disttrain-doctor-{secrets.token_hex(4)}")
         api.ask("POST", "experiments/delete", experiment_id=_number(made))
-        return "lets new experiments in"
+        return "accepts new experiments"
     number = _number(found.get("experiment"))
     api.ask("POST", "experiments/set-experiment-tag", experiment_id=number, key=_PROBE_TAG, value=str(int(time.time())))
     return f"lets the experiment {experiment!r} be written"
@@ -166,26 +168,26 @@ def _write(api: _Api, experiment: str) -> str:
 
 def _number(experiment: Any) -> str:
     if not isinstance(experiment, dict) or "experiment_id" not in experiment:
-        raise _Refused(200, "and speaks another language than MLflow")
+        raise _Refused(200, "and what it speaks is not MLflow's protocol")
     return str(experiment["experiment_id"])
 
 
 def _refusal(place: str, error: _Refused) -> Finding:
-    told = f"{place} refuses: {error}"
+    refusal = f"{place} refuses: {error}"
     if error.status in (401, 403):
         return failure(
             "tracking",
-            told,
+            refusal,
             "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
             "MLFLOW_TRACKING_TOKEN, to those of a user who may write there.",
         )
     if error.status < 500:
-        return failure("tracking", told, "Give the address of an MLflow server, with https:// if it wants that.")
-    return warning("tracking", told, f"{_NO_HARM}see the server's log.")
+        return failure("tracking", refusal, "Give the address of an MLflow server, with https:// if it wants that.")
+    return warning("tracking", refusal, f"{_NO_HARM}see the server's log.")
 
 
 def _by_mlflow_itself(uri: str) -> Finding:
-    """Databases behind a driver, and what plugins bring: MLflow alone knows how to ask."""
+    """Databases behind a driver, and what plugins bring: only MLflow can reach those."""
     place = redact(uri)
     try:
         from mlflow.tracking import MlflowClient
@@ -198,7 +200,7 @@ def _by_mlflow_itself(uri: str) -> Finding:
 
 
 def _skew(date: str, before: float, after: float) -> float | None:
-    """By how many seconds the server's clock, which tells whole seconds, is certainly ahead of ours."""
+    """By how many seconds the server's clock, which has a resolution of a second, is certainly ahead of ours."""
     try:
         theirs = parsedate_to_datetime(date).timestamp()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Runs that live behind a URL: worked on in a folder of this machine, and brought there beside the training."""
+"""Runs that live behind a URL: worked on in a local folder, and uploaded beside the training."""
 
 from disttrain.remote.copy import local_copy as local_copy
 from disttrain.remote.copy import runs_behind as runs_behind

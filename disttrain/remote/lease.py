@@ -1,12 +1,12 @@
 """One job at a time writes to a URL, as far as object stores allow.
 
 They have no lock that dies with its owner, and fsspec offers no compare-and-swap. So the owner writes an object every
-few seconds, and whoever wants it watches whether it changes: no clock of one machine is compared with another's.
+few seconds, and a job that wants it watches whether it changes: no clock of one machine is compared with another's.
 
 What that guarantees: a job that beats is not taken for a dead one; a dead one is waited for `EXPIRY_S` at most; one
-that stood still for longer and lost the lease finds out before its next upload, and stops writing. What it cannot: two
-that begin in the same second may both believe that it is theirs. The later one keeps it, and the other finds out the
-same way; a checkpoint that it was bringing just then is whole, and of the same recipe or refused.
+that stood still for longer and lost the lease finds out before its next upload, and stops writing. What it cannot
+guarantee: two that begin in the same second may both believe that it is theirs. The later one keeps it, and the other
+finds out the same way; a checkpoint that it was bringing just then is whole, and of the same recipe or refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BEAT_S, EXPIRY_S = 10.0, 45.0
 
 
 class Lease:
-    """The right to write to a URL. `id` is this start's own, and `previous` that of the last one who held it."""
+    """The right to write to a URL. `id` is this start's own, and `previous` that of its last holder."""
 
     def __init__(self, run: RemoteRun, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> None:
         self.id = uuid.uuid4().hex
@@ -43,7 +43,7 @@ class Lease:
     def acquire(self, dead: str) -> None:
         """Become the owner. `dead` is the id of an owner that is known to have died, or empty.
 
-        Raises ConfigurationError that names an owner who lives, OSError if the URL cannot be reached.
+        Raises ConfigurationError that names a live owner, OSError if the URL cannot be reached.
         """
         there = self._read()
         if there.get("id") not in (None, dead) and not there.get("released"):
@@ -67,7 +67,7 @@ class Lease:
                 )
 
     def is_ours(self) -> bool:
-        """Whether nobody has taken it; looks at the URL. Raises OSError."""
+        """Whether no other job has taken it; looks at the URL. Raises OSError."""
         with self._one_at_a_time:
             if not self._lost.is_set() and self._read().get("id") != self.id:
                 self._lost.set()
@@ -82,7 +82,7 @@ class Lease:
 
     def _read(self) -> dict[str, Any]:
         content = self._run.read(LEASE)
-        # A file, other than an object, may be seen half written: then somebody is writing it.
+        # A file, other than an object, may be seen half written: then it is being written.
         return (as_json(content) or {"id": "unknown"}) if content is not None else {}
 
     def _write(self, released: bool = False) -> None:
@@ -99,4 +99,4 @@ class Lease:
                     return
                 self._write()
             except OSError:
-                continue  # the uploads say what is wrong; the next beat may come through
+                continue  # the uploads report what is wrong; the next heartbeat may succeed

@@ -1,4 +1,4 @@
-"""Brings what a run's working folder holds to the URL where the run lives, on a thread beside the training."""
+"""Uploads what a run's working folder holds to the URL where the run lives, on a thread beside the training."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _RETRY_S = 5.0
 class Mirror:
     """Keeps the URL's copy of a run. The URL is what counts; the working folder is rebuilt from it on another machine.
 
-    As a context it owns the URL, fetches what is there, and at the end brings everything and lets go. Whatever fails
-    in between is a warning, and is tried again with the next checkpoint.
+    As a context it owns the URL, fetches what is there, and at the end uploads everything and releases it. Whatever
+    fails in between is a warning, and is retried with the next checkpoint.
     """
 
     def __init__(self, run: RemoteRun, folder: Path, warn: Callable[[str], None], lease: Lease | None = None) -> None:
@@ -43,7 +43,7 @@ class Mirror:
         self._lease = lease or Lease(run)
         self.keep_last, self.keep_best = 2, 1
         self._asked = threading.Condition()
-        self._wanted = self._done = 0  # how often it was asked to bring everything, and which of these is done
+        self._wanted = self._done = 0  # how many uploads of everything were requested, and how many are done
         self._ends = False
         self._error = ""
         self._accuracies: dict[str, float | None] = {}
@@ -73,7 +73,7 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Bring the last of everything. That of a run which ended well was waited for; what fails now is a warning."""
+        """Upload the rest. For a run that ended well this was waited for; what fails now is a warning."""
         with self._asked:
             self._ends = True
             self._asked.notify_all()
@@ -88,10 +88,10 @@ class Mirror:
                         self.run.write(path.relative_to(self.folder).as_posix(), read_bytes(path))
             self._lease.release()
         except OSError as failure:
-            self._warn(f"the last of the run's files could not be brought to its place: {failure}")
+            self._warn(f"the last of the run's files could not be uploaded: {failure}")
 
     def bring(self) -> None:
-        """Have the thread bring what is new. Returns at once."""
+        """Have the thread upload what is new. Returns at once."""
         with self._asked:
             self._wanted += 1
             self._asked.notify_all()
@@ -128,7 +128,7 @@ class Mirror:
                 wanted = self._wanted
             error = self._attempt()
             if error and error != self._error:
-                self._warn(f"{error}. Training goes on, and the next checkpoint tries again.")
+                self._warn(f"{error}. Training continues, and the next checkpoint retries.")
             with self._asked:
                 self._done, self._error = wanted, error
                 self._asked.notify_all()
@@ -139,8 +139,8 @@ class Mirror:
                 return f"{self.run.url} was taken over by another job, so nothing more is written there"
             self._bring_files()  # first: where a checkpoint is, the journal holds the steps before it
             self._bring_checkpoints()
-        except Exception as error:  # whatever it is, whoever waits for this thread must hear of it
-            return f"not brought to its place: {error}"
+        except Exception as error:  # whatever it is, the thread that waits for this one must learn of it
+            return f"not uploaded: {error}"
         return ""
 
     def _bring_checkpoints(self) -> None:
@@ -196,7 +196,7 @@ class Mirror:
         return self._accuracies[name]
 
     def _bring_files(self) -> None:
-        # What MLflow has of the journal is read before the journal: it must not say more than that holds.
+        # What MLflow has of the journal is read before the journal: it must not claim more than that holds.
         files = {name: self.folder / name for name in (_DELIVERY, RECIPE, EVALUATION, SPIKES)}
         contents = {name: read_bytes(path) for name, path in files.items() if path.exists()}
         if (self.folder / JOURNAL).exists():
@@ -226,7 +226,7 @@ class Mirror:
         found = recipe_of_checkpoints(self.folder)
         if found is None:
             raise ConfigurationError(
-                f"{self.run.url} holds checkpoints but no {RECIPE}, nor do they: choose another --run-dir."
+                f"{self.run.url} holds checkpoints but no {RECIPE}, and neither do they: choose another --run-dir."
             )
         self._warn(f"{self.run.url}/{RECIPE} is lost; it is restored from {CHECKPOINTS}/{found[0].name}.")
         return to_toml(found[1])
@@ -240,12 +240,12 @@ class Mirror:
             except ConfigurationError as error:
                 self.run.quarantine(name, str(error))
                 others = name != names[0]
-                what = "the checkpoint before it is used" if others else "no other is left, so training begins anew"
+                what = "the previous checkpoint is used" if others else "no other is left, so training starts over"
                 self._warn(f"{error} Quarantined; {what}.")
 
 
 class MirroredStore(CheckpointStore):
-    """A store whose checkpoints are brought to a URL once they are written."""
+    """A store whose checkpoints are uploaded to a URL once they are written."""
 
     def __init__(self, mirror: Mirror, *, keep_last: int, keep_best: int) -> None:
         super().__init__(mirror.folder / CHECKPOINTS, keep_last=keep_last, keep_best=keep_best)
@@ -253,7 +253,7 @@ class MirroredStore(CheckpointStore):
         mirror.keep_last, mirror.keep_best = keep_last, keep_best
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
-        """As CheckpointStore's; the way to the URL is not waited for."""
+        """As CheckpointStore's; the upload is not waited for."""
         path = super().save(model, optimizer, state)
         self._mirror.bring()
         return path

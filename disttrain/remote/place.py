@@ -41,7 +41,7 @@ class Standing:
 
 
 class RemoteRun:
-    """The objects of the run behind `url`. Every method raises OSError if the other side fails or cannot be reached."""
+    """The objects of the run behind `url`. Every method raises OSError if it fails or cannot be reached."""
 
     def __init__(self, url: str) -> None:
         """Raises ConfigurationError if nothing installed can open the URL."""
@@ -100,7 +100,7 @@ class RemoteRun:
         folders: dict[str, set[str]] = {}
         for path in self.objects("checkpoints"):
             _, name, *file = path.split("/")
-            if _NAME.fullmatch(name) and len(file) == 1:  # what is called otherwise is not ours
+            if _NAME.fullmatch(name) and len(file) == 1:  # other names are not ours
                 folders.setdefault(name, set()).add(file[0])
         names = sorted(folders, key=step_and_revision)
         return Standing(
@@ -128,7 +128,7 @@ class RemoteRun:
     def get_checkpoint(self, name: str, path: Path, files: tuple[str, ...] = CONTENTS) -> None:
         """Fetch a checkpoint to the folder `path`, which comes to be only if all arrived.
 
-        Raises ConfigurationError if it is damaged. Nothing that the other side says is taken for a path.
+        Raises ConfigurationError if it is damaged. Nothing that the remote side sends is used as a path.
         """
         place = f"{self._root}/checkpoints/{name}"
         self._get(place, path, files)
@@ -147,7 +147,7 @@ class RemoteRun:
                     try:
                         self._files.get_file(f"{place}/{file}", str(temporary / file))
                     except FileNotFoundError:
-                        (temporary / file).unlink(missing_ok=True)  # verifying says what is missing
+                        (temporary / file).unlink(missing_ok=True)  # verification names what is missing
             if files == CONTENTS:
                 verify_checkpoint(temporary)
             temporary.rename(path)
@@ -158,7 +158,7 @@ class RemoteRun:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def quarantine(self, name: str, why: str) -> None:
-        """Mark a damaged checkpoint: it is left as it is, and used no more."""
+        """Mark a damaged checkpoint: it is left as it is, and no longer used."""
         self.write(f"checkpoints/{name}/{_DAMAGED}", why.encode())
 
     def remove_checkpoint(self, name: str) -> None:
@@ -185,7 +185,7 @@ class RemoteRun:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Around what is done first: a URL that does not exist or is forbidden is the user's error, said as such."""
+        """Around what is done first: a URL that does not exist or is forbidden is reported as the user's error."""
         try:
             yield
         except (FileNotFoundError, PermissionError) as error:
@@ -207,7 +207,7 @@ class RemoteRun:
 
 
 def step_and_revision(name: str) -> tuple[int, int]:
-    """What a remote checkpoint's name says: its step, and which of that step it is, from 1."""
+    """What a remote checkpoint's name holds: its step, and which of that step it is, from 1."""
     match = _NAME.fullmatch(name)
     assert match is not None, name
     return int(match[1]), int(match[2] or 1)
@@ -224,7 +224,7 @@ def _piece(number: int) -> str:
 
 
 def as_json(content: bytes | None) -> dict[str, Any]:
-    """The JSON object in an object's content; an empty one for what is none."""
+    """The JSON object in an object's content; an empty one for anything else."""
     try:
         value = parse_json(content or b"{}")
     except ValueError:

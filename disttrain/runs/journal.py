@@ -1,4 +1,4 @@
-"""The journal: one JSON object per line, append-only, the one true account of a job across all its restarts.
+"""The journal: one JSON object per line, append-only, the complete record of a job across all its restarts.
 
 Every record has `time` (seconds since the epoch) and `kind`; the rest depends on the kind:
 
@@ -35,7 +35,7 @@ from disttrain.runs.redact import redact
 
 JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
-_MAX_OWED_BYTES = 16 * 2**20  # what a full disk may make us hold in memory before records are dropped
+_MAX_HELD_BYTES = 16 * 2**20  # how much is held in memory on a full disk before records are dropped
 
 
 class Journal:
@@ -51,7 +51,7 @@ class Journal:
         """
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._owed = b""
+        self._held = b""
         self._first_step = first_step
         # By metric: the last step that this process journalled, and the steps that earlier ones did. Not the highest of
         # them: one wrong digit in a line must not keep every later step out.
@@ -118,7 +118,7 @@ class Journal:
             os.fsync(self._fd)
 
     def restore(self) -> None:
-        """If somebody has moved or deleted the file, make it anew with all that it held. Raises OSError."""
+        """Recreate the file with all that it held if it was moved or deleted. Raises OSError."""
         with self._lock:
             if self._fd < 0 or _is_at(self.path, self._fd):
                 return
@@ -136,27 +136,27 @@ class Journal:
         """Close the file; further records raise OSError."""
         with self._lock:
             if self._fd >= 0:
-                if self._owed:
+                if self._held:
                     with contextlib.suppress(OSError):
-                        os.write(self._fd, self._owed)
+                        os.write(self._fd, self._held)
                 os.close(self._fd)
                 self._fd = -1
 
     def _append(self, kind: str, **fields: Any) -> None:
         record = {"time": round(time.time(), 3), "kind": kind, **fields}
-        data = self._owed + _encode(record)
+        data = self._held + _encode(record)
         # A write may stop halfway on a full disk. Cutting the torn line off keeps the file whole, and holding the
-        # records back until the next write keeps the account complete when space is found again.
+        # records back until the next write keeps the journal complete once there is space again.
         size = os.fstat(self._fd).st_size
         try:
             if os.write(self._fd, data) != len(data):
-                raise OSError(f"{self.path}: the disk took only a part of a record")
+                raise OSError(f"{self.path}: the disk accepted only a part of a record")
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, size)
-            self._owed = data if len(data) <= _MAX_OWED_BYTES else self._owed
+            self._held = data if len(data) <= _MAX_HELD_BYTES else self._held
             raise
-        self._owed = b""
+        self._held = b""
 
     def _repair(self) -> None:
         """Learn what the file holds, and make it end with a whole line."""
@@ -243,7 +243,7 @@ _ABSENT = object()
 
 
 def _number(value: float) -> float | str:
-    """JSON has no word for NaN and the infinities; Python's `float` reads these."""
+    """JSON has no notation for NaN and the infinities; Python's `float` reads these."""
     value = float(value)
     if math.isfinite(value):
         return value

@@ -14,7 +14,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.files import open_safely
 
 LOCK = ".lock"
-# How long the workers of a job that was killed a moment ago may take to end.
+# How long the workers of a job that was killed a moment ago may take to exit.
 _PATIENCE_S = 10.0
 
 
@@ -24,7 +24,7 @@ def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
 
     A POSIX record lock (fcntl(2), F_SETLK): other than flock's, it is not inherited by forked data workers, which may
     outlive the owner. Raises ConfigurationError, which names the owner, if it is not free within `patience_s`; OSError
-    if the folder cannot be written or its file system knows no locks.
+    if the folder cannot be written or its file system supports no locks.
     """
     path = folder / LOCK
     deadline = time.monotonic() + patience_s
@@ -38,7 +38,7 @@ def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
                     yield
                 finally:
                     if _is_still(path, file.fileno()):  # not if the folder was moved, and another is there
-                        path.unlink(missing_ok=True)  # while it is ours: nobody else's can be removed
+                        path.unlink(missing_ok=True)  # while it is ours: another owner's cannot be removed
                 return
             if time.monotonic() >= deadline:
                 file.seek(0)

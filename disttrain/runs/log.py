@@ -26,7 +26,7 @@ class LogFile(logging.Handler):
             if not self._is_known:
                 self._is_known = True
                 with suppress(OSError, ValueError):
-                    words = f"warning: {self._path} cannot be written: {error.strerror}. Training goes on."
+                    words = f"warning: {self._path} cannot be written: {error.strerror}. Training continues."
                     print(words, file=sys.stderr, flush=True)
         except Exception:  # a message whose arguments do not fit it
             self.handleError(record)

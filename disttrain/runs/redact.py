@@ -1,4 +1,4 @@
-"""Keeping passwords out of everything that is written or said."""
+"""Keeping passwords out of everything that is written or printed."""
 
 from __future__ import annotations
 

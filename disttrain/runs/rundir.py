@@ -32,12 +32,12 @@ SPIKES = "spikes.json"
 _FILES = (RECIPE, JOURNAL, EVALUATION, SPIKES, STOP, "mlflow.json")
 _FOLDERS = (CHECKPOINTS, LOGS, "charts", "model", ".model.tmp")
 
-# What may change when a run goes on: where things are, how long, how many, how it is watched; never what is learnt.
+# What may change when a run resumes: where things are, how long, how many, how it is watched; never what is learned.
 _MAY_CHANGE = {
     "data.root", "data.verify", "data.download", "data.layout", "data.workers",
     "train.epochs", "train.max_steps", "train.device", "train.threads", "train.log_every_steps",
     "train.eval_every_epochs", "train.eval_batch_size", "train.hang_timeout_s", "train.compile",
-    "train.non_finite", "train.non_finite_limit",  # or a run that has ended by them could never be gone on with
+    "train.non_finite", "train.non_finite_limit",  # or a run that ended because of them could never be resumed
     "parallel.strategy", "parallel.find_unused_parameters",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
@@ -70,8 +70,8 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[No
         with _usable(path):
             path.mkdir(parents=True, exist_ok=True)
             refuse_links(path)
-            # A first start that was killed or refused leaves its logs, and perhaps a recipe half written; somebody may
-            # have asked it to stop.
+            # A first start that was killed or refused leaves its logs, and perhaps a recipe half written; a stop
+            # may have been requested.
             leftovers = (LOGS, LOCK, being_written(stored).name, STOP)
             is_run = whatever_is_there or stored.exists() or recipe_of_checkpoints(path) is not None
             if not is_run and any(entry.name not in leftovers for entry in path.iterdir()):
@@ -88,7 +88,7 @@ def is_run(path: Path) -> bool:
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Raise ConfigurationError if anything that a run writes is no file or folder of its own in `run_dir`.
+    """Raise ConfigurationError if anything that a run writes is not a plain file or folder in `run_dir`.
 
     The folder itself may be a link. Looks and changes nothing. Raises OSError.
     """
@@ -109,7 +109,7 @@ def refuse_entry(path: Path, *, is_folder: bool = False) -> None:
         refuse_irregular(path, is_folder=is_folder)
     except OSError as error:
         raise ConfigurationError(
-            f"{path}: {error.strerror or error}; a run writes to files and folders of its own alone. Remove it, or "
+            f"{path}: {error.strerror or error}; a run writes only to plain files and folders of its own. Remove it, or "
             "choose another run directory."
         ) from error
 
@@ -139,7 +139,7 @@ def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) 
     """Raise ConfigurationError if the run in `path`, where there is one, cannot be resumed with `recipe`.
 
     What counts is the recipe in its newest checkpoint, which a manifest vouches for; before there is one, recipe.toml.
-    `warn` hears of a recipe.toml that is lost or damaged: `store_recipe` makes it anew.
+    `warn` is called for a recipe.toml that is lost or damaged: `store_recipe` recreates it.
     """
     stored, found = path / RECIPE, recipe_of_checkpoints(path)
     if found is None:
@@ -179,7 +179,7 @@ def _shown(value: object) -> str:
 
 
 def resume_command(run_dir: Path | str) -> str:
-    """The command that resumes a run, as a shell takes it; in words where only who started it knows it."""
+    """The command that resumes a run, as a shell takes it; in words where only the user who started it can know it."""
     launcher = launched_by()
     if launcher == NODE_LAUNCHER:
         return "the same command on each machine"

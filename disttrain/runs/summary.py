@@ -10,14 +10,14 @@ from disttrain.layout import STATE, accuracy_of, checkpoints_in, step_of
 from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
 from disttrain.runs.journal import last_status
 
-# The journal's last status, in the words that a person would use.
+# The journal's last status, in a person's words.
 _STATES = {"RUNNING": "unfinished", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
 
 def summarise(run: Path) -> dict[str, Any]:
     """The run's name, state, step, epoch, world size, checkpoints and MLflow run, as JSON can hold them.
 
-    The state is "finished", "stopped", "failed", "unfinished" (running, or killed without a word) or "new". Step and
+    The state is "finished", "stopped", "failed", "unfinished" (running, or killed) or "new". Step and
     epoch are those of the newest checkpoint. Reads whatever is there, damaged or not, and changes nothing.
     """
     paths = checkpoints_in(run / CHECKPOINTS)

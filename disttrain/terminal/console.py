@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar on a terminal, plain lines in a pipe, and only from rank 0."""
+"""What the user sees: a progress bar on a terminal, plain lines in a pipe, and only from rank 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger("disttrain")
 
 
 def _write(text: str, stream: TextIO) -> None:
-    with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk, a closed stream: the log has it
+    with suppress(OSError, ValueError):  # a pipe without a reader, a full disk, a closed stream: the log has it
         print(printable(text), file=stream, flush=True)
 
 
@@ -38,7 +38,7 @@ class Console:
     """Lines, warnings and progress for the user; everything but progress goes to the log as well."""
 
     def __init__(self, *, speaks: bool, every_s: float = 30.0) -> None:
-        """`every_s`: seconds without a word after which, where there is no bar, a line tells how far training is."""
+        """`every_s`: seconds of silence after which, where there is no bar, a line reports progress."""
         self._speaks, self._every_s = speaks, every_s
         self._bar: Bar | None = None
         self._total_steps: int | None = None  # while training is under way
@@ -83,7 +83,7 @@ class Console:
 
     @contextmanager
     def relaying(self, logger: str) -> Iterator[None]:
-        """Show what `logger` has to say (it goes to the log by itself), as long as the block runs."""
+        """Show the messages of `logger` (which reach the log by themselves) while the block runs."""
         relay = _Relay(self._show, self._show_warning)
         logging.getLogger(logger).addHandler(relay)
         try:
@@ -92,7 +92,7 @@ class Console:
             logging.getLogger(logger).removeHandler(relay)
 
     def start_progress(self, step: int, total_steps: int) -> None:
-        """Begin to show how far training has come: as a bar, if somebody is looking."""
+        """Begin to show how far training has come: as a bar on a terminal."""
         if not self._speaks:
             return
         self._total_steps, self._last_words = total_steps, time.monotonic()
@@ -106,7 +106,7 @@ class Console:
         self._words = (f"loss {loss:.4f}", f"{images_per_second:,.0f} images/s")
 
     def progress(self, step: int, epoch: int, num_epochs: int) -> None:
-        """Show that `step` is made: on the bar, or else in a line if nothing was said for a while."""
+        """Show that `step` is made: on the bar, or else in a line if nothing was printed for a while."""
         title = f"epoch {epoch}/{num_epochs}"
         if self._bar is not None:
             self._bar.update(step, title, self._words)
@@ -114,7 +114,7 @@ class Console:
             self.busy(f"{title}: {', '.join((f'step {step} of {self._total_steps}', *self._words))}")
 
     def busy(self, text: str) -> None:
-        """Say what training is at, if nobody sees a bar and nothing was said for a while."""
+        """Report where training is, if there is no bar and nothing was printed for a while."""
         is_under_way = self._total_steps is not None and self._bar is None
         if is_under_way and time.monotonic() - self._last_words >= self._every_s:
             self._show(text)

@@ -1,4 +1,4 @@
-"""Output that ends no run, whatever becomes of it: a terminal that is gone, a full disk, a pipe that nobody reads."""
+"""Output that ends no run, whatever becomes of it: a terminal that is gone, a full disk, a pipe without a reader."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def have_standard_streams() -> None:
 def have_unbreakable_output() -> None:
     """Have nothing that this process prints, in its own or in a user's code, fail; what cannot be written is dropped.
 
-    For a process that trains: its log has all that it says itself.
+    For a process that trains: its log holds all of its own messages.
     """
     have_standard_streams()
     sys.stdout, sys.stderr = _stream(1, like=sys.stdout), _stream(2, like=sys.stderr)
 
 
 def unfailing(stream: TextIO) -> IO[str]:
-    """`stream`, but what it does not take is dropped: for a process whose standard streams are not ours to replace."""
+    """`stream`, but what cannot be written is dropped: for a process whose standard streams are not ours to replace."""
     return cast(IO[str], _Unfailing(stream))
 
 
@@ -92,7 +92,7 @@ codecs.register_error(_ERRORS, _as_good_as_possible)
 
 
 class _Lossy(io.RawIOBase):
-    """Writes to a descriptor all that it takes. What it does not take counts as written; that is logged once."""
+    """Writes to a descriptor as much as it accepts. What it does not accept counts as written; that is logged once."""
 
     def __init__(self, descriptor: int) -> None:
         self.name = {1: "standard output", 2: "standard error"}[descriptor]
@@ -112,7 +112,7 @@ class _Lossy(io.RawIOBase):
                     import logging  # not above: `--help` does without
 
                     logging.getLogger("disttrain").warning(
-                        "%s can no longer be written: %s. Training goes on.", self.name, error.strerror
+                        "%s can no longer be written: %s. Training continues.", self.name, error.strerror
                     )
                 break
         return size

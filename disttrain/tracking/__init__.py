@@ -1,4 +1,4 @@
-"""The account of a run: the journal, which is the truth, and MLflow, which is fed from it."""
+"""The record of a run: the journal, which is authoritative, and MLflow, which is fed from it."""
 
 from disttrain.runs.journal import JOURNAL_FILE, Journal, last_status, read_journal
 from disttrain.runs.redact import redact

@@ -65,12 +65,12 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
     """
     num = len(classes)
     if len(matrix) != num or any(len(row) != num for row in matrix):
-        raise ValueError(f"the confusion matrix is not {num} by {num}, as the number of classes asks")
+        raise ValueError(f"the confusion matrix is not {num} by {num}, as {num} classes require")
     shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
     side = min(max(4.6, 0.52 * num + 2.0), 11.0) if num <= _MAX_NUMBERED_CLASSES else 9.0
     figure = new_figure(side + 0.7, side)
     axes = figure.add_subplot()
-    # The square root spreads the small shares, which are the mistakes one looks for.
+    # The square root spreads the small shares, which are the mistakes of interest.
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     colours = LinearSegmentedColormap.from_list("shares", ["#fbfcfd", "#c6daee", "#6aa1d3", "#2f6fb5", "#123b6b"])
@@ -125,7 +125,7 @@ def per_class(accuracies: Sequence[float], classes: Sequence[str]) -> Figure:
     mean = sum(values) / max(len(values), 1)
     left_out, half = len(values) - _MAX_BARS, _MAX_BARS // 2
     rows = list(range(len(values)))
-    if left_out > 0:  # an empty row between the best and the worst tells of the others
+    if left_out > 0:  # an empty row between the best and the worst stands for the others
         values, names = values[:half] + values[-half:], names[:half] + names[-half:]
         rows = [*range(half), *range(half + 1, 2 * half + 1)]
     figure = new_figure(6.6, 0.27 * len(rows) + 1.5)

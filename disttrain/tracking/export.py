@@ -146,7 +146,7 @@ def _check(exported: nn.Module, served: nn.Module, images: Tensor) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns and logs about its own inner workings, which tell a user nothing."""
+    """torch.export warns and logs about its own inner workings, which are of no use to a user."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch._dynamo", "torch.fx")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -73,7 +73,7 @@ class Tracker:
         return self._journal is not None and self._sender is not None and self._settings.log_model
 
     def start(self, resumed: bool, params: Mapping[str, Any], tags: Mapping[str, Any], step: int = 0) -> None:
-        """Open the journal, of a job that goes on from `step`, and start the sender.
+        """Open the journal of a job that resumes at `step`, and start the sender.
 
         `params` may be nested, as a dumped recipe is; names are joined by dots. `tags`, `world_info`, the git commit
         of the current folder and the versions in use become tags.
@@ -110,7 +110,7 @@ class Tracker:
                 self._journal.event(name, **fields)
 
     def restore(self) -> None:
-        """Make the journal anew if it was deleted."""
+        """Recreate the journal if it was deleted."""
         with self._harmless():
             if self._journal is not None:
                 self._journal.restore()
@@ -154,7 +154,7 @@ class Tracker:
             self._journal.append("model", path=MODEL_FOLDER, step=self._step)
 
     def finish(self, status: str, timeout_s: float = 120.0, unless: Callable[[], bool] | None = None) -> Backlog:
-        """Close the journal, let the sender finish, and tell what MLflow is still owed; the user is told as well.
+        """Close the journal, let the sender finish, and return what MLflow still lacks; a warning reports it as well.
 
         Args:
             status: FINISHED, FAILED or KILLED (stopped on request).
@@ -179,7 +179,7 @@ class Tracker:
         return Backlog() if self.uri is None else backlog_at(self._run_dir, self.uri, self._settings.experiment)
 
     def catch_up(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Backlog:
-        """Bring MLflow what it lacks of a run that has ended, as far as it takes it now; see `finish`."""
+        """Upload what MLflow lacks of a run that has ended, as far as it accepts it now; see `finish`."""
         with self._harmless():
             if self.uri is not None:
                 self._sender = MlflowSender(self._run_dir, self.uri, self._settings.experiment, None, self._warn)
@@ -194,19 +194,19 @@ class Tracker:
                 if missing:
                     self._warn(
                         f"MLflow at {redact(self.uri or '')} still lacks {missing} of this run; the journal has "
-                        f"everything. `{sync_command(self._run_dir)}` delivers the rest."
+                        f"everything. `{sync_command(self._run_dir)}` uploads the rest."
                     )
         return missing
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
-        """Turn any failure into one warning: no account of a training is worth losing the training."""
+        """Turn any failure into one warning: no record of a training run is worth losing the run."""
         try:
             yield
         except Exception as error:
             if not self._troubled:
                 self._troubled = True
-                self._warn(redact(f"{self._run_dir}: tracking is in trouble, training goes on: {error}"))
+                self._warn(redact(f"{self._run_dir}: tracking failed, training continues: {error}"))
 
 
 class NullTracker:
@@ -245,7 +245,7 @@ class NullTracker:
 
 
 def sync_command(run: str | os.PathLike[str]) -> str:
-    """The command that brings MLflow what it lacks of a run, as a shell takes it."""
+    """The command that uploads what MLflow lacks of a run, as a shell takes it."""
     return f"disttrain sync {shlex.quote(str(run))}"
 
 
@@ -269,6 +269,6 @@ def _versions() -> dict[str, str]:
         tags["torch"] = str(sys.modules["torch"].__version__)
     commit = git_commit(Path.cwd())
     if commit is not None:
-        # The second name is the one that MLflow's own page knows; it takes no suffix.
+        # The second name is the one that MLflow's own page expects; it takes no suffix.
         tags |= {"git_commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")}
     return tags

@@ -186,7 +186,7 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     if world.remark:
         console.line(world.remark)
     if is_done:
-        console.line(f"{address} is finished already: {job.step} of {job.total_steps} steps.")
+        console.line(f"{address} is already finished: {job.step} of {job.total_steps} steps.")
     elif job.is_finished:
         console.line(f"{address} was interrupted after its last step: finishing it")
     elif job.step:

@@ -95,8 +95,8 @@ class Ending:
             return self.report.message
         hint = f"; see {self.log}" if self.log else f"; its last words:\n{self.last_words}" if self.last_words else ""
         if self.code > 0:
-            return f"exited with code {self.code} without saying why{hint}"
-        why = " (mostly that means that the machine ran out of memory)" if self.code == -signal.SIGKILL else ""
+            return f"exited with code {self.code} without giving a reason{hint}"
+        why = " (usually because the machine ran out of memory)" if self.code == -signal.SIGKILL else ""
         return f"was killed by {_signal_name(-self.code)}{why}{hint}"
 
 
@@ -136,7 +136,7 @@ def settle(endings: Sequence[Ending], *, stop_requested: bool) -> Outcome:
 
 def left_early() -> Report:
     """What to say of a worker that ended with 0 and did not say that it had finished."""
-    message = "ended with exit code 0 before its work was done: code that it imports or calls has left with os._exit(0)"
+    message = "exited with code 0 before its work was done: code that it runs called os._exit(0)"
     return Report(message, _host(), time.time(), None)
 
 

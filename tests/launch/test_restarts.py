@@ -46,7 +46,7 @@ while steps() < 3:
     for number in (1, 2):
         assert said[2 * number - 2].startswith("disttrain: rank 0 on ")
         assert "was killed by SIGKILL" in said[2 * number - 2]
-        assert said[2 * number - 1] == f"disttrain: restart {number} of 5, from the newest checkpoint"
+        assert said[2 * number - 1] == f"disttrain: restart {number} of 5 from the latest checkpoint"
 
 
 def test_no_more_often_than_allowed(start_launcher: StartLauncher) -> None:
@@ -64,7 +64,7 @@ def test_a_failure_at_the_same_step_is_given_up_with_its_cause(start_launcher: S
     assert returncode == 1
     assert err.splitlines() == [
         "disttrain: it always fails here",
-        "disttrain: restart 1 of 9, from the newest checkpoint",
+        "disttrain: restart 1 of 9 from the latest checkpoint",
         "disttrain: it always fails here",
         "disttrain: it failed again, and no step was made since the restart (step 0): giving up",
     ]

@@ -29,7 +29,7 @@ def one_at_a_time(uri: str, patience_s: float = _PATIENCE_S) -> Iterator[None]:
 
     try:
         descriptor = _open_lock(uri)
-    except (OSError, ValueError, ArgumentError):  # no URI, or a folder where nothing can be written: MLflow says so
+    except (OSError, ValueError, ArgumentError):  # no URI, or an unwritable folder: MLflow's own error follows
         descriptor = None
     if descriptor is None:
         yield

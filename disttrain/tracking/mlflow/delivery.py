@@ -1,4 +1,4 @@
-"""Bringing a run's journal to MLflow. Runs in the sender's own process, never in a training process.
+"""Uploading a run's journal to MLflow. Runs in the sender's own process, never in a training process.
 
 Delivery is idempotent, so it may be cut off anywhere and repeated: the same metric row sent twice is one row in
 MLflow, parameters and tags are set to the same value, a file is uploaded again only if its content is another. The
@@ -52,7 +52,7 @@ class Delivery:
         uri: of the server or database, without credentials where the scheme allows it.
         experiment: name, created if need be.
         run_name: what a new run is called.
-        say: called with a message for the user, at most once for each kind of trouble.
+        say: called with a message for the user, at most once per kind of problem.
     """
 
     def __init__(self, run_dir: Path, uri: str, experiment: str, run_name: str, say: Callable[[str], None]) -> None:
@@ -77,11 +77,11 @@ class Delivery:
                 self._say_once(
                     "gone",
                     f"{journal} is gone: if the run was moved or deleted, MLflow gets nothing more "
-                    "until the next checkpoint makes it anew.",
+                    "until the next checkpoint recreates it.",
                 )
             return
         self._said.discard("gone")
-        if size < self._state.offset:  # somebody cut the journal short: what MLflow has twice, it keeps once
+        if size < self._state.offset:  # the journal was truncated: what MLflow receives twice, it keeps once
             self._state.offset = 0
         if size == self._state.offset and not self._state.uploads and self._state.status is None:
             return
@@ -94,7 +94,7 @@ class Delivery:
             try:
                 self._upload(client)
             finally:
-                self._tell_status(client)
+                self._send_status(client)
         except OutageError:
             raise
         except Exception as error:
@@ -103,7 +103,7 @@ class Delivery:
             raise OutageError(brief(error)) from error
 
     def mark_killed(self) -> None:
-        """Tell MLflow that the training process is gone without a word, so that the run does not seem to go on."""
+        """Mark the run as failed in MLflow once the training process has died; it would seem to be running."""
         if self._client is not None and self._seems_running:
             self._client.set_terminated(self._state.run_id, "KILLED")
 
@@ -129,7 +129,7 @@ class Delivery:
                     return run
         experiment_id = self._find_experiment(client)
         job = next((record.get("job") for record in read_journal(self.run_dir / JOURNAL_FILE)), None) or self._run_name
-        # A run may be there though mlflow.json does not know: we may have been killed between the two.
+        # A run may exist although mlflow.json has no record of it: we may have been killed between the two.
         runs = client.search_runs([experiment_id], f"tags.`{JOB_TAG}` = '{_quote(str(job))}'", max_results=1)
         run = runs[0] if runs else self._create_run(client, experiment_id, str(job))
         self._state = type(self._state)(
@@ -197,7 +197,7 @@ class Delivery:
     def _param_entities(self, params: dict[str, Any]) -> list[Entity]:
         """MLflow never changes a parameter. One that a restart changed becomes a tag beside the first value.
 
-        One that is not set says nothing, and is left out.
+        One that is not set is left out.
         """
         entities: list[Entity] = []
         for name, value in params.items():
@@ -256,7 +256,7 @@ class Delivery:
         if failed is not None:
             raise OutageError(f"files cannot be stored: {brief(failed)}") from failed
 
-    def _tell_status(self, client: MlflowClient) -> None:
+    def _send_status(self, client: MlflowClient) -> None:
         if self._state.status is not None:
             status, when = self._state.status.get("status", "FINISHED"), self._state.status.get("time")
             if status == "RUNNING":

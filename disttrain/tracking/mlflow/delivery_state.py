@@ -25,7 +25,7 @@ class DeliveryState:
     run_id: str = ""
     offset: int = 0  # bytes of the journal that MLflow has
     uploads: list[dict[str, Any]] = field(default_factory=list)  # records behind the offset that wait for a file
-    status: dict[str, Any] | None = None  # the run's new status, told to MLflow after the uploads
+    status: dict[str, Any] | None = None  # the run's new status, sent to MLflow after the uploads
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was uploaded, by place in MLflow
 
     def save(self, run_dir: Path) -> None:
@@ -63,9 +63,10 @@ def _is_sound(state: DeliveryState) -> bool:
 
 
 def state_for(run_dir: Path, uri: str, experiment: str) -> DeliveryState:
-    """The state of a run for this server (without credentials) and experiment; begun anew if it had another.
+    """The state of a run for this server (without credentials) and experiment; a new one if it had another.
 
-    A new one is kept at once, if it can be: so a later `disttrain sync` finds the server, whatever happens until then.
+    A new one is kept at once, if it can be, so that a later `disttrain sync` finds the server whatever happens until
+    then.
     """
     state = load_state(run_dir)
     if (state.uri, state.experiment) != (uri, experiment):

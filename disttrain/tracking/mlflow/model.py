@@ -45,8 +45,8 @@ def log_exported_model(
 ) -> None:
     """Store the file that `export_model` wrote, and that `description` describes, as the model of a run, once.
 
-    It has a signature and an input example, and is stored as a graph (`pt2`), not as a pickle. `digest` tells models
-    of the same run apart. Raises MlflowException.
+    It has a signature and an input example, and is stored as a graph (`pt2`), not as a pickle. `digest` distinguishes
+    models of the same run. Raises MlflowException.
     """
     run = client.get_run(run_id)
     experiment_id = run.info.experiment_id
@@ -69,7 +69,7 @@ def log_exported_model(
         save_exported_model(exported, description, target, model)
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
         client.log_model_artifacts(logged.model_id, str(target))
-    _tell_how_good_it_is(client, run, logged.model_id)
+    _attach_evaluation(client, run, logged.model_id)
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
 
@@ -78,8 +78,8 @@ def model_name(recipe: str) -> str:
     return _NOT_IN_NAMES.sub("_", recipe) or _NAME
 
 
-def _tell_how_good_it_is(client: MlflowClient, run: Run, model_id: str) -> None:
-    """Have the model carry the run's evaluation, and the data set on which it was made."""
+def _attach_evaluation(client: MlflowClient, run: Run, model_id: str) -> None:
+    """Attach the run's evaluation to the model, with the data set it was made on."""
     settings = {key: value for key, value in sorted(run.data.params.items()) if key.startswith("data.")}
     source = json.dumps(settings)
     # Of the settings, not of the samples: the same set, prepared in the same way.

@@ -1,4 +1,4 @@
-"""What it means that MLflow does not answer, in words. Needs no MLflow."""
+"""What it means, in plain words, when MLflow does not answer. Needs no MLflow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OutageError(Exception):
 def brief(error: BaseException) -> str:
     """What went wrong, in a line without credentials."""
     text = redact(str(error)).strip().partition("\n")[0] or type(error).__name__
-    # The network library tells the whole story of its retries; the last cause is what a user can do something about.
+    # The network library reports all of its retries; the last cause is the one a user can do something about.
     cause = _NETWORK_CAUSE.search(text)
     if cause is not None:
         return cause.group(1)

@@ -1,9 +1,9 @@
-"""The training process's end of the sender: starts it, hears it, ends it. No call here waits for MLflow but `finish`.
+"""The training process's end of the sender: starts, reads and ends it. No call here waits for MLflow but `finish`.
 
 The sender is a process, not a thread. Importing MLflow and making its database is seconds of Python code: on a thread
 it held the interpreter's lock so much that a training loop beside it ran at less than half its speed for ten seconds,
 with steps of 0.3 s instead of 0.02 s. A process can also be given short time limits and a low priority of its own, and
-be ended at a deadline whatever its network does.
+be killed at a deadline whatever its network does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MlflowSender:
         experiment: name of the MLflow experiment.
         run_name: what a new MLflow run is called; the name of the run directory if None.
         warn: called with messages for the user, by `poll` and `finish`.
-        beside_training: whether an outage is worth a word at once, since training goes on.
+        beside_training: whether an outage is reported at once, since training continues.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MlflowSender:
         self._num_restarts = 0
         bare_uri, credentials = split_credentials(uri)
         self._place = redact(bare_uri)
-        state_for(run_dir, self._place, experiment)  # known from here on, should the sender never come to it
+        state_for(run_dir, self._place, experiment)  # stored from here on, should the sender never get that far
         self._credentials = credentials
         self._settings = {
             "run_dir": str(run_dir.absolute()),
@@ -106,19 +106,19 @@ class MlflowSender:
         self._order(json.dumps(self._settings))
 
     def poll(self) -> None:
-        """Pass on what the sender has to say, and start it again if it was killed. Never waits."""
+        """Pass on the sender's messages, and restart it if it was killed. Never waits."""
         if not self._hear():
             self._revive()
 
     def _revive(self) -> bool:
-        """Start the sender again if it was killed, by a system short of memory for instance; whether it was started."""
+        """Restart the sender if it was killed, as the kernel may when memory is short; whether it was."""
         code = self._process.poll()
         if code is None or code >= 0 or self._num_restarts == _MOST_RESTARTS:
             return False
         self._num_restarts += 1
         self._close()
         what = f"the process that feeds MLflow was killed ({signal.Signals(-code).name})"
-        last = "; it will not be started once more" if self._num_restarts == _MOST_RESTARTS else ""
+        last = "; it will not be restarted again" if self._num_restarts == _MOST_RESTARTS else ""
         self._warn(f"{what}: it is restarted, and resumes where it was{last}.")
         self._start()
         return True
@@ -131,7 +131,7 @@ class MlflowSender:
         self._process.stdout.close()
 
     def _hear(self) -> bool:
-        """Pass on what was said since the last time; False once the sender can say no more."""
+        """Pass on new messages; False once the sender has closed its output."""
         assert self._process.stdout is not None
         try:
             data = os.read(self._process.stdout.fileno(), 65536)
@@ -152,13 +152,13 @@ class MlflowSender:
                 return
         if level == "outage":
             message = (
-                f"MLflow at {self._place} does not take the run now ({message}). Training goes on; the journal keeps "
-                "everything for it."
+                f"MLflow at {self._place} is not accepting the run at the moment ({message}). Training continues; the "
+                "journal keeps everything for it."
             )
         self._warn(message)
 
     def finish(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Backlog:
-        """Let the sender deliver what it can within `timeout_s`, end it, and tell what MLflow is still owed.
+        """Let the sender upload what it can within `timeout_s`, end it, and return what is still missing in MLflow.
 
         A server that does not answer is asked twice, not for the whole time. `unless` is asked again and again; once it
         is True, the wait is over.
@@ -177,7 +177,7 @@ class MlflowSender:
         return backlog_of(self._run_dir, self._outage or too_late)
 
     def _heard_out(self, deadline: float, unless: Callable[[], bool] | None) -> bool:
-        """Pass on what the sender has to say until it ends; False if it has not by then."""
+        """Pass on the sender's messages until it ends; False if it has not by then."""
         assert self._process.stdout is not None
         while (left := deadline - time.monotonic()) > 0 and not (unless is not None and unless()):
             ready = select.select([self._process.stdout], [], [], min(left, _LOOK_EVERY_S))[0]
@@ -206,7 +206,7 @@ def deliver(
     timeout_s: float = 60.0,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Backlog:
-    """Bring to MLflow what it still lacks of a run, and tell what it lacks after that.
+    """Upload to MLflow what it still lacks of a run, and return what it lacks after that.
 
     Args:
         run_dir: a run directory with a journal.
@@ -226,7 +226,7 @@ def deliver(
     if known and redact(split_credentials(known)[0]) == uri:
         uri = known
     if not uri:
-        raise ValueError(f"{run_dir}: no MLflow server is known for this run; name one")
+        raise ValueError(f"{run_dir}: this run has no MLflow server on record; name one")
     experiment = experiment or state.experiment or "disttrain"
     sender = MlflowSender(Path(run_dir), uri, experiment, None, warn, beside_training=False)
     return sender.finish(timeout_s)

@@ -1,8 +1,8 @@
-"""The sender's own process: follows the journal and feeds MLflow until the training process says so or is gone.
+"""The sender's own process: follows the journal and feeds MLflow until the training process ends it or is gone.
 
 Its standard input brings one line of JSON with the settings, later perhaps `finish SECONDS`; its end means that the
 training process is gone. Its standard output carries one JSON object per line: {"warning": text}, {"outage": reason}
-when MLflow takes nothing, and {"over": text} when it does again.
+when MLflow accepts nothing, and {"over": text} when it does again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOCK_FILE = ".mlflow.lock"
 _INTERVAL_S = 5.0  # between two looks at the journal
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
-_LAST_WORDS_S = 3.0  # what a sender may still take when its training process was killed
+_LAST_WORDS_S = 3.0  # how long a sender may still take after its training process was killed
 # Pauses between the attempts at the end. A server that is down is asked twice; a database in a file may only be busy,
 # as when several runs begin or end together.
 _PAUSES_AT_THE_END_S = (0.5, 1.0, 2.0, 4.0, 4.0)
@@ -77,7 +77,7 @@ class Orders:
 
 
 class Sender:
-    """Delivers again and again; a circuit breaker keeps a dead server from being asked all the time."""
+    """Delivers again and again; a circuit breaker keeps a dead server from being contacted all the time."""
 
     def __init__(self, delivery: Delivery, orders: Orders, voice: Voice, run_dir: Path) -> None:
         self._delivery = delivery
@@ -86,7 +86,7 @@ class Sender:
         self._run_dir = run_dir
         self._journal = run_dir / JOURNAL_FILE
         self._place = redact(delivery.uri)
-        self._reason = ""  # why MLflow takes nothing now
+        self._reason = ""  # why MLflow accepts nothing now
         self._synced = 0
 
     def run(self) -> None:
@@ -101,7 +101,7 @@ class Sender:
                 self._orders.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
         was_down = bool(self._reason)
-        if was_down:  # before it is asked again: a server that does not answer may take all the time there is
+        if was_down:  # before it is asked again: a server that does not answer may use up all the time there is
             _draw_charts(self._run_dir)
         pauses = _PAUSES_AT_THE_END_S if is_database(self._delivery.uri) else _PAUSES_AT_THE_END_S[:1]
         for pause_s in (*pauses, 0.0):
@@ -141,7 +141,7 @@ class Sender:
 def _give_way() -> None:
     """Let training go first from here on.
 
-    Not before the first attempt: MLflow's start takes seconds of processor time, whoever waits for it, and at a low
+    Not before the first attempt: MLflow's start takes seconds of processor time, and at a low
     priority they stretch over a minute in which every step suffers.
     """
     with contextlib.suppress(OSError, AttributeError):
@@ -149,7 +149,7 @@ def _give_way() -> None:
 
 
 def _draw_charts(run_dir: Path) -> None:
-    """They are for whoever looks into the run directory, too; a delivery has drawn them already."""
+    """They are for readers of the run directory, too; an upload has drawn them already."""
     with contextlib.suppress(Exception):
         from disttrain.tracking.charts import draw_charts
 
@@ -163,7 +163,7 @@ class Voice:
         self._stream = stream
 
     def say(self, level: str, message: str) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
+        with contextlib.suppress(OSError):  # the reader is gone
             self._stream.write(json.dumps({level: redact(message)}) + "\n")
             self._stream.flush()
 
@@ -208,11 +208,11 @@ def main() -> None:
             if alone:
                 _send(settings, run_dir, orders, voice)
             else:
-                voice.say("warning", f"another process delivers {run_dir} to MLflow now")
+                voice.say("warning", f"another process is uploading {run_dir} to MLflow")
     except ImportError as error:
         voice.say("warning", f"MLflow cannot be used here ({error}); the journal keeps everything for it.")
     except Exception as error:
-        voice.say("warning", f"delivery to MLflow ended early ({type(error).__name__}: {error}).")
+        voice.say("warning", f"the upload to MLflow ended early ({type(error).__name__}: {error}).")
     sys.stdout.flush()
     os._exit(0)  # MLflow's own threads and exit handlers have nothing left to do, but may take their time over it
 

@@ -34,8 +34,8 @@ def resolve_uri(uri: str | None, run_dir: str | os.PathLike[str]) -> str | None:
             where that is not set for a database beside the runs.
         run_dir: the run directory.
 
-    Raises ConfigurationError for a folder, since MLflow has given up stores of files, and where a database would have
-    to stand in a folder whose name MLflow cannot say.
+    Raises ConfigurationError for a folder, since MLflow no longer supports file stores, and for a database in
+    a folder whose name MLflow cannot handle.
     """
     source = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
@@ -48,29 +48,29 @@ def resolve_uri(uri: str | None, run_dir: str | os.PathLike[str]) -> str | None:
                 "give a server (http://host:5000), a database (sqlite:////folder/mlflow.db), or none"
             )
         if not uri.startswith(("http://", "https://", "databricks")):
-            _refuse_unsayable(Path(run_dir).absolute().parent)  # the files that MLflow is given are kept there
+            _refuse_undecodable(Path(run_dir).absolute().parent)  # the files that MLflow is given are kept there
         return uri
     return _database(Path(run_dir).absolute().parent / "mlflow.db")
 
 
 def _database(path: Path) -> str:
     """The URI of a database file, as the installed SQLAlchemy reads it: versions differ in whether they unquote."""
-    _refuse_unsayable(path.parent)
+    _refuse_undecodable(path.parent)
     plain = f"sqlite:///{path.as_posix()}"
-    if "%" not in plain and "?" not in plain:  # else not touched: mlflow.json knows runs by it
+    if "%" not in plain and "?" not in plain:  # else left as it is: mlflow.json identifies runs by it
         return plain
     from sqlalchemy import URL, make_url
 
     uri = URL.create("sqlite", database=path.as_posix()).render_as_string(hide_password=False)
     if make_url(uri).database != path.as_posix():
         raise ConfigurationError(
-            f"{path.parent}: the installed SQLAlchemy cannot have a database in a folder of that name; give a "
+            f"{path.parent}: the installed SQLAlchemy cannot open a database in a folder of that name; give a "
             "--run-dir elsewhere, or tracking.uri"
         )
     return uri
 
 
-def _refuse_unsayable(folder: Path) -> None:
+def _refuse_undecodable(folder: Path) -> None:
     if not is_text(str(folder)):
         raise ConfigurationError(
             f"{folder}: a name in it is not UTF-8, and MLflow cannot keep a run's files there; give a --run-dir "

@@ -36,9 +36,9 @@ def upload(
     files: Mapping[str, str],
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """Bring what an `artifact`, `model` or `charts` record names to the run `run_id`.
+    """Upload what an `artifact`, `model` or `charts` record names to the run `run_id`.
 
-    `files` tells what MLflow has already, as SHA-256 by place; returned is what it has now besides. Raises whatever
+    `files` is what MLflow has already, as SHA-256 by place; what it has gained is returned. Raises whatever
     MLflow raises, for a later attempt.
     """
     kind = record.get("kind")
@@ -163,7 +163,7 @@ def _upload_model(
 
 
 def _is_below(folder: str) -> bool:
-    """Whether an artifact's folder is below the run's: MLflow refuses others, again and again."""
+    """Whether an artifact's folder is below the run's: MLflow refuses others, each time."""
     return not folder.startswith("/") and ".." not in folder.split("/") and "\\" not in folder and "\0" not in folder
 
 

@@ -47,7 +47,7 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoRetur
             complain(outcome.message)
             if watch.was_asked_to_stop or not restarts.helps(outcome):
                 break
-            complain(f"restart {restarts.made} of {restarts.most}, from the newest checkpoint")
+            complain(f"restart {restarts.made} of {restarts.most} from the latest checkpoint")
     if restarts.gave_up:
         complain(restarts.gave_up)
     sys.exit(outcome.exit_code)
@@ -157,7 +157,7 @@ class _Watch:
         if self._stop_requested_at is None:
             self._stop_requested_at = now
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            complain(f"{name}: the workers are asked to save and stop; once more kills them")
+            complain(f"{name}: asking the workers to save and stop; once more kills them")
             for worker in self._workers:
                 worker.terminate()
             return False

@@ -129,13 +129,15 @@ def test_nodes_that_are_stopped_at_once_leave_their_workers_the_time_to_save(tmp
     folder.mkdir()
     said = two_nodes(folder, SAVES, [signal.SIGTERM] * 3)
     for words in said:
-        assert words.startswith("75: disttrain: SIGTERM: the workers are asked to save and stop"), said
+        assert words.startswith("75: disttrain: SIGTERM: asking the workers to save and stop"), said
         assert words.endswith("\ndisttrain: saved\n")
 
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
     for words in two_nodes(tmp_path, NEVER_SAVES, [signal.SIGINT] * 2):
-        assert words.startswith("1: disttrain: Ctrl-C: the workers are asked to save and stop; a second Ctrl-C kills")
+        assert words.startswith(
+            "1: disttrain: Ctrl-C: asking the workers to save and stop; press Ctrl-C again to kill them"
+        )
         assert words.endswith("ended without a save: the workers were killed on request\n")
 
 
@@ -151,7 +153,7 @@ def test_a_worker_that_fails_after_the_end_of_the_run_is_not_waited_for(tmp_path
 
 def test_a_worker_that_leaves_with_0_before_it_has_finished_has_failed(tmp_path: Path) -> None:
     """And those of the other node do not wait for it."""
-    message = "rank 1 on .* ended with exit code 0 before its work was done: .* left with os._exit\\(0\\)\n"
+    message = "rank 1 on .* exited with code 0 before its work was done: .* called os._exit\\(0\\)\n"
     for words in two_nodes(tmp_path, LEAVES_EARLY):
         assert re.fullmatch(f"1: disttrain: {message}", words), words
 
@@ -167,7 +169,7 @@ def test_a_node_that_comes_after_the_end_is_done(tmp_path: Path, run_dir: Path) 
     with (run_dir / "journal.jsonl").open("a") as journal:
         journal.write('{"kind": "status", "status": "FINISHED"}\n{"kind": "event", "name": "status"}\n')
     (finished,) = run_workers(lambda: late(2), 1, process_group=False)
-    assert finished == f"0: disttrain: {run_dir} is finished already: there is nothing left to do\n"
+    assert finished == f"0: disttrain: {run_dir} is already finished: there is nothing left to do\n"
     (longer,) = run_workers(lambda: late(3), 1, process_group=False)
     assert longer.startswith("1: ")
     (another,) = run_workers(lambda: late(2, 0.5), 1, process_group=False)

@@ -153,8 +153,8 @@ def test_damage_is_named_where_no_other_checkpoint_is_left(run: Path, tmp_path: 
         assert "manifest.json cannot be read" in done.stdout + done.stderr
     going_on = disttrain("train", "--run-dir", copy, "-o", "train.max_steps=2")
     assert going_on.returncode == 0
-    assert going_on.stderr.count("the checkpoint before it is used") == going_on.stderr.count("\n") - 1
-    assert going_on.stderr.endswith("no other is left, so training begins anew.\n")
+    assert going_on.stderr.count("the previous checkpoint is used") == going_on.stderr.count("\n") - 1
+    assert going_on.stderr.endswith("no other is left, so training starts over.\n")
 
 
 def test_the_weights_load_in_plain_pytorch(run: Path) -> None:

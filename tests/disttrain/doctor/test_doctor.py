@@ -95,8 +95,8 @@ def test_one_that_hangs_crashes_or_breaks_down_hides_no_other() -> None:
     assert [(found.name, found.status, found.detail) for found in examine(checks, 5)] == [
         ("good", "ok", "fine"),
         ("hangs", "failure", "no answer within 5 s (--timeout gives a busy machine more)"),
-        ("aborts", "failure", "the check itself broke down: killed by SIGKILL"),
-        ("breaks", "failure", "the check itself broke down: exit code 1: ValueError: not so"),
+        ("aborts", "failure", "the check itself failed: killed by SIGKILL"),
+        ("breaks", "failure", "the check itself failed: exit code 1: ValueError: not so"),
         ("good", "ok", "fine"),
     ]
 

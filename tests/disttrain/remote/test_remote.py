@@ -144,13 +144,13 @@ def test_an_upload_that_fails_midway_leaves_the_one_before_and_is_tried_again(
     with machine(url, tmp_path / "a", warnings, keep_last=1, keep_best=0) as store:
         save(store, 1)
         with injured(faults.fail(None, errno.EIO, at=f"mirror: {point}", times=None)) as fault:
-            with pytest.raises(DisttrainError, match="not brought to its place"):
+            with pytest.raises(DisttrainError, match="not uploaded"):
                 save(store, 2)
             assert fault.happened
         there = RemoteRun(url).checkpoints().good
         assert there == (["step-00000002"] if point == "retired" else ["step-00000001"])
         assert len(warnings) == 1
-        assert "the next checkpoint tries again" in warnings[0]
+        assert "the next checkpoint retries" in warnings[0]
         save(store, 3)
         assert RemoteRun(url).checkpoints().good == ["step-00000003"]
     with machine(url, tmp_path / "b") as store:

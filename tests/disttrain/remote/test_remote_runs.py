@@ -161,7 +161,7 @@ def test_the_command_takes_a_url_and_goes_on_without_a_recipe(tmp_path: Path) ->
     assert os.listdir(home) == [], "no folder called file:"
     again = command()
     assert again.returncode == 0, again.stderr
-    assert "finished already" in again.stdout
+    assert "already finished" in again.stdout
     logs = Path(url.removeprefix("file://")) / "logs"
     assert sorted(os.listdir(logs)) == ["worker-0.log", "worker-1.log"]
     assert working_folder(url).name == "run"

@@ -72,7 +72,8 @@ def test_a_log_on_a_full_disk_is_one_warning(capsys: pytest.CaptureFixture[str])
         logger.error("number %d", number)
     handler.close()
     assert (
-        capsys.readouterr().err == "warning: /dev/full cannot be written: No space left on device. Training goes on.\n"
+        capsys.readouterr().err
+        == "warning: /dev/full cannot be written: No space left on device. Training continues.\n"
     )
 
 
@@ -88,7 +89,7 @@ def test_a_run_whose_output_goes_nowhere_goes_on(tmp_path: Path) -> None:
     assert last_status(tmp_path / "run" / "journal.jsonl") == "FINISHED"
     log = (tmp_path / "run" / "logs" / "worker-0.log").read_text()
     assert "epoch 1/1: accuracy" in log
-    assert log.count("standard output can no longer be written: Broken pipe. Training goes on.") == 1
+    assert log.count("standard output can no longer be written: Broken pipe. Training continues.") == 1
 
 
 def test_a_terminal_that_closes_is_a_request_to_stop_unless_nohup_has_it_ignored() -> None:

@@ -25,7 +25,7 @@ def test_it_writes_and_leaves_nothing_to_be_seen(
         assert (clock.name, clock.status) == ("server-clock", "ok")
         return finding
 
-    assert found("of-the-doctor") == Finding("tracking", "ok", f"{server.uri} lets new experiments in")
+    assert found("of-the-doctor") == Finding("tracking", "ok", f"{server.uri} accepts new experiments")
     assert [experiment.name for experiment in client.search_experiments()] == before
     number = client.create_experiment("of-the-doctor")
     assert found("of-the-doctor").detail == f"{server.uri} lets the experiment 'of-the-doctor' be written"

@@ -226,7 +226,7 @@ def test_the_wait_for_a_server_can_be_ended(run_dir: Path, recipe: Any) -> None:
         tracker.start(False, {}, {})
         asked: list[int] = []
         assert tracker.finish("FINISHED", timeout_s=1e6, unless=lambda: bool(asked) or asked.append(1) is not None)
-    assert f"`disttrain sync {run_dir}` delivers the rest" in said[-1]
+    assert f"`disttrain sync {run_dir}` uploads the rest" in said[-1]
     assert last_status(run_dir / "journal.jsonl") == "FINISHED"
 
 
@@ -310,7 +310,7 @@ def test_tracking_that_cannot_work_never_stops_a_training(run_dir: Path, recipe:
     tracker.artifact("../outside.txt")
     assert not tracker.finish("FINISHED")
     assert len(said) == 1
-    assert "training goes on" in said[0]
+    assert "training continues" in said[0]
 
 
 def test_without_mlflow_the_journal_is_written(run_dir: Path, recipe: Any) -> None:

@@ -51,7 +51,7 @@ def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(
     events = [record["name"] for record in read_journal(run_dir / "journal.jsonl") if record["kind"] == "event"]
     assert (events.count("finished"), events[-1]) == (1, "finished")
     log = (run_dir / "logs" / "worker-0.log").read_text()
-    assert log.count("is finished already: 5 of 5 steps") == 1 + was_finished
+    assert log.count("is already finished: 5 of 5 steps") == 1 + was_finished
     assert log.count("was interrupted after its last step: finishing it") == (
         moment.get("at") in (*CONCLUSION[:2], "checkpoint: named")
     )

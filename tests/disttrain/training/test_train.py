@@ -148,7 +148,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pyte
     train(tmp_path, "train.epochs=1")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
     again = train(tmp_path, "train.epochs=1")
-    assert "is finished already: 5 of 5 steps" in capsys.readouterr().out
+    assert "is already finished: 5 of 5 steps" in capsys.readouterr().out
     assert again.step == 5
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == before
 

@@ -133,4 +133,4 @@ def test_nodes_that_come_to_a_finished_run_complete_its_job(real: Desk) -> None:
     assert real.exit_code == 0, real.lines
     assert real.cluster.failures() == 0
     assert len(real.cluster.pods()) == 4
-    assert any(line.endswith("is finished already: there is nothing left to do") for line in real.lines)
+    assert any(line.endswith("is already finished: there is nothing left to do") for line in real.lines)

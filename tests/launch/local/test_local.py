@@ -126,7 +126,7 @@ def test_a_killed_worker_is_named_and_ends_the_job(start_launcher: StartLauncher
     os.kill(int((launcher.folder / "pid-1").read_text()), signal.SIGKILL)
     returncode, _, err = launcher.end()
     assert returncode == 1
-    assert err.startswith(f"disttrain: rank 1 on {socket.gethostname()} was killed by SIGKILL (mostly that means")
+    assert err.startswith(f"disttrain: rank 1 on {socket.gethostname()} was killed by SIGKILL (usually because")
     assert err.endswith(f"; see {launcher.folder}/logs/worker-1.log\n")
 
 
@@ -144,7 +144,7 @@ def test_a_silent_exit_is_shown_with_its_last_words(start_launcher: StartLaunche
     assert launcher.end() == (
         1,
         "",
-        f"disttrain: rank 1 on {host} exited with code 1 without saying why; its last words:\n"
+        f"disttrain: rank 1 on {host} exited with code 1 without giving a reason; its last words:\n"
         "disttrain: ImportError: no torch\n",
     )
 
@@ -155,8 +155,8 @@ def test_a_worker_that_leaves_with_0_before_it_has_finished_has_failed(start_lau
     assert launcher.end() == (
         1,
         "",
-        f"disttrain: rank 1 on {socket.gethostname()}: ended with exit code 0 before its work was done: code that it "
-        "imports or calls has left with os._exit(0)\n",
+        f"disttrain: rank 1 on {socket.gethostname()}: exited with code 0 before its work was done: code that it "
+        "runs called os._exit(0)\n",
     )
 
 
@@ -203,7 +203,7 @@ def test_a_request_to_stop_reaches_each_worker_once(start_launcher: StartLaunche
     returncode, _, err = launcher.end()
     assert returncode == 75
     name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert err == f"disttrain: {name}: the workers are asked to save and stop; once more kills them\n"
+    assert err == f"disttrain: {name}: asking the workers to save and stop; once more kills them\n"
     for rank in range(2):
         assert json.loads((launcher.folder / f"requests-{rank}").read_text()) == [signal.SIGTERM]
 

@@ -86,7 +86,7 @@ def test_a_killed_worker_is_started_again_and_no_bit_tells(two: Nodes, undisturb
         two.start("--nodes=2", "--max-restarts=2", overrides=("checkpoint.every_steps=2",), variables=armed)
         assert two.end() == [0, 0], [two.said(0), two.said(1)]
     assert outcome(two.run_dir) == outcome(undisturbed)
-    restarted = r"(Restart 1 of 2|The workers of all nodes start again), from the newest checkpoint"
+    restarted = r"(Restart 1 of 2|The workers of all nodes restart) from the latest checkpoint"
     for number in (0, 1):
         lines = [line for line in two.said(number).splitlines() if line.startswith("disttrain:")]
         assert len(lines) == 1, lines
@@ -100,7 +100,7 @@ def test_a_request_to_stop_at_one_machine_stops_all_and_saves(two: Nodes) -> Non
     two.processes[1].send_signal(signal.SIGTERM)
     assert two.end() == [75, 75], [two.said(0), two.said(1)]
     assert "stopped on request" in two.said(0)
-    assert "SIGTERM: the workers are asked to save and stop" in two.said(1)
+    assert "SIGTERM: asking the workers to save and stop" in two.said(1)
     newest = CheckpointStore(two.run_dir / "checkpoints").paths()[-1]
     assert f"after step {int(newest.name.removeprefix('step-'))} of" in two.said(0)
 
@@ -127,7 +127,7 @@ def test_what_a_retry_cannot_mend_ends_all_machines_with_the_same_code(two: Node
         two.start("--nodes=2", "--max-restarts=3", variables=armed)
         assert two.end() == [code, code], [two.said(0), two.said(1)]
     for number in (0, 1):
-        assert f"rank 1 on host-1 exited with code {code} without saying why" in two.said(number)
+        assert f"rank 1 on host-1 exited with code {code} without giving a reason" in two.said(number)
         assert "Restart" not in two.said(number)
 
 

@@ -302,7 +302,7 @@ def test_a_run_that_is_moved_away_is_said_and_delivered_when_it_is_back(
         sender.deliver()
     assert said == [
         f"{run_dir}/journal.jsonl is gone: if the run was moved or deleted, MLflow gets nothing more until the next "
-        "checkpoint makes it anew."
+        "checkpoint recreates it."
     ]
     run_dir.mkdir()  # as a save does
     journal.restore()
