@@ -135,7 +135,7 @@ def test_a_server_killed_and_revived_gets_everything(server: Any, run_dir: Path,
     finally:
         server.start()
     assert not tracker.finish("FINISHED", timeout_s=240)
-    assert len([text for text in said if "does not take" in text]) == 1
+    assert len([text for text in said if "is not accepting" in text]) == 1
     client, run_id = MlflowClient(server.uri), load_state(run_dir).run_id
     assert [row.step for row in client.get_metric_history(run_id, "train/loss")] == list(range(1, 300))
 
