@@ -13,13 +13,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from disttrain.distributed.launched import NODE_LAUNCHER, launched_by, launcher_options
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.files import being_written, make_folder, open_to_append, refuse_irregular, replace_file
-from disttrain.distributed.launched import NODE_LAUNCHER, launched_by, launcher_options
-from disttrain.runs.lock import LOCK, owned
-from disttrain.runs.log import LogFile
 from disttrain.recipe import Recipe, ask_before_resuming, damage, load_recipe, recipe_of_checkpoints, to_toml
 from disttrain.recipe.address import is_url, working_folder
+from disttrain.runs.lock import LOCK, owned
+from disttrain.runs.log import LogFile
 
 RECIPE = "recipe.toml"
 JOURNAL = "journal.jsonl"
@@ -109,8 +109,8 @@ def refuse_entry(path: Path, *, is_folder: bool = False) -> None:
         refuse_irregular(path, is_folder=is_folder)
     except OSError as error:
         raise ConfigurationError(
-            f"{path}: {error.strerror or error}; a run writes only to plain files and folders of its own. Remove it, or "
-            "choose another run directory."
+            f"{path}: {error.strerror or error}; a run writes only to plain files and folders of its own. Remove it, "
+            "or choose another run directory."
         ) from error
 
 

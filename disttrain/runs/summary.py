@@ -7,8 +7,8 @@ from typing import Any
 
 from disttrain.files import parse_json, read_text
 from disttrain.layout import STATE, accuracy_of, checkpoints_in, step_of
-from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
 from disttrain.runs.journal import last_status
+from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
 
 # The journal's last status, in a person's words.
 _STATES = {"RUNNING": "unfinished", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}

@@ -22,18 +22,18 @@ import disttrain
 from disttrain.agent.finished import is_finished
 from disttrain.checkpoint import CheckpointStore
 from disttrain.commands import predict, runs, sync
-from disttrain.terminal.console import Console
 from disttrain.data.sources.folder import load_folder
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import being_written, open_to_append, replace_file
-from disttrain.runs.lock import owned
+from disttrain.health.spikes import read_skipped
 from disttrain.models import build_model
 from disttrain.recipe import DataRecipe, load_recipe, parse_recipe, to_toml
+from disttrain.runs.journal import Journal
+from disttrain.runs.lock import owned
 from disttrain.runs.rundir import log_to_file, owned_run_dir, refuse_links, stop_logging
-from disttrain.health.spikes import read_skipped
+from disttrain.terminal.console import Console
 from disttrain.tracking import load_state
 from disttrain.tracking.charts import draw_charts
-from disttrain.runs.journal import Journal
 from disttrain.tracking.mlflow.sender_process import sole_sender
 from disttrain_launch.messages import complain
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import disttrain
-from disttrain.runs import rundir
 from disttrain.recipe import load_recipe
+from disttrain.runs import rundir
 from disttrain.runs.rundir import new_run_dir
 from tests.disttrain.training.test_train import QUIET, network, samples
 

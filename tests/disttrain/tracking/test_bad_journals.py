@@ -8,10 +8,10 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-from disttrain.runs.summary import summarise
-from disttrain.tracking import load_state, backlog_of
-from disttrain.tracking.mlflow.delivery import Delivery
 from disttrain.runs.journal import Journal, read_journal
+from disttrain.runs.summary import summarise
+from disttrain.tracking import backlog_of, load_state
+from disttrain.tracking.mlflow.delivery import Delivery
 from tests.disttrain.mutations import mutated_bytes, mutated_json
 from tests.disttrain.tracking.mlflow.test_delivery import the_run
 
