@@ -121,6 +121,10 @@ def _is_non_finite(value: Any) -> bool:
     return _table_of(_is_count)(value) and value.keys() == {"in_a_row", "total"}
 
 
+def _is_best(value: Any) -> bool:
+    return _table_of(_is_text)(value) and value.keys() == {"metric", "mode"} and value["mode"] in ("min", "max")
+
+
 def _is_finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
@@ -138,6 +142,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "world_size": _COUNT,
     "finished": (lambda value: isinstance(value, bool), "true or false"),
     "metrics": (_table_of(is_number), "a table of numbers"),
+    "best": (_is_best, "a table of metric and mode"),
     "optimizer": (_is_optimizer, "a table of 'values' and 'param_groups'"),
     "scaler": (_table_of(is_number), "a table of numbers"),
     "non_finite": (_is_non_finite, "a table of the whole numbers in_a_row and total"),
@@ -149,4 +154,5 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init": (_table_of(_is_text), "a table of texts"),
     "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
-_OPTIONAL = {"expected_magnitudes", "given", "init", "non_finite", "recent_losses"}  # older checkpoints lack them
+# Older checkpoints lack these.
+_OPTIONAL = {"best", "expected_magnitudes", "given", "init", "non_finite", "recent_losses"}

@@ -21,7 +21,7 @@ from disttrain.checkpoint.folder import (
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
-from disttrain.layout import accuracy_of, checkpoints_in, step_of
+from disttrain.layout import Best, checkpoints_in, metrics_of, step_of
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -33,11 +33,16 @@ class CheckpointStore:
         self.folder = folder
         self._keep_last = max(1, keep_last)
         self._keep_best = keep_best
+        self._best = Best()
         self._known_good: set[str] = set()  # written or verified by this store
 
     def paths(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
         return checkpoints_in(self.folder)
+
+    def rank_by(self, best: Best) -> None:
+        """Keep the best by this metric from now on."""
+        self._best = best
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `state["step"]`, then retire those that are no longer needed. Raises OSError.
@@ -93,9 +98,8 @@ class CheckpointStore:
         """Remove those that are not to be kept, once every one that is has been found good."""
         while True:
             paths = self.paths()
-            keep = to_keep(
-                [(path, step_of(path), accuracy_of(path)) for path in paths], self._keep_last, self._keep_best
-            )
+            scored = [(path, step_of(path), self._best.score(metrics_of(path))) for path in paths]
+            keep = to_keep(scored, self._keep_last, self._keep_best)
             damaged = [path for path in keep if path.name not in self._known_good and not self._is_good(path)]
             if not damaged:
                 break
@@ -119,7 +123,7 @@ class CheckpointStore:
 
 
 def to_keep(checkpoints: Sequence[tuple[Name, Any, float | None]], keep_last: int, keep_best: int) -> set[Name]:
-    """Which to keep of checkpoints given by name, step (oldest first) and accuracy: the newest, the most accurate."""
+    """Which to keep of checkpoints given by name, step (oldest first) and score: the newest, and the highest."""
     scored = [(score, step, name) for name, step, score in checkpoints if score is not None]
     best = sorted(scored, key=lambda one: one[:2], reverse=True)[:keep_best]
     return {*(name for name, _, _ in checkpoints[-keep_last:]), *(name for _, _, name in best)}

@@ -111,9 +111,11 @@ def show(run: str, as_json: bool) -> None:
     print(printable(f"{summary['name']}: {summary['state']}, {_words(summary)}"))
     print(printable(f"workers      {summary['world_size'] or 'unknown'}"))
     print(printable(f"MLflow run   {summary['mlflow_run_id'] or 'none'}"))
+    best = summary["best"]
     for checkpoint in summary["checkpoints"]:
-        accuracy = "" if checkpoint["accuracy"] is None else f"  accuracy {checkpoint['accuracy']:.2%}"
-        print(printable(f"checkpoint   {checkpoint['path']}{accuracy}"))
+        words = _value(best["metric"], checkpoint["metrics"])
+        is_best = checkpoint["step"] == best["step"] and len(summary["checkpoints"]) > 1
+        print(printable(f"checkpoint   {checkpoint['path']}{f'  {words}' if words else ''}{' (best)' * is_best}"))
 
 
 @command.command()
@@ -188,8 +190,15 @@ def _existing_run(path: Path) -> Path:
 def _words(summary: dict[str, Any]) -> str:
     step, total = summary["step"], summary["total_steps"]
     words = f"step {step}" + (f" of {total}" if total else "") + f", epoch {summary['epoch']}"
-    accuracy = summary["accuracy"]
-    return words if accuracy is None else f"{words}, accuracy {accuracy:.2%}"
+    value = _value(summary["best"]["metric"], summary["metrics"])
+    return f"{words}, {value}" if value else words
+
+
+def _value(name: str, metrics: dict[str, float]) -> str:
+    """A metric in words, if it was measured."""
+    if name not in metrics:
+        return ""
+    return f"{name} {metrics[name]:.2%}" if name == "accuracy" else f"{name} {metrics[name]:.4g}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.recipe.section import Count, NoneIfSaid, NonNegative, Positive, Section, WholeNumber
 
@@ -79,10 +79,19 @@ class TrainRecipe(Section):
         return self
 
 
+def _is_best(text: str | None) -> str | None:
+    if text is not None and not (text.endswith((":min", ":max")) and text[:-4].strip()):
+        raise ValueError(f"should be METRIC:min or METRIC:max, as in perplexity:min, not {text!r}")
+    return text
+
+
 class CheckpointRecipe(Section):
     """When to save (always at the end of an epoch and of the run), and how many to keep."""
 
     every_steps: WholeNumber = Field(default=0, description="save each time this many steps have passed (0: off)")
     every_seconds: NonNegative = Field(default=0.0, description="save each time this many seconds have passed (0: off)")
     keep_last: Count = Field(default=2, description="keep the newest checkpoints, this many")
-    keep_best: WholeNumber = Field(default=1, description="keep the checkpoints of best accuracy too, this many")
+    keep_best: WholeNumber = Field(default=1, description="keep the best checkpoints too, this many")
+    best: Annotated[str | None, AfterValidator(_is_best), NoneIfSaid] = Field(
+        default=None, description='which are best: "perplexity:min", "accuracy:max" (left out: as the task has it)'
+    )

@@ -17,7 +17,7 @@ from disttrain.checkpoint.store import to_keep
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import read_bytes, read_text, replace_file
-from disttrain.layout import MANIFEST, accuracy_of
+from disttrain.layout import MANIFEST, Best, metrics_of
 from disttrain.recipe import recipe_of_checkpoints, to_toml
 from disttrain.remote.lease import Lease
 from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
@@ -41,12 +41,12 @@ class Mirror:
         self.folder = folder
         self._warn = warn
         self._lease = lease or Lease(run)
-        self.keep_last, self.keep_best = 2, 1
+        self.keep_last, self.keep_best, self.best = 2, 1, Best()
         self._asked = threading.Condition()
         self._wanted = self._done = 0  # how many uploads of everything were requested, and how many are done
         self._ends = False
         self._error = ""
-        self._accuracies: dict[str, float | None] = {}
+        self._metrics: dict[str, dict[str, float]] = {}
         self._sent: dict[str, bytes] = {}
         self._journal_there = 0
         self._thread = threading.Thread(target=self._serve, name="mirror", daemon=True)
@@ -146,13 +146,13 @@ class Mirror:
     def _bring_checkpoints(self) -> None:
         """Put there what is to be kept and is not there, newest first; then remove what is no longer to be kept."""
         there = self.run.checkpoints()
-        known = [(name, step_and_revision(name), self._accuracy(name)) for name in there.good]
+        known = [(name, step_and_revision(name), self.best.score(self._metrics_of(name))) for name in there.good]
         missing = {}
         for path in CheckpointStore(self.folder / CHECKPOINTS).paths():
             name = self._name_if_missing(path, there.damaged)
             if name is not None:
                 missing[name] = path
-                known.append((name, step_and_revision(name), accuracy_of(path)))
+                known.append((name, step_and_revision(name), self.best.score(metrics_of(path))))
         newest_of_step = {step: name for name, (step, _), _ in sorted(known, key=lambda one: one[1])}
         current = [one for one in sorted(known, key=lambda one: one[1]) if newest_of_step[one[1][0]] == one[0]]
         keep = to_keep(current, self.keep_last, self.keep_best)
@@ -187,13 +187,13 @@ class Mirror:
             return False
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        self._accuracies[name] = accuracy_of(path)
+        self._metrics[name] = metrics_of(path)
         return True
 
-    def _accuracy(self, name: str) -> float | None:
-        if name not in self._accuracies:
-            self._accuracies[name] = self.run.accuracy(name)
-        return self._accuracies[name]
+    def _metrics_of(self, name: str) -> dict[str, float]:
+        if name not in self._metrics:
+            self._metrics[name] = self.run.metrics(name)
+        return self._metrics[name]
 
     def _bring_files(self) -> None:
         # What MLflow has of the journal is read before the journal: it must not claim more than that holds.
@@ -251,6 +251,11 @@ class MirroredStore(CheckpointStore):
         super().__init__(mirror.folder / CHECKPOINTS, keep_last=keep_last, keep_best=keep_best)
         self._mirror = mirror
         mirror.keep_last, mirror.keep_best = keep_last, keep_best
+
+    def rank_by(self, best: Best) -> None:
+        """As CheckpointStore's, at the URL, too."""
+        super().rank_by(best)
+        self._mirror.best = best
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
         """As CheckpointStore's; the upload is not waited for."""

@@ -23,7 +23,7 @@ from disttrain.checkpoint.folder import WRITING, hidden
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.faultpoints import reached
 from disttrain.files import open_to_read, parse_json
-from disttrain.layout import CONTENTS, MANIFEST, STATE
+from disttrain.layout import CONTENTS, MANIFEST, STATE, metrics_in
 from disttrain.recipe.address import file_system
 
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -175,13 +175,12 @@ class RemoteRun:
         """A checkpoint's manifest; None if it is not committed."""
         return self.read(f"checkpoints/{name}/{MANIFEST}")
 
-    def accuracy(self, name: str) -> float | None:
-        """The accuracy that was measured at a checkpoint, if any was."""
+    def metrics(self, name: str) -> dict[str, float]:
+        """What was measured at a checkpoint, by name."""
         try:
-            accuracy = parse_json(self.read(f"checkpoints/{name}/{STATE}") or b"{}")["metrics"]["eval/accuracy"]
-        except (ValueError, KeyError, TypeError):
-            return None
-        return accuracy if isinstance(accuracy, float) else None
+            return metrics_in(parse_json(self.read(f"checkpoints/{name}/{STATE}") or b"{}"))
+        except ValueError:
+            return {}
 
     @contextmanager
     def opening(self) -> Iterator[None]:

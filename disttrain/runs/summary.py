@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.files import parse_json, read_text
-from disttrain.layout import STATE, accuracy_of, checkpoints_in, step_of
+from disttrain.layout import STATE, Best, best_in, checkpoints_in, metrics_in, metrics_of, step_of
 from disttrain.runs.journal import last_status
 from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
 
@@ -22,6 +22,7 @@ def summarise(run: Path) -> dict[str, Any]:
     """
     paths = checkpoints_in(run / CHECKPOINTS)
     state = _read_json(paths[-1] / STATE) if paths else {}
+    checkpoints = [_checkpoint(path) for path in paths]
     status = last_status(run / JOURNAL)
     return {
         "name": run.name,
@@ -29,11 +30,24 @@ def summarise(run: Path) -> dict[str, Any]:
         "step": state.get("step", 0),
         "total_steps": state.get("total_steps"),
         "epoch": state.get("epoch", 0),
-        "accuracy": accuracy_of(paths[-1]) if paths else None,
+        "metrics": metrics_in(state),
+        "accuracy": metrics_in(state).get("accuracy"),
+        "best": _best(best_in(state), checkpoints),
         "world_size": state.get("world_size"),
-        "checkpoints": [{"path": str(path), "step": step_of(path), "accuracy": accuracy_of(path)} for path in paths],
+        "checkpoints": checkpoints,
         "mlflow_run_id": _read_json(run / "mlflow.json").get("run_id"),
     }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    metrics = metrics_of(path)
+    return {"path": str(path), "step": step_of(path), "accuracy": metrics.get("accuracy"), "metrics": metrics}
+
+
+def _best(best: Best, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metric that decides, and the step of the best checkpoint there is; None if none was evaluated."""
+    scored = [(score, one["step"]) for one in checkpoints if (score := best.score(one["metrics"])) is not None]
+    return {"metric": best.metric, "mode": best.mode, "step": max(scored)[1] if scored else None}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.health.nonfinite import NonFiniteGuard
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
+from disttrain.layout import EVAL, Best
 from disttrain.models import build_model, given_model, made_ready
 from disttrain.models.freeze import freeze, hold_statistics
 from disttrain.parallel.choose import parallelize
@@ -81,6 +82,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
     init: dict[str, str] | None = None  # the weights it started from, and their SHA-256
+    best: Best = field(default_factory=Best)  # the metric that decides which checkpoints are kept as best
     digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
 
     @property
@@ -152,6 +154,7 @@ class Job:
             "total_steps": self.total_steps,
             "finished": self.is_finished,
             "metrics": self.metrics or {},
+            "best": asdict(self.best),
             "optimizer": self.optimizer_tensors()[1],
             "scaler": self.scaler.state_dict(),
             "non_finite": self.non_finite.state(),
@@ -247,8 +250,16 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         given=given.names(),
+        best=_best(recipe),
         digest=digest_of(data.train) if world.is_main else Digest(None, None),
     )
+
+
+def _best(recipe: Recipe) -> Best:
+    if recipe.checkpoint.best is None:
+        return Best()
+    metric, _, mode = recipe.checkpoint.best.rpartition(":")
+    return Best(metric.removeprefix(EVAL), mode)
 
 
 def newest_checkpoint(store: CheckpointStore, world: World, warn: Callable[[str], None]) -> Checkpoint | None:

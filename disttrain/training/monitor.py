@@ -13,11 +13,12 @@ import torch
 
 from disttrain.checkpoint import CheckpointStore
 from disttrain.distributed.collectives import Agreement, broadcast_from_main, sum_
-from disttrain.errors import DivergedError, StoppedError
+from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.health.diagnosis import listed
 from disttrain.health.nonfinite import Incident, is_finite
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
+from disttrain.layout import EVAL
 from disttrain.runs.rundir import EVALUATION, resume_command, write_evaluation
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
@@ -209,10 +210,23 @@ class RunMonitor:
             f"loss {result.loss:.4f}{self._pace}"
         )
         self._pace = ""
+        self._refuse_unknown_best()
         if job.step >= job.total_steps:
             self.saver.save_or_fail()
         else:
             self.saver.save()
+
+    def _refuse_unknown_best(self) -> None:
+        """A metric that no evaluation has would keep nothing as best, and say nothing."""
+        job, recipe = self.job, self.job.recipe.checkpoint
+        names = [name.removeprefix(EVAL) for name in job.metrics or {}]
+        if job.best.metric in names or (recipe.best is None and recipe.keep_best == 0):
+            return
+        self.saver.save_or_fail()
+        raise ConfigurationError(
+            f"checkpoint.best = '{job.best}': the evaluation has no metric of that name; it has {', '.join(names)}. "
+            "Set it to one of them; the checkpoint is saved, and the same --run-dir resumes."
+        )
 
     def _evaluated_some(self) -> None:
         self.job.progress.tick()

@@ -122,6 +122,7 @@ def _session_in(
         checkpoint = newest_checkpoint(store, world, console.warn)
         with console.relaying("disttrain.data"):
             job = build_job(recipe, world, given)
+        store.rank_by(job.best)
         check_state(job)
         job.progress = progress
         if job.spikes.is_on:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from disttrain.checkpoint import (
     write_checkpoint,
 )
 from disttrain.errors import ConfigurationError
+from disttrain.layout import Best
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -139,6 +141,29 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)]:
         save(store, step, accuracy)
     assert [path.name for path in store.paths()] == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_the_best_are_those_of_the_metric_that_decides(tmp_path: Path) -> None:
+    """A small perplexity; one that is not a number is never the best, and a run of before ranks by its accuracy."""
+
+    def kept(best: Best | None) -> list[str]:
+        store = CheckpointStore(tmp_path / str(best), keep_last=1, keep_best=1)
+        if best is not None:
+            store.rank_by(best)
+        for step, perplexity, accuracy in [
+            (1, 9.0, 0.5),
+            (2, 4.0, 0.4),
+            (3, math.nan, 0.9),
+            (4, 5.0, 0.3),
+            (5, 6.0, 0.2),
+        ]:
+            metrics = {"eval/perplexity": perplexity, "eval/accuracy": accuracy}
+            store.save(tensors(), {}, {"step": step, "recipe": {}, "metrics": metrics})
+        return [path.name[-1] for path in store.paths()]
+
+    assert kept(Best("perplexity", "min")) == ["2", "5"]
+    assert kept(Best("perplexity", "max")) == ["1", "5"]
+    assert kept(None) == ["3", "5"]
 
 
 def test_a_damaged_one_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
