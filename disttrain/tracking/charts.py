@@ -49,10 +49,13 @@ def draw_charts(run_dir: str | os.PathLike[str]) -> list[Path]:
     evaluation_file = Path(run_dir) / "evaluation.json"
     if evaluation_file.exists():
         evaluation = json.loads(read_text(evaluation_file))
-        classes = [str(name) for name in evaluation["classes"]]
-        drawn.append(save_figure(confusion_matrix(evaluation["confusion"], classes), folder / "confusion_matrix.png"))
-        accuracies = [evaluation["per_class"][name] for name in classes]
-        drawn.append(save_figure(per_class(accuracies, classes), folder / "per_class.png"))
+        classes = [str(name) for name in evaluation.get("classes", ())]
+        if classes and "confusion" in evaluation:
+            matrix = confusion_matrix(evaluation["confusion"], classes)
+            drawn.append(save_figure(matrix, folder / "confusion_matrix.png"))
+        if classes and "per_class" in evaluation:
+            accuracies = [evaluation["per_class"][name] for name in classes]
+            drawn.append(save_figure(per_class(accuracies, classes), folder / "per_class.png"))
     return drawn
 
 

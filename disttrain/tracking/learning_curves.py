@@ -1,9 +1,10 @@
-"""Loss, accuracy, learning rate and speed over the steps of a job, across its restarts."""
+"""Each metric of training and evaluation over the steps of a job, across its restarts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from disttrain.tracking.chart_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, new_figure, set_title, tidy
@@ -13,12 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = tuple[list[int], list[float]]
+Panel = Callable[["Axes"], None]
+_TRAIN, _EVAL, _PER_SECOND = "train/", "eval/", "_per_second"
+# Drawn in a panel of their own kind, or (epochs) a function of the step.
+_KNOWN = ("loss", "accuracy", "learning_rate", "lr", "epoch", "epoch_seconds")
+_MOST_PANELS = 12
 
 
 def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
-    """Loss, accuracy, learning rate and speed over the steps; None when the records hold no metrics of training."""
+    """A panel for each metric of training and evaluation over the steps; None when the records hold none."""
     curves, restarts = _curves(records)
-    panels = [panel for panel in (_loss, _accuracy, _learning_rate, _speed) if panel(None, curves)]
+    panels = _panels(curves)[:_MOST_PANELS]
     if not panels:
         return None
     from matplotlib.ticker import MaxNLocator
@@ -32,7 +38,7 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
     engine.set(w_pad=0.12, h_pad=0.12)  # type: ignore[call-arg]
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        panel(axes, curves)
+        panel(axes)
         tidy(axes, grid="y")
         if index >= len(panels) - columns:
             axes.set_xlabel("step", color=MUTED, fontsize=9.5)
@@ -64,66 +70,82 @@ def _curves(records: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Curve], lis
     return curves, restarts
 
 
-def _loss(axes: Axes | None, curves: Mapping[str, Curve]) -> bool:
-    if "train/loss" not in curves and "eval/loss" not in curves:
-        return False
-    if axes is not None:
-        if "train/loss" in curves:
-            steps, values = curves["train/loss"]
-            smooth = _smoothed(values)
-            if len(values) > 20:
-                axes.plot(steps, values, color=BLUE, alpha=0.22, linewidth=0.8)
-            line = smooth if len(values) > 20 else values
-            marker = "o" if len(values) <= 20 else ""
-            axes.plot(steps, line, color=BLUE, linewidth=1.8, marker=marker, markersize=4, label="training")
-        if "eval/loss" in curves:
-            _plot_evaluation(axes, curves["eval/loss"])
-        set_title(axes, "Loss")
+def _panels(curves: Mapping[str, Curve]) -> list[Panel]:
+    """What to draw, in the order of its weight: loss, accuracy, other metrics, learning rate, speed."""
+    named = [name.removeprefix(prefix) for prefix in (_EVAL, _TRAIN) for name in curves if name.startswith(prefix)]
+    rates = {name: curves[name] for name in curves if name.startswith(("train/learning_rate", "train/lr"))}
+    speeds = [name for name in named if name.endswith(_PER_SECOND)]
+    others = dict.fromkeys(
+        name for name in named if name not in _KNOWN and name not in speeds and f"{_TRAIN}{name}" not in rates
+    )
+    panels: list[Panel] = []
+    if "loss" in named:
+        panels.append(partial(_metric, name="loss", curves=curves))
+    if "eval/accuracy" in curves:
+        panels.append(partial(_accuracy, curves=curves))
+    panels += [partial(_metric, name=name, curves=curves) for name in others]
+    if rates:
+        panels.append(partial(_learning_rates, rates=rates))
+    panels += [partial(_speed, name=name, curve=curves[f"{_TRAIN}{name}"]) for name in speeds]
+    return panels
+
+
+def _metric(axes: Axes, *, name: str, curves: Mapping[str, Curve]) -> None:
+    trained, evaluated = curves.get(f"{_TRAIN}{name}"), curves.get(f"{_EVAL}{name}")
+    if trained is not None:
+        steps, values = trained
+        if len(values) > 20:
+            axes.plot(steps, values, color=BLUE, alpha=0.22, linewidth=0.8)
+        line = _smoothed(values) if len(values) > 20 else values
+        marker = "o" if len(values) <= 20 else ""
+        axes.plot(steps, line, color=BLUE, linewidth=1.8, marker=marker, markersize=4, label="training")
+    if evaluated is not None:
+        _plot_evaluation(axes, evaluated)
+    title = _in_words(name)
+    if trained is None and evaluated is not None and name != "loss":
+        title = f"{title}: {evaluated[1][-1]:.4g} at step {evaluated[0][-1]:,}"
+    set_title(axes, title)
+    _legend(axes)
+
+
+def _accuracy(axes: Axes, *, curves: Mapping[str, Curve]) -> None:
+    steps, values = curves["eval/accuracy"]
+    percent = [100 * value for value in values]
+    if "train/accuracy" in curves:
+        train_steps, train_values = curves["train/accuracy"]
+        axes.plot(train_steps, [100 * v for v in train_values], color=BLUE, linewidth=1.8, label="training")
+    _plot_evaluation(axes, (steps, percent))
+    best = max(range(len(percent)), key=lambda i: percent[i] if math.isfinite(percent[i]) else -1)
+    axes.axhline(percent[best], color=ORANGE, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.7)
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g} %")
+    set_title(axes, f"Accuracy: best {percent[best]:.2f} % at step {steps[best]:,}")
+    if "train/accuracy" in curves:
         _legend(axes)
-    return True
 
 
-def _accuracy(axes: Axes | None, curves: Mapping[str, Curve]) -> bool:
-    if "eval/accuracy" not in curves:
-        return False
-    if axes is not None:
-        steps, values = curves["eval/accuracy"]
-        percent = [100 * value for value in values]
-        if "train/accuracy" in curves:
-            train_steps, train_values = curves["train/accuracy"]
-            axes.plot(train_steps, [100 * v for v in train_values], color=BLUE, linewidth=1.8, label="training")
-        _plot_evaluation(axes, (steps, percent))
-        best = max(range(len(percent)), key=lambda i: percent[i] if math.isfinite(percent[i]) else -1)
-        axes.axhline(percent[best], color=ORANGE, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.7)
-        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g} %")
-        set_title(axes, f"Accuracy: best {percent[best]:.2f} % at step {steps[best]:,}")
-        if "train/accuracy" in curves:
-            _legend(axes)
-    return True
+def _learning_rates(axes: Axes, *, rates: Mapping[str, Curve]) -> None:
+    for number, (name, curve) in enumerate(rates.items()):
+        label = "" if number == 0 else _in_words(name.removeprefix(_TRAIN)).removeprefix("Learning rate ")
+        axes.plot(*curve, color=PURPLE, linewidth=1.8, alpha=1 if number == 0 else 0.5, label=label)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+    set_title(axes, "Learning rate")
+    if len(rates) > 1:
+        _legend(axes)
 
 
-def _learning_rate(axes: Axes | None, curves: Mapping[str, Curve]) -> bool:
-    name = next((name for name in ("train/lr", "train/learning_rate") if name in curves), None)
-    if name is None:
-        return False
-    if axes is not None:
-        axes.plot(*curves[name], color=PURPLE, linewidth=1.8)
-        axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-        set_title(axes, "Learning rate")
-    return True
+def _speed(axes: Axes, *, name: str, curve: Curve) -> None:
+    steps, values = curve
+    axes.plot(steps, values, color=GREEN, linewidth=1.8, marker="o" if len(values) <= 30 else "", markersize=3.5)
+    axes.set_ylim(bottom=0, top=1.15 * max((value for value in values if math.isfinite(value)), default=1.0))
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+    set_title(axes, _in_words(name))
 
 
-def _speed(axes: Axes | None, curves: Mapping[str, Curve]) -> bool:
-    if "train/images_per_second" not in curves:
-        return False
-    if axes is not None:
-        steps, values = curves["train/images_per_second"]
-        axes.plot(steps, values, color=GREEN, linewidth=1.8, marker="o" if len(values) <= 30 else "", markersize=3.5)
-        axes.set_ylim(bottom=0, top=1.15 * max((value for value in values if math.isfinite(value)), default=1.0))
-        axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
-        set_title(axes, "Images per second")
-    return True
+def _in_words(name: str) -> str:
+    """A metric's name as a title: "grad_norm" becomes "Grad norm"."""
+    words = " ".join(name.replace("_", " ").split())
+    return words[:1].upper() + words[1:]
 
 
 def _plot_evaluation(axes: Axes, curve: Curve) -> None:

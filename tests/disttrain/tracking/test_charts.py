@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from disttrain.runs.journal import Journal
+from disttrain.runs.journal import Journal, read_journal
 from disttrain.tracking.charts import confusion_matrix, draw_charts, per_class
 from disttrain.tracking.learning_curves import learning_curves
 
@@ -52,6 +52,23 @@ def test_learning_curves_say_what_is_best() -> None:
     assert "Accuracy: best 62.50 % at step 200" in texts(figure)
     assert figure.axes[0].get_title(loc="left") == "Loss"
     assert learning_curves([]) is None
+
+
+def test_metrics_of_any_name_have_panels_of_their_own(run_dir: Path) -> None:
+    journal = Journal(run_dir / "journal.jsonl")
+    for step in (1, 2):
+        journal.metrics(step, {"train/loss": 2.0, "train/grad_norm": 0.5, "train/epoch": step, "system/node0/cpu": 3.0})
+        journal.metrics(step, {"train/learning_rate": 0.1, "train/learning_rate_group_1": 0.2, "train/word_error": 0.4})
+        journal.metrics(step, {"train/tokens_per_second": 9.0, "eval/perplexity": 7.25, "eval/word_error": math.nan})
+    journal.close()
+    (run_dir / "evaluation.json").write_text(json.dumps({"step": 2, "metrics": {"perplexity": 7.25}}))
+    assert [path.name for path in draw_charts(run_dir)] == ["learning_curves.png"], "there is no confusion to draw"
+    figure = learning_curves(read_journal(run_dir / "journal.jsonl"))
+    assert figure is not None
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Loss", "Perplexity: 7.25 at step 2", "Word error", "Grad norm", "Learning rate", "Tokens per second",
+    ]  # fmt: skip
+    assert "group 1" in texts(figure)
 
 
 @pytest.mark.parametrize("num", [2, 10, 37, 100])
