@@ -1,4 +1,7 @@
-"""What the checkpoints of a run are called, and which there are: for those who only look, without torch."""
+"""What is called how: the files of a run, its checkpoints, and the variables between a launcher and its workers.
+
+For everybody who reads or writes them, with and without torch; each name stands here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,24 @@ from typing import Any
 
 from disttrain.files import parse_json, read_text
 
+# A run directory, and what is behind the URL of a run.
+RECIPE = "recipe.toml"
+JOURNAL = "journal.jsonl"
+EVALUATION = "evaluation.json"
+SPIKES = "spikes.json"
+DELIVERED = "mlflow.json"
+"""What MLflow has of the run."""
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+CHARTS = "charts"
+EXPORTED = "model"
+"""The folder of the model that MLflow serves."""
+LOCK = ".lock"
+"""Locked by the process that owns the run."""
+STOP = "stop"
+"""A file that is made there asks the run to save and stop."""
+
+# A checkpoint.
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL = "model.safetensors"
@@ -19,27 +40,50 @@ OPTIMIZER = "optimizer.safetensors"
 EVAL = "eval/"
 """What the names of metrics of evaluations begin with, in journals and checkpoints."""
 CONTENTS = (MODEL, OPTIMIZER, STATE)
-_NAME = re.compile(r"step-(\d{8,})")
+
+# Beside the run directories.
+DATABASE = "mlflow.db"
+"""MLflow's, unless a run is told of another or of a server."""
+
+# What a launcher tells its workers, as environment variables.
+LAUNCHED_BY = "DISTTRAIN_LAUNCHER"
+LAUNCHER_PID = "DISTTRAIN_LAUNCHER_PID"
+LAUNCHER_OPTIONS = "DISTTRAIN_OPTIONS"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""torchrun's name for the file in which a worker says how it ended."""
+
+STEP = "step-"
+CHECKPOINT_NAME = re.compile(rf"{STEP}(\d{{8,}})")
+
+
+def checkpoint_name(step: int) -> str:
+    """What the checkpoint of a step is called: step-00000500."""
+    return f"{STEP}{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints there are in a run's folder of them, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in folder.iterdir() if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, whole or not."""
+    return max(checkpoints_in(run_dir / CHECKPOINTS), key=step_of, default=None)
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a checkpoint's folder, whole or not."""
     return any(os.path.isfile(path / name) for name in (MANIFEST, MODEL))  # False also for impossible names
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
 
 
 def metrics_of(path: Path) -> dict[str, float]:
@@ -86,3 +130,13 @@ def best_in(state: Any) -> Best:
     if not isinstance(found, dict) or found.keys() != {"metric", "mode"}:
         return Best()
     return Best(str(found["metric"]), str(found["mode"]))
+
+
+def log_name(rank: int | str) -> str:
+    """What a worker's log is called, in the folder LOGS."""
+    return f"worker-{rank}.log"
+
+
+def log_file(run_dir: Path, rank: int) -> Path:
+    """Where a worker logs."""
+    return run_dir / LOGS / log_name(rank)

@@ -30,12 +30,10 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from disttrain.agent.cause import Cause
 from disttrain.agent.elastic import STOP_SIGNALS, Agent, StoppedOnRequest, ignore_requests
 from disttrain.agent.finished import is_finished
-from disttrain.checkpoint import CheckpointStore
 from disttrain.errors import DisttrainError, ExitCode
-from disttrain.layout import step_of
-from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
+from disttrain.layout import LAUNCHER_PID
+from disttrain.runs.summary import newest_step
 from disttrain.terminal.output import have_unbreakable_output
-from disttrain.tracking import read_journal
 
 _MONITOR_S = 0.3
 _TO_LEAVE_S = 15.0  # how long the node that serves the store waits for the others to have read it
@@ -85,7 +83,7 @@ def command(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signals)
     # With torch 2.14 a node that joins later is not given the address of a store that the nodes share.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["DISTTRAIN_LAUNCHER_PID"] = str(os.getpid())  # with which the workers end
+    os.environ[LAUNCHER_PID] = str(os.getpid())  # with which the workers end
     log_dir = tempfile.mkdtemp(prefix="disttrain-node-")
 
     def finished() -> bool:
@@ -112,7 +110,7 @@ def command(
             DefaultLogsSpecs(log_dir=log_dir),
             grace_s=stop_grace,
             host=socket.gethostname(),
-            newest_step=lambda: _newest_step(Path(run_dir)),
+            newest_step=lambda: newest_step(Path(run_dir)),
             is_finished=finished,
             say=_say,
         )
@@ -219,18 +217,6 @@ def _deepest(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _newest_step(run_dir: Path) -> int | None:
-    """The newest step in the run's journal or a checkpoint; None where the run cannot be seen from here."""
-    if not run_dir.is_dir():
-        return None
-    steps = [step_of(path) for path in CheckpointStore(run_dir / CHECKPOINTS).paths()]
-    last = 0  # not the highest: one wrong digit in a line must not make every later failure a standstill
-    if (run_dir / JOURNAL).is_file():
-        for record in read_journal(run_dir / JOURNAL):
-            last = int(record["step"]) if record["kind"] == "metrics" else last
-    return max(last, *steps) if steps else last
 
 
 def main() -> int:

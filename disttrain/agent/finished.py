@@ -7,10 +7,11 @@ from pathlib import Path
 
 from disttrain.errors import DisttrainError
 from disttrain.files import parse_json, read_bytes
+from disttrain.layout import JOURNAL, RECIPE
 from disttrain.recipe import Recipe, load_recipe, load_recipe_for, recipe_of_checkpoints
 from disttrain.recipe.address import is_url
 from disttrain.remote import RemoteRun
-from disttrain.runs.rundir import JOURNAL, RECIPE, refuse_other_recipe
+from disttrain.runs.rundir import refuse_other_recipe
 
 
 def is_finished(run: str, source: str, overrides: Sequence[str]) -> bool:

@@ -21,7 +21,7 @@ from disttrain.checkpoint.folder import (
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
-from disttrain.layout import Best, checkpoints_in, metrics_of, step_of
+from disttrain.layout import STEP, Best, checkpoint_name, checkpoints_in, metrics_of, step_of
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -49,7 +49,7 @@ class CheckpointStore:
 
         The same step again, with more known about it (an evaluation), replaces the old one.
         """
-        path = self.folder / f"step-{state['step']:08d}"
+        path = self.folder / checkpoint_name(state["step"])
         write_checkpoint(path, model, optimizer, state)
         self._known_good.add(path.name)
         self._retire()
@@ -77,12 +77,12 @@ class CheckpointStore:
 
     def quarantined(self) -> list[Path]:
         """The damaged ones that were quarantined."""
-        return sorted(self.folder.glob("step-*.damaged*"))
+        return sorted(self.folder.glob(f"{STEP}*.damaged*"))
 
     def unfinished(self) -> list[Path]:
         """What is being written, replaced, removed or uploaded; if no job runs, what a killed one left so."""
         return sorted(
-            path for stage in (WRITING, REPLACED, RETIRED, LEAVING) for path in self.folder.glob(f".step-*.{stage}")
+            path for stage in (WRITING, REPLACED, RETIRED, LEAVING) for path in self.folder.glob(f".{STEP}*.{stage}")
         )
 
     def clear_unfinished(self) -> None:

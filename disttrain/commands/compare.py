@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from disttrain.layout import STATE
 from disttrain.worker import leave, worker
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def command(reference: Path, run: Path) -> None:
     """
     from disttrain.checkpoint import CheckpointStore, check_complete, read_checkpoint, weights_sha256
     from disttrain.errors import ConfigurationError
-    from disttrain.runs.rundir import CHECKPOINTS
+    from disttrain.layout import CHECKPOINTS
 
     paths = [CheckpointStore(folder / CHECKPOINTS).paths() for folder in (reference, run)]
     for folder, found in zip((reference, run), paths, strict=True):
@@ -37,7 +38,7 @@ def command(reference: Path, run: Path) -> None:
             raise ConfigurationError(f"{folder} has no checkpoint to compare.")
     theirs, ours = (read_checkpoint(found[-1]) for found in paths)
     for one in (theirs, ours):
-        check_complete(one.state, f"{one.path}/state.json")
+        check_complete(one.state, f"{one.path}/{STATE}")
     hashes = [(weights_sha256(one.model), weights_sha256(one.optimizer)) for one in (theirs, ours)]
     alike = all(theirs.state[key] == ours.state[key] for key in ("step", "metrics", "optimizer", "scaler"))
     first_metric, first_tensor = _first_metric(reference, run), _first_tensor(*paths)
@@ -61,8 +62,8 @@ def _first_metric(reference: Path, run: Path) -> dict[str, Any] | None:
 
 
 def _metrics(run: Path) -> dict[tuple[int, str], str]:
+    from disttrain.layout import JOURNAL
     from disttrain.runs.journal import read_journal
-    from disttrain.runs.rundir import JOURNAL
 
     if not (run / JOURNAL).is_file():
         return {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from disttrain.checkpoint import Checkpoint, check_describes_model
 from disttrain.errors import ConfigurationError, brief, printable
+from disttrain.layout import STATE
 from disttrain.models import build_model
 from disttrain.recipe import KEYS_OF_CODE, Recipe, ask_before_importing, parse_recipe
 from disttrain.remote.find import find_checkpoint as find_checkpoint
@@ -27,7 +28,7 @@ def recipe_of(
     Without `trust`, raises ConfigurationError if it names code at one of the keys `imports`, which the caller will have
     imported.
     """
-    source = f"{checkpoint.path}/state.json"
+    source = f"{checkpoint.path}/{STATE}"
     recipe = parse_recipe(checkpoint.state["recipe"], overrides, source=source)
     if not trust:
         ask_before_importing(recipe, source, overrides, imports)
@@ -39,7 +40,7 @@ def data_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
     There is no mean and std of floats, and no dtype in older checkpoints. Raises ConfigurationError.
     """
-    check_describes_model(checkpoint.state, f"{checkpoint.path}/state.json")
+    check_describes_model(checkpoint.state, f"{checkpoint.path}/{STATE}")
     data: dict[str, Any] = checkpoint.state["data"]
     return data
 

@@ -151,8 +151,7 @@ def _verified(run: Path) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Path, good and detail of each checkpoint; what was quarantined; what is unfinished."""
     from disttrain.checkpoint import CheckpointStore, verify_checkpoint
     from disttrain.errors import ConfigurationError
-    from disttrain.layout import is_checkpoint
-    from disttrain.runs.rundir import CHECKPOINTS
+    from disttrain.layout import CHECKPOINTS, is_checkpoint
 
     store = None if is_checkpoint(run) else CheckpointStore(_existing_run(run) / CHECKPOINTS)
     checked: list[dict[str, Any]] = []

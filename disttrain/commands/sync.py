@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from disttrain.layout import DELIVERED
 from disttrain.worker import leave, worker
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
         target, missing = _delivered(folder, run, uri, timeout_s)
         mlflow_run_id = load_state(folder).run_id or None
         if is_url(run):
-            RemoteRun(run).write("mlflow.json", read_bytes(folder / "mlflow.json"))
+            RemoteRun(run).write(DELIVERED, read_bytes(folder / DELIVERED))
     if as_json:
         lacking = {"journal_records": missing.records, "uploads": missing.files}
         report = {"uri": target, "mlflow_run_id": mlflow_run_id, "complete": not missing, "missing": lacking}
@@ -54,8 +55,9 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     the user has to say that the server may be trusted.
     """
     from disttrain.errors import UsageError, printable
+    from disttrain.layout import JOURNAL, RECIPE
     from disttrain.recipe import ask_before_sending, load_recipe_for
-    from disttrain.runs.rundir import JOURNAL, RECIPE, is_run, refuse_links
+    from disttrain.runs.rundir import is_run, refuse_links
     from disttrain.tracking import deliver, load_state, redact, resolve_uri
 
     def warn(message: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from disttrain.layout import LAUNCHED_BY, LAUNCHER_OPTIONS
+
 LAUNCHER = "disttrain"
 """What our own launcher of one machine calls itself."""
 NODE_LAUNCHER = "disttrain node"
@@ -14,9 +16,9 @@ OUR_LAUNCHERS = (LAUNCHER, NODE_LAUNCHER)
 
 
 def launched_by(environment: Mapping[str, str] = os.environ) -> str:
-    """Which launcher started this worker: "torchrun", what DISTTRAIN_LAUNCHER names, or "python" for none."""
-    if "DISTTRAIN_LAUNCHER" in environment:
-        return environment["DISTTRAIN_LAUNCHER"]
+    """Which launcher started this worker: "torchrun", the one of ours that names itself, or "python" for none."""
+    if LAUNCHED_BY in environment:
+        return environment[LAUNCHED_BY]
     return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "python"
 
 
@@ -28,5 +30,5 @@ def rank_hint(environment: Mapping[str, str] = os.environ) -> int | None:
 
 def launcher_options(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The options of our launcher of one machine besides the recipe and the run, as a shell takes it: `-n 2`."""
-    told = environment.get("DISTTRAIN_OPTIONS", "")
+    told = environment.get(LAUNCHER_OPTIONS, "")
     return (told,) if told and launched_by(environment) == LAUNCHER else ()

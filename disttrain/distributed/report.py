@@ -13,6 +13,7 @@ from typing import Any
 
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
 from disttrain.errors import ExitCode, printable
+from disttrain.layout import ERROR_FILE
 
 
 def report_failure(
@@ -24,13 +25,13 @@ def report_failure(
     consequence: bool = False,
     is_agreed: bool = False,
 ) -> None:
-    """Write the failure to the file that the launcher named in TORCHELASTIC_ERROR_FILE, if it named one.
+    """Write the failure to the file that the launcher named in `layout.ERROR_FILE`, if it named one.
 
     Without our launcher, print it on standard error too. `failed_at` is in seconds since 1970; a `consequence` is
     mostly another rank's failure, and one that `is_agreed` belongs to no single rank.
     """
     rank, host = rank_hint(), socket.gethostname()
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    error_file = os.environ.get(ERROR_FILE)
     is_written = False
     if error_file:
         failure = {
@@ -60,7 +61,7 @@ def report_finished() -> None:
     Without that, an exit code of 0 may come from any library's `os._exit(0)`. torchrun does not use it, and would leave
     the file behind.
     """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    error_file = os.environ.get(ERROR_FILE)
     if error_file and launched_by() in OUR_LAUNCHERS:
         now = time.time()
         done = {"message": "finished", "exit_code": int(ExitCode.DONE), "time": now, "timestamp": int(now)}

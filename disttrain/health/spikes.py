@@ -14,8 +14,8 @@ from typing import Any
 
 from disttrain.errors import ConfigurationError
 from disttrain.files import parse_json, read_text, replace_file
+from disttrain.layout import SPIKES
 from disttrain.recipe import TrainRecipe
-from disttrain.runs.rundir import SPIKES
 
 
 class RolledBack(Exception):

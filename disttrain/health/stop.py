@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from disttrain.distributed.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
+from disttrain.layout import LAUNCHER_PID
 
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from the launcher: within this time it is one.
 _SAME_REQUEST_S = 2.0
@@ -136,7 +137,7 @@ def end_with_launcher() -> None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(os.environ.get("DISTTRAIN_LAUNCHER_PID") or os.getppid()):
+        if os.getppid() != int(os.environ.get(LAUNCHER_PID) or os.getppid()):
             os._exit(1)  # it was gone before
 
     def wait() -> None:

@@ -30,6 +30,7 @@ from disttrain.distributed.collectives import gather_objects
 from disttrain.distributed.world import World, store_for_a_thread
 from disttrain.files import open_to_append
 from disttrain.health.progress import Progress
+from disttrain.layout import LOGS, log_name
 
 _KEY = "disttrain/beat"
 _LONGEST_INTERVAL_S = 5.0
@@ -212,7 +213,7 @@ def _account(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mappin
         culprits = [beat for beat in beats.values() if not beat.waits] or culprits
     words = [f"rank {beat.rank} on {beat.host} (process {beat.pid}) stands still {beat.where()}" for beat in culprits]
     rest = "" if len(culprits) == len(beats) else "; the other ranks wait for it"
-    return "; ".join(words) + f"{rest}. The stacks of all are in the run's logs/worker-RANK.log."
+    return "; ".join(words) + f"{rest}. The stacks of all are in the run's {LOGS}/{log_name('RANK')}."
 
 
 def _decoded(text: bytes) -> Beat:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from disttrain.errors import RecipeError
+from disttrain.layout import RECIPE
 from disttrain.recipe.address import is_url, read_url
 from disttrain.recipe.bounds import beyond_bounds
 from disttrain.recipe.explain import explain, place
@@ -110,8 +111,8 @@ def _find(name_or_path: str) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RecipeError(f"{_cut(name_or_path)}: cannot be read: {reason}") from None
     if path.is_dir():
-        if (path / "recipe.toml").is_file():
-            raise RecipeError(f"{name_or_path} is a run directory, not a recipe; its recipe is {path / 'recipe.toml'}")
+        if (path / RECIPE).is_file():
+            raise RecipeError(f"{name_or_path} is a run directory, not a recipe; its recipe is {path / RECIPE}")
         raise RecipeError(f"{name_or_path} is a folder, not a recipe; give a TOML file or one of {', '.join(shipped)}")
     if path.exists():
         return path

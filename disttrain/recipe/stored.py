@@ -13,14 +13,12 @@ from typing import Any
 
 from disttrain.errors import RecipeError
 from disttrain.files import parse_json, read_bytes, read_text
-from disttrain.layout import MANIFEST, STATE, checkpoints_in
+from disttrain.layout import CHECKPOINTS, MANIFEST, RECIPE, STATE, checkpoints_in
 from disttrain.recipe.address import is_url
 from disttrain.recipe.explain import sections
 from disttrain.recipe.load import load_recipe, parse_recipe
 from disttrain.recipe.model import Recipe
 from disttrain.recipe.trust import is_own_recipe
-
-_RECIPE, _CHECKPOINTS = "recipe.toml", "checkpoints"
 
 
 def load_recipe_for(name_or_path: str, run_dir: Path | str | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -39,7 +37,7 @@ def load_recipe_for(name_or_path: str, run_dir: Path | str | None, overrides: Se
 def damage(run: Path) -> str | None:
     """What is wrong with the run's recipe.toml ("is lost"); None if it is whole. We write one with every section."""
     try:
-        mapping = tomllib.loads(read_text(run / _RECIPE))
+        mapping = tomllib.loads(read_text(run / RECIPE))
         parse_recipe(mapping)
     except FileNotFoundError:
         return "is lost"
@@ -69,7 +67,7 @@ def recipe_of_checkpoints(run: Path) -> tuple[Path, Recipe] | None:
 
 def _checkpoints(run: Path) -> list[Path]:
     try:
-        return checkpoints_in(run / _CHECKPOINTS)
+        return checkpoints_in(run / CHECKPOINTS)
     except (OSError, ValueError):  # a folder that cannot be looked into, a name that no folder can have
         return []
 

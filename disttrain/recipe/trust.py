@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from disttrain.errors import ConfigurationError
+from disttrain.layout import DATABASE, RECIPE
 from disttrain.recipe.address import is_text, is_url, working_folder
 from disttrain.recipe.model import Recipe
 from disttrain.recipe.names import TORCHVISION, is_reference
@@ -83,7 +84,7 @@ def is_own_recipe(recipe: str, run_dir: str | Path | None) -> bool:
     """Whether the recipe at this path or URL is the one that is kept in the run directory."""
     if run_dir is None:
         return False
-    kept = f"{str(run_dir).rstrip('/')}/recipe.toml"
+    kept = f"{str(run_dir).rstrip('/')}/{RECIPE}"
     if is_url(recipe) or is_url(str(run_dir)):
         return recipe == kept
     return os.path.realpath(recipe) == os.path.realpath(kept)
@@ -97,14 +98,14 @@ def is_named_by_user(uri: str) -> bool:
 def is_beside(uri: str, address: str | Path) -> bool:
     """Whether this is the database that a run gets by default, in the folder that holds it."""
     folder = working_folder(str(address)) if is_url(str(address)) else Path(os.path.abspath(address))
-    default = folder.parent / "mlflow.db"
+    default = folder.parent / DATABASE
     file = uri.removeprefix("sqlite:///")
     if is_text(str(default)) and file == quote(str(default), safe=" +/"):
         return True  # as SQLAlchemy writes a path with % or ? in it
     try:
         return file != uri and os.path.realpath(file) in (
             os.path.realpath(default),
-            os.path.realpath(folder.resolve().parent / "mlflow.db"),
+            os.path.realpath(folder.resolve().parent / DATABASE),
         )
     except ValueError:  # a name that no file can have
         return False

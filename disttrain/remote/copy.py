@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from disttrain.errors import ConfigurationError, DisttrainError, UsageError
-from disttrain.layout import CONTENTS, MANIFEST, STATE
+from disttrain.layout import (
+    CHARTS,
+    CHECKPOINTS,
+    CONTENTS,
+    DELIVERED,
+    EVALUATION,
+    EXPORTED,
+    JOURNAL,
+    MANIFEST,
+    RECIPE,
+    SPIKES,
+    STATE,
+)
 from disttrain.recipe.address import file_system, is_url
 from disttrain.remote.place import RemoteRun
-from disttrain.runs.rundir import CHECKPOINTS, EVALUATION, JOURNAL, RECIPE, SPIKES
 
 Wanted = Literal["newest", "states", "none"]
-_FILES = (RECIPE, EVALUATION, SPIKES, "mlflow.json")
+_FILES = (RECIPE, EVALUATION, SPIKES, DELIVERED)
 
 
 @contextmanager
@@ -54,7 +65,7 @@ def _fetch(run: RemoteRun, path: Path, checkpoints: Wanted) -> None:
             (path / name).write_bytes(content)
     (path / JOURNAL).write_bytes(run.read_journal())
     if checkpoints == "none":
-        for name in (*run.objects("model"), *run.objects("charts")):
+        for name in (*run.objects(EXPORTED), *run.objects(CHARTS)):
             place = (path / name).resolve()
             if place.is_relative_to(path.resolve()):
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +102,7 @@ def verify_behind(url: str) -> tuple[list[dict[str, Any]], list[str], list[str]]
         there = run.checkpoints()
         for name in [""] if is_checkpoint else there.good:
             path = Path(folder) / "one"
-            place = f"{run.url}/checkpoints/{name}" if name else run.url
+            place = f"{run.url}/{CHECKPOINTS}/{name}" if name else run.url
             try:
                 run.get_checkpoint(name, path) if name else run.get_plain_checkpoint(path)
             except ConfigurationError as error:
@@ -100,7 +111,7 @@ def verify_behind(url: str) -> tuple[list[dict[str, Any]], list[str], list[str]]
                 found.append({"path": place, "good": True, "detail": ""})
             shutil.rmtree(path, ignore_errors=True)
     quarantined, unfinished = (
-        [f"{run.url}/checkpoints/{name}" for name in names] for names in (there.damaged, there.unfinished)
+        [f"{run.url}/{CHECKPOINTS}/{name}" for name in names] for names in (there.damaged, there.unfinished)
     )
     return found, quarantined, unfinished
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from disttrain.errors import ConfigurationError, UsageError, brief, printable
-from disttrain.layout import MANIFEST, is_checkpoint
+from disttrain.layout import CHECKPOINTS, MANIFEST, RECIPE, is_checkpoint
 from disttrain.recipe.address import is_url
 from disttrain.remote.copy import local_copy
-from disttrain.runs.rundir import CHECKPOINTS, RECIPE, is_run
+from disttrain.runs.rundir import is_run
 
 
 def find_checkpoint(address: str | Path) -> Checkpoint:

@@ -17,15 +17,26 @@ from disttrain.checkpoint.store import to_keep
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import read_bytes, read_text, replace_file
-from disttrain.layout import MANIFEST, Best, metrics_of
+from disttrain.layout import (
+    CHARTS,
+    CHECKPOINTS,
+    DELIVERED,
+    EVALUATION,
+    EXPORTED,
+    JOURNAL,
+    LOGS,
+    MANIFEST,
+    RECIPE,
+    SPIKES,
+    Best,
+    metrics_of,
+)
 from disttrain.recipe import recipe_of_checkpoints, to_toml
 from disttrain.remote.lease import Lease
 from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
-from disttrain.runs.rundir import CHECKPOINTS, EVALUATION, JOURNAL, LOGS, RECIPE, SPIKES
 
 _OWNER = ".remote"  # in the working folder: the id of the lease under which it was worked on last
-_DELIVERY = "mlflow.json"
-_AT_THE_END = (LOGS, "charts", "model")
+_AT_THE_END = (LOGS, CHARTS, EXPORTED)
 _RETRY_S = 5.0
 
 
@@ -197,7 +208,7 @@ class Mirror:
 
     def _bring_files(self) -> None:
         # What MLflow has of the journal is read before the journal: it must not claim more than that holds.
-        files = {name: self.folder / name for name in (_DELIVERY, RECIPE, EVALUATION, SPIKES)}
+        files = {name: self.folder / name for name in (DELIVERED, RECIPE, EVALUATION, SPIKES)}
         contents = {name: read_bytes(path) for name, path in files.items() if path.exists()}
         if (self.folder / JOURNAL).exists():
             self._journal_there = self.run.write_journal(self.folder / JOURNAL, self._journal_there)
@@ -208,14 +219,14 @@ class Mirror:
 
     def _fetch(self) -> None:
         """Rebuild the working folder from what is there."""
-        for name in (RECIPE, EVALUATION, SPIKES, _DELIVERY, JOURNAL, CHECKPOINTS):
+        for name in (RECIPE, EVALUATION, SPIKES, DELIVERED, JOURNAL, CHECKPOINTS):
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         recipe = self.run.read(RECIPE)
         if recipe is None and not self.run.checkpoints().good:
             return
         replace_file(self.folder / JOURNAL, self.run.read_journal())
-        for name in (EVALUATION, SPIKES, _DELIVERY):
+        for name in (EVALUATION, SPIKES, DELIVERED):
             content = self.run.read(name)
             if content is not None:
                 replace_file(self.folder / name, content)

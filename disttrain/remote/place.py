@@ -23,10 +23,10 @@ from disttrain.checkpoint.folder import WRITING, hidden
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.faultpoints import reached
 from disttrain.files import open_to_read, parse_json
-from disttrain.layout import CONTENTS, MANIFEST, STATE, metrics_in
+from disttrain.layout import CHECKPOINT_NAME, CHECKPOINTS, CONTENTS, JOURNAL, MANIFEST, STATE, metrics_in
 from disttrain.recipe.address import file_system
 
-_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_NAME = re.compile(rf"{CHECKPOINT_NAME.pattern}(?:\.(\d+))?")
 _DAMAGED = "damaged.txt"
 _JOURNAL_PIECE = 8 * 2**20  # bytes
 
@@ -98,7 +98,7 @@ class RemoteRun:
     def checkpoints(self) -> Standing:
         """What there is of checkpoints."""
         folders: dict[str, set[str]] = {}
-        for path in self.objects("checkpoints"):
+        for path in self.objects(CHECKPOINTS):
             _, name, *file = path.split("/")
             if _NAME.fullmatch(name) and len(file) == 1:  # other names are not ours
                 folders.setdefault(name, set()).add(file[0])
@@ -111,7 +111,7 @@ class RemoteRun:
 
     def put_checkpoint(self, folder: Path, name: str) -> None:
         """Bring a checkpoint there: its manifest last, when every other file is there in its full length."""
-        place = f"{self._root}/checkpoints/{name}"
+        place = f"{self._root}/{CHECKPOINTS}/{name}"
         manifest = (folder / MANIFEST).read_bytes()
         with self._explained():
             self._files.makedirs(place, exist_ok=True)
@@ -130,7 +130,7 @@ class RemoteRun:
 
         Raises ConfigurationError if it is damaged. Nothing that the remote side sends is used as a path.
         """
-        place = f"{self._root}/checkpoints/{name}"
+        place = f"{self._root}/{CHECKPOINTS}/{name}"
         self._get(place, path, files)
 
     def get_plain_checkpoint(self, path: Path) -> None:
@@ -163,7 +163,7 @@ class RemoteRun:
 
     def remove_checkpoint(self, name: str) -> None:
         """Remove a checkpoint, its commit marker first."""
-        place = f"{self._root}/checkpoints/{name}"
+        place = f"{self._root}/{CHECKPOINTS}/{name}"
         with self._explained():
             if self._files.exists(f"{place}/{MANIFEST}"):
                 self._files.rm_file(f"{place}/{MANIFEST}")
@@ -219,7 +219,7 @@ def next_revision(name: str) -> str:
 
 
 def _piece(number: int) -> str:
-    return f"journal-{number:05d}.jsonl" if number else "journal.jsonl"
+    return JOURNAL.replace(".", f"-{number:05d}.") if number else JOURNAL
 
 
 def as_json(content: bytes | None) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from typing import Any
 from disttrain.files import open_safely, open_to_read
 from disttrain.runs.redact import redact
 
-JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
 _MAX_HELD_BYTES = 16 * 2**20  # how much is held in memory on a full disk before records are dropped
 
@@ -209,6 +208,16 @@ def last_status(path: str | os.PathLike[str]) -> str | None:
             if b'"status"' in line and (record := _decode(line)) is not None and record["kind"] == "status":
                 status = record.get("status")
     return status if isinstance(status, str) else None
+
+
+def last_step(path: str | os.PathLike[str]) -> int:
+    """The step of the last metrics in a journal; 0 if there are none, or no journal that can be read."""
+    step = 0
+    with contextlib.suppress(OSError), open_to_read(path) as file:
+        for line in file:
+            if b'"metrics"' in line and line.endswith(b"\n") and (record := _decode(line)) is not None:
+                step = record["step"] if record["kind"] == "metrics" else step
+    return step
 
 
 def read_records(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:

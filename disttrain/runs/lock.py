@@ -12,8 +12,8 @@ from pathlib import Path
 
 from disttrain.errors import ConfigurationError
 from disttrain.files import open_safely
+from disttrain.layout import LOCK
 
-LOCK = ".lock"
 # How long the workers of a job that was killed a moment ago may take to exit.
 _PATIENCE_S = 10.0
 

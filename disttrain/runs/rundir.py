@@ -16,21 +16,29 @@ from typing import Any
 from disttrain.distributed.launched import NODE_LAUNCHER, launched_by, launcher_options
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.files import being_written, make_folder, open_to_append, refuse_irregular, replace_file
+from disttrain.layout import (
+    CHARTS,
+    CHECKPOINTS,
+    DELIVERED,
+    EVALUATION,
+    EXPORTED,
+    JOURNAL,
+    LOCK,
+    LOGS,
+    RECIPE,
+    SPIKES,
+    STEP,
+    STOP,
+    log_file,
+)
 from disttrain.recipe import Recipe, ask_before_resuming, damage, load_recipe, recipe_of_checkpoints, to_toml
 from disttrain.recipe.address import is_url, working_folder
-from disttrain.runs.lock import LOCK, owned
+from disttrain.runs.lock import owned
 from disttrain.runs.log import LogFile
 
-RECIPE = "recipe.toml"
-JOURNAL = "journal.jsonl"
-EVALUATION = "evaluation.json"
-CHECKPOINTS = "checkpoints"
-LOGS = "logs"
-STOP = "stop"
-SPIKES = "spikes.json"
 # What a run writes, besides hidden files: nothing of it may be a link, which would lead the run elsewhere.
-_FILES = (RECIPE, JOURNAL, EVALUATION, SPIKES, STOP, "mlflow.json")
-_FOLDERS = (CHECKPOINTS, LOGS, "charts", "model", ".model.tmp")
+_FILES = (RECIPE, JOURNAL, EVALUATION, SPIKES, STOP, DELIVERED)
+_FOLDERS = (CHECKPOINTS, LOGS, CHARTS, EXPORTED, f".{EXPORTED}.tmp")
 
 # What may change when a run resumes: where things are, how long, how many, how it is watched; never what is learned.
 _MAY_CHANGE = {
@@ -98,7 +106,7 @@ def refuse_links(run_dir: Path) -> None:
         refuse_entry(run_dir / name)
     for name in _FOLDERS:
         refuse_entry(run_dir / name, is_folder=True)
-    written = (run_dir.glob(".*"), (run_dir / CHECKPOINTS).glob("*step-*"), (run_dir / LOGS).glob("*"))
+    written = (run_dir.glob(".*"), (run_dir / CHECKPOINTS).glob(f"*{STEP}*"), (run_dir / LOGS).glob("*"))
     for entry in chain.from_iterable(written):
         refuse_entry(entry, is_folder=entry.is_dir())
 
@@ -211,11 +219,6 @@ def write_evaluation(run_dir: Path, evaluation: Mapping[str, Any]) -> None:
     """Keep the newest evaluation as evaluation.json. Raises OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / EVALUATION, json.dumps(evaluation, indent=1) + "\n")
-
-
-def log_file(run_dir: Path, rank: int) -> Path:
-    """Where a worker logs."""
-    return run_dir / LOGS / f"worker-{rank}.log"
 
 
 def log_to_file(run_dir: Path, rank: int) -> logging.Handler:

@@ -6,9 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.files import parse_json, read_text
-from disttrain.layout import STATE, Best, best_in, checkpoints_in, metrics_in, metrics_of, step_of
-from disttrain.runs.journal import last_status
-from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
+from disttrain.layout import (
+    CHECKPOINTS,
+    DELIVERED,
+    JOURNAL,
+    STATE,
+    Best,
+    best_in,
+    checkpoints_in,
+    metrics_in,
+    metrics_of,
+    newest_checkpoint,
+    step_of,
+)
+from disttrain.runs.journal import last_status, last_step
 
 # The journal's last status, in a person's words.
 _STATES = {"RUNNING": "unfinished", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
@@ -35,7 +46,7 @@ def summarise(run: Path) -> dict[str, Any]:
         "best": _best(best_in(state), checkpoints),
         "world_size": state.get("world_size"),
         "checkpoints": checkpoints,
-        "mlflow_run_id": _read_json(run / "mlflow.json").get("run_id"),
+        "mlflow_run_id": _read_json(run / DELIVERED).get("run_id"),
     }
 
 
@@ -48,6 +59,18 @@ def _best(best: Best, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
     """The metric that decides, and the step of the best checkpoint there is; None if none was evaluated."""
     scored = [(score, one["step"]) for one in checkpoints if (score := best.score(one["metrics"])) is not None]
     return {"metric": best.metric, "mode": best.mode, "step": max(scored)[1] if scored else None}
+
+
+def newest_step(run: Path) -> int | None:
+    """The newest step that the run's checkpoints or the last metrics of its journal know, 0 if there is none.
+
+    None where no run can be seen. Not the journal's highest: one wrong digit in a line must not make every later
+    failure look like a standstill.
+    """
+    if not run.is_dir():
+        return None
+    newest = newest_checkpoint(run)
+    return max(last_step(run / JOURNAL), step_of(newest) if newest else 0)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The record of a run: the journal, which is authoritative, and MLflow, which is fed from it."""
 
-from disttrain.runs.journal import JOURNAL_FILE, Journal, last_status, read_journal
+from disttrain.runs.journal import Journal, last_status, read_journal
 from disttrain.runs.redact import redact
 from disttrain.tracking.mlflow.delivery_state import Backlog, DeliveryState, backlog_of, load_state
 from disttrain.tracking.mlflow.sender import MlflowSender, deliver
@@ -9,7 +9,6 @@ from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metric
 from disttrain.tracking.tracker import NullTracker, Tracker, sync_command
 
 __all__ = [
-    "JOURNAL_FILE",
     "SYSTEM_METRICS",
     "Backlog",
     "DeliveryState",

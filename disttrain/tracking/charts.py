@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disttrain.files import make_folder, read_text
-from disttrain.runs.journal import JOURNAL_FILE, read_journal
+from disttrain.layout import CHARTS, EVALUATION, JOURNAL
+from disttrain.runs.journal import read_journal
 from disttrain.tracking.chart_style import (
     BLUE,
     INK,
@@ -27,7 +28,6 @@ from disttrain.tracking.learning_curves import learning_curves
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CHARTS_FOLDER = "charts"
 _MAX_NUMBERED_CLASSES = 20  # beyond these a matrix is read by its colours, not its numbers
 _MAX_LABELLED_CLASSES = 40
 _MAX_BARS = 40
@@ -38,15 +38,15 @@ def draw_charts(run_dir: str | os.PathLike[str]) -> list[Path]:
 
     Raises OSError, ValueError or ImportError (no matplotlib).
     """
-    folder = Path(run_dir) / CHARTS_FOLDER
+    folder = Path(run_dir) / CHARTS
     make_folder(folder)
     drawn = []
-    journal = Path(run_dir) / JOURNAL_FILE
+    journal = Path(run_dir) / JOURNAL
     if journal.exists():
         figure = learning_curves(read_journal(journal))
         if figure is not None:
             drawn.append(save_figure(figure, folder / "learning_curves.png"))
-    evaluation_file = Path(run_dir) / "evaluation.json"
+    evaluation_file = Path(run_dir) / EVALUATION
     if evaluation_file.exists():
         evaluation = json.loads(read_text(evaluation_file))
         classes = [str(name) for name in evaluation.get("classes", ())]

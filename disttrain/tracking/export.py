@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from disttrain.layout import MODEL
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MODEL_FOLDER = "model"
 EXPORT_FILE = "model.pt2"
-WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 
 
@@ -79,7 +79,7 @@ def export_model(
         (temporary / EXPORT_FILE).unlink(missing_ok=True)
         state = module.state_dict().items()
         weights = {name: value.detach().cpu().clone().contiguous() for name, value in state if torch.is_tensor(value)}
-        (temporary / WEIGHTS_FILE).write_bytes(save(weights))
+        (temporary / MODEL).write_bytes(save(weights))
     description = {
         "classes": list(classes),
         "sample_shape": list(sample_shape),

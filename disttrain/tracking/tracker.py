@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from disttrain.faultpoints import reached
-from disttrain.runs.journal import JOURNAL_FILE, Journal
+from disttrain.layout import EVALUATION, EXPORTED, JOURNAL, RECIPE
+from disttrain.runs.journal import Journal
 from disttrain.runs.redact import redact
 from disttrain.tracking.mlflow.delivery_state import Backlog
 from disttrain.tracking.mlflow.sender import MlflowSender, backlog_at
@@ -23,8 +24,6 @@ from disttrain.tracking.source import git_commit
 if TYPE_CHECKING:
     from torch import nn
 
-RECIPE_FILE = "recipe.toml"
-EVALUATION_FILE = "evaluation.json"
 _logger = logging.getLogger(__name__)
 
 
@@ -82,13 +81,13 @@ class Tracker:
             return
         with self._harmless():
             self._step = step
-            self._journal = Journal(self._run_dir / JOURNAL_FILE, first_step=step)
+            self._journal = Journal(self._run_dir / JOURNAL, first_step=step)
             self._journal.event("resume" if resumed else "start", world=self._world_info)
             self._journal.params(dict(_flatten(params)))
             self._journal.tags({**_versions(), **_texts(self._world_info), **_texts(tags)})
             self._journal.append("status", status="RUNNING")
-            if (self._run_dir / RECIPE_FILE).exists():
-                self._journal.artifact(RECIPE_FILE)
+            if (self._run_dir / RECIPE).exists():
+                self._journal.artifact(RECIPE)
         with self._harmless():
             if self.uri is not None and self._journal is not None:
                 experiment = self._settings.experiment
@@ -138,20 +137,20 @@ class Tracker:
 
         Does nothing if MLflow is off or `tracking.log_model` is false. Takes about a second for a small network.
         """
-        from disttrain.tracking.export import MODEL_FOLDER, export_model
+        from disttrain.tracking.export import export_model
 
         with self._harmless():
             if self._journal is None or not self.exports_models:
                 return
-            if self._journal.model_step == self._step and (self._run_dir / MODEL_FOLDER).is_dir():
+            if self._journal.model_step == self._step and (self._run_dir / EXPORTED).is_dir():
                 return  # exported by a start that was interrupted after that
-            reason = export_model(self._run_dir / MODEL_FOLDER, module, mean, std, classes, sample_shape)
+            reason = export_model(self._run_dir / EXPORTED, module, mean, std, classes, sample_shape)
             if reason is not None:
                 self._warn(
                     f"the model cannot be exported, so MLflow gets its weights alone ({reason}). "
                     "The checkpoints are not affected."
                 )
-            self._journal.append("model", path=MODEL_FOLDER, step=self._step)
+            self._journal.append("model", path=EXPORTED, step=self._step)
 
     def finish(self, status: str, timeout_s: float = 120.0, unless: Callable[[], bool] | None = None) -> Backlog:
         """Close the journal, let the sender finish, and return what MLflow still lacks; a warning reports it as well.
@@ -163,8 +162,8 @@ class Tracker:
         """
         with self._harmless():
             if self._journal is not None:
-                if (self._run_dir / EVALUATION_FILE).exists():
-                    self._journal.artifact(EVALUATION_FILE)
+                if (self._run_dir / EVALUATION).exists():
+                    self._journal.artifact(EVALUATION)
                 self._journal.append("status", status=status)
         with self._harmless():
             if self._journal is not None:

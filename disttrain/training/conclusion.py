@@ -16,7 +16,7 @@ from disttrain.errors import StoppedError
 from disttrain.faultpoints import reached
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import StopRequest
-from disttrain.runs.rundir import CHECKPOINTS, JOURNAL
+from disttrain.layout import CHECKPOINTS, JOURNAL, checkpoint_name
 from disttrain.terminal.console import Console
 from disttrain.tracking import NullTracker, Tracker, how_to_open, last_status, load_state, sync_command
 from disttrain.training.job import Job
@@ -100,7 +100,7 @@ def _conclude(
     reached("conclusion: delivered")
     console.line(f"done in {seconds:.1f} s: accuracy {job.metrics['eval/accuracy']:.2%}")
     console.line(f"run         {address}")
-    console.line(f"checkpoint  {address}/{CHECKPOINTS}/step-{job.step:08d}")
+    console.line(f"checkpoint  {address}/{CHECKPOINTS}/{checkpoint_name(job.step)}")
     if tracker.uri is not None:
         run = load_state(run_dir)
         for label, text in zip(("MLflow", ""), how_to_open(tracker.uri, run.experiment_id, run.run_id), strict=False):

@@ -18,8 +18,8 @@ from disttrain.health.diagnosis import listed
 from disttrain.health.nonfinite import Incident, is_finite
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
-from disttrain.layout import EVAL
-from disttrain.runs.rundir import EVALUATION, resume_command, write_evaluation
+from disttrain.layout import EVAL, EVALUATION
+from disttrain.runs.rundir import resume_command, write_evaluation
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 from disttrain.training.evaluate import Evaluation, evaluate

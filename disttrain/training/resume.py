@@ -6,6 +6,7 @@ from disttrain.checkpoint import Checkpoint, check_complete, optimizer_from_tens
 from disttrain.checkpoint.handout import hand_out
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError, brief
+from disttrain.layout import STATE
 from disttrain.parallel.conditions import differences
 from disttrain.training.identity import (
     describe_data,
@@ -23,7 +24,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     Raises ConfigurationError if it belongs to another model, optimizer, data set or schedule, or is past the last step.
     """
     state = checkpoint.state
-    check_complete(state, f"{checkpoint.path}/state.json")
+    check_complete(state, f"{checkpoint.path}/{STATE}")
     now = describe_data(job.data.train, job.digest)
     broadcast_from_main(job.world, lambda: refuse_other_data(state, checkpoint.path, now, job.given))
     refuse_other_preparation(state["data"], job.data.train, checkpoint.path)
@@ -41,7 +42,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     if "non_finite" in state:
         job.non_finite.load_state(state["non_finite"])
     job.spikes.recent = state.get("recent_losses", [])
-    job.strategy.load_state(state, f"{checkpoint.path}/state.json")
+    job.strategy.load_state(state, f"{checkpoint.path}/{STATE}")
     job.init = state.get("init")
     job.step = state["step"]
     job.metrics = state["metrics"] or None
@@ -52,7 +53,7 @@ def _restore_scaler(job: Job, checkpoint: Checkpoint) -> None:
     try:
         job.scaler.load_state_dict(checkpoint.state["scaler"])
     except (KeyError, RuntimeError) as error:
-        raise ConfigurationError(f"{checkpoint.path}/state.json: 'scaler' does not fit: {brief(error)}.") from error
+        raise ConfigurationError(f"{checkpoint.path}/{STATE}: 'scaler' does not fit: {brief(error)}.") from error
 
 
 def _check_tensors(job: Job, checkpoint: Checkpoint) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import AgreedError, ConfigurationError
-from disttrain.layout import step_of
-from disttrain.runs.rundir import RECIPE, resume_command, store_recipe
+from disttrain.layout import RECIPE, step_of
+from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import NullTracker, Tracker
 from disttrain.training.job import Job

@@ -21,14 +21,12 @@ from disttrain.health.progress import Progress
 from disttrain.health.spikes import RolledBack, read_skipped
 from disttrain.health.stop import StopRequest, stop_file
 from disttrain.health.watchdog import Watchdog
+from disttrain.layout import CHECKPOINTS, STOP, log_file
 from disttrain.parallel.conditions import unlike_the_first
 from disttrain.recipe import Recipe
 from disttrain.recipe.address import is_url, settled, working_folder
 from disttrain.remote import Mirror, MirroredStore, RemoteRun
 from disttrain.runs.rundir import (
-    CHECKPOINTS,
-    STOP,
-    log_file,
     log_to_file,
     new_run_dir,
     owned_run_dir,

@@ -19,7 +19,8 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from disttrain.runs.journal import JOURNAL_FILE, read_journal, read_records
+from disttrain.layout import JOURNAL
+from disttrain.runs.journal import read_journal, read_records
 from disttrain.runs.redact import redact
 from disttrain.tracking.mlflow.database import is_database, one_at_a_time
 from disttrain.tracking.mlflow.delivery_state import state_for
@@ -69,7 +70,7 @@ class Delivery:
 
     def deliver(self) -> None:
         """Send everything the journal holds by now. Raises OutageError; what was sent until then counts."""
-        journal = self.run_dir / JOURNAL_FILE
+        journal = self.run_dir / JOURNAL
         try:
             size = journal.stat().st_size
         except FileNotFoundError:
@@ -128,7 +129,7 @@ class Delivery:
                 if run.info.lifecycle_stage == "active":
                     return run
         experiment_id = self._find_experiment(client)
-        job = next((record.get("job") for record in read_journal(self.run_dir / JOURNAL_FILE)), None) or self._run_name
+        job = next((record.get("job") for record in read_journal(self.run_dir / JOURNAL)), None) or self._run_name
         # A run may exist although mlflow.json has no record of it: we may have been killed between the two.
         runs = client.search_runs([experiment_id], f"tags.`{JOB_TAG}` = '{_quote(str(job))}'", max_results=1)
         run = runs[0] if runs else self._create_run(client, experiment_id, str(job))
@@ -142,7 +143,7 @@ class Delivery:
         tags = {JOB_TAG: job, "mlflow.source.name": "disttrain", "mlflow.source.type": "LOCAL"}
         with contextlib.suppress(OSError, KeyError, ImportError):  # a container may run under a number without a name
             tags["mlflow.user"] = getpass.getuser()
-        first = next(read_journal(self.run_dir / JOURNAL_FILE), {})
+        first = next(read_journal(self.run_dir / JOURNAL), {})
         start = _milliseconds(first.get("time"))
         return client.create_run(
             experiment_id, start_time=start, tags=tags, run_name=shorten(self._run_name, MAX_VALUE)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.files import parse_json, read_text, replace_file
-from disttrain.runs.journal import JOURNAL_FILE, count_records
-
-STATE_FILE = "mlflow.json"
+from disttrain.layout import DELIVERED, JOURNAL
+from disttrain.runs.journal import count_records
 
 
 @dataclass
@@ -31,7 +30,7 @@ class DeliveryState:
     def save(self, run_dir: Path) -> None:
         """Replace the file in one step. Raises OSError."""
         content = json.dumps(asdict(self), indent=1) + "\n"
-        replace_file(run_dir / STATE_FILE, content, temporary=run_dir / f".{STATE_FILE}.{os.getpid()}")
+        replace_file(run_dir / DELIVERED, content, temporary=run_dir / f".{DELIVERED}.{os.getpid()}")
 
 
 def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
@@ -41,7 +40,7 @@ def load_state(run_dir: str | os.PathLike[str]) -> DeliveryState:
     the run is found again by the job's name.
     """
     try:
-        stored = parse_json(read_text(Path(run_dir) / STATE_FILE))
+        stored = parse_json(read_text(Path(run_dir) / DELIVERED))
         state = DeliveryState(**stored)
     except (OSError, ValueError, TypeError):
         return DeliveryState()
@@ -99,5 +98,5 @@ class Backlog:
 def backlog_of(run_dir: str | os.PathLike[str], reason: str = "") -> Backlog:
     """Count what the journal holds and MLflow does not."""
     state = load_state(run_dir)
-    records = count_records(Path(run_dir) / JOURNAL_FILE, state.offset)
+    records = count_records(Path(run_dir) / JOURNAL, state.offset)
     return Backlog(records, len(state.uploads) + (state.status is not None), reason)

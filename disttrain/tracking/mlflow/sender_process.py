@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from disttrain.files import open_safely, open_to_read
-from disttrain.runs.journal import JOURNAL_FILE
+from disttrain.layout import JOURNAL
 from disttrain.runs.redact import redact
 from disttrain.tracking.mlflow.database import is_database
 from disttrain.tracking.mlflow.outage import OutageError
@@ -84,7 +84,7 @@ class Sender:
         self._orders = orders
         self._voice = voice
         self._run_dir = run_dir
-        self._journal = run_dir / JOURNAL_FILE
+        self._journal = run_dir / JOURNAL
         self._place = redact(delivery.uri)
         self._reason = ""  # why MLflow accepts nothing now
         self._synced = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from disttrain.errors import ConfigurationError
+from disttrain.layout import DATABASE
 from disttrain.recipe.address import is_text
 from disttrain.runs.redact import redact
 
@@ -45,12 +46,12 @@ def resolve_uri(uri: str | None, run_dir: str | os.PathLike[str]) -> str | None:
         if uri.startswith("file:") or (":" not in uri and uri != "databricks"):
             raise ConfigurationError(
                 f"{source} is {redact(uri)!r}, and MLflow no longer keeps runs in plain folders; "
-                "give a server (http://host:5000), a database (sqlite:////folder/mlflow.db), or none"
+                f"give a server (http://host:5000), a database (sqlite:////folder/{DATABASE}), or none"
             )
         if not uri.startswith(("http://", "https://", "databricks")):
             _refuse_undecodable(Path(run_dir).absolute().parent)  # the files that MLflow is given are kept there
         return uri
-    return _database(Path(run_dir).absolute().parent / "mlflow.db")
+    return _database(Path(run_dir).absolute().parent / DATABASE)
 
 
 def _database(path: Path) -> str:

@@ -19,8 +19,9 @@ from urllib.request import url2pathname
 from mlflow.tracking import MlflowClient
 
 from disttrain.files import open_to_read, path_inside
+from disttrain.layout import CHARTS, MODEL
 from disttrain.recipe import is_beside, is_named_by_user
-from disttrain.tracking.export import DESCRIPTION_FILE, EXPORT_FILE, WEIGHTS_FILE
+from disttrain.tracking.export import DESCRIPTION_FILE, EXPORT_FILE
 from disttrain.tracking.mlflow.outage import OutageError
 
 ARTIFACTS = "mlartifacts"
@@ -140,7 +141,7 @@ def _upload_charts(
         return {}
     sent: dict[str, str] = {}
     for chart in charts:
-        sent |= _upload_file(client, run_dir, chart.relative_to(run_dir).as_posix(), run_id, "charts", files)
+        sent |= _upload_file(client, run_dir, chart.relative_to(run_dir).as_posix(), run_id, CHARTS, files)
     return sent
 
 
@@ -149,7 +150,7 @@ def _upload_model(
 ) -> dict[str, str]:
     path = path_inside(run_dir, f"{folder}/{EXPORT_FILE}")
     if path is not None and not path.exists():  # a module that cannot be exported: its weights at least
-        return _upload_file(client, run_dir, f"{folder}/{WEIGHTS_FILE}", run_id, MODEL_PLACE, files)
+        return _upload_file(client, run_dir, f"{folder}/{MODEL}", run_id, MODEL_PLACE, files)
     with _copies(run_dir, f"{folder}/{EXPORT_FILE}", f"{folder}/{DESCRIPTION_FILE}") as ((exported, about), digest):
         if files.get(MODEL_PLACE) != digest:
             from disttrain.tracking.mlflow.model import log_exported_model, read_description

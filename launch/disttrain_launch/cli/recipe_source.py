@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from disttrain.layout import RECIPE
+
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
 
 
 def recipe_source(recipe: str | None, run_dir: str) -> str:
     """What workers are to read: the recipe that was named, or the one of the run in a folder or behind a URL."""
-    return recipe if recipe is not None else f"{run_dir.rstrip('/')}/recipe.toml"
+    return recipe if recipe is not None else f"{run_dir.rstrip('/')}/{RECIPE}"
 
 
 def checked_recipe(
@@ -44,10 +46,10 @@ def checked_recipe(
             f"Missing argument 'RECIPE'. Give one of {', '.join(shipped_recipes())}, a TOML file, "
             "or the --run-dir of a run to resume."
         )
-    has_recipe = is_url(run_dir) or os.path.isfile(os.path.join(run_dir, "recipe.toml"))
+    has_recipe = is_url(run_dir) or os.path.isfile(os.path.join(run_dir, RECIPE))
     if not has_recipe and recipe_of_checkpoints(Path(run_dir)) is None:
         raise ConfigurationError(
-            f"--run-dir {run_dir}: no run to resume (it has no recipe.toml); give a RECIPE to start one"
+            f"--run-dir {run_dir}: no run to resume (it has no {RECIPE}); give a RECIPE to start one"
         )
     checked = load_recipe_for(recipe_source(None, run_dir), run_dir, overrides)
     if not trust:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from disttrain.layout import LOCK, RECIPE, STOP, newest_checkpoint
 from disttrain_launch.cli.arguments import RUN
 
 _LOOK_EVERY_S = 0.2
@@ -26,16 +27,14 @@ def stop(run: str, wait: bool, timeout: float) -> None:
     from disttrain.recipe import ConfigurationError, DisttrainError, UsageError, open_to_append
 
     folder = Path(run)
-    if not (folder / "recipe.toml").is_file():
-        raise UsageError(f"{run} is not a run directory (it has no recipe.toml): see `disttrain runs list`.")
+    if not (folder / RECIPE).is_file():
+        raise UsageError(f"{run} is not a run directory (it has no {RECIPE}): see `disttrain runs list`.")
     if not _is_in_use(folder):
         raise UsageError(f"nothing trains in {run}: there is nothing to stop.")
     try:
-        open_to_append(folder / "stop").close()
+        open_to_append(folder / STOP).close()
     except OSError as error:
-        raise ConfigurationError(
-            f"{folder / 'stop'} cannot be made: {error.strerror}. Send SIGTERM instead."
-        ) from error
+        raise ConfigurationError(f"{folder / STOP} cannot be made: {error.strerror}. Send SIGTERM instead.") from error
     if not wait:
         click.echo(f"{run} is asked to save and stop; `disttrain runs show {shlex.quote(run)}` tells when it has")
         return
@@ -44,7 +43,7 @@ def stop(run: str, wait: bool, timeout: float) -> None:
         if time.monotonic() >= deadline:
             raise DisttrainError(f"{run} has not stopped within {timeout:g} s: it is still asked to.")
         time.sleep(_LOOK_EVERY_S)
-    newest = max((folder / "checkpoints").glob("step-????????"), default=None)
+    newest = newest_checkpoint(folder)
     click.echo(f"{run} has stopped; {f'its newest checkpoint is {newest}' if newest else 'it has no checkpoint'}")
 
 
@@ -53,12 +52,12 @@ def _is_in_use(run: Path) -> bool:
     from disttrain.recipe import ConfigurationError, open_to_read
 
     try:
-        with open_to_read(run / ".lock") as file:
+        with open_to_read(run / LOCK) as file:
             fcntl.lockf(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except (BlockingIOError, PermissionError):
         return True
     except OSError as error:
-        raise ConfigurationError(f"{run / '.lock'}: {error.strerror}; no run makes such a lock. Remove it.") from None
+        raise ConfigurationError(f"{run / LOCK}: {error.strerror}; no run makes such a lock. Remove it.") from None
     return False

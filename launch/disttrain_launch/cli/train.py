@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from disttrain import layout
+from disttrain.files import being_written
 from disttrain_launch.cli.arguments import RECIPE, run_dir_callback
 from disttrain_launch.cli.node import run_node
 from disttrain_launch.cli.node_options import NodeOptions, node_options
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 # What a first start leaves that was killed before it had a recipe.
-_OF_A_KILLED_START = {"logs", ".lock", ".recipe.toml.writing", "stop"}
+_OF_A_KILLED_START = {layout.LOGS, layout.LOCK, being_written(Path(layout.RECIPE)).name, layout.STOP}
 
 
 @click.command(short_help="Train a recipe, or resume a run.")
@@ -81,7 +83,7 @@ def train(
     group = WorkerGroup(
         (*arguments, *override_arguments(overrides)),
         num_workers,
-        log_dir=folder / "logs",
+        log_dir=folder / layout.LOGS,
         options=" ".join(told),
     )
     if dry_run:
@@ -115,10 +117,11 @@ def _opened(run_dir: Path) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in run_dir.iterdir()}
-        is_run = "recipe.toml" in names or recipe_of_checkpoints(run_dir) is not None
+        is_run = layout.RECIPE in names or recipe_of_checkpoints(run_dir) is not None
         if not is_run and names - _OF_A_KILLED_START:
             raise ConfigurationError(
-                f"--run-dir {run_dir}: is not empty and not a run directory (it has no recipe.toml); give another one"
+                f"--run-dir {run_dir}: is not empty and not a run directory (it has no {layout.RECIPE}); give "
+                "another one"
             )
     except FileExistsError as error:
         raise ConfigurationError(f"--run-dir {run_dir}: {error.filename} is a file; give a folder") from None
@@ -134,9 +137,9 @@ def _with_logs(folder: Path) -> Path:
     from disttrain.recipe import ConfigurationError, make_folder
 
     try:
-        make_folder(folder / "logs")
+        make_folder(folder / layout.LOGS)
     except OSError as error:
-        raise ConfigurationError(f"{folder / 'logs'}: {error.strerror}; a run cannot be written there") from None
+        raise ConfigurationError(f"{folder / layout.LOGS}: {error.strerror}; a run cannot be written there") from None
     return folder
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disttrain.distributed.cores import usable_cores
+from disttrain.distributed.launched import LAUNCHER
+from disttrain.layout import LAUNCHED_BY, LAUNCHER_OPTIONS, LAUNCHER_PID, log_name
 
 
 def module_arguments(module: str, *arguments: str) -> tuple[str, ...]:
@@ -39,11 +41,11 @@ class WorkerGroup:
 
     def log(self, rank: int) -> Path | None:
         """The file with what a worker prints, if it has one; rank 0 speaks to the user."""
-        return self.log_dir / f"worker-{rank}.log" if self.log_dir is not None and rank > 0 else None
+        return self.log_dir / log_name(rank) if self.log_dir is not None and rank > 0 else None
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
         """A worker's environment: this process's own, and the variables that torchrun would set."""
-        own = {"DISTTRAIN_LAUNCHER_PID": str(os.getpid()), "DISTTRAIN_OPTIONS": self.options}
+        own = {LAUNCHER_PID: str(os.getpid()), LAUNCHER_OPTIONS: self.options}
         return {**os.environ, **self.variables(rank, str(port)), **own}
 
     def described(self) -> str:
@@ -72,6 +74,6 @@ class WorkerGroup:
             "LOCAL_WORLD_SIZE": str(self.size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
-            "DISTTRAIN_LAUNCHER": "disttrain",
+            LAUNCHED_BY: LAUNCHER,
         }
         return {name: value for name, value in defaults.items() if name not in os.environ} | contract

@@ -11,6 +11,7 @@ from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import IO
 
+from disttrain.layout import ERROR_FILE
 from disttrain.recipe import ExitCode
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.outcome import Ending, left_early, read_report, says_finished
@@ -30,7 +31,7 @@ class Worker:
         report = self._report.fileno()
         self._process = subprocess.Popen(
             [sys.executable, *group.arguments],
-            env=group.environment(rank, port) | {"TORCHELASTIC_ERROR_FILE": f"/dev/fd/{report}"},
+            env=group.environment(rank, port) | {ERROR_FILE: f"/dev/fd/{report}"},
             stdin=lifeline,
             stdout=self._output,
             stderr=self._output,

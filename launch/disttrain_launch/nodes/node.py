@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 
 from disttrain.distributed.cores import usable_cores
+from disttrain.distributed.launched import NODE_LAUNCHER
+from disttrain.layout import LAUNCHED_BY
 from disttrain_launch.local.group import module_arguments
 
 DEFAULT_PORT = 29400
@@ -78,7 +80,7 @@ class Node:
         if interface is not None:
             defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
         unset = {name: value for name, value in defaults.items() if name not in os.environ}
-        return {**unset, "DISTTRAIN_LAUNCHER": "disttrain node"}
+        return {**unset, LAUNCHED_BY: NODE_LAUNCHER}
 
     def described(self) -> str:
         """What `run` would do, as a shell takes it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
@@ -18,6 +17,8 @@ from typing import Self
 
 import psutil
 
+from disttrain.layout import JOURNAL, newest_checkpoint, step_of
+from disttrain.runs.journal import read_journal
 from disttrain_launch.local.group import module_arguments
 
 _POLL_S = 0.01
@@ -108,11 +109,9 @@ class DisturbedRun:
 
     def steps(self) -> list[tuple[float, int]]:
         """When each step was first journalled, in seconds since 1970."""
-        try:
-            lines = (self.run_dir / "journal.jsonl").read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
+        if not (self.run_dir / JOURNAL).exists():
             return []
-        rows = [json.loads(line) for line in lines if b'"train/loss"' in line and line.endswith(b"\n")]
+        rows = (row for row in read_journal(self.run_dir / JOURNAL) if "train/loss" in row.get("metrics", {}))
         return [(row["time"], row["step"]) for row in rows]
 
     def newest_step(self) -> int:
@@ -120,17 +119,13 @@ class DisturbedRun:
         rows = self.steps()
         return rows[-1][1] if rows else 0
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint."""
-        return max((self.run_dir / "checkpoints").glob("step-????????"), default=None)
-
     def remove(self) -> None:
         """Remove everything it wrote."""
         shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def _start(self, workers: int) -> None:
-        newest = self.newest_checkpoint()
-        step = int(newest.name.removeprefix("step-")) if newest else 0
+        newest = newest_checkpoint(self.run_dir)
+        step = step_of(newest) if newest else 0
         self.story.starts.append(Start(workers, step))
         self.story.steps_repeated += max(0, self.newest_step() - step)
         command = [sys.executable, *module_arguments("disttrain_launch", "train", *self._arguments)]

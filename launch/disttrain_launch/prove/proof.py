@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from disttrain.layout import CHECKPOINTS, RECIPE, checkpoint_name
 from disttrain.recipe import DisttrainError, ExitCode
 from disttrain_launch.local.group import module_arguments
 from disttrain_launch.prove.disturbed import DisturbedRun, Pace, RunFailed, Story, disturb
@@ -122,13 +123,13 @@ class Proof:
         for source, count in ((self._reference, self._workers[0]), (run_dir, workers)):
             copy = source.with_name(f"{source.name}-again")
             shutil.rmtree(copy, ignore_errors=True)
-            (copy / "checkpoints").mkdir(parents=True)
-            shutil.copy(source / "recipe.toml", copy)
+            (copy / CHECKPOINTS).mkdir(parents=True)
+            shutil.copy(source / RECIPE, copy)
             if begin:
-                name = f"step-{begin:08d}"
-                shutil.copytree(source / "checkpoints" / name, copy / "checkpoints" / name)
+                name = checkpoint_name(begin)
+                shutil.copytree(source / CHECKPOINTS / name, copy / CHECKPOINTS / name)
             with DisturbedRun(copy, [*self._arguments, "-o", "checkpoint.every_steps=1"]) as run:
-                run.run_until(count, copy / "checkpoints" / f"step-{end:08d}")
+                run.run_until(count, copy / CHECKPOINTS / checkpoint_name(end))
             copies.append(copy)
         found: dict[str, Any] | None = self._compared(copies[1], copies[0])["first_tensor"]
         if found is not None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from disttrain.layout import JOURNAL, RECIPE
 from disttrain.recipe import load_recipe, to_toml
-from disttrain.runs.rundir import JOURNAL, RECIPE
 from disttrain_launch.cli import main, worker_commands
 
 NOT_UTF8 = os.fsdecode(b"r\xff\xc3\xa9")  # as ls shows it: r?é
