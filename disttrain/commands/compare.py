@@ -15,7 +15,7 @@ from disttrain.worker import leave, worker
 if TYPE_CHECKING:
     import torch
 
-_BITS = ("train/loss", "eval/loss", "eval/accuracy")
+_BITS = ("train/loss", "train/grad_norm", "eval/")
 
 
 @click.command(name="python -m disttrain.commands.compare")
@@ -72,7 +72,7 @@ def _metrics(run: Path) -> dict[tuple[int, str], str]:
         for record in read_journal(run / JOURNAL)
         if record["kind"] == "metrics"
         for name, value in record["metrics"].items()
-        if name in _BITS
+        if name.startswith(_BITS)
     }
 
 

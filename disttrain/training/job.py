@@ -168,6 +168,13 @@ class Job:
             "environment_fingerprint": self.environment_fingerprint(),
         }
 
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of the step done last, and that of each parameter group with a scale of its own."""
+        rate = self.schedule.learning_rate(self.step - 1)
+        scales = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
+        own = {f"train/learning_rate_group_{number}": rate * scale for number, scale in enumerate(scales) if scale != 1}
+        return {"train/learning_rate": rate, **own}
+
     def environment_fingerprint(self) -> dict[str, Any]:
         """What the bits of the run depend on besides its recipe."""
         return {

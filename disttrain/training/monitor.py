@@ -64,7 +64,7 @@ class RunMonitor:
         self._samples_since_log += global_size
         # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
         if result is not None and job.is_logged(job.step):
-            self._log(result.losses)
+            self._log(result)
         self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
         if result is not None and job.spikes.is_on:
             self._look_for_a_spike(result.losses)
@@ -141,8 +141,8 @@ class RunMonitor:
         self._console.warn(f"{what}: back to the newest checkpoint, and on without that step.")
         raise RolledBack(self.saver.address)
 
-    def _log(self, losses: torch.Tensor) -> None:
-        job, world = self.job, self.job.world
+    def _log(self, result: StepResult) -> None:
+        job, world, losses = self.job, self.job.world, result.losses
         names = SYSTEM_METRICS if job.recipe.tracking.system_metrics else ()
         num_slices = len(losses)
         report = torch.zeros(num_slices + world.num_nodes * len(names), dtype=torch.float64)
@@ -159,9 +159,11 @@ class RunMonitor:
         metrics = {
             "train/loss": loss,
             "train/images_per_second": rate,
-            "train/learning_rate": job.schedule.learning_rate(job.step - 1),
+            **job.learning_rates(),
             "train/epoch": job.step / job.steps_per_epoch,
         }
+        if result.grad_norm is not None:
+            metrics["train/grad_norm"] = float(result.grad_norm)
         if names:
             for node, place in enumerate(places):
                 metrics.update(node_metrics(node, report[place].tolist()))

@@ -66,7 +66,7 @@ def outcome(run_dir: Path) -> Outcome:
     metrics: dict[tuple[int, str], float] = {}
     for record in read_journal(run_dir / "journal.jsonl"):
         for name, value in record["metrics"].items() if record["kind"] == "metrics" else ():
-            if name in ("train/loss", "train/learning_rate", "eval/loss", "eval/accuracy"):
+            if name.startswith(("train/loss", "train/grad_norm", "train/learning_rate", "eval/")):
                 assert (record["step"], name) not in metrics, f"{name} of step {record['step']} is journalled twice"
                 metrics[record["step"], name] = value
     assert sum(name == "train/loss" for _, name in metrics) == checkpoint.state["step"]
