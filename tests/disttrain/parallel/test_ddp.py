@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from disttrain.commands import evaluate
 from disttrain.data import Loader, MemorySplit, StepSampler
 from disttrain.distributed.collectives import gather_objects
 from disttrain.distributed.world import join_world
@@ -16,6 +19,7 @@ from disttrain.parallel.choose import parallelize
 from disttrain.parallel.ddp import Ddp
 from disttrain.recipe import DataRecipe, ParallelRecipe
 from disttrain.testing import run_workers
+from tests.disttrain.parallel import exact_runs
 from tests.disttrain.parallel.gradients import (
     assert_close,
     classify,
@@ -146,6 +150,17 @@ def test_every_step_starts_from_the_first_ranks_buffers_whichever_module_holds_t
     assert first[0] == second[0] == [0.0] * 4
     assert first[1] == second[1] != first[0], "the buffers after the first step are rank 0's"
     assert first[2] != second[2], "within a step each worker goes on with its own"
+
+
+def test_a_run_evaluates_the_model_that_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With BatchNorm each worker has statistics of its own, and a checkpoint has rank 0's."""
+    batchnorm = f"model.name={exact_runs.__name__}:build"
+
+    run_workers(exact_runs.train, 2, args=(tmp_path, "parallel.exact=false", batchnorm), process_group=False)
+    evaluate.command.main([str(tmp_path), "--json", "--trust"], standalone_mode=False)
+    by_one_worker = json.loads(capsys.readouterr().out)
+    of_the_run = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert by_one_worker == {key: of_the_run[key] for key in by_one_worker}
 
 
 @pytest.mark.distributed(world_size=2, process_group=False)
