@@ -212,15 +212,9 @@ def _logits(output: Any) -> torch.Tensor:
 
 
 def _takes_documents(model: nn.Module) -> bool:
-    """Whether the model's own forward has an argument `documents`, whatever is wrapped around the model."""
-    inner: Any = model
-    while True:
-        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):  # torch.compile's wrapper
-            inner = inner._orig_mod
-        else:
-            return "documents" in inspect.signature(inner.forward).parameters
+    """Whether the model's own forward has an argument `documents`, also within torch.compile's wrapper."""
+    forward: Any = getattr(model, "_orig_mod", model).forward
+    return "documents" in inspect.signature(forward).parameters
 
 
 def _choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
