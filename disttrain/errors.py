@@ -1,4 +1,4 @@
-"""Failures a user can cause, and the exit code that tells a launcher what to do about each."""
+"""Failures a user can cause, and the exit code by which a launcher decides what to do about each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ExitCode(IntEnum):
-    """What a worker's exit code means to whoever started it."""
+    """What a worker's exit code means to its launcher."""
 
     DONE = 0
     FAILURE = 1  # unexpected, worth a retry
@@ -23,18 +23,18 @@ class ExitCode(IntEnum):
     DIVERGED = 70  # training diverged, never retry
     STOPPED = 75  # stopped on request, checkpoint saved, start again
     CONFIGURATION = 78  # wrong recipe, data or environment, never retry
-    UNREAD = 141  # whoever read the output has gone; 128 + SIGPIPE, as a shell has it of other programs
+    UNREAD = 141  # the reader of the output is gone; 128 + SIGPIPE, as a shell has it of other programs
 
 
 class DisttrainError(Exception):
-    """A failure whose message is written for the user: one or two lines that say what, where and what to do."""
+    """A failure whose message is written for the user: one or two lines on what is wrong, where, and what to do."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
     trace: str | None = None  # the traceback, as text, where the user needs it
 
 
 class UserCodeError(DisttrainError):
-    """An exception out of the user's own code. `trace` is its traceback, which no process boundary cuts off."""
+    """An exception out of the user's own code. `trace` is its traceback, which survives process boundaries."""
 
     def __init__(self, message: str, trace: str | None = None) -> None:
         super().__init__(message)
@@ -42,11 +42,11 @@ class UserCodeError(DisttrainError):
 
 
 class PeerError(DisttrainError):
-    """The failure of another worker, which reports it itself, with more to say."""
+    """The failure of another worker, which reports it itself, in more detail."""
 
 
 class AgreedError(DisttrainError):
-    """A failure that every rank raises alike, by a decision of rank 0: it is no rank's own, whoever tells it first."""
+    """A failure that every rank raises alike, by a decision of rank 0: it belongs to no single rank."""
 
 
 class UsageError(DisttrainError):
@@ -62,13 +62,13 @@ class DivergedError(DisttrainError):
 
 
 class StoppedError(DisttrainError):
-    """Somebody asked the run to stop; it has saved a checkpoint and can go on later."""
+    """The run was asked to stop; it has saved a checkpoint and can be resumed."""
 
     exit_code = ExitCode.STOPPED
 
 
 class ConfigurationError(DisttrainError):
-    """Data, a checkpoint or the environment does not fit: trying again would fail again."""
+    """Data, a checkpoint or the environment does not fit: a retry would fail again."""
 
     exit_code = ExitCode.CONFIGURATION
 
@@ -110,6 +110,6 @@ def mark_failure(error: BaseException) -> None:
 
 
 def failure_time(error: BaseException) -> float:
-    """When `error` struck, in seconds since 1970, as far as somebody noted it; else now."""
+    """When `error` struck, in seconds since 1970, if it was noted; else now."""
     failed_at: float = error.__dict__.get("_failed_at", time.time())
     return failed_at

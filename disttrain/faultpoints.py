@@ -1,6 +1,6 @@
 """Named points where a test may injure the run. Without armed faults a point is one comparison.
 
-Code under test says `reached("checkpoint: written")` where something may go wrong there in real life. Which faults are
+Code under test calls `reached("checkpoint: written")` where something may go wrong there in real life. Which faults are
 armed is read once, from DISTTRAIN_FAULTS at import; `disttrain.testing.faults` writes it. Imports nothing heavy.
 """
 
@@ -50,7 +50,7 @@ class _Armed:
         if action == "signal":
             os.kill(os.getppid() if fault.get("target") == "launcher" else os.getpid(), fault["signal"])
             if fault["signal"] in (signal.SIGKILL, signal.SIGSTOP) and fault.get("target") == "launcher":
-                time.sleep(0.05)  # let it arrive before this process goes on
+                time.sleep(0.05)  # let it arrive before this process continues
         elif action == "slow":
             time.sleep(fault["seconds"])
         elif action == "exit":
@@ -121,6 +121,6 @@ def arm(faults: str, *, rank: int | None = None) -> None:
 
 
 def reached(name: str, **where: Any) -> None:
-    """Say that the code has come to a named point; `where` may hold the step. Faults armed for it happen now."""
+    """Report that the code has reached a named point; `where` may hold the step. Faults armed for it happen now."""
     if _armed is not None:
         _armed.reached(name, where)

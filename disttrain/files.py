@@ -31,8 +31,8 @@ _KINDS = (
 def open_safely(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
     """`os.open` for regular files alone; returns the descriptor.
 
-    With `follow`, `path` may be a link to a file. Raises OSError, whose `strerror` says what else is there: at once,
-    also for a pipe that nobody writes to.
+    With `follow`, `path` may be a link to a file. Raises OSError, whose `strerror` names what else is there: at once,
+    also for a pipe without a writer.
     """
     refuse_irregular(path, follow=follow)  # before it is opened: that alone makes some devices act
     flags |= os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)

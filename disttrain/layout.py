@@ -1,6 +1,6 @@
 """What is called how: the files of a run, its checkpoints, and the variables between a launcher and its workers.
 
-For everybody who reads or writes them, with and without torch; each name stands here and nowhere else.
+For all readers and writers, with and without torch; each name is defined here and nowhere else.
 """
 
 from __future__ import annotations

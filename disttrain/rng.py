@@ -65,7 +65,7 @@ def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Ten
 def seed_layers(device: torch.device, seed: int, step: int, slice_index: int) -> None:
     """Give dropout and its like their numbers for this step and slice.
 
-    They know no other sources than the global generators: PyTorch's own, and in users' models Python's and NumPy's.
+    They have no other sources than the global generators: PyTorch's own, and in users' models Python's and NumPy's.
     """
     number = derive(seed, step, slice_index)
     torch.default_generator.manual_seed(number)

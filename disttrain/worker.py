@@ -21,7 +21,7 @@ from disttrain.health.stop import end_with_launcher
 from disttrain.recipe.home import home_folder
 from disttrain.terminal.output import have_standard_streams
 
-# What gloo, NCCL and the store say when a peer has gone: mostly the consequence of somebody else's failure.
+# What gloo, NCCL and the store report when a peer has gone: mostly the consequence of another rank's failure.
 _A_PEER_HAS_GONE = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Socket closed|failed to recv|wait timeout"
     r"|Application timeout caused pair closure|remote process exited",
@@ -30,17 +30,17 @@ _A_PEER_HAS_GONE = re.compile(
 
 
 def worker(command: click.Command) -> int:
-    """Run `command` on this process's arguments and return the exit code that tells the launcher what to do.
+    """Run `command` on this process's arguments and return the exit code by which the launcher decides what to do.
 
     A failure goes to the file that the launcher named in TORCHELASTIC_ERROR_FILE, and to standard error unless the
     launcher is ours, which shows the first failing worker's. Only an unexpected one comes with a traceback. That the
-    command came to its end is written there, too: a user's code may end the process with 0 in the middle.
+    command reached its end is written there, too: a user's code may end the process with 0 in the middle.
     """
     have_standard_streams()
     end_with_launcher()
     try:
         os.environ.setdefault("HOME", str(home_folder()))  # libraries keep caches there, and some fail without one
-        # Not `main`, which makes every broken pipe, a socket's too, an exit with 1 and without a word.
+        # Not `main`, which turns every broken pipe, a socket's too, into a silent exit with 1.
         with command.make_context(command.name, sys.argv[1:]) as context:
             command.invoke(context)
         sys.stdout.flush()
@@ -65,7 +65,7 @@ def worker(command: click.Command) -> int:
         report_failure(message, ExitCode.FAILURE, None, time.time())
         return ExitCode.FAILURE
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
+        if isinstance(error, BrokenPipeError) and _output_has_no_reader():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be flushed at the end must not fail again
             return ExitCode.UNREAD
         message = f"{type(error).__name__}: {error}"
@@ -73,7 +73,7 @@ def worker(command: click.Command) -> int:
         peer_has_gone = isinstance(error, RuntimeError) and _A_PEER_HAS_GONE.search(str(error)) is not None
         if peer_has_gone:
             message = f"lost the connection to another worker, which has died or cannot be reached: {_brief(error)}"
-            trace = None  # its log has it, and it tells nothing of the cause
+            trace = None  # its log has it, and it does not show the cause
         report_failure(message, ExitCode.FAILURE, trace, failure_time(error), consequence=peer_has_gone)
         return ExitCode.FAILURE
     return ExitCode.DONE
@@ -85,22 +85,22 @@ def leave(code: int) -> NoReturn:
     Taking torch apart costs a second of processor time and frees what the system frees anyway.
     """
     if any(thread is not threading.current_thread() and not thread.daemon for thread in threading.enumerate()):
-        sys.exit(code)  # Python knows how to wait for each kind of thread
+        sys.exit(code)  # Python waits for each kind of thread in its own way
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            with contextlib.suppress(OSError, ValueError):  # ours is what was written, not where it goes
+            with contextlib.suppress(OSError, ValueError):  # we only wrote it; where it goes is not ours
                 stream.flush()
     os._exit(code)
 
 
 def _brief(error: Exception) -> str:
-    """The first line of what gloo says, without the place in its source."""
+    """The first line of gloo's message, without the place in its source."""
     lines = str(error).strip().splitlines()
     return re.sub(r"^\[[^\]]*\]\s*", "", lines[0]) if lines else type(error).__name__
 
 
-def _nobody_reads_the_output() -> bool:
+def _output_has_no_reader() -> bool:
     poll = select.poll()
     poll.register(1, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

@@ -1,4 +1,4 @@
-"""Two runs side by side: whether they have the same bits, and where they part. `disttrain prove` asks this."""
+"""Two runs side by side: whether they have the same bits, and where they diverge. Used by `disttrain prove`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from disttrain.errors import ExitCode
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where the workers of several machines are to meet.")
 @click.option("--timeout", "limit_s", type=click.FloatRange(min=1), default=20.0, help="Seconds for each check.")
 @click.option(
-    "--found", metavar="JSON", default="[]", help="Findings of the launcher's own, to be told with the others."
+    "--found", metavar="JSON", default="[]", help="Findings of the launcher's own, to be reported with the others."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(

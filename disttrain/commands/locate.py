@@ -51,7 +51,7 @@ def refuse_other_than_pictures(checkpoint: Checkpoint, recipe: Recipe) -> None:
     channels, mean = data["sample_shape"][0], data["mean"]
     if data.get("dtype") == "float32":
         raise ConfigurationError(
-            f"{checkpoint.path}: trained on floats that its data set made, and how it makes them of a picture is not "
+            f"{checkpoint.path}: trained on floats that its data set made, and how it makes them from a picture is not "
             "known here: give them to the model from Python, or train on bytes (uint8) with data.mean and data.std."
         )
     if channels not in (1, 3):

@@ -16,7 +16,7 @@ from disttrain.worker import leave, worker
 
 @click.group(name="disttrain runs")
 def command() -> None:
-    """Look at runs and their checkpoints."""
+    """Inspect runs and their checkpoints."""
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -62,7 +62,7 @@ def _runs_in(runs_dir: str) -> list[str]:
 
 
 def _is_readable(path: Path) -> bool:
-    """False for a folder that may hold a run, and does not tell."""
+    """False for a folder that may hold a run, but cannot be read."""
     return not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK)
 
 
@@ -74,7 +74,7 @@ def _last_change(path: Path) -> float:
 
 
 def _summary_or_reason(run: str) -> dict[str, Any]:
-    """How a run stands, or why that cannot be told: one that is damaged or forbidden must not hide the others."""
+    """The state of a run, or why it is unknown: one that is damaged or forbidden must not hide the others."""
     try:
         if not _is_readable(Path(run)):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -103,7 +103,7 @@ def _summary(run: str) -> dict[str, Any]:
 @_run_argument
 @_json_option
 def show(run: str, as_json: bool) -> None:
-    """Show how RUN stands."""
+    """Show the state of RUN."""
     summary = _summary(run)
     if as_json:
         print(json.dumps(summary))

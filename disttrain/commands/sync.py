@@ -1,4 +1,4 @@
-"""`disttrain sync`: deliver to MLflow what the journal holds and MLflow still lacks."""
+"""`disttrain sync`: upload to MLflow what the journal holds and MLflow still lacks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @click.command(name="disttrain sync")
 @click.argument("run")
-@click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
+@click.option("--uri", help="Upload to this MLflow server, not to the run's own.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
-    """Deliver what MLflow still lacks of RUN; doing it twice changes nothing."""
+    """Upload records of RUN that MLflow missed during an outage; repeating it changes nothing."""
     from disttrain.errors import DisttrainError
     from disttrain.files import read_bytes
     from disttrain.recipe.address import is_url
@@ -40,7 +40,7 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
         report = {"uri": target, "mlflow_run_id": mlflow_run_id, "complete": not missing, "missing": lacking}
         print(json.dumps(report), flush=True)
     if missing:
-        reason = missing.reason or "it did not take them"
+        reason = missing.reason or "it did not accept them"
         raise DisttrainError(
             f"MLflow at {target} still lacks {missing} of {run}: {reason}. Run it again once that is fixed."
         )
@@ -49,10 +49,10 @@ def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
 
 
 def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tuple[str, Backlog]:
-    """Deliver what MLflow lacks of the run in the folder `run`, which lives at `address`.
+    """Upload what MLflow lacks of the run in the folder `run`, which lives at `address`.
 
     Returns where MLflow is, without credentials, and what it lacks still. Raises UsageError, or ConfigurationError if
-    the user has to say that the server may be trusted.
+    the user has to confirm that the server is trusted.
     """
     from disttrain.errors import UsageError, printable
     from disttrain.layout import JOURNAL, RECIPE
@@ -69,7 +69,7 @@ def _delivered(run: Path, address: str, uri: str | None, timeout_s: float) -> tu
     settings = load_recipe_for(str(run / RECIPE), run).tracking
     target = uri or load_state(run).uri or resolve_uri(settings.uri, run)
     if target is None:
-        raise UsageError(f"{run}: tracking.uri is 'none', so there is nowhere to deliver to: give --uri.")
+        raise UsageError(f"{run}: tracking.uri is 'none', so there is no server to upload to: give --uri.")
     if uri is None:
         ask_before_sending(target, address, f"add --uri {shlex.quote(redact(target))}")
     return redact(target), deliver(run, target, settings.experiment, timeout_s, warn)

@@ -134,7 +134,7 @@ class SampleSets:
 
 @dataclass(frozen=True)
 class Datasets:
-    """A data set: what is learnt from, and what is held out. Raises ConfigurationError if the two do not match."""
+    """A data set: what is learned from, and what is held out. Raises ConfigurationError if the two do not match."""
 
     train: Split
     test: Split

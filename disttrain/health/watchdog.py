@@ -70,7 +70,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class _Heard:
-    """A rank's newest beat, and when this process learnt of it (by time.monotonic)."""
+    """A rank's newest beat, and when this process learned of it (by time.monotonic)."""
 
     beat: Beat
     at: float
@@ -130,7 +130,7 @@ class Watchdog:
         self._number += 1
         store.set(f"{_KEY}/{self._world.rank}", json.dumps(asdict(self._own_beat())))
         looks = self._still_s() > self._timeout_s / 2
-        # Rank 0's is looked at all along: where it serves the store, nothing can be learnt once it stands still.
+        # Rank 0's is looked at all along: where it serves the store, nothing can be learned once it stands still.
         for rank in range(self._world.size if looks else 1):
             if rank != self._world.rank:
                 with suppress(RuntimeError):  # it has not beaten yet, but for what it told at the start

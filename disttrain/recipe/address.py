@@ -28,7 +28,7 @@ def is_url(address: object) -> bool:
 def settled(address: str) -> str:
     """The address as it holds wherever this process goes: a path is absolute, with the home folder for `~`; URLs stand.
 
-    Raises ConfigurationError if the current folder has been removed, or nobody knows where the home folder is.
+    Raises ConfigurationError if the current folder has been removed, or the home folder is unknown.
     """
     if is_url(address):
         return address
@@ -41,11 +41,11 @@ def settled(address: str) -> str:
 
 
 def expanded(path: str) -> Path:
-    """The path, with the home folder for `~`. Raises ConfigurationError if nobody knows where that is."""
+    """The path, with the home folder for `~`. Raises ConfigurationError if that is unknown."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ConfigurationError(
-            f"{path}: nobody knows where that home folder is (HOME is not set, or there is no such user); give an "
+            f"{path}: that home folder is unknown (HOME is not set, or there is no such user); give an "
             f"absolute path, or ./{path} for a folder of that name."
         )
     return Path(found)
@@ -73,13 +73,13 @@ def file_system(url: str) -> tuple[AbstractFileSystem, str]:
             "it to the environment or to the configuration of the library that opens it."
         )
     try:
-        urlsplit(url)  # some libraries notice only at the first request that it is none
+        urlsplit(url)  # some libraries notice only at the first request that it is not a URL
         opened, path = url_to_fs(url)
     except ImportError as error:
         raise ConfigurationError(f"{url}: {error}: it is a package of its own, to be installed with pip.") from error
     except ValueError as error:
         raise ConfigurationError(
-            f"{url}: {error}. A run lives in a folder, or behind a URL that fsspec knows: s3://, gs://, az://, …"
+            f"{url}: {error}. A run lives in a folder, or behind a URL that fsspec can open: s3://, gs://, az://, …"
         ) from error
     return opened, str(path).rstrip("/")
 

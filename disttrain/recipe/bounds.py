@@ -1,4 +1,4 @@
-"""What no recipe can hold, whatever the key: TOML could not store it, or nobody could have meant it."""
+"""What no recipe can hold, whatever the key: TOML could not store it, or it cannot be meant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _DEEPEST = 32
 
 
 def beyond_bounds(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The path and what is wrong of each value in `value` that is too large, too deep or no text."""
+    """The path and what is wrong of each value in `value` that is too large, too deep or not text."""
     if len(path) > _DEEPEST:
         yield path[:3], "is nested too deeply"
     elif isinstance(value, Mapping):
@@ -28,5 +28,5 @@ def beyond_bounds(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it can be written: bytes of a command line that are no UTF-8 come as lone surrogates."""
+    """Whether it can be written: bytes of a command line that are not UTF-8 arrive as lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -15,7 +15,7 @@ from disttrain.recipe.names import did_you_mean, nearest
 from disttrain.recipe.optimizers import OPTIM_MODELS, GroupRecipe
 from disttrain.recipe.section import Section
 
-_BARE = re.compile(r"[\w-]+")  # what else a key holds is shown quoted, so that it cannot pose as anything
+_BARE = re.compile(r"[\w-]+")  # other keys are shown quoted, so that they cannot pose as anything else
 _SHOULD_BE = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -76,7 +76,7 @@ def _lines(error: ValidationError, source: str, overrides: Mapping[str, str]) ->
         path = [str(part) for part in details["loc"]]
         optimizer = "sgd"
         if len(path) > 1 and path[0] == "optim":
-            optimizer = path.pop(1)  # the tag of the union: no key of the recipe
+            optimizer = path.pop(1)  # the tag of the union: not a key of the recipe
         yield f"{place(path, source, overrides)}: {_what(details, path, optimizer)}"
 
 
@@ -138,7 +138,7 @@ def unknown_key(path: list[str], optimizer: str = "sgd") -> str:
         return f"unknown section{did_you_mean(key, sections()) or '; there are ' + ', '.join(sections())}"
     own = section_keys(path[0], optimizer)
     if ".".join(path) in known_keys():
-        return f"is no option of this optimizer; [optim] has {', '.join(own)}"
+        return f"is not an option of this optimizer; [optim] has {', '.join(own)}"
     elsewhere = [dotted for dotted in known_keys() if dotted.endswith(f".{key}") and not dotted.startswith(path[0])]
     found = nearest(key, own)
     if elsewhere and not (found and path[0] == "optim"):

@@ -14,7 +14,7 @@ from disttrain.errors import ConfigurationError
 def home_folder() -> Path:
     """The home folder of this user; below the folder for temporary files for one who has none, as some containers do.
 
-    Raises ConfigurationError if somebody else has taken that.
+    Raises ConfigurationError if that belongs to another user.
     """
     try:
         return Path.home()
@@ -25,5 +25,5 @@ def home_folder() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ConfigurationError(f"{folder} is not this user's: set HOME to a folder that is.")
+        raise ConfigurationError(f"{folder} belongs to another user: set HOME to a folder of your own.")
     return folder

@@ -1,7 +1,7 @@
 """What the installed torch and torchvision have, read from their sources: importing them takes seconds.
 
 The answer is that of the version that the workers will import. It is None where the sources cannot be found or look
-unlike anything known; the worker then has the only word.
+unlike anything known; then the workers check.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _refusal(check: Callable[[str, list[str]], None], name: str, known: list[str
 
 
 def _optimizers() -> list[str] | None:
-    """The public classes of torch.optim by name, among them those that do not fit; None if it cannot be told."""
+    """The public classes of torch.optim by name, among them those that do not fit; None if that is unknown."""
     names = [
         alias.asname or alias.name
         for path in _sources("torch", "optim/__init__.py")
@@ -53,7 +53,7 @@ def _optimizers() -> list[str] | None:
 
 
 def _torchvision_models() -> list[str] | None:
-    """The classification models of torchvision by name; None if it cannot be told."""
+    """The classification models of torchvision by name; None if that is unknown."""
     names = sorted(name for path in _sources("torchvision", "models/*.py") for name in _registered(path))
     return names if "resnet18" in names else None
 

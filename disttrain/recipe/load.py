@@ -92,7 +92,7 @@ def _parsed(mapping: Mapping[str, Any], overrides: Sequence[str], source: str) -
 
 
 def recipe_text(name_or_path: str) -> str:
-    """The text of a recipe that `load_recipe` takes, as it stands, for those who send it elsewhere."""
+    """The text of a recipe that `load_recipe` takes, as it stands, for callers that send it elsewhere."""
     content = kept(name_or_path)
     if content is None:
         content = read_url(name_or_path) if is_url(name_or_path) else _find(name_or_path).read_bytes()
@@ -107,7 +107,7 @@ def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     try:
         path.exists()
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
+    except (OSError, ValueError) as error:  # a name that is too long, a folder without permission to look into it
         reason = error.strerror if isinstance(error, OSError) else error
         raise RecipeError(f"{_cut(name_or_path)}: cannot be read: {reason}") from None
     if path.is_dir():

@@ -25,7 +25,7 @@ class TaskRecipe(Section):
 
 
 class DataRecipe(Section):
-    """What is learnt from, and how it is cut into batches."""
+    """What is learned from, and how it is cut into batches."""
 
     dataset: Annotated[str, AfterValidator(check_dataset)] = Field(
         default="digits",
@@ -91,7 +91,7 @@ class ModelRecipe(Section):
     @model_validator(mode="after")
     def _something_to_skip_from(self) -> Self:
         if self.init_skip and self.init is None:
-            raise ValueError("init_skip is set and init is not; say what to start from, or leave it out")
+            raise ValueError("init_skip is set and init is not; give what to start from, or leave it out")
         return self
 
 
@@ -109,7 +109,7 @@ class ParallelRecipe(Section):
     slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
 
 
-# Of a server, whatever stands before the @ lets somebody in; of a database, a user's name alone does not.
+# For a server, whatever stands before the @ grants access; for a database, a user name alone does not.
 _SECRET = re.compile(
     r"^(https?://[^/]*@|[a-z][a-z0-9+.-]*://[^/@]*:[^/@]+@)|[?&](password|passwd|pwd|secret|(access_)?token|api_key)=",
     re.IGNORECASE,
@@ -137,7 +137,7 @@ class TrackingRecipe(Section):
 
 
 class Recipe(Section):
-    """One training job: everything that decides what is learnt, and nothing about where it runs."""
+    """One training job: everything that decides what is learned, and nothing about where it runs."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = Field(
         default="", description="what runs of this recipe are called (left out: the file's name)"

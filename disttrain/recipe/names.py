@@ -15,7 +15,7 @@ DATASETS = ("cifar10", "cifar100", "folder", "digits", "text", "table", "synthet
 MODELS = ("net", "resnet18", "gpt", "mlp")
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
-# These ask for more than a gradient: a closure that computes the loss again, or sparse gradients.
+# These need more than a gradient: a closure that computes the loss again, or sparse gradients.
 UNFIT_OPTIMIZERS = frozenset({"LBFGS", "SparseAdam", "Optimizer"})
 
 
@@ -38,7 +38,7 @@ def is_reference(name: str) -> bool:
 
 
 def check_task(name: str) -> str:
-    """Raises ValueError for a name that can be no task."""
+    """Raises ValueError for a name that cannot be a task."""
     if name in TASKS or is_reference(name):
         return name
     raise ValueError(
@@ -47,7 +47,7 @@ def check_task(name: str) -> str:
 
 
 def check_dataset(name: str) -> str:
-    """Raises ValueError for a name that can be no dataset."""
+    """Raises ValueError for a name that cannot be a dataset."""
     if name in DATASETS or is_reference(name):
         return name
     raise ValueError(
@@ -57,7 +57,7 @@ def check_dataset(name: str) -> str:
 
 
 def check_model(name: str) -> str:
-    """Raises ValueError for a name that can be no model. torchvision's own names are checked where it is imported."""
+    """Raises ValueError for a name that cannot be a model. torchvision's own names are checked where it is imported."""
     if name in MODELS or is_reference(name):
         return name
     raise ValueError(

@@ -1,4 +1,4 @@
-"""A recipe that can be read only once: a pipe, standard input. Its reader leaves it to the processes that it starts."""
+"""A recipe that can be read only once: a pipe, standard input. Its reader passes it on to its child processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_once(name_or_path: str) -> None:
     Everything else is left alone, what is not there, too. Raises RecipeError if it cannot be a recipe.
     """
     if is_kept(name_or_path):
-        return  # whoever started this process has read it
+        return  # the process that started this one has read it
     os.environ.pop(VARIABLE, None)
     if is_url(name_or_path) or not _is_fleeting(name_or_path):
         return

@@ -22,7 +22,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
     """The mapping with the overrides in it, and for each key they set the words that name it in a message.
 
     Raises:
-        RecipeError: an override that is not `key=value`, or whose key goes through something that is no table.
+        RecipeError: an override that is not `key=value`, or whose key goes through something that is not a table.
     """
     merged = _copy(mapping)
     places: dict[str, str] = {}
@@ -33,7 +33,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
         if not equals:
             raise RecipeError(f"-o {override}: should be key=value, as in -o optim.lr=0.1")
         if not _KEY.fullmatch(key):
-            raise RecipeError(f"-o {override}: {key!r} is no key; write section.key=value, as in -o optim.lr=0.1")
+            raise RecipeError(f"-o {override}: {key!r} is not a key; write section.key=value, as in -o optim.lr=0.1")
         if key in sections():
             raise RecipeError(f"-o {key}: is a section; give one of its keys, as in -o optim.lr=0.1")
         if not text:
@@ -50,7 +50,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
 def parse_value(text: str) -> Any:
     """A TOML value, or else the text itself, so that words need no quotes: `train.device=cpu`, `optim.lr=.1`."""
     if _NUMBER.fullmatch(text) and ("." in text or "e" in text.lower()):
-        return float(text)  # TOML knows neither .1 nor 1.
+        return float(text)  # TOML has neither .1 nor 1.
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # also a number of thousands of digits, lists within lists without end

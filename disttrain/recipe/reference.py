@@ -39,7 +39,7 @@ def import_callable(reference: str, key: str) -> Callable[..., Any]:
         ) from error
     except SystemExit as leaving:
         raise ConfigurationError(
-            f"{key}: importing {module_name!r} calls sys.exit({leaving.code!r}); a script's own work belongs under "
+            f"{key}: importing {module_name!r} calls sys.exit({leaving.code!r}); put a script's own work under "
             "`if __name__ == '__main__':`."
         ) from leaving
     except Exception as error:  # a user's module may raise anything
@@ -69,7 +69,7 @@ def _origin(value: object) -> str:
 def _is_of_python(module_name: str) -> bool:
     """Whether the module is of the standard library, where neither models nor data sets live.
 
-    A slip, or a stranger's checkpoint that means `torch:os.system`. No more than a help: what a recipe names is code,
+    A typo, or a stranger's checkpoint that names `torch:os.system`. A safety net only: what a recipe names is code,
     and other packages have functions that run commands, too (docs/security.md).
     """
     return module_name.partition(".")[0] in sys.stdlib_module_names

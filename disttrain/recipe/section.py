@@ -17,7 +17,7 @@ def _none_if_said(value: Any) -> Any:
 
 
 NoneIfSaid = BeforeValidator(_none_if_said)
-"""TOML has no null: the word "none" takes back a value that a recipe sets."""
+"""TOML has no null: the word "none" unsets a value that a recipe sets."""
 
 
 def _as_list(value: Any) -> Any:
@@ -33,6 +33,6 @@ Patterns = Annotated[
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe. Types are strict: 1.5 is no count, "yes" is no boolean, NaN is no number."""
+    """A frozen part of a recipe. Types are strict: 1.5 is not a count, "yes" is not a boolean, NaN is not a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=False)

@@ -38,7 +38,7 @@ class TrainRecipe(Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp32, or bf16 or fp16 autocast")
     accumulate: Count = Field(
-        default=1, description="cut the global batch into this many micro-batches; never changes what is learnt"
+        default=1, description="cut the global batch into this many micro-batches; never changes what is learned"
     )
     clip_norm: Annotated[Positive | None, NoneIfSaid] = Field(
         default=None, description="clip the gradient's norm to this (left out: off)"

@@ -1,7 +1,7 @@
 """What a run names and its user did not: code that would be imported, a server that would be sent to.
 
 A run directory or a checkpoint may be a stranger's, and its recipe with it. A recipe that is given on the command line
-is the user's own word; that of a run is not, and what it asks for beyond the ordinary is done only if it is trusted.
+is the user's own; that of a run is not, and anything unusual that it asks for needs the user's trust.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def ask_before_importing(
 ) -> None:
     """Raise ConfigurationError if the recipe, which a run or checkpoint holds, names code at one of `keys`.
 
-    `source` says in the message where it stands; a key that is among the user's own `overrides` is not asked about.
+    `source` names its place in the message; a key that is among the user's own `overrides` is not questioned.
     """
     own = {override.partition("=")[0].strip() for override in overrides}
     code = [f"{key} = '{name}'" for key, name in names_code(recipe).items() if key in keys and key not in own]
@@ -52,8 +52,8 @@ def ask_before_sending(uri: str, address: str | Path, remedy: str) -> None:
     """Raise ConfigurationError before what is not the run's own goes to an MLflow server that the run alone names.
 
     Which is the credentials of this user, if there are any; for a database, tables in a file that may lie anywhere; and
-    for a server all files, since it tells MLflow's client where to write them, which may be any folder here. Not asked
-    about are the server of MLFLOW_TRACKING_URI, the database beside the run at `address` and, without credentials, a
+    for a server all files, since it decides where MLflow's client writes them, which may be any folder here. Exempt
+    are the server of MLFLOW_TRACKING_URI, the database beside the run at `address` and, without credentials, a
     server of this machine. The message ends with `remedy`.
     """
     if is_named_by_user(uri) or is_beside(uri, address):
@@ -67,13 +67,12 @@ def ask_before_sending(uri: str, address: str | Path, remedy: str) -> None:
     else:
         what = "would be written to"
     raise ConfigurationError(
-        f"{address}: the run names the MLflow server {_without_userinfo(uri)}, which {what}. If it is yours, say so: "
-        f"{remedy}."
+        f"{address}: the run names the MLflow server {_without_userinfo(uri)}, which {what}. If you trust it, {remedy}."
     )
 
 
 def ask_before_resuming(recipe: Recipe, run_dir: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Raise ConfigurationError if the recipe of the run in `run_dir`, where it goes on by that, asks for more trust."""
+    """Raise ConfigurationError if the recipe in `run_dir`, where the run is resumed with that, needs more trust."""
     ask_before_importing(recipe, f"{run_dir}: the run's recipe", overrides)
     own = {override.partition("=")[0].strip() for override in overrides}
     if recipe.tracking.uri not in (None, "none") and "tracking.uri" not in own:

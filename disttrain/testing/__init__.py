@@ -1,4 +1,4 @@
-"""Test distributed code on one machine: real worker processes, quick, and with a say in what goes wrong.
+"""Test distributed code on one machine: real worker processes, quick, and with faults on demand.
 
 With pytest, mark a test `@pytest.mark.distributed(world_size=2)` and its body runs in every worker of a real gloo
 group. Without pytest, `run_workers` and `workers` do the same from Python. `faults` injures a run on purpose,
@@ -51,7 +51,7 @@ __all__ = ["faults", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the pytest plugin next door must cost nothing to those who do not use it."""
+    """Import on first use: the pytest plugin next door must cost nothing to users who do not need it."""
     if name == "faults":
         return import_module("disttrain.testing.faults")
     if name in _HOMES:

@@ -21,7 +21,7 @@ from disttrain.testing.wire import Channel
 _POLL_S = 0.2
 _GRACE_S = 2.0  # after a failure: for the others to fail too
 _GRACE_IN_COLLECTIVE_S = 0.3  # the same, once every other rank waits in a collective
-_STUCK_S = 1.0  # waiting this long for a call that nobody will make is a hang
+_STUCK_S = 1.0  # waiting this long for a call that no rank will make is a hang
 _STACKS_S = 1.0
 
 
@@ -36,7 +36,7 @@ class Reply:
 
     @property
     def failed(self) -> bool:
-        """Whether the rank did not do what it was told."""
+        """Whether the rank did not do what it was asked to."""
         return self.kind in ("error", "died", "hung") or (self.kind == "report" and self.content["outcome"] == "failed")
 
 
@@ -104,7 +104,7 @@ class Crew:
     def command(
         self, command: str, arguments: Sequence[Any], timeout_s: float, patient: bool = False
     ) -> tuple[list[Reply], str | None]:
-        """Tell each rank, and wait for all. Returns the replies by rank, and why the wait was cut short, if it was.
+        """Command each rank, and wait for all. Returns the replies by rank, and why the wait was cut short, if it was.
 
         It ends early when a rank failed and the others only wait for it, or when they wait for a call that no rank will
         make. With `patient`, nothing but the timeout ends it: the survivors of a killed rank may have things to do.
@@ -113,7 +113,7 @@ class Crew:
             raise HarnessError("this group is closed: its `with workers(...)` block has ended; run it inside the block")
         if self.spent:
             raise HarnessError("a worker of this group has died or hung before; make a new group with `workers(...)`")
-        self.spent = True  # unless everybody answers; also if we are interrupted
+        self.spent = True  # unless every rank answers; also if we are interrupted
         wanted = measuring.wanted()
         for worker, argument in zip(self.workers, arguments, strict=True):
             with contextlib.suppress(OSError):  # it died: the wait finds out
@@ -149,7 +149,7 @@ class Crew:
             if failed_at is not None:
                 waiting = all(worker.history().inside for worker in pending.values())
                 if now - failed_at > (_GRACE_IN_COLLECTIVE_S if waiting else _GRACE_S):
-                    return replies, "the others cannot go on without a rank that failed"
+                    return replies, "the others cannot continue without a rank that failed"
             elif still_s > _STUCK_S:
                 histories = self.histories()
                 ranks = {worker.rank for worker in pending.values()}
@@ -215,7 +215,7 @@ def listening_socket() -> socket.socket:
 
 
 def reserved_port() -> int:
-    """A port that nobody who asks for any port is given, for a minute; one can still listen on it by its number."""
+    """A port that the system hands out to no process for a minute; one can still listen on it by its number."""
     with listening_socket() as server:
         port = int(server.getsockname()[1])
         with socket.create_connection(("127.0.0.1", port)) as client:

@@ -61,7 +61,7 @@ class History:
 
 
 def read_history(text: bytes) -> History:
-    """Read what `disttrain.testing.trace` wrote. A torn last line (the worker was killed) is passed over."""
+    """Read what `disttrain.testing.trace` wrote. A torn last line (the worker was killed) is skipped."""
     history = History()
     open_calls: dict[int, Call] = {}
     for line in text.splitlines():
@@ -91,7 +91,7 @@ def read_history(text: bytes) -> History:
 def first_difference(histories: Mapping[int, History], incomplete: bool = True) -> str | None:
     """The first collective in which the ranks of a group went different ways, each side with its call site.
 
-    With `incomplete` false, a rank that has made fewer calls so far is not held against it.
+    With `incomplete` false, a rank may have made fewer calls so far.
     """
     groups = {call.group: call.ranks for history in histories.values() for call in history.calls if call.collective}
     for group, ranks in groups.items():

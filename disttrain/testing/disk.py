@@ -13,7 +13,7 @@ from disttrain.testing.errors import HarnessError
 
 
 def why_not() -> str | None:
-    """Why small disks cannot be had here; None if they can."""
+    """Why small disks are not available here; None if they are."""
     if sys.platform != "linux":
         return "a small disk is a tmpfs, which only Linux has"
     if os.geteuid() != 0:
@@ -58,7 +58,7 @@ def small_disk(path: str | os.PathLike[str], size: int) -> Iterator[SmallDisk]:
     """Mount a disk of `size` bytes at `path` (made if missing) for the block, and drop what was written to it.
 
     Raises:
-        HarnessError: not on Linux, or not root. `disttrain.testing.disk.why_not()` tells beforehand, to skip a test.
+        HarnessError: not on Linux, or not root. `disttrain.testing.disk.why_not()` checks beforehand, to skip a test.
     """
     reason = why_not()
     if reason is not None:

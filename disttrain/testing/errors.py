@@ -6,7 +6,7 @@ from __future__ import annotations
 class WorkerFailed(Exception):
     """A worker raised, or died.
 
-    The message says which rank, holds its traceback, and says what the other ranks were doing. `rank` is the first that
+    The message names the rank, holds its traceback, and shows what the other ranks were doing. `rank` is the first that
     failed, `cause` the exception it raised (None if it died, or if the exception could not be pickled).
     """
 
@@ -25,7 +25,7 @@ class CollectivesDiffer(WorkerFailed):
 
 
 class HarnessError(Exception):
-    """The harness itself could not do what was asked: it says why, and what to do."""
+    """The harness itself could not do what was asked: the message says why, and what to do."""
 
 
 def is_whole(value: object) -> bool:

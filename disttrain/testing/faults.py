@@ -38,7 +38,7 @@ _FATAL = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 
 
 class Fault:
-    """Something that will go wrong. `happened` tells where and when it did, also after the process is gone."""
+    """Something that will go wrong. `happened` reports where and when it did, also after the process is gone."""
 
     def __init__(self, description: dict[str, Any]) -> None:
         self._description = {key: value for key, value in description.items() if value is not None}
@@ -50,7 +50,7 @@ class Fault:
 
     @property
     def happened(self) -> list[dict[str, Any]]:
-        """One entry for each time: `point`, `rank`, `pid`, `time` (unix seconds), and what the point said of itself."""
+        """One entry for each time: `point`, `rank`, `pid`, `time` (unix seconds), and the point's own fields."""
         if self._record is not None and self._record.exists():
             self._seen = [json.loads(line) for line in self._record.read_text().splitlines()]
         return self._seen
@@ -98,7 +98,7 @@ def send(
 
     Args:
         at: the point of the code; "step" if only `step` is given.
-        step: only when the point says that this is the step.
+        step: only when the point reports this step.
         count: only the count-th time that a process comes to the point (1: the first).
         after_s: a moment instead of a point, in seconds from the start of the process.
         times: how often at most, over all processes and restarts (None: without end).

@@ -55,7 +55,7 @@ class ForkServer:
         if pid == 0:
             self._control.close()
             work(spec, fds, self.session)
-        with contextlib.suppress(OSError):  # the child does it too: whoever comes first
+        with contextlib.suppress(OSError):  # the child does it too: whichever comes first
             os.setpgid(pid, pid)
         for fd in fds:
             os.close(fd)
@@ -75,12 +75,12 @@ class ForkServer:
     def _answer_import(self, names: set[str], fds: list[int]) -> None:
         """Import these modules for the workers to come."""
         for name in sorted(names & set(LATE_IMPORTS)):
-            with contextlib.suppress(Exception):  # it worked in a worker; if not here, they go on doing it themselves
+            with contextlib.suppress(Exception):  # it worked in a worker; if not here, they keep doing it themselves
                 importlib.import_module(name)
         _settle()
 
     def _answer_end(self, pids: set[int], fds: list[int]) -> dict[int, int]:
-        """Kill these workers and whatever they started, and tell how each ended (as os.waitpid does)."""
+        """Kill these workers and whatever they started, and return how each ended (as os.waitpid does)."""
         self._end(pids)
         return {pid: self._statuses.pop(pid) for pid in pids if pid in self._statuses}
 
@@ -143,7 +143,7 @@ class ForkServer:
 
 
 def _settle() -> None:
-    """Keep the collector's hands off what is there: touching it after a fork would copy it."""
+    """Keep the garbage collector away from what is there: touching it after a fork would copy it."""
     gc.collect()
     gc.freeze()
 

@@ -29,7 +29,7 @@ _STORE_PORT = 29500  # in a network of our own, where it is free
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a function in one rank. `text` tells it: a traceback, how the rank died, or where it hangs."""
+    """The outcome of a function in one rank. `text` describes it: a traceback, how the rank died, or where it hangs."""
 
     rank: int
     state: str  # "returned", "raised", "died" or "hung"
@@ -76,7 +76,7 @@ class Group:
         return [self._outcome(reply) for reply in replies]
 
     def raise_for(self, replies: Sequence[Reply], reason: str | None) -> None:
-        """Raise what `run` documents, if there is cause to."""
+        """Raise what `run` documents, if anything failed."""
         __tracebackhide__ = True
         histories = self.crew.histories()
         failed, cut_off = narrative.causes_first([reply for reply in replies if reply.kind in ("error", "died")])
@@ -84,7 +84,7 @@ class Group:
         others = narrative.where_the_others_were(replies, histories, cut_off)
         tail = "".join(f"\n\n{part}" for part in (others, differ) if part)
         if failed:
-            texts = [f"rank {reply.rank} of {self.world_size} {_tell(reply)}" for reply in failed]
+            texts = [f"rank {reply.rank} of {self.world_size} {_describe(reply)}" for reply in failed]
             cause = self._outcome(failed[0]).error
             raise WorkerFailed("\n\n".join(texts) + tail, failed[0].rank, cause) from cause
         hung = [reply.rank for reply in replies if reply.kind == "hung"]
@@ -197,7 +197,7 @@ def start_group(
     preload: Preload | None = None,
 ) -> Group:
     """Start the workers of a group, to be ended by `stack`. Rank r writes to the file descriptors `outputs[r]`."""
-    from disttrain.testing.faults import armed  # only those who use it pay for it
+    from disttrain.testing.faults import armed  # imported only where it is used
 
     world_size, faults = options.world_size, options.faults
     env = {**(options.env or {}), **(stack.enter_context(armed(*faults)) if faults else {})}
@@ -242,7 +242,7 @@ def _cluster(hosts: int | Cluster | None) -> Iterator[Cluster | None]:
         yield made
 
 
-def _tell(reply: Reply) -> str:
+def _describe(reply: Reply) -> str:
     if reply.kind == "error":
         return f"raised {reply.content['brief']}\n{reply.content['text'].rstrip()}"
     return narrative.how_it_ended(reply)

@@ -2,7 +2,7 @@
 
     with cluster(3) as hosts:
         runs = [host.start(["torchrun", "--nnodes=3", ...]) for host in hosts]
-        hosts[1].cut()                  # packets no longer pass, and nobody is told
+        hosts[1].cut()                  # packets are dropped silently
         hosts[1].join()
         hosts[2].limit("10mbit")
         hosts[2].kill()                 # power off: the link first, so that no process says goodbye
@@ -59,7 +59,7 @@ def check_num_hosts(num_hosts: object, argument: str) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """One simulated machine. Can be sent to a worker: it knows its parts by name."""
+    """One simulated machine. Can be sent to a worker: it refers to its parts by name."""
 
     name: str
     address: str
@@ -94,7 +94,7 @@ class Host:
         return subprocess.CompletedProcess(list(command), process.returncode, out, err)
 
     def cut(self) -> None:
-        """Pull the cable behind the switch: packets vanish in both directions, and neither side is told."""
+        """Pull the cable behind the switch: packets vanish in both directions, and neither side notices."""
         _ip("-n", self.switch, "link", "set", self.port, "nomaster")
 
     def join(self) -> None:
@@ -115,7 +115,7 @@ class Host:
         return [int(pid) for pid in _ip("netns", "pids", self.namespace, check=False).split()]
 
     def kill(self) -> None:
-        """Power off: the link goes first, so that the others hear nothing, then every process at once."""
+        """Power off: the link goes first, so that the others receive nothing, then every process at once."""
         self.cut()
         for _ in range(100):
             pids = self.pids()
@@ -209,7 +209,7 @@ def cluster(num_hosts: int) -> Iterator[Cluster]:
 
     Raises:
         TypeError, ValueError: that is not a number of machines.
-        HarnessError: not on Linux, not root, or a tool is missing; `disttrain.testing.hosts.why_not()` says so before.
+        HarnessError: not on Linux, not root, or a tool is missing; `disttrain.testing.hosts.why_not()` checks first.
     """
     check_num_hosts(num_hosts, "num_hosts")
     reason = why_not()

@@ -219,7 +219,7 @@ def _size(file: IO[bytes]) -> int:
 
 
 def _is_strict_xpass(reply: Reply) -> bool:
-    """The session at home evaluates the mark too, and says so itself."""
+    """The session at home evaluates the mark too, and reports it itself."""
     longrepr = reply.content["report"].get("longrepr") if reply.kind == "report" else None
     return isinstance(longrepr, str) and longrepr.startswith("[XPASS(strict)]")
 

@@ -68,7 +68,7 @@ class Measuring:
             if self._coverage is None:
                 from coverage import Coverage
 
-                while (inherited := Coverage.current()) is not None:  # of the fork server, which nobody would save
+                while (inherited := Coverage.current()) is not None:  # of the fork server, which would never be saved
                     inherited.stop()
                 self._coverage = Coverage(data_file=None, **wanted.settings)
             if not self._runs:
@@ -93,14 +93,14 @@ class Measuring:
 
 
 def _current() -> Any:
-    """The running coverage.Coverage. Whoever has not imported it does not measure."""
+    """The running coverage.Coverage. A process that has not imported it does not measure."""
     coverage: Any = getattr(sys.modules.get("coverage"), "Coverage", None)
     return coverage.current() if hasattr(coverage, "current") else None
 
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """No word on sources that this worker has not imported: another may have."""
+    """No report of sources that this worker has not imported: another may have."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -50,7 +50,7 @@ class Options:
     def _check_hosts(self) -> None:
         if self.hosts is None:
             return
-        from disttrain.testing.hosts import Cluster, check_num_hosts  # only those who use it pay for it
+        from disttrain.testing.hosts import Cluster, check_num_hosts  # imported only where it is used
 
         if not isinstance(self.hosts, Cluster):
             check_num_hosts(self.hosts, "hosts")
@@ -93,7 +93,7 @@ def _check_env(env: object) -> None:
 def _check_faults(faults: object, world_size: int) -> None:
     if faults == ():
         return
-    from disttrain.testing.faults import Fault  # only those who use it pay for it
+    from disttrain.testing.faults import Fault  # imported only where it is used
 
     if isinstance(faults, Fault):
         raise TypeError(f"faults must be a list: faults=[...] around {faults!r}")

@@ -32,7 +32,7 @@ class Server:
         self.broken = False
 
     def first_word(self) -> Any:
-        """What the server says when it is ready."""
+        """The server's message once it is ready."""
         return self._receive()
 
     def fork_worker(self, spec: WorkerSpec, fds: list[int]) -> int:
@@ -64,7 +64,7 @@ class Server:
             self._imported |= missing
 
     def end(self, pids: set[int]) -> dict[int, int]:
-        """Kill what is left of these workers and all they started; how each ended, as os.waitpid tells it."""
+        """Kill what is left of these workers and all they started; how each ended, as os.waitpid has it."""
         return dict(self._ask("end", pids))
 
     def status(self, pid: int) -> int | None:
@@ -80,7 +80,7 @@ class Server:
             if self.broken:
                 raise self._died()
             self.broken = (
-                True  # if we are interrupted (Ctrl-C, a timeout's signal), who asks next would get this answer
+                True  # if we are interrupted (Ctrl-C, a timeout's signal), the next caller would get this answer
             )
             try:
                 self._control.send((request, argument), fds or [])

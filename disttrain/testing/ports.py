@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def refusing_port() -> Iterator[int]:
-    """A port of loopback that refuses connections, as a server that is down: held, so that nobody starts one there."""
+    """A port of loopback that refuses connections, as a server that is down: held, so that no server starts there."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound and not listening
         yield int(held.getsockname()[1])
@@ -19,7 +19,7 @@ def refusing_port() -> Iterator[int]:
 def blackhole_port() -> Iterator[int]:
     """A port of loopback that never answers, as a server behind a firewall that drops: a connection attempt hangs.
 
-    A listener whose queue is full: Linux drops further attempts without a word. (Other systems may refuse them.)
+    A listener whose queue is full: Linux drops further attempts silently. (Other systems may refuse them.)
     """
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.socket())

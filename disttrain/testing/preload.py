@@ -43,7 +43,7 @@ _PLUGINS_NOT_IN_WORKERS = ("no:terminal",)
 
 
 class Providers:
-    """Who knows the test that is running, innermost last: pytester runs one session inside another."""
+    """The sessions with a running test, innermost last: pytester runs one session inside another."""
 
     def __init__(self) -> None:
         self._stack: list[Callable[[], Preload | None]] = []
@@ -84,7 +84,7 @@ def pytest_preload(item: pytest.Item) -> PytestPreload:
         options=options,
         sys_path=tuple(sys.path),
         env=dict(os.environ),
-        # What plugins give a worker is mostly an option; without xdist nobody asks them, and this is what they find.
+        # What plugins give a worker is mostly an option; without xdist they are never asked, and find this.
         workerinput=options | workerinput(config),
     )
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 
-# Asks a worker for its stacks. faulthandler answers from C, even where Python hangs. A number that nobody else uses.
+# Asks a worker for its stacks. faulthandler answers from C, even where Python hangs. A number that nothing else uses.
 STACKS_SIGNAL: int = signal.SIGRTMAX - 1 if sys.platform == "linux" else signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -38,7 +38,7 @@ def adopt_orphans() -> None:
 
 
 def children() -> set[int]:
-    """The process ids of this process's children. Empty where the system does not tell."""
+    """The process ids of this process's children. Empty where the system does not report them."""
     found: set[int] = set()
     with contextlib.suppress(OSError):
         for task in os.listdir("/proc/self/task"):
@@ -69,7 +69,7 @@ def use_huge_pages() -> None:
 
 
 def num_threads() -> int:
-    """Threads of this process that the kernel knows; 1 where the system does not tell."""
+    """Threads of this process as the kernel counts them; 1 where the system does not report them."""
     try:
         return len(os.listdir("/proc/self/task"))
     except OSError:

@@ -16,7 +16,7 @@ _POLL_S = 0.05
 
 
 class Proxy:
-    """Passes everything on until told otherwise; what it is told holds for open and for new connections.
+    """Passes everything on until ordered otherwise; an order holds for open and for new connections.
 
     `connections` counts those accepted, `errors_answered` the requests it answered itself.
     """
@@ -56,7 +56,7 @@ class Proxy:
         self._change("pass", delay_s=seconds)
 
     def answer(self, status: int) -> None:
-        """Answer every HTTP request with this status; the server hears nothing of it."""
+        """Answer every HTTP request with this status; the server never sees it."""
         self._status = status
         self._change("answer")
 

@@ -1,4 +1,4 @@
-"""What the test process tells the fork server and the workers."""
+"""What the test process sends to the fork server and the workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # What torch imports only when it is first needed: making an optimizer imports torch._dynamo, which is 1.2 s of work.
-# A worker tells which of these it came to have, and the fork server imports them for the workers to come.
+# A worker reports which of these it has imported, and the fork server imports them for the workers to come.
 LATE_IMPORTS = ("coverage", "torch._dynamo", "torch.distributed.checkpoint", "torch.export")
 
 
@@ -39,7 +39,7 @@ class ModulePreload:
 class PytestPreload:
     """Have this test file collected, as the pytest session at home did, before workers are forked."""
 
-    session: int  # tells one session from the next in the same process
+    session: int  # distinguishes sessions in the same process
     path: str  # the test file
     rootdir: str
     inifile: str | None

@@ -35,7 +35,7 @@ class Frame:
 
     @property
     def place(self) -> str:
-        """path:line, the path as short as it can be said from here."""
+        """path:line, the path as short as possible from here."""
         return f"{shown(self.path)}:{self.line}"
 
 

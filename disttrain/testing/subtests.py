@@ -1,7 +1,7 @@
 """Reports that a test makes while it runs, as the `subtests` fixture does, on their way from the workers to pytest.
 
 They go through a file of each rank, not with the answer to a command: a rank whose subtest failed may well hang next,
-and then the report is what tells why.
+and then the report shows why.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def log(item: pytest.Item, report: pytest.TestReport) -> None:
 
 
 def _context(data: dict[str, Any]) -> dict[str, Any]:
-    """What a subtest says of itself: `msg` and `kwargs`. Both of pytest's implementations call it that."""
+    """A subtest's own description: `msg` and `kwargs`. Both of pytest's implementations call it that."""
     context: dict[str, Any] = data.get("_subtest.context", {})
     return context
 

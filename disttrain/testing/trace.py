@@ -160,7 +160,7 @@ RECORDER = Recorder()  # one per process, as the functions it wraps are
 
 
 def install() -> None:
-    """Put the recorder around torch.distributed's functions, before anybody imports them by name."""
+    """Put the recorder around torch.distributed's functions, before they are imported by name."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 

@@ -30,7 +30,7 @@ class Channel:
         return cls(socket.socket(fileno=fd))
 
     def send(self, message: object, fds: Sequence[int] = ()) -> None:
-        """Send one message. Raises BrokenPipeError when nobody is at the other end any more."""
+        """Send one message. Raises BrokenPipeError when the other end is gone."""
         payload = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         header = _HEADER.pack(len(payload), len(fds))
         if fds:

@@ -1,4 +1,4 @@
-"""What a worker does from the moment it is forked: take its rank, join the group, do as it is told, and exit."""
+"""What a worker does from the moment it is forked: take its rank, join the group, carry out commands, and exit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def warm_up() -> None:
 
 
 class Orders:
-    """What the test process tells a worker to do: one command at a time, each of which is answered."""
+    """The test process's commands to a worker, one at a time, each of which is answered."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

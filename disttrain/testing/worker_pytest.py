@@ -32,7 +32,7 @@ def collect(preload: PytestPreload) -> pytest.Session:
         config = Config.fromdictargs(preload.options, [*plugins, preload.path])
         config.workerinput = preload.workerinput  # type: ignore[attr-defined]  # as plugins know a worker of xdist
         config.workeroutput = {}  # type: ignore[attr-defined]
-        # pytest 8 asks it for colours as it explains an assertion, and so may plugins. Nobody reads what it writes.
+        # pytest 8 asks it for colours as it explains an assertion, and so may plugins. What it writes is never read.
         config.pluginmanager.register(TerminalReporter(config, io.StringIO()), "terminalreporter")
         config._do_configure()
     session = pytest.Session.from_config(config)

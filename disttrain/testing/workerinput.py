@@ -30,7 +30,7 @@ def workerinput(config: pytest.Config) -> dict[str, Any]:
 
 
 def _have_plugins_fill(given: dict[str, Any], config: pytest.Config) -> None:
-    """Ask each plugin as xdist does before it starts a worker. One that needs more than we have is passed over."""
+    """Ask each plugin as xdist does before it starts a worker. One that needs more than we have is skipped."""
     hook: Any = getattr(config.hook, "pytest_configure_node", None)
     plugins = [implementation.plugin for implementation in hook.get_hookimpls()] if hook is not None else []
     node = SimpleNamespace(config=config, workerinput=given, gateway=SimpleNamespace(id=given["workerid"]))

@@ -31,7 +31,7 @@ def _num_workers(ctx: click.Context, parameter: click.Parameter, value: str) -> 
         count = int(value)
     except ValueError:
         raise click.BadParameter(
-            f"{value!r} is no number of workers; give a whole number, gpu or auto.", ctx, parameter
+            f"{value!r} is not a valid number of workers; give a whole number, gpu or auto.", ctx, parameter
         ) from None
     if count < 1:
         raise click.BadParameter(f"{count} workers cannot work; give 1 or more.", ctx, parameter)

@@ -13,7 +13,7 @@ from disttrain_launch.cli.worker_commands import become
 
 @click.group()
 def runs() -> None:
-    """Look at runs and their checkpoints."""
+    """Inspect runs and their checkpoints."""
 
 
 @runs.command("list")

@@ -24,7 +24,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _workers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
     if value not in ("gpu", "auto") and not (value.isdigit() and int(value) > 0):
-        raise click.BadParameter(f"{value!r} is no number of workers; give 1 or more, gpu or auto.")
+        raise click.BadParameter(f"{value!r} is not a valid number of workers; give 1 or more, gpu or auto.")
     return value
 
 

@@ -42,7 +42,7 @@ def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bo
 
 @click.command()
 @click.argument("run", type=RUN)
-@click.option("--uri", help="Deliver to this MLflow server, not to the one of the run.")
+@click.option("--uri", help="Upload to this MLflow server, not to the run's own.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds to try for.")
 @json_option
 def sync(run: str, uri: str | None, timeout: float, as_json: bool) -> None:

@@ -64,20 +64,20 @@ def _names(request: JobRequest) -> Iterator[str]:
     if request.namespace is not None and not (_is_dns_label(request.namespace)):
         yield f"--namespace {request.namespace}: should be lower-case letters, digits and dashes, at most 63"
     if request.queue is not None and not _is_subdomain(request.queue):
-        yield f"--queue {request.queue}: is no name of a Kueue LocalQueue"
+        yield f"--queue {request.queue}: is not the name of a Kueue LocalQueue"
     for secret in request.secrets:
         if not _is_subdomain(secret):
-            yield f"--secret {secret}: is no name of a Secret; give the name, not the password"
+            yield f"--secret {secret}: is not the name of a Secret; give the name, not the password"
     for secret in request.pull_secrets:
         if not _is_subdomain(secret):
-            yield f"--pull-secret {secret}: is no name of a Secret"
+            yield f"--pull-secret {secret}: is not the name of a Secret"
 
 
 def _image(request: JobRequest) -> Iterator[str]:
     if not request.image:
         yield "--image is missing: give the image that has disttrain and your code, as k8s/Dockerfile builds it"
     elif not _IMAGE.fullmatch(request.image):
-        yield f"--image {request.image}: is no image reference, as in registry.example/team/disttrain:0.1.0"
+        yield f"--image {request.image}: is not an image reference, as in registry.example/team/disttrain:0.1.0"
 
 
 def _sizes(request: JobRequest) -> Iterator[str]:
@@ -88,7 +88,7 @@ def _sizes(request: JobRequest) -> Iterator[str]:
     for option, quantity in asked.items():
         value = amount(quantity)
         if value is None or value <= 0:
-            yield f"{option} {quantity}: is no quantity; give a number with a unit, as in 2, 500m, 16Gi"
+            yield f"{option} {quantity}: is not a quantity; give a number with a unit, as in 2, 500m, 16Gi"
         elif option != "--cpu" and value < _LEAST_BYTES:
             yield f"{option} {quantity}: is {value:g} bytes; give a unit, as in {quantity.rstrip('m')}Gi"
     memory, shm = amount(resources.memory), amount(resources.shm)
@@ -96,7 +96,7 @@ def _sizes(request: JobRequest) -> Iterator[str]:
         yield f"--shm-size {resources.shm}: counts towards --memory {resources.memory}; give less, or more memory"
     for device, quantity in resources.devices.items():
         if not _QUALIFIED.fullmatch(device):
-            yield f"--rdma {device}={quantity}: {device} is no device resource, as in rdma/hca=1"
+            yield f"--rdma {device}={quantity}: {device} is not a device resource, as in rdma/hca=1"
         elif not quantity.isdecimal() or int(quantity) < 1:
             yield f"--rdma {device}={quantity}: should be a whole number of devices, 1 or more"
 
@@ -133,7 +133,7 @@ def _storage(request: JobRequest) -> Iterator[str]:
         yield f"--run-dir {storage.run_dir}: should be a folder in {RUNS}, where the claim is mounted, or a URL; all " \
               "else is lost with the pod"  # fmt: skip
     if storage.claim is not None and not _is_subdomain(storage.claim):
-        yield f"--claim {storage.claim}: is no name of a PersistentVolumeClaim"
+        yield f"--claim {storage.claim}: is not the name of a PersistentVolumeClaim"
     if storage.create and request.nodes[1] > 1:
         yield from claim_mode_refusal("--access-mode", [storage.access_mode], request)
 
@@ -152,7 +152,7 @@ def claim_mode_refusal(what: str, modes: list[str], request: JobRequest) -> Iter
 def _environment(request: JobRequest) -> Iterator[str]:
     for name in request.environment:
         if not _VARIABLE.fullmatch(name):
-            yield f"--env {name}: is no name of a variable"
+            yield f"--env {name}: is not the name of a variable"
         elif name in _SETS_ITSELF:
             yield f"--env {name}: disttrain sets it itself; leave it out"
         elif re.search("password|secret|token|_key$", name, re.IGNORECASE):

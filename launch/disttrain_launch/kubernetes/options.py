@@ -24,7 +24,7 @@ _PAIR = "NAME=VALUE"
 def _nodes(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", value)
     if found is None:
-        raise click.BadParameter(f"{value!r} is no number of nodes; give N, or MIN:MAX.", ctx, parameter)
+        raise click.BadParameter(f"{value!r} is not a valid number of nodes; give N, or MIN:MAX.", ctx, parameter)
     return int(found[1]), int(found[2] or found[1])
 
 

@@ -102,7 +102,7 @@ def parse_nodes(text: str) -> tuple[int, int]:
     """(least, greatest) of "N" or "MIN:MAX". Raises ValueError that says what is wrong."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no number of nodes; give N, or MIN:MAX")
+        raise ValueError(f"{text!r} is not a valid number of nodes; give N, or MIN:MAX")
     least, greatest = int(match[1]), int(match[2] or match[1])
     if not 1 <= least <= greatest:
         raise ValueError(f"{text!r}: at least 1 node is needed, and MIN must not be more than MAX")
@@ -113,7 +113,9 @@ def parse_rendezvous(text: str) -> tuple[str, int]:
     """(host, port) of "HOST[:PORT]". Raises ValueError that says what is wrong."""
     match = re.fullmatch(r"\[(?P<v6>[0-9a-fA-F:.]+)\](?::(?P<p6>\d+))?|(?P<host>[^:\s/]+)(?::(?P<port>\d+))?", text)
     if match is None:
-        raise ValueError(f"{text!r} is no HOST:PORT; give the address of one machine, such as node-0:{DEFAULT_PORT}")
+        raise ValueError(
+            f"{text!r} is not of the form HOST:PORT; give the address of one machine, such as node-0:{DEFAULT_PORT}"
+        )
     port = int(match["p6"] or match["port"] or DEFAULT_PORT)
     if not 0 < port < 65536:
         raise ValueError(f"{text!r}: a port is a number from 1 to 65535")

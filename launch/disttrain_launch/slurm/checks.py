@@ -18,21 +18,23 @@ _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
 def time_limit(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     """A time as sbatch takes it."""
     if value is not None and not _TIME.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is no time; give minutes, H:MM:SS or D-HH:MM:SS.")
+        raise click.BadParameter(f"{value!r} is not a time; give minutes, H:MM:SS or D-HH:MM:SS.")
     return value
 
 
 def memory(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     """An amount of memory as sbatch takes it."""
     if value is not None and not _MEMORY.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is no amount of memory; give megabytes, or a number with K, M, G or T.")
+        raise click.BadParameter(
+            f"{value!r} is not an amount of memory; give megabytes, or a number with K, M, G or T."
+        )
     return value
 
 
 def job_name(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     """A name that file names may hold."""
     if value is not None and not _NAME.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is no name; use letters, digits and _ . + -")
+        raise click.BadParameter(f"{value!r} is not a valid name; use letters, digits and _ . + -")
     return value
 
 
@@ -44,7 +46,7 @@ def directives(
     for text in values:
         name, separator, value = text.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or (separator and not value) or "\n" in value:
-            raise click.BadParameter(f"{text!r} is no option of sbatch; give NAME=VALUE, without the dashes.")
+            raise click.BadParameter(f"{text!r} is not an option of sbatch; give NAME=VALUE, without the dashes.")
         pairs.append((name, value))
     return tuple(pairs)
 
@@ -58,7 +60,7 @@ def sweep(
         key, separator, listed = text.partition("=")
         each = tuple(value.strip() for value in listed.split(","))
         if not key or not separator or not all(each) or len(set(each)) < len(each):
-            raise click.BadParameter(f"{text!r} is no sweep; give KEY=VALUE,VALUE,… with values that differ.")
+            raise click.BadParameter(f"{text!r} is not a sweep; give KEY=VALUE,VALUE,… with values that differ.")
         axes.append((key, each))
     if len({key for key, _ in axes}) < len(axes):
         raise click.BadParameter("a key is swept twice; name each once.")

@@ -80,7 +80,7 @@ def test_the_run_goes_back_and_on_without_the_batch(guarded: Path, tmp_path: Pat
     assert bits(told) == bits(guarded)
 
 
-def test_without_the_guard_the_batch_is_learnt_from(guarded: Path, tmp_path: Path) -> None:
+def test_without_the_guard_the_batch_is_learned_from(guarded: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert [ended.state for ended in attempt(run_dir, 1, "train.spike_factor=0")] == ["returned"]
     assert not (run_dir / "spikes.json").exists()

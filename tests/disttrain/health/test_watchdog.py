@@ -53,7 +53,7 @@ def verdicts(run_dir: Path, world_size: int, *injuries: Fault, model: nn.Module 
 
 @pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, stopped: int) -> None:
-    """Rank 0 serves the store: once it is stopped, nothing more can be learnt from there."""
+    """Rank 0 serves the store: once it is stopped, nothing more can be learned from there."""
     of_rank = verdicts(tmp_path / "run", 2, faults.stop(stopped, step=5))
     said = of_rank[1 - stopped]
     assert said.startswith(

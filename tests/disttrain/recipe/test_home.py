@@ -37,13 +37,13 @@ def test_there_is_a_folder_for_caches_that_is_the_users_own(tmp_path: Path) -> N
 def test_what_somebody_else_may_have_put_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"disttrain-{os.getuid()}").symlink_to("elsewhere")
-    with pytest.raises(ConfigurationError, match="is not this user's: set HOME"):
+    with pytest.raises(ConfigurationError, match="belongs to another user: set HOME"):
         home_folder()
 
 
 def test_a_tilde_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("~/data", "~nobody-of-that-name/data"):
-        with pytest.raises(ConfigurationError, match=r"^~.*/data: nobody knows where that home folder is"):
+        with pytest.raises(ConfigurationError, match=r"^~.*/data: that home folder is unknown"):
             expanded(path)
     with pytest.raises(ConfigurationError):
         settled("~/run")

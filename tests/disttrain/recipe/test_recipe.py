@@ -143,13 +143,13 @@ def test_the_last_override_counts() -> None:
                               "torchvision:NAME, timm:NAME or package.module:callable; did you mean resnet18?"),
         ("model.name=torchvision:", "-o model.name: no model 'torchvision:'; give one of net, resnet18, gpt, mlp, "
                                     "torchvision:NAME, timm:NAME or package.module:callable"),
-        ("optim.betas=[0.9, 0.99]", "-o optim.betas: is no option of this optimizer; [optim] has name, lr, "
+        ("optim.betas=[0.9, 0.99]", "-o optim.betas: is not an option of this optimizer; [optim] has name, lr, "
                                     "decay_biases_and_norms, groups, weight_decay, maximize, foreach, fused, "
                                     "differentiable, momentum, dampening, nesterov"),
         ("optim.momentun=0.9", "-o optim.momentun: unknown key; did you mean optim.momentum?"),
         ("optim={lr=1}", "-o optim: is a section; give one of its keys, as in -o optim.lr=0.1"),
         ("optim", "-o optim: should be key=value, as in -o optim.lr=0.1"),
-        ("a b=1", "-o a b=1: 'a b' is no key; write section.key=value, as in -o optim.lr=0.1"),
+        ("a b=1", "-o a b=1: 'a b' is not a key; write section.key=value, as in -o optim.lr=0.1"),
         ("name=a/b", "-o name: may hold letters, digits and underscores, dots and hyphens, not 'a/b'"),
         ("train.accumulate=65", "recipe 'digits': train.accumulate is 65, but a batch has 64 samples "
                                 "(data.batch_size); give at most as many micro-batches"),

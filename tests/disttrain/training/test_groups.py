@@ -136,7 +136,7 @@ def test_the_state_of_groups_is_found_by_name_in_any_order() -> None:
 def test_groups_in_a_recipe() -> None:
     recipe = load_recipe("digits", ['optim.groups=[{match = "head.*", lr_scale = 10.0}]', "optim.name=adamw"])
     assert recipe.optim.groups[0].match == ["head.*"]
-    assert "groups" not in recipe.optim.options, "they are no option of the optimizer's own"
+    assert "groups" not in recipe.optim.options, "they are not an option of the optimizer's own"
     import tomllib
 
     assert parse_recipe(tomllib.loads(to_toml(recipe))) == recipe

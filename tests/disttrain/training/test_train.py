@@ -359,7 +359,7 @@ def test_each_option_is_heard(tmp_path: Path, option: str) -> None:
     assert final_hashes(tmp_path / "plain")[0] != final_hashes(tmp_path / "changed")[0]
 
 
-def test_accumulation_does_not_change_what_is_learnt(tmp_path: Path) -> None:
+def test_accumulation_does_not_change_what_is_learned(tmp_path: Path) -> None:
     def weights(accumulate: int) -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()

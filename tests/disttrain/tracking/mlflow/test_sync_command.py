@@ -90,7 +90,7 @@ def test_the_server_of_the_environment_is_remembered(
     assert not (run_dir.parent / "mlflow.db").exists()
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "not a run directory"), ("none", "nowhere to deliver to")])
+@pytest.mark.parametrize(("content", "message"), [("", "not a run directory"), ("none", "no server to upload to")])
 def test_a_run_that_cannot_be_delivered_says_why(tmp_path: Path, content: str, message: str) -> None:
     if content:
         (tmp_path / "recipe.toml").write_text('[tracking]\nuri = "none"\n')
