@@ -2,6 +2,7 @@
 
 from disttrain.checkpoint.check import check_complete as check_complete
 from disttrain.checkpoint.check import check_describes_model as check_describes_model
+from disttrain.checkpoint.folder import AVERAGE as AVERAGE
 from disttrain.checkpoint.folder import Checkpoint as Checkpoint
 from disttrain.checkpoint.folder import read_checkpoint as read_checkpoint
 from disttrain.checkpoint.folder import verify_checkpoint as verify_checkpoint
@@ -10,6 +11,7 @@ from disttrain.checkpoint.folder import write_checkpoint as write_checkpoint
 from disttrain.checkpoint.state import optimizer_from_tensors as optimizer_from_tensors
 from disttrain.checkpoint.state import optimizer_to_tensors as optimizer_to_tensors
 from disttrain.checkpoint.store import CheckpointStore as CheckpointStore
+from disttrain.checkpoint.tensors import shared_names as shared_names
 from disttrain.checkpoint.tensors import why_not_held as why_not_held
 from disttrain.checkpoint.writer import CheckpointWriter as CheckpointWriter
 from disttrain.checkpoint.writer import Outcome as Outcome

@@ -152,7 +152,8 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
     "given": (_list_of(_is_text), "a list of names"),
     "init": (_table_of(_is_text), "a table of texts"),
+    "shared": (_table_of(_is_text), "a table of names"),
     "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
 # Older checkpoints lack these.
-_OPTIONAL = {"best", "expected_magnitudes", "given", "init", "non_finite", "recent_losses"}
+_OPTIONAL = {"best", "expected_magnitudes", "given", "init", "non_finite", "recent_losses", "shared"}

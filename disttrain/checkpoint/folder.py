@@ -1,7 +1,8 @@
 """One checkpoint: a folder of tensors (safetensors) and state (JSON), with a manifest that vouches for each file.
 
-    step-00000500/model.safetensors       the model's state dict, by its own names
-                  optimizer.safetensors   the optimizer's tensors, as PARAMETER.NAME; state.json names the parameters
+    step-00000500/model.safetensors       the model's state dict, by its own names; shared tensors once
+                  optimizer.safetensors   the optimizer's tensors, as PARAMETER.NAME; state.json names the parameters;
+                                          averages of the weights, if there are any, as ema.NAME
                   state.json              step, best metric, optimizer options, recipe, environment fingerprint
                   manifest.json           size and SHA-256 of each file; written last
 
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from disttrain.files import make_folder, open_to_read, parse_json, read_text, ut
 from disttrain.layout import CONTENTS, MANIFEST, MODEL, OPTIMIZER, STATE
 
 _FORMAT = 1
+AVERAGE = "ema."
+"""What the names of averages of weights begin with, among the optimizer's tensors."""
 WRITING, REPLACED, RETIRED, LEAVING = "writing", "replaced", "retired", "leaving"
 _CHUNK = 2**20  # hashed and written while it is in the CPU's cache
 
@@ -43,6 +46,23 @@ class Checkpoint:
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+
+    @property
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The averages of the weights by their names; none if the run keeps none (`train.ema_decay`)."""
+        return {name.removeprefix(AVERAGE): one for name, one in self.optimizer.items() if name.startswith(AVERAGE)}
+
+    def averaged(self) -> Checkpoint:
+        """This one with the averages of its weights for the weights, where it has them: what the run evaluates.
+
+        Raises ConfigurationError for an average that is of no weight.
+        """
+        model = dict(self.model)
+        for name, average in self.averages.items():
+            if name not in model or model[name].shape != average.shape:
+                raise ConfigurationError(f"{self.path}: the average {brief(repr(name))} fits none of the weights.")
+            model[name] = average.to(model[name].dtype)
+        return replace(self, model=_with_shared(model, self.state, self.path))
 
 
 def write_checkpoint(path: Path, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> None:
@@ -124,7 +144,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ConfigurationError(f"{path}: the tensors cannot be read: {brief(error)}.") from error
     state = with_current_names(_read_json(path / STATE))
     check_state(state, path / STATE)
-    return Checkpoint(path, model, optimizer, state)
+    return Checkpoint(path, _with_shared(model, state, path), optimizer, state)
+
+
+def _with_shared(model: dict[str, torch.Tensor], state: Mapping[str, Any], path: Path | str) -> dict[str, torch.Tensor]:
+    """The tensors by all their names: one that the model has under several is stored under the first."""
+    shared: dict[str, str] = state.get("shared", {})
+    lost = next((first for first in shared.values() if first not in model), None)
+    if lost is not None:
+        raise ConfigurationError(f"{path}: the tensor {brief(repr(lost))} is not there, and others share it.")
+    return {**model, **{name: model[first] for name, first in shared.items()}}
 
 
 def weights_sha256(model: Tensors) -> str:

@@ -58,6 +58,20 @@ def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:
         yield as_bytes(tensor)
 
 
+def shared_names(tensors: Tensors) -> dict[str, str]:
+    """Of names for one and the same tensor all but the first, each with the first: weights that are tied."""
+    first: dict[tuple[object, ...], str] = {}
+    shared = {}
+    for name, tensor in tensors.items():
+        if tensor.layout == torch.strided and tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if place in first:
+                shared[name] = first[place]
+            else:
+                first[place] = name
+    return shared
+
+
 def why_not_held(value: object) -> str | None:
     """Why a checkpoint cannot hold this value of a state, for a message ("is sparse"); None if it can."""
     if not isinstance(value, torch.Tensor):

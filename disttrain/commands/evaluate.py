@@ -15,8 +15,9 @@ from disttrain.worker import leave, worker
 @click.argument("address")
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--raw", is_flag=True, help="Use the weights themselves, not their averages.")
 @click.option("--trust", is_flag=True, help="Import the code that the run names.")
-def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool) -> None:
+def command(address: str, overrides: tuple[str, ...], as_json: bool, raw: bool, trust: bool) -> None:
     """Evaluate the run or checkpoint at ADDRESS, a path or URL, as one worker."""
     from dataclasses import replace
 
@@ -32,7 +33,7 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, trust: bool
     from disttrain.training.job import AUTOCAST
 
     with join_world("cpu") as world:  # what is summed is on the CPU
-        checkpoint = read_by_main(world, lambda: find_checkpoint(address))
+        checkpoint = read_by_main(world, lambda: find_checkpoint(address, raw=raw))
         refuse_objects(checkpoint, ("model.name", "data.dataset"), overrides)
         recipe = recipe_of(checkpoint, overrides, trust=trust)
         world = on_device(world, recipe.train.device)

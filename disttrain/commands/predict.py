@@ -17,8 +17,9 @@ from disttrain.worker import leave, worker
 @click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--raw", is_flag=True, help="Use the weights themselves, not their averages.")
 @click.option("--trust", is_flag=True, help="Import the code that the run names.")
-def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, trust: bool) -> None:
+def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, raw: bool, trust: bool) -> None:
     """Name what is in each of IMAGES with the run or checkpoint at ADDRESS, a path or URL.
 
     Pictures are read as the data set `folder` reads them, which serves runs that were trained on bytes.
@@ -35,7 +36,7 @@ def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, tru
     )
     from disttrain.data import normalise, read_picture
 
-    checkpoint = find_checkpoint(address)
+    checkpoint = find_checkpoint(address, raw=raw)
     refuse_objects(checkpoint, ("model.name",))
     data, recipe = data_of(checkpoint), recipe_of(checkpoint, trust=trust, imports=("task.name", "model.name"))
     refuse_other_than_pictures(checkpoint, recipe)

@@ -46,6 +46,9 @@ class TrainRecipe(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="the share of each label spread over all classes"
     )
+    ema_decay: Annotated[float | None, Field(gt=0, lt=1), NoneIfSaid] = Field(
+        default=None, description="evaluate a moving average of the weights that keeps this share of itself in a step"
+    )
     compile: bool = Field(default=False, description="torch.compile the model")
     threads: WholeNumber = Field(
         default=0, description="CPU threads per worker (0: OMP_NUM_THREADS, or the usable cores shared out)"

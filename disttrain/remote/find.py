@@ -15,17 +15,17 @@ from disttrain.remote.copy import local_copy
 from disttrain.runs.rundir import is_run
 
 
-def find_checkpoint(address: str | Path) -> Checkpoint:
+def find_checkpoint(address: str | Path, *, raw: bool = True) -> Checkpoint:
     """The checkpoint at a path or URL, or the newest good one of the run there.
 
-    Raises UsageError if there is neither, ConfigurationError if it, or all of the run, is damaged. Changes nothing
-    on disk.
+    Unless `raw`, its weights are their averages, if the run keeps any (`train.ema_decay`): what it evaluates. Raises
+    UsageError if there is neither, ConfigurationError if it, or all of the run, is damaged. Changes nothing on disk.
     """
     with local_copy(str(address), checkpoints="newest") as path:
         found = _find(path)
         if is_url(address):
             found = replace(found, path=str(found.path).replace(str(path), str(address).rstrip("/")))
-        return found
+        return found if raw else found.averaged()
 
 
 def _find(path: Path) -> Checkpoint:

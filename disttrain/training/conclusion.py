@@ -88,7 +88,8 @@ def _conclude(
     split = job.data.train
     if tracker.exports_models:
         console.line("exporting the model for MLflow")
-    tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
+    with job.as_evaluated():
+        tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
     reached("conclusion: exported")
     tracker.event("finished", step=job.step)
     if tracker.uri is not None:

@@ -34,6 +34,8 @@ def start_from_weights(job: Job) -> list[str]:
     job.init = found.state["init"]
     weights = hand_out(job.world, found.model, job.model.state_dict())
     job.model.load_state_dict(weights, strict=False)
+    if job.ema is not None:
+        job.ema.restart()
     lines: list[str] = found.state["lines"]
     return lines
 
@@ -86,7 +88,7 @@ def _read(address: str) -> tuple[str, dict[str, torch.Tensor]]:
             checkpoint = find_checkpoint(path)
     except (ConfigurationError, UsageError) as error:
         raise ConfigurationError(f"model.init: {error}") from error
-    return str(checkpoint.path), checkpoint.model
+    return str(checkpoint.path), checkpoint.averaged().model
 
 
 def _not_loaded(wanted: dict[str, Any], fitting: dict[str, Any]) -> list[str]:

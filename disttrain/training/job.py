@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from disttrain.checkpoint import (
     Checkpoint,
     CheckpointStore,
     optimizer_to_tensors,
+    shared_names,
 )
 from disttrain.checkpoint.handout import read_by_main
 from disttrain.data import (
@@ -38,6 +40,7 @@ from disttrain.parallel.choose import parallelize
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import Recipe
+from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given
 from disttrain.training.groups import parameter_groups
 from disttrain.training.identity import describe_data
@@ -82,6 +85,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
     init: dict[str, str] | None = None  # the weights it started from, and their SHA-256
+    ema: WeightAverage | None = None
     best: Best = field(default_factory=Best)  # the metric that decides which checkpoints are kept as best
     digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
 
@@ -128,6 +132,10 @@ class Job:
         at_epoch = rest == 0 and epoch > 0 and epoch % self.recipe.train.eval_every_epochs == 0
         return (at_end or at_epoch) and self.metrics is None
 
+    def as_evaluated(self) -> AbstractContextManager[None]:
+        """The context in which the model has the weights that are evaluated: their averages, if there are any."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
+
     def is_logged(self, step: int) -> bool:
         """Whether metrics are logged once `step` steps are done."""
         return step == self.total_steps or step % self.recipe.train.log_every_steps == 0
@@ -138,12 +146,15 @@ class Job:
         self.eval_loader.close()
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        """The model's state dict."""
-        return dict(self.model.state_dict())
+        """The model's state dict; what it has under several names is there under the first."""
+        tensors = self.model.state_dict()
+        shared = shared_names(tensors)
+        return {name: tensor for name, tensor in tensors.items() if name not in shared}
 
     def optimizer_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The optimizer's tensors, and the rest of its state."""
-        return optimizer_to_tensors(self.optimizer, self.model)
+        """The optimizer's tensors and the averages of the weights, and the rest of the optimizer's state."""
+        tensors, rest = optimizer_to_tensors(self.optimizer, self.model)
+        return {**tensors, **(self.ema.tensors() if self.ema is not None else {})}, rest
 
     def state(self) -> dict[str, Any]:
         """Everything besides tensors that a checkpoint holds: enough to go on, and to rebuild the model elsewhere."""
@@ -164,6 +175,7 @@ class Job:
             "recipe": self.recipe.model_dump(mode="json"),
             "data": describe_data(self.data.train, self.digest),
             "given": sorted(self.given),
+            "shared": shared_names(self.model.state_dict()),
             **({"init": self.init} if self.init is not None else {}),
             "environment_fingerprint": self.environment_fingerprint(),
         }
@@ -257,6 +269,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         given=given.names(),
+        ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
         best=_best(recipe),
         digest=digest_of(data.train) if world.is_main else Digest(None, None),
     )

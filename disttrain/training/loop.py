@@ -168,5 +168,7 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         job.scaler.update()
     elif verdict is Verdict.STEP_WITHOUT_SCALER:
         job.optimizer.step()
+    if job.ema is not None and verdict is not Verdict.SKIP:
+        job.ema.update(job.step)
     job.optimizer.zero_grad(set_to_none=True)
     return StepResult(losses, grad_norm)

@@ -195,13 +195,15 @@ class RunMonitor:
         job = self.job
         job.strategy.share_buffers_()
         job.progress.at("evaluating", job.step)
-        result = evaluate(
-            job.model,
-            job.eval_loader,
-            job.data.test.classes,
-            autocast=job.autocast,
-            on_batch=self._evaluated_some,
-        )
+        self.saver.finish_copy()
+        with job.as_evaluated():
+            result = evaluate(
+                job.model,
+                job.eval_loader,
+                job.data.test.classes,
+                autocast=job.autocast,
+                on_batch=self._evaluated_some,
+            )
         job.metrics = {"eval/accuracy": result.accuracy, "eval/loss": result.loss}
         self._tracker.metrics(job.step, job.metrics)
         self._tracker.event("evaluated", step=job.step, correct=result.correct, total=result.total)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from disttrain.checkpoint import Checkpoint, check_complete, optimizer_from_tensors
+from dataclasses import replace
+
+from disttrain.checkpoint import AVERAGE, Checkpoint, check_complete, optimizer_from_tensors
 from disttrain.checkpoint.handout import hand_out
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError, brief
@@ -36,7 +38,11 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     refuse_other_schedule(state, checkpoint.path, job.schedule)
     _check_tensors(job, checkpoint)
     job.model.load_state_dict(hand_out(job.world, checkpoint.model, job.model.state_dict()))
-    optimizer_from_tensors(job.optimizer, hand_out(job.world, checkpoint.optimizer), state["optimizer"], job.model)
+    handed = replace(checkpoint, optimizer=hand_out(job.world, checkpoint.optimizer))
+    tensors = {name: tensor for name, tensor in handed.optimizer.items() if not name.startswith(AVERAGE)}
+    optimizer_from_tensors(job.optimizer, tensors, state["optimizer"], job.model)
+    if job.ema is not None:
+        job.ema.load(handed.averages)
     if state["scaler"]:
         _restore_scaler(job, checkpoint)
     if "non_finite" in state:

@@ -73,6 +73,10 @@ class Saver:
         while not broadcast_from_main(self._job.world, lambda: next(arrival)):
             pass
 
+    def finish_copy(self) -> None:
+        """Wait until what is being saved is copied: to be called before the weights change."""
+        self._writer.finish_copy()
+
     def poll(self) -> None:
         """Tell what became of the checkpoint under way, if it is done."""
         self._report(self._writer.poll())

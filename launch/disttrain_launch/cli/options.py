@@ -79,6 +79,11 @@ def trust_option(function: _Function) -> _Function:
     )(function)
 
 
+def raw_option(function: _Function) -> _Function:
+    """`--raw`."""
+    return click.option("--raw", is_flag=True, help="Use the weights themselves, not their averages.")(function)
+
+
 def max_restarts_option(function: _Function) -> _Function:
     """`--max-restarts`."""
     return click.option(

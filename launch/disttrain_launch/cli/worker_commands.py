@@ -14,6 +14,7 @@ from disttrain_launch.cli.options import (
     num_workers_option,
     override_arguments,
     overrides_option,
+    raw_option,
     trust_option,
 )
 from disttrain_launch.local.group import WorkerGroup, module_arguments
@@ -31,12 +32,13 @@ def become(module: str, *arguments: str) -> NoReturn:
 @num_workers_option
 @overrides_option
 @json_option
+@raw_option
 @trust_option
-def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bool, trust: bool) -> None:
+def evaluate(run: str, num_workers: int, overrides: tuple[str, ...], as_json: bool, raw: bool, trust: bool) -> None:
     """Measure the accuracy of a run's newest checkpoint, or of the one given, on the held-out set."""
     from disttrain_launch.local.workers import run_workers
 
-    words = (run, *override_arguments(overrides), *["--json"] * as_json, *["--trust"] * trust)
+    words = (run, *override_arguments(overrides), *["--json"] * as_json, *["--raw"] * raw, *["--trust"] * trust)
     run_workers(WorkerGroup(module_arguments("disttrain.commands.evaluate", *words), num_workers))
 
 
@@ -56,7 +58,9 @@ def sync(run: str, uri: str | None, timeout: float, as_json: bool) -> None:
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=IMAGE)
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
 @json_option
+@raw_option
 @trust_option
-def predict(run: str, images: tuple[str, ...], top: int, as_json: bool, trust: bool) -> None:
+def predict(run: str, images: tuple[str, ...], top: int, as_json: bool, raw: bool, trust: bool) -> None:
     """Name the most probable classes of each IMAGE."""
-    become("disttrain.commands.predict", run, *images, "--top", str(top), *["--json"] * as_json, *["--trust"] * trust)
+    flags = [*["--json"] * as_json, *["--raw"] * raw, *["--trust"] * trust]
+    become("disttrain.commands.predict", run, *images, "--top", str(top), *flags)
