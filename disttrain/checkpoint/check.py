@@ -94,6 +94,12 @@ def _is_group(value: Any) -> bool:
 def _is_data(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
+    if "facts" in value:  # samples of any kind
+        return (
+            _is_count(value.get("num_train"))
+            and _is_table(value["facts"])
+            and all(value.get(digest) is None or _is_text(value[digest]) for digest in ("labels", "contents"))
+        )
     shape, mean, std = (value.get(key) for key in ("sample_shape", "mean", "std"))
     return (
         _is_count(value.get("num_train"))
@@ -149,6 +155,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recent_losses": (_list_of(is_number), "a list of numbers"),
     "expected_magnitudes": (_is_expectation, "null or a table of numbers"),
     "recipe": (_is_table, "a table"),
+    "task": (_is_table, "a table"),
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
     "given": (_list_of(_is_text), "a list of names"),
     "init": (_table_of(_is_text), "a table of texts"),
@@ -156,4 +163,4 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
 # Older checkpoints lack these.
-_OPTIONAL = {"best", "expected_magnitudes", "given", "init", "non_finite", "recent_losses", "shared"}
+_OPTIONAL = {"best", "expected_magnitudes", "given", "init", "non_finite", "recent_losses", "shared", "task"}

@@ -1,4 +1,4 @@
-"""`disttrain evaluate`: the accuracy of a checkpoint on the test set, the same number at every world size."""
+"""`disttrain evaluate`: the metrics of a checkpoint on the test set, the same number at every world size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import click
 
 from disttrain.errors import printable
+from disttrain.recipe import KEYS_OF_CODE
 from disttrain.worker import leave, worker
 
 
@@ -22,38 +23,51 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, raw: bool, 
     from dataclasses import replace
 
     from disttrain.checkpoint.handout import hand_out, read_by_main
-    from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, refuse_objects, restore_model
-    from disttrain.data import EvalLoader, load_datasets
-    from disttrain.distributed.collectives import one_per_machine_first
+    from disttrain.commands.locate import (
+        data_of,
+        find_checkpoint,
+        recipe_of,
+        refuse_objects,
+        restore_model,
+        task_of,
+        training_set_of,
+    )
+    from disttrain.data import EvalLoader, SampleSet
     from disttrain.distributed.world import join_world, on_device
     from disttrain.errors import ConfigurationError
     from disttrain.parallel.conditions import exact_conditions
     from disttrain.training.evaluate import evaluate
+    from disttrain.training.given import Given
     from disttrain.training.identity import refuse_other_preparation
     from disttrain.training.job import AUTOCAST
+    from disttrain.training.sets import load_sets, served
 
     with join_world("cpu") as world:  # what is summed is on the CPU
         checkpoint = read_by_main(world, lambda: find_checkpoint(address, raw=raw))
-        refuse_objects(checkpoint, ("model.name", "data.dataset"), overrides)
+        refuse_objects(checkpoint, KEYS_OF_CODE, overrides)
         recipe = recipe_of(checkpoint, overrides, trust=trust)
         world = on_device(world, recipe.train.device)
-        data = load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
-        if list(data.test.classes) != data_of(checkpoint)["classes"]:
+        data, _ = load_sets(recipe, world, Given())
+        train_set = data.train if isinstance(data.train, SampleSet) else training_set_of(checkpoint)
+        task = task_of(checkpoint, recipe, train_set)
+        classes = getattr(data.test, "facts", {}).get("classes", getattr(data.test, "classes", None))
+        if classes is not None and list(classes) != data_of(checkpoint).get("classes", list(classes)):
             raise ConfigurationError(f"{checkpoint.path} was trained on other classes than {recipe.data.root} holds.")
         if not any(override.startswith(("data.mean=", "data.std=")) for override in overrides):
             refuse_other_preparation(data_of(checkpoint), data.test, checkpoint.path)
         checkpoint = replace(checkpoint, model=hand_out(world, checkpoint.model))
-        model = restore_model(checkpoint, recipe).to(world.device)
+        model = restore_model(checkpoint, recipe, task, train_set).to(world.device)
         loader = EvalLoader(
-            data.test,
+            served(data.test, task),
             recipe.data,
+            task,
             batch_size=recipe.train.eval_batch_size,
             rank=world.rank,
             size=world.size,
             device=world.device,
         )
         with exact_conditions(recipe):
-            result = evaluate(model, loader, data.test.classes, autocast=AUTOCAST[recipe.train.precision])
+            result = evaluate(model, task, loader, autocast=AUTOCAST[recipe.train.precision])
         if not world.is_main:
             return
         if world.remark:
@@ -62,10 +76,8 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, raw: bool, 
             print(json.dumps(result.to_json()))
             return
         print(printable(f"{checkpoint.path}, {world.size} worker{'s' if world.size > 1 else ''}"))
-        print(f"accuracy {result.accuracy:.2%} ({result.correct} of {result.total}), loss {result.loss:.6f}")
-        width = max(len(name) for name in result.classes)
-        for name, accuracy in result.per_class.items():
-            print(printable(f"  {name:<{width}}  {'no samples' if accuracy is None else f'{accuracy:7.2%}'}"))
+        for line in task.report(result.metrics, result.details):
+            print(printable(line))
 
 
 if __name__ == "__main__":

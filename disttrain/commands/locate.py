@@ -6,14 +6,18 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from disttrain.checkpoint import Checkpoint, check_describes_model
+from disttrain.data import SampleSet, SplitOutline
 from disttrain.errors import ConfigurationError, brief, printable
 from disttrain.layout import STATE
 from disttrain.models import build_model
 from disttrain.recipe import KEYS_OF_CODE, Recipe, ask_before_importing, parse_recipe
 from disttrain.remote.find import find_checkpoint as find_checkpoint
+from disttrain.task import Task, build_task, takes_images, task_maker
+from disttrain.training.identity import describe_task, refuse_other_task
 
 
 def recipe_of(
@@ -45,22 +49,26 @@ def data_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return data
 
 
-def refuse_other_than_pictures(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Raise ConfigurationError unless what it was trained on can be made of a picture file."""
+def training_set_of(checkpoint: Checkpoint) -> SplitOutline | SampleSet:
+    """The training set as far as the checkpoint describes it: without its samples."""
     data = data_of(checkpoint)
-    channels, mean = data["sample_shape"][0], data["mean"]
-    if data.get("dtype") == "float32":
-        raise ConfigurationError(
-            f"{checkpoint.path}: trained on floats that its data set made, and how it makes them from a picture is not "
-            "known here: give them to the model from Python, or train on bytes (uint8) with data.mean and data.std."
-        )
-    if channels not in (1, 3):
-        raise ConfigurationError(
-            f"{checkpoint.path}: trained on images of {channels} channels, and pictures are read in 3 (colour) or 1 "
-            "(grey)."
-        )
-    # Earlier versions wrote 0.5 for floats, too, whatever their data set had done.
-    if "dtype" not in data and set(mean) == {0.5} and recipe.data.mean is None:
+    if "facts" in data:
+        return SampleSet((), "", data["facts"])
+    mean, std, dtype = data["mean"], data["std"], data.get("dtype", "uint8")
+    channels, height, width = data["sample_shape"]
+    return SplitOutline(
+        tuple(data["classes"]),
+        (channels, height, width),
+        torch.float32 if dtype == "float32" else torch.uint8,
+        None if mean is None else tuple(mean),
+        None if std is None else tuple(std),
+    )
+
+
+def warn_of_unknown_preparation(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Warn where it is not known what was done to images: earlier versions wrote 0.5 for floats, too."""
+    data = data_of(checkpoint)
+    if "facts" not in data and "dtype" not in data and set(data["mean"]) == {0.5} and recipe.data.mean is None:
         print(
             f"warning: {printable(str(checkpoint.path))} is of an earlier version, which did not note whether the data "
             "set gave bytes or floats; if it gave floats, the answers are wrong.",
@@ -68,12 +76,25 @@ def refuse_other_than_pictures(checkpoint: Checkpoint, recipe: Recipe) -> None:
         )
 
 
+def task_of(checkpoint: Checkpoint, recipe: Recipe, train_set: Any) -> Task:
+    """The task that the model was trained for. Raises ConfigurationError if the recipe makes another one."""
+    maker = task_maker(recipe)
+    if takes_images(maker) is isinstance(train_set, SampleSet):
+        kind = "samples of a kind of their own" if isinstance(train_set, SampleSet) else "images with labels"
+        raise ConfigurationError(
+            f"{checkpoint.path}: trained on {kind}, and task.name = '{recipe.task.name}' does not take these."
+        )
+    task = build_task(maker, recipe, train_set)
+    refuse_other_task(checkpoint.state, checkpoint.path, describe_task(task))
+    return task
+
+
 def refuse_objects(checkpoint: Checkpoint, keys: Collection[str], overrides: Collection[str] = ()) -> None:
     """Raise ConfigurationError if what one of the recipe's `keys` names was given in Python as an object.
 
     The recipe then names something else; unless one of the `overrides` names it.
     """
-    replaced = {"model": "model.name", "test_set": "data.dataset"}
+    replaced = {"task": "task.name", "model": "model.name", "test_set": "data.dataset"}
     named = {override.partition("=")[0].strip() for override in overrides}
     for given in checkpoint.state.get("given", ()):
         key = replaced.get(given)
@@ -84,18 +105,16 @@ def refuse_objects(checkpoint: Checkpoint, keys: Collection[str], overrides: Col
             )
 
 
-def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
+def restore_model(checkpoint: Checkpoint, recipe: Recipe, task: Task, train_set: Any) -> nn.Module:
     """The trained model, on the CPU. Raises ConfigurationError if the recipe builds one that the weights do not fit."""
-    data = data_of(checkpoint)
-    shape = tuple(data["sample_shape"])
     try:
-        model = build_model(recipe.model, num_classes=len(data["classes"]), sample_shape=shape, pretrained=False)
+        model = build_model(recipe.model, pretrained=False, **task.model_arguments(train_set))
     except ConfigurationError as error:
         raise ConfigurationError(f"{checkpoint.path}: {error}") from error
     except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         raise ConfigurationError(
-            f"{checkpoint.path}: model.name = '{recipe.model.name}' cannot be built for {len(data['classes'])} classes "
-            f"of images {shape}: {brief(error) or type(error).__name__}"
+            f"{checkpoint.path}: model.name = '{recipe.model.name}' cannot be built for {_described(train_set)}: "
+            f"{brief(error) or type(error).__name__}"
         ) from error
     try:
         model.load_state_dict(checkpoint.model)
@@ -105,3 +124,9 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
             f"{brief(str(error).splitlines()[-1])}"
         ) from error
     return model
+
+
+def _described(train_set: Any) -> str:
+    if isinstance(train_set, SampleSet):
+        return f"samples with {brief(repr(dict(train_set.facts)))}"
+    return f"{len(train_set.classes)} classes of images {train_set.sample_shape}"

@@ -1,9 +1,8 @@
-"""`disttrain predict`: what a checkpoint sees in pictures."""
+"""`disttrain predict`: what a checkpoint makes of files."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,53 +13,66 @@ from disttrain.worker import leave, worker
 
 @click.command(name="disttrain predict")
 @click.argument("address")
-@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--top", type=click.IntRange(min=1), help="How many classes to name.")
+@click.option("-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the task's predict.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--raw", is_flag=True, help="Use the weights themselves, not their averages.")
 @click.option("--trust", is_flag=True, help="Import the code that the run names.")
-def command(address: str, images: tuple[Path, ...], top: int, as_json: bool, raw: bool, trust: bool) -> None:
-    """Name what is in each of IMAGES with the run or checkpoint at ADDRESS, a path or URL.
+def command(
+    address: str,
+    files: tuple[str, ...],
+    top: int | None,
+    options: tuple[str, ...],
+    as_json: bool,
+    raw: bool,
+    trust: bool,
+) -> None:
+    """Have the run or checkpoint at ADDRESS, a path or URL, predict what its task does for each of FILES.
 
     Pictures are read as the data set `folder` reads them, which serves runs that were trained on bytes.
     """
     import torch
 
     from disttrain.commands.locate import (
-        data_of,
         find_checkpoint,
         recipe_of,
         refuse_objects,
-        refuse_other_than_pictures,
         restore_model,
+        task_of,
+        training_set_of,
+        warn_of_unknown_preparation,
     )
-    from disttrain.data import normalise, read_picture
+    from disttrain.commands.predict_options import predict_options
+    from disttrain.errors import ConfigurationError
+    from disttrain.task import ImageClassification
 
     checkpoint = find_checkpoint(address, raw=raw)
-    refuse_objects(checkpoint, ("model.name",))
-    data, recipe = data_of(checkpoint), recipe_of(checkpoint, trust=trust, imports=("task.name", "model.name"))
-    refuse_other_than_pictures(checkpoint, recipe)
-    model = restore_model(checkpoint, recipe).eval()
-    channels, height, width = data["sample_shape"]
-    pixels = torch.stack([read_picture(image, (height, width), channels) for image in images])
-    with torch.no_grad():
-        probabilities = model(normalise(pixels, data["mean"], data["std"])).softmax(1)
-    answers: list[dict[str, Any]] = [
-        {
-            "image": str(image),
-            "classes": [
-                {"class": data["classes"][index], "probability": row[index].item()}
-                for index in row.argsort(descending=True)[:top].tolist()
-            ],
-        }
-        for image, row in zip(images, probabilities, strict=True)
-    ]
+    refuse_objects(checkpoint, ("task.name", "model.name"))
+    recipe = recipe_of(checkpoint, trust=trust, imports=("task.name", "model.name"))
+    train_set = training_set_of(checkpoint)
+    task = task_of(checkpoint, recipe, train_set)
+    arguments = predict_options(task, [*options, *([f"top={top}"] if top is not None else [])])
+    warn_of_unknown_preparation(checkpoint, recipe)
+    model = restore_model(checkpoint, recipe, task, train_set).eval()
+    try:
+        samples = [(file, sample) for file in files for sample in task.read(file)]
+        batch = task.collate([sample for _, sample in samples])
+        with torch.no_grad():
+            prepared = task.prepare(batch, lambda num: torch.zeros(len(samples), num), training=False)
+            predictions = task.predict(model, prepared, **arguments)
+    except NotImplementedError as error:
+        raise ConfigurationError(f"{checkpoint.path}: {error}, which `disttrain predict` needs.") from error
+    answers = list(zip([file for file, _ in samples], predictions, strict=True))
     if as_json:
-        print(json.dumps({"checkpoint": str(checkpoint.path), "predictions": answers}))
+        if isinstance(task, ImageClassification):
+            listed: list[dict[str, Any]] = [{"image": file, **prediction} for file, prediction in answers]
+        else:
+            listed = [{"file": file, "prediction": prediction} for file, prediction in answers]
+        print(json.dumps({"checkpoint": str(checkpoint.path), "predictions": listed}))
         return
-    for answer in answers:
-        guesses = ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in answer["classes"])
-        print(printable(f"{answer['image']}: {guesses}"))
+    for file, prediction in answers:
+        print(printable(f"{file}: {task.in_words(prediction)}"))
 
 
 if __name__ == "__main__":

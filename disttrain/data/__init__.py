@@ -1,31 +1,39 @@
 """Data sets, who gets which sample when, and batches."""
 
 from disttrain.data.augment import crop, cutout, flip
-from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, StreamSplit
+from disttrain.data.batching import Batching, Fetched
+from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, SplitOutline, StreamSplit
 from disttrain.data.digest import Digest, digest_of
-from disttrain.data.load import load_datasets
-from disttrain.data.loader import Batch, EvalLoader, Loader, StepBatch
+from disttrain.data.load import as_samples, load_datasets
+from disttrain.data.loader import Batch, EvalBatch, EvalLoader, Loader, StepBatch
 from disttrain.data.normalise import normalise
+from disttrain.data.pytree import tensors_in, to_device
 from disttrain.data.repeat import unlike_when_read_again
 from disttrain.data.sampler import StepSampler
 from disttrain.data.sizes import batch_sizes_without_single_samples, smallest_batch, smallest_part
-from disttrain.data.sources.custom import as_datasets, as_split
+from disttrain.data.sources.custom import as_datasets, as_sample_sets, as_split
 from disttrain.data.sources.picture import read_picture
 
 __all__ = [
     "Batch",
+    "Batching",
     "Datasets",
     "Digest",
+    "EvalBatch",
     "EvalLoader",
+    "Fetched",
     "Loader",
     "MemorySplit",
     "SampleSet",
     "SampleSets",
     "Split",
+    "SplitOutline",
     "StepBatch",
     "StepSampler",
     "StreamSplit",
     "as_datasets",
+    "as_sample_sets",
+    "as_samples",
     "as_split",
     "batch_sizes_without_single_samples",
     "crop",
@@ -37,5 +45,7 @@ __all__ = [
     "read_picture",
     "smallest_batch",
     "smallest_part",
+    "tensors_in",
+    "to_device",
     "unlike_when_read_again",
 ]

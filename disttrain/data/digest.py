@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
-from disttrain.data.dataset import MemorySplit, Split, StreamSplit
+from disttrain.data.dataset import MemorySplit, SampleSet, Split, StreamSplit
+from disttrain.data.generators import generators_restored
 from disttrain.data.reader import read_samples
 
 _MOST_BYTES = 256 * 2**20  # of pixels, a tenth of a second; of a larger set every n-th image is looked at
@@ -40,7 +42,7 @@ class Digested(Protocol):
         ...
 
 
-def digest_of(split: Split) -> Digest:
+def digest_of(split: Split | SampleSet) -> Digest:
     """The digest of a training set, in a fraction of a second for all but huge sets."""
     if isinstance(split, MemorySplit):
         # What a user computed in floating point may have other bits on another machine.
@@ -48,6 +50,8 @@ def digest_of(split: Split) -> Digest:
         return Digest(_sha256(_bytes_of(split.labels)), pixels)
     if isinstance(split.dataset, Digested):
         return split.dataset.training_digest()
+    if isinstance(split, SampleSet):
+        return Digest(None, _of_some_samples(split))
     targets = _targets(split)
     if targets is not None:
         return Digest(_sha256(_bytes_of(targets)), None)
@@ -94,6 +98,32 @@ def _of_some_labels(split: StreamSplit) -> str | None:
     except Exception:  # a user's code; whoever trains on the sample says what is wrong with it
         return None
     return f"labels of {indices}:{_sha256(_bytes_of(first))}" if torch.equal(first, again) else None
+
+
+def _of_some_samples(split: SampleSet) -> str | None:
+    """Of what is exact in a few samples, if it is the same when they are read again."""
+    indices = torch.linspace(0, len(split) - 1, min(_NUM_READ, len(split))).long().tolist()
+    try:
+        with generators_restored():
+            first, again = ([_what_is_exact(split.dataset[index]) for index in indices] for _ in range(2))
+    except Exception:  # a user's code; whoever trains on the sample says what is wrong with it
+        return None
+    digest = hashlib.sha256(repr(first).encode()).hexdigest()[:16]
+    return f"samples {indices}:{digest}" if first == again else None
+
+
+def _what_is_exact(value: Any) -> Any:
+    """Numbers, texts and shapes; what is in floating point may have other bits on another machine."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = torch.as_tensor(value)
+    if isinstance(value, torch.Tensor):
+        exact = None if value.is_floating_point() or value.is_complex() else _sha256(_bytes_of(value.cpu()))
+        return str(value.dtype), tuple(value.shape), exact
+    if isinstance(value, Mapping):
+        return {str(key): _what_is_exact(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_what_is_exact(one) for one in value]
+    return value if isinstance(value, str | int | bool | bytes) else type(value).__name__
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

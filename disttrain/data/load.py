@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
+from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, StreamSplit
 from disttrain.data.digest import Digest, digest_of
 from disttrain.data.sources.custom import load_callable
 from disttrain.distributed.world import World
@@ -16,24 +17,29 @@ from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 
 
-def load_datasets(data: DataRecipe, world: World, first: Callable[[], AbstractContextManager[None]]) -> Datasets:
+def load_datasets(
+    data: DataRecipe, world: World, first: Callable[[], AbstractContextManager[None]], *, images: bool = True
+) -> Datasets | SampleSets:
     """The data set that `data.dataset` names, normalised and laid out as the recipe says.
 
-    `first` lets one worker of each machine through its block before the others: that one downloads and converts, and
-    the others then map what they find. Raises ConfigurationError, for the recipe, the data or the network.
+    `images` says whether the task takes a user's own sets for sets of images and labels. `first` lets one worker of
+    each machine through its block before the others: that one downloads and converts, and the others then map what they
+    find. Raises ConfigurationError, for the recipe, the data or the network.
     """
     with first():
         try:
-            datasets = _load(data)
+            datasets = _load(data, images)
         except OSError as error:
             raise ConfigurationError(f"data.root: {data.root} on {world.host} cannot be read: {error}.") from error
+    if isinstance(datasets, SampleSets):
+        return datasets
     return Datasets(_as_the_recipe_says(datasets.train, data), _as_the_recipe_says(datasets.test, data))
 
 
-def _load(data: DataRecipe) -> Datasets:
+def _load(data: DataRecipe, images: bool) -> Datasets | SampleSets:
     # Imported where they are needed: torchvision and scikit-learn take seconds.
     if ":" in data.dataset:
-        return load_callable(data)
+        return load_callable(data, images=images)
     if data.dataset == "folder":
         from disttrain.data.sources.folder import load_folder
 
@@ -46,6 +52,14 @@ def _load(data: DataRecipe) -> Datasets:
         from disttrain.data.sources.digits import load_digits_split
 
         return load_digits_split()
+    if data.dataset == "table":
+        from disttrain.data.sources.tabular import load_table
+
+        return load_table(data)
+    if data.dataset == "text":
+        from disttrain.data.sources.text import load_text
+
+        return load_text(data)
     if data.dataset == "synthetic":
         from disttrain.data.sources.synthetic import load_synthetic
 
@@ -74,6 +88,19 @@ class _Samples:
     def training_digest(self) -> Digest:
         """See `disttrain.data.digest`."""
         return digest_of(self.split)
+
+
+def as_samples(split: Split, name: str) -> SampleSet:
+    """A split of images for a task that makes its own batches: samples are (image (C, H, W), label).
+
+    Its facts are `classes` and `sample_shape`, and for bytes `mean` and `std`.
+    """
+    facts: dict[str, Any] = {"classes": list(split.classes), "sample_shape": list(split.sample_shape)}
+    if split.mean is not None and split.std is not None:
+        facts |= {"mean": list(split.mean), "std": list(split.std)}
+    if isinstance(split, MemorySplit):
+        return SampleSet(_Samples(split), name, facts, in_memory=True)
+    return SampleSet(split.dataset, split.name or name, facts)
 
 
 def _as_the_recipe_says(split: Split, data: DataRecipe) -> Split:

@@ -1,19 +1,20 @@
-"""Batches for training and evaluation: fetched, augmented and normalised as wholes."""
+"""Batches for training and evaluation: fetched, and prepared by the task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
+from typing import Any, NamedTuple
 
 import torch
 
 from disttrain import rng
-from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM, crop, cutout, flip
-from disttrain.data.dataset import Split
-from disttrain.data.normalise import normaliser
+from disttrain.data.batching import Batching, Fetched
+from disttrain.data.dataset import SampleSet, Split
 from disttrain.data.reader import open_reader
 from disttrain.data.sampler import StepSampler
+from disttrain.distributed.collectives import sum_ahead
 from disttrain.recipe import DataRecipe
 
 
@@ -21,16 +22,18 @@ from disttrain.recipe import DataRecipe
 class Batch:
     """What one backward pass takes.
 
-    `images`: (b, C, H, W) float32 on the device, `labels`: (b,) int64. `weight` is 1.0, or 0.0 where this worker's
-    share is empty: then the batch holds one sample of the step, so that the worker can take part in the collectives.
-    `slice_index` is the piece of the step's global batch that it belongs to; `opens_slice` and `closes_slice` mark the
-    first and the last batch of one. `samples`: (b,) int64, where its samples are in the training set.
+    `data` is what the task's `collate` and `prepare` made of its samples, on the device. `weight` is the number of
+    items in it, of which the task's loss is the sum: its samples, or what `Task.weight` counts. Where this worker's
+    share is empty, `is_filler`: it then holds one sample of the step, so that the worker can take part in the
+    collectives, and weighs nothing. `slice_index` is the piece of the step's global batch that it belongs to;
+    `opens_slice` and `closes_slice` mark the first and the last batch of one. `samples`: (b,) int64, where its samples
+    are in the training set.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    data: Any
     samples: torch.Tensor
-    weight: float
+    weight: int
+    is_filler: bool
     slice_index: int
     opens_slice: bool
     closes_slice: bool
@@ -38,11 +41,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """This worker's slices of a step's global batch, each in `accumulate` parts; `global_size` is that of all."""
+    """This worker's slices of a step's global batch, each in `accumulate` parts.
+
+    `global_size` counts the samples of all workers' parts, `global_weight` their items; it is at least 1.
+    """
 
     step_in_epoch: int
     parts: list[Batch]
     global_size: int
+    global_weight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class _Piece:
     """A batch before it is fetched: which samples of the split, (b,) int64; the rest is as in `Batch`."""
 
     samples: torch.Tensor
-    weight: float
+    is_filler: bool
     slice_index: int
     opens_slice: bool
     closes_slice: bool
@@ -61,50 +68,66 @@ class Loader:
 
     Each step's global batch is cut into `num_slices` slices, and each of those into `accumulate` parts. This worker
     serves `slices`: by default one of as many as there are workers. A part without samples is left out, or with
-    `fills_empty` holds a sample that weighs nothing, so that all workers have equally many parts. Augmentation, if
-    `training`, is a function of (seed, epoch, sample).
+    `fills_empty` holds a sample that weighs nothing, so that all workers have equally many parts. What is drawn in
+    augmentation is a function of (seed, epoch, sample).
+
+    With `weighs`, the task counts items of its own: then the workers agree on a step's global weight while the step
+    before is computed, and each must take every step of the epoch.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: Split | SampleSet,
         sampler: StepSampler,
         data: DataRecipe,
+        task: Batching,
         *,
         accumulate: int = 1,
         seed: int = 0,
         device: torch.device | None = None,
-        training: bool = True,
         slices: Sequence[int] | None = None,
         num_slices: int | None = None,
         fills_empty: bool = True,
+        weighs: bool = False,
     ) -> None:
         self._device = device or torch.device("cpu")
-        self._sampler, self._data, self._accumulate, self._seed = sampler, data, accumulate, seed
+        self._sampler, self._task, self._accumulate, self._seed = sampler, task, accumulate, seed
         self._slices = [sampler.rank] if slices is None else slices
         self._num_slices = num_slices or sampler.num_replicas
-        self._fills_empty = fills_empty
-        self._reader = open_reader(split, self._device, data.workers)
-        self._normalised = normaliser(split.mean, split.std, self._device)
-        self._augments = training and bool(data.crop_padding or data.flip or data.cutout)
+        self._fills_empty, self._weighs = fills_empty, weighs
+        self._reader = open_reader(split, self._device, data, task)
 
     def __len__(self) -> int:
         """Steps per epoch."""
         return self._sampler.steps_per_epoch
 
     def close(self) -> None:
-        """Dismiss a stream's DataLoader workers; they leave by themselves at the end of the process."""
+        """Dismiss the DataLoader workers; they leave by themselves at the end of the process."""
         self._reader.close()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """The steps of `epoch` from `start_step` on. Raises ConfigurationError for a sample that cannot be read."""
+        steps = self._steps(epoch, start_step)
+        return _one_ahead(steps, self._sampler.num_replicas) if self._weighs else steps
+
+    def samples(self, epoch: int, samples: torch.Tensor) -> Any:
+        """These samples of the split, (b,) int64, as they come in this epoch, in one batch; read in this process."""
+        return self.fetched(epoch, samples).data
+
+    def fetched(self, epoch: int, samples: torch.Tensor) -> Fetched:
+        """As `samples`, with the batch's weight."""
+        fetched = self._reader.take(samples, rng.derive(self._seed, epoch))
+        return Fetched(self._prepared(fetched.data, epoch, samples), fetched.weight)
+
+    def _steps(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
         plan, ahead = tee(self._pieces(epoch, step) for step in range(start_step, len(self)))
         # A stream's workers read ahead of what is handed out.
         requests = (piece.samples for pieces in ahead for piece in pieces)
         fetched = self._reader.read(requests, rng.derive(self._seed, epoch))
         for step, pieces in enumerate(plan, start=start_step):
-            parts = [self._batch(epoch, piece, *next(fetched)) for piece in pieces]
-            yield StepBatch(step, parts, self._sampler.global_size(step))
+            parts = [self._batch(epoch, piece, next(fetched)) for piece in pieces]
+            size = self._sampler.global_size(step)
+            yield StepBatch(step, parts, size, size)
 
     def _pieces(self, epoch: int, step: int) -> list[_Piece]:
         pieces = []
@@ -112,53 +135,74 @@ class Loader:
             whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
             cut = [part for part in whole.tensor_split(self._accumulate) if len(part) or self._fills_empty]
             for number, samples in enumerate(cut, start=1):
-                weight = 1.0 if len(samples) else 0.0
-                if not weight:
+                is_filler = not len(samples)
+                if is_filler:
                     samples = self._sampler.indices(epoch, step, 0, 1)[:1]
-                pieces.append(_Piece(samples, weight, slice_index, number == 1, number == len(cut)))
+                pieces.append(_Piece(samples, is_filler, slice_index, number == 1, number == len(cut)))
         return pieces
 
-    def _batch(self, epoch: int, piece: _Piece, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        images = self._prepared(images, epoch, piece.samples)
+    def _batch(self, epoch: int, piece: _Piece, fetched: Fetched) -> Batch:
+        data = self._prepared(fetched.data, epoch, piece.samples)
+        weight = 0 if piece.is_filler else fetched.weight
         return Batch(
-            images, labels, piece.samples, piece.weight, piece.slice_index, piece.opens_slice, piece.closes_slice
+            data, piece.samples, weight, piece.is_filler, piece.slice_index, piece.opens_slice, piece.closes_slice
         )
 
-    def _prepared(self, images: torch.Tensor, epoch: int, samples: torch.Tensor) -> torch.Tensor:
-        if not self._augments:
-            return self._normalised(images)
-        u = rng.uniform(self._seed, epoch, samples, NUM_UNIFORM).to(images.device, non_blocking=True)
-        if self._data.crop_padding:
-            images = crop(images, self._data.crop_padding, u[:, CROP_COLUMNS])
-        if self._data.flip:
-            images = flip(images, u[:, FLIP_COLUMN])
-        images = self._normalised(images)
-        if self._data.cutout:
-            images = cutout(images, self._data.cutout, u[:, CUTOUT_COLUMNS])
-        return images
+    def _prepared(self, data: Any, epoch: int, samples: torch.Tensor) -> Any:
+        return self._task.prepare(data, _drawing(self._seed, epoch, samples, self._device), training=True)
+
+
+def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBatch]:
+    """Each step with its global weight, which travels while the step before is computed."""
+    waiting: Callable[[], StepBatch] | None = None
+    for step in steps:
+        coming = _weighed(step, num_workers)
+        if waiting is not None:
+            yield waiting()
+        waiting = coming
+    if waiting is not None:
+        yield waiting()
+
+
+def _weighed(step: StepBatch, num_workers: int) -> Callable[[], StepBatch]:
+    total = sum_ahead(sum(part.weight for part in step.parts), num_workers)
+    return lambda: StepBatch(step.step_in_epoch, step.parts, step.global_size, max(1, total()))
+
+
+def _drawing(seed: int, epoch: int, samples: torch.Tensor, device: torch.device) -> Callable[[int], torch.Tensor]:
+    """What draws random numbers for samples, which follow from (seed, epoch, sample) alone."""
+    return lambda num: rng.uniform(seed, epoch, samples, num).to(device, non_blocking=True)
+
+
+class EvalBatch(NamedTuple):
+    """The `number`-th batch of an evaluation: what the task made of the samples, and how many items they hold."""
+
+    number: int
+    data: Any
+    weight: int
 
 
 class EvalLoader:
     """A split in its own order, in batches that have the same content and shape at every world size.
 
-    Batch k belongs to worker k % size. Iterating yields (k, images, labels), normalised and never augmented. All
-    workers get equally many: k >= num_batches is an earlier batch once more, for a model with collectives of its own.
+    Batch k belongs to worker k % size; the task prepares it as not for training. All workers get equally many: a number
+    of num_batches or more is an earlier batch once more, for a model with collectives of its own.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: Split | SampleSet,
         data: DataRecipe,
+        task: Batching,
         *,
         batch_size: int,
         rank: int = 0,
         size: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        self._device = device or torch.device("cpu")
+        self.device = device or torch.device("cpu")
         self._length, self._batch_size, self._rank, self._size = len(split), batch_size, rank, size
-        self._reader = open_reader(split, self._device, data.workers)
-        self._normalised = normaliser(split.mean, split.std, self._device)
+        self._task, self._reader = task, open_reader(split, self.device, data, task)
 
     @property
     def num_batches(self) -> int:
@@ -166,15 +210,23 @@ class EvalLoader:
         return -(-self._length // self._batch_size)
 
     def close(self) -> None:
-        """Dismiss a stream's DataLoader workers; they leave by themselves at the end of the process."""
+        """Dismiss the DataLoader workers; they leave by themselves at the end of the process."""
         self._reader.close()
 
-    def __iter__(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def samples(self, samples: torch.Tensor) -> Any:
+        """These samples of the split, (b,) int64, in one batch; read in this process."""
+        return self._prepared(self._reader.take(samples, 0).data, samples)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
         rounds = -(-self.num_batches // self._size)
         mine = range(self._rank, rounds * self._size, self._size)
         fetched = self._reader.read((self._indices(number % self.num_batches) for number in mine), seed=0)
-        for number, (images, labels) in zip(mine, fetched, strict=True):
-            yield number, self._normalised(images), labels
+        for number, batch in zip(mine, fetched, strict=True):
+            samples = self._indices(number % self.num_batches)
+            yield EvalBatch(number, self._prepared(batch.data, samples), batch.weight)
+
+    def _prepared(self, data: Any, samples: torch.Tensor) -> Any:
+        return self._task.prepare(data, _drawing(0, 0, samples, self.device), training=False)
 
     def _indices(self, number: int) -> torch.Tensor:
         return torch.arange(number * self._batch_size, min((number + 1) * self._batch_size, self._length))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -20,18 +21,11 @@ def normalise(
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def normaliser(
-    mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`normalise` with a split's `mean` and `std`; without them (floats) images pass as they are."""
-    if mean is None or std is None:
-        return lambda images: images
-    mean_there, std_there = per_channel(mean, device), per_channel(std, device)
-    return lambda images: normalise(images, mean_there, std_there)
-
-
 def per_channel(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
     """One number per channel as (C, 1, 1) float32, which stretches over a batch of images; tensors pass as they are."""
-    if isinstance(values, torch.Tensor):
-        return values
+    return values if isinstance(values, torch.Tensor) else _on_device(tuple(values), device)
+
+
+@lru_cache(maxsize=16)  # every batch asks, and on a GPU each copy would wait for it
+def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

@@ -1,35 +1,38 @@
-"""How batches of samples are fetched from a split: from memory by index, or through DataLoader workers."""
+"""How batches of samples are fetched from a split: from memory by index, in this process, or by DataLoader workers."""
 
 from __future__ import annotations
 
 import atexit
-import random
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from disttrain import rng
-from disttrain.data.dataset import MemorySplit, Split, StreamSplit
-from disttrain.errors import ConfigurationError, DisttrainError, failure_in
+from disttrain.data.batching import Batching, Fetched, ImageSource, SampleSource, Source
+from disttrain.data.dataset import MemorySplit, SampleSet, Split, StreamSplit
+from disttrain.data.pytree import to_device
+from disttrain.errors import DisttrainError
+from disttrain.recipe import DataRecipe
 
 _GRACE_S = 60
 """How long a DataLoader worker goes on after a SIGTERM: enough for the step and the checkpoint that its parent ends."""
 
 
 class Reader(Protocol):
-    """Fetches batches: raw images (b, C, H, W) and labels (b,) int64, on the device."""
+    """Fetches batches, on the device; of images, raw ones (b, C, H, W) and labels (b,) int64."""
 
-    def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[Fetched]:
         """The samples of each of `batches` (b,) int64, in turn.
 
         Random transforms inside a user's data set draw numbers that depend on (seed, sample) alone.
         """
+        ...
+
+    def take(self, samples: torch.Tensor, seed: int) -> Fetched:
+        """One batch as `read` gives it, fetched in this process whatever else is being read."""
         ...
 
     def close(self) -> None:
@@ -37,11 +40,20 @@ class Reader(Protocol):
         ...
 
 
-def open_reader(split: Split, device: torch.device, workers: int) -> Reader:
-    """The reader for the split's kind; `workers` is the number of DataLoader workers of a stream."""
+def open_reader(split: Split | SampleSet, device: torch.device, data: DataRecipe, task: Batching) -> Reader:
+    """The reader for the split's kind. `task` collates samples that are not images."""
     if isinstance(split, MemorySplit):
         return MemoryReader(split, device)
-    return StreamReader(split, device, workers)
+    if isinstance(split, StreamSplit):
+        return StreamReader(ImageSource(split), device, data.workers)
+    return StreamReader(SampleSource(split, task), device, data.workers if _is_streamed(split, data) else 0)
+
+
+def _is_streamed(split: SampleSet, data: DataRecipe) -> bool:
+    """Whether DataLoader workers are worth their start: not for samples that are in memory already."""
+    if data.layout != "auto":
+        return data.layout == "stream"
+    return not (split.in_memory or isinstance(split.dataset, list | tuple | TensorDataset))
 
 
 class MemoryReader:
@@ -55,17 +67,20 @@ class MemoryReader:
         home = device if resident else torch.device("cpu")
         self._images, self._labels, self._device = split.images.to(home), split.labels.to(home), device
 
-    def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[Fetched]:
         """See `Reader.read`."""
-        home = self._images.device
         for indices in batches:
-            indices = indices.to(home, non_blocking=True)
-            yield self._take(self._images, indices), self._take(self._labels, indices)
+            yield self.take(indices, seed)
+
+    def take(self, samples: torch.Tensor, seed: int) -> Fetched:
+        """See `Reader.take`."""
+        samples = samples.to(self._images.device, non_blocking=True)
+        return Fetched((self._chosen(self._images, samples), self._chosen(self._labels, samples)), len(samples))
 
     def close(self) -> None:
         """See `Reader.close`."""
 
-    def _take(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def _chosen(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         if values.device == self._device or self._device.type != "cuda":
             return values.index_select(0, indices).to(self._device)
         pinned = torch.empty((len(indices), *values.shape[1:]), dtype=values.dtype, pin_memory=True)
@@ -73,13 +88,13 @@ class MemoryReader:
 
 
 class StreamReader:
-    """Reads samples in DataLoader workers that stay from epoch to epoch."""
+    """Reads samples in DataLoader workers that stay from epoch to epoch, or with none in this process."""
 
-    def __init__(self, split: StreamSplit, device: torch.device, workers: int) -> None:
+    def __init__(self, source: Source, device: torch.device, workers: int) -> None:
         self._plan = _Plan()
-        self._device = device
+        self._source, self._device = source, device
         self._loader: DataLoader[Any] = DataLoader(
-            _Batches(split),
+            _Batches(source),
             batch_sampler=self._plan,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -91,18 +106,24 @@ class StreamReader:
         reference = weakref.ref(self._loader)
         atexit.register(lambda: _dismiss(reference()))
 
-    def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[Fetched]:
         """See `Reader.read`. Raises ConfigurationError for a sample that cannot be read or does not fit."""
         self._plan.batches, self._plan.seed = batches, seed
         try:
             for fetched in self._loader:
                 if isinstance(fetched, DisttrainError):
                     raise fetched
-                images, labels = fetched
-                yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+                yield self._moved(fetched)
         except Exception:
             self.close()
             raise
+
+    def take(self, samples: torch.Tensor, seed: int) -> Fetched:
+        """See `Reader.take`."""
+        return self._moved(self._source.fetch(seed, samples.tolist()))
+
+    def _moved(self, fetched: Fetched) -> Fetched:
+        return Fetched(to_device(fetched.data, self._device), fetched.weight)
 
     def close(self) -> None:
         """See `Reader.close`."""
@@ -128,42 +149,14 @@ class _Batches(Dataset[Any]):
     sample's number.
     """
 
-    def __init__(self, split: StreamSplit) -> None:
-        self._dataset, self._num_classes = split.dataset, len(split.classes)
-        self._sample_shape, self._dtype = split.sample_shape, split.dtype
-        self._of_set = f" of {split.name}" if split.name else ""
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
-    def __getitems__(self, request: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor] | DisttrainError:
-        seed, indices = request
-        images, labels = [], []
+    def __getitems__(self, request: tuple[int, list[int]]) -> Fetched | DisttrainError:
         try:
-            with generators_restored():
-                for index in indices:
-                    _seed_generators(rng.derive(seed, index))
-                    image, label = self._dataset[index]
-                    images.append(self._checked(index, image, int(label)))
-                    labels.append(int(label))
+            return self._source.fetch(*request)
         except DisttrainError as error:
             return error
-        except Exception as error:  # a user's data set may raise anything
-            return failure_in(f"sample {index}{self._of_set}", error)
-        return torch.stack(images), torch.tensor(labels)
-
-    def _checked(self, index: int, image: torch.Tensor, label: int) -> torch.Tensor:
-        if tuple(image.shape) != self._sample_shape:
-            raise ConfigurationError(
-                f"sample {index}{self._of_set} is {tuple(image.shape)} (channels, height, width) and the first sample "
-                f"{self._sample_shape}; bring all to one size."
-            )
-        if image.dtype != self._dtype:
-            raise ConfigurationError(
-                f"sample {index}{self._of_set} is {image.dtype} and the first sample {self._dtype}; give all one type."
-            )
-        if not 0 <= label < self._num_classes:
-            raise ConfigurationError(
-                f"sample {index}{self._of_set} has label {label}, outside 0..{self._num_classes - 1}."
-            )
-        return image
 
 
 def read_samples(split: StreamSplit, seed: int, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,10 +164,8 @@ def read_samples(split: StreamSplit, seed: int, indices: list[int]) -> tuple[tor
 
     Raises ConfigurationError for a sample that cannot be read or does not fit.
     """
-    fetched = _Batches(split).__getitems__((seed, indices))
-    if isinstance(fetched, DisttrainError):
-        raise fetched
-    return fetched
+    images, labels = ImageSource(split).fetch(seed, indices).data
+    return images, labels
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -200,21 +191,3 @@ def _dismiss(loader: DataLoader[Any] | None) -> None:
     if loader is not None and iterator is not None:
         iterator._shutdown_workers()
         loader._iterator = None
-
-
-def _seed_generators(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Leave the global generators as they were: without DataLoader workers they are the training process's own."""
-    python, legacy_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy_numpy)

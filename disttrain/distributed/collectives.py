@@ -24,6 +24,23 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_ahead(number: int, num_ranks: int) -> Callable[[], int]:
+    """Begin to sum a whole number over the `num_ranks` ranks; calling the result waits for the sum.
+
+    It travels while other things are computed.
+    """
+    if num_ranks == 1:
+        return lambda: number
+    total = torch.tensor(number, dtype=torch.int64)
+    work = dist.all_reduce(total, op=dist.ReduceOp.SUM, async_op=True)
+
+    def finish() -> int:
+        work.wait()
+        return int(total)
+
+    return finish
+
+
 def max_(tensor: torch.Tensor) -> torch.Tensor:
     """Replace `tensor` by its maximum over all ranks."""
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from disttrain import rng
-from disttrain.data import Batch, StepBatch
+from disttrain.data import Batch, StepBatch, tensors_in
 from disttrain.recipe import TrainRecipe
+from disttrain.task import Task
 
 _log = logging.getLogger("disttrain")
 _TUNE = "lower optim.lr, set train.clip_norm, or add schedule.warmup_steps"
+_MEND = "mend these samples, or take them out of the training set"
 _MOST_NAMED = 8
 
 
@@ -40,9 +41,17 @@ class Rerun:
     """Computes steps again as `train_step` does, without the other workers and without changing weights."""
 
     def __init__(
-        self, model: nn.Module, recipe: TrainRecipe, device: torch.device, autocast: torch.dtype | None
+        self,
+        model: nn.Module,
+        task: Task,
+        recipe: TrainRecipe,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        read: Callable[[int, torch.Tensor], Any],
     ) -> None:
-        self._model, self._recipe, self._device, self._autocast = model, recipe, device, autocast
+        """`read(step, samples)` gives samples of the training set as the step had them, in one batch."""
+        self._model, self._task, self._recipe, self._read = model, task, recipe, read
+        self._device, self._autocast = device, autocast
 
     def find_first(
         self, batch: StepBatch, step: int, scale: float, restore_buffers: Callable[[], None]
@@ -61,7 +70,9 @@ class Rerun:
                     restore_buffers()
                     rng.seed_layers(self._device, self._recipe.seed, step, part.slice_index)
                 found = self._look_at(part, number, scale)
-                first = first or found
+                if found is not None and first is None:
+                    restore_buffers()
+                    first = self._narrowed(found, step)
         except Exception:  # what was found without it is still to be told
             _log.exception("the step could not be computed again")
         finally:
@@ -69,35 +80,61 @@ class Rerun:
         return first
 
     def _look_at(self, part: Batch, number: int, scale: float) -> Finding | None:
-        def finding(rows: torch.Tensor, *words: str) -> Finding:
-            bad = part.samples[~rows.cpu()] if not rows.all() else part.samples
+        def finding(rows: torch.Tensor | None, *words: str) -> Finding:
+            bad = part.samples if rows is None or rows.all() else part.samples[~rows.cpu()]
             return Finding(part.slice_index, number, tuple(bad.tolist()), *words)
 
-        images_of = _finite_rows(part.images)
         with (
             _watched(self._model) as seen,
             torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None),
             torch.compiler.set_stance("force_eager") if self._recipe.compile else nullcontext(),
         ):
-            scores = self._model(part.images)
-            losses = functional.cross_entropy(
-                scores, part.labels, reduction="none", label_smoothing=self._recipe.label_smoothing
-            )
+            losses = self._task.losses(self._model, part.data)
+            loss = self._task.loss(self._model, part.data) if losses is None else losses.sum()
         parameters = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
-        gradients = torch.autograd.grad(losses.sum() * scale, list(parameters.values()), allow_unused=True)
-        if not part.weight:
+        gradients = torch.autograd.grad(loss * scale, list(parameters.values()), allow_unused=True)
+        if part.is_filler:
             return None
-        rows = _finite_rows(losses.detach())
-        if not images_of.all():
-            return finding(images_of, "an image", "", "mend these samples, or take them out of the training set")
+        rows = None if losses is None else _finite_rows(losses.detach())
+        inputs = None if losses is None else _finite_inputs(part)
+        if inputs is not None and not inputs.all():
+            return finding(inputs, "an image", "", _MEND)
         if seen:
             return finding(rows, *seen[0])
-        if not rows.all():
-            return finding(rows, "the loss", "though the model's scores are")
+        if not bool(loss.isfinite()):
+            return finding(rows, "the loss", "though what the model returned is")
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and not _is_finite(gradient):
                 return finding(rows, f"the gradient of '{name}'", "though the loss is")
         return None
+
+    @torch.no_grad()
+    def _narrowed(self, found: Finding, step: int) -> Finding:
+        """The finding with the samples to blame alone, each looked at by itself; all of them if none stands out.
+
+        In evaluation mode, where layers over a batch take a single sample, and ask no other worker.
+        """
+        if len(found.samples) <= 1 and found.what == "an image":
+            return found
+        bad, has_nan = [], False
+        self._model.eval()
+        try:
+            for sample in found.samples:
+                data = self._read(step, torch.tensor([sample]))
+                nan = any(bool(one.isnan().any()) for one in tensors_in(data) if one.is_floating_point())
+                with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                    finite = bool(self._task.loss(self._model, data).isfinite())
+                if nan or not finite:
+                    bad.append(sample)
+                has_nan = has_nan or nan
+        except Exception:  # it is of several samples at least that something is known
+            _log.exception("the samples could not be looked at one by one")
+            return found
+        finally:
+            self._model.train()
+        if has_nan and found.what != "an image":
+            found = replace(found, what="an input", comparison="", advice=_MEND)
+        return replace(found, samples=tuple(bad)) if bad else found
 
 
 def listed(samples: tuple[int, ...]) -> str:
@@ -114,12 +151,12 @@ def _watched(model: nn.Module) -> Iterator[list[tuple[str, ...]]]:
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if seen or all(_is_finite(tensor) for tensor in _tensors(output)):
+            if seen or all(_is_finite(tensor) for tensor in tensors_in(output)):
                 return
             what = f"'{name}' ({type(module).__name__})" if name else "the model"
             if not all(_is_finite(tensor) for tensor in module.parameters(recurse=False)):
                 seen.append((f"a parameter of {what}", "before this step"))
-            elif all(_is_finite(tensor) for tensor in _tensors(arguments)):
+            elif all(_is_finite(tensor) for tensor in tensors_in(arguments)):
                 seen.append((f"the output of {what}", "though its input is"))
             else:
                 seen.append((f"the input of {what}", "though every module's output before it is"))
@@ -134,19 +171,15 @@ def _watched(model: nn.Module) -> Iterator[list[tuple[str, ...]]]:
             handle.remove()
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
-
-
 def _is_finite(tensor: torch.Tensor) -> bool:
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     return bool(values.isfinite().all())
+
+
+def _finite_inputs(part: Batch) -> torch.Tensor | None:
+    """Which of a batch of images are finite, (B,)."""
+    images = next(tensors_in(part.data), None)
+    return _finite_rows(images) if images is not None and len(images) == len(part.samples) else None
 
 
 def _finite_rows(tensor: torch.Tensor) -> torch.Tensor:

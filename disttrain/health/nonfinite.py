@@ -7,7 +7,7 @@ then do the ranks tell each other what they know.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -22,6 +22,7 @@ from disttrain.health.diagnosis import Rerun, listed
 from disttrain.models.buffers import BufferCopies
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import TrainRecipe
+from disttrain.task import Task
 
 # A scale of one leaves a gradient as it is: one that is not finite then is no doing of the scaler's.
 _NO_SCALE = 1.0
@@ -64,12 +65,15 @@ class NonFiniteGuard:
         scaler: torch.amp.GradScaler,
         world: World,
         autocast: torch.dtype | None,
+        task: Task,
+        read: Callable[[int, torch.Tensor], Any],
     ) -> None:
+        """`read` is as `Rerun` takes it."""
         self._policy, self._limit = recipe.non_finite, recipe.non_finite_limit
         self._strategy, self._optimizer, self._scaler = strategy, optimizer, scaler
         self._parameters = dict(strategy.model.named_parameters())
         self._buffers = BufferCopies(strategy.model)
-        self._rerun = Rerun(strategy.model, recipe, world.device, autocast)
+        self._rerun = Rerun(strategy.model, task, recipe, world.device, autocast, read)
         self._incident: Incident | None = None
         self._in_a_row = self._total = 0
 

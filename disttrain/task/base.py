@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -51,6 +52,13 @@ class Task:
         """The SUM of the losses of the batch's items, () floating-point; the trainer divides it. Required."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch)")
 
+    def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """What `loss` sums, as one number for each sample, (B,): it finds a sample that makes the loss NaN.
+
+        None (the default): each sample is then looked at by itself.
+        """
+        return None
+
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, torch.Tensor | list[Any]]:
         """What a batch adds to an evaluation: tensors are added up, lists are joined in the order of the set."""
         return {"loss": self.loss(model, batch)}
@@ -65,12 +73,23 @@ class Task:
         return {}
 
     def headline(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
-        """An evaluation in a few words, for the console. `metrics` is what `metrics` returned, `details` likewise."""
+        """An evaluation in a few words, for the console. `metrics` is what `metrics` returned, `details` likewise.
+
+        The line at the end of a run has no details.
+        """
         return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+    def report(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
+        """An evaluation in full, as `disttrain evaluate` prints it. By default the headline."""
+        return [self.headline(metrics, details)]
 
     def predict(self, model: nn.Module, batch: Batch) -> Sequence[Any]:
         """An answer for each sample of the batch, as JSON can hold it: what `disttrain predict RUN FILE...` prints."""
         raise NotImplementedError(f"{type(self).__name__} does not define predict(model, batch)")
+
+    def in_words(self, prediction: Any) -> str:
+        """A prediction in a few words, for a terminal. By default as JSON has it."""
+        return prediction if isinstance(prediction, str) else json.dumps(prediction)
 
     def read(self, path: str) -> list[Any]:
         """The samples in a file that `predict` was given, as the data set gives them but without their targets.

@@ -101,9 +101,9 @@ class Console:
 
             self._bar = Bar(step, total_steps)
 
-    def measured(self, loss: float, images_per_second: float) -> None:
-        """What `progress` shows from now on; `loss` is the mean over a global batch."""
-        self._words = (f"loss {loss:.4f}", f"{images_per_second:,.0f} images/s")
+    def measured(self, loss: float, pace: str) -> None:
+        """What `progress` shows from now on; `loss` is the mean over a global batch, `pace` such as "9 images/s"."""
+        self._words = (f"loss {loss:.4f}", pace)
 
     def progress(self, step: int, epoch: int, num_epochs: int) -> None:
         """Show that `step` is made: on the bar, or else in a line if nothing was printed for a while."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from disttrain.data import SampleSet
 from disttrain.distributed.launched import launched_by
 from disttrain.errors import StoppedError
 from disttrain.faultpoints import reached
@@ -86,10 +87,11 @@ def _conclude(
     assert job.metrics is not None
     reached("conclusion: begun")
     split = job.data.train
-    if tracker.exports_models:
-        console.line("exporting the model for MLflow")
-    with job.as_evaluated():
-        tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
+    if not isinstance(split, SampleSet):
+        if tracker.exports_models:
+            console.line("exporting the model for MLflow")
+        with job.as_evaluated():
+            tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
     reached("conclusion: exported")
     tracker.event("finished", step=job.step)
     if tracker.uri is not None:
@@ -99,7 +101,7 @@ def _conclude(
     before = stop.received
     tracker.finish("FINISHED", timeout_s=patience_s, unless=lambda: stop.received != before)
     reached("conclusion: delivered")
-    console.line(f"done in {seconds:.1f} s: accuracy {job.metrics['eval/accuracy']:.2%}")
+    console.line(f"done in {seconds:.1f} s: {job.task.headline(job.evaluation(), {})}")
     console.line(f"run         {address}")
     console.line(f"checkpoint  {address}/{CHECKPOINTS}/{checkpoint_name(job.step)}")
     if tracker.uri is not None:

@@ -1,106 +1,151 @@
 """The exact evaluation by all workers: every sample once, in no worker twice, the same numbers at every world size.
 
 The set is cut into the same batches whatever the world size, and the workers deal them out among themselves. So each
-sample is computed in the same company, and its logits have the same bits. Counts are summed as integers; the batches'
-losses are collected first and added in the order of the set.
+sample is computed in the same company, and what it scores has the same bits. Integers are summed as such; what a batch
+scores in floating point is collected first and added in the order of the set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from disttrain import rng
 from disttrain.data import EvalLoader
-from disttrain.distributed.collectives import sum_
+from disttrain.distributed.collectives import gather_objects, sum_
+from disttrain.errors import ConfigurationError
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
+from disttrain.task import Task
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scored on a set. `confusion[i, j]` counts the samples of class i that were taken for class j."""
+    """What a model scored on a set: the task's metrics by name, and its details."""
 
-    confusion: torch.Tensor
-    loss: float
-    classes: tuple[str, ...]
-
-    @property
-    def total(self) -> int:
-        """How many samples there were."""
-        return int(self.confusion.sum())
-
-    @property
-    def correct(self) -> int:
-        """How many were given their own class."""
-        return int(self.confusion.diagonal().sum())
-
-    @property
-    def accuracy(self) -> float:
-        """The share of correct ones, 0 to 1."""
-        return self.correct / self.total if self.total else 0.0
-
-    @property
-    def per_class(self) -> dict[str, float | None]:
-        """The share of correct ones in each class; None for a class without samples."""
-        totals = self.confusion.sum(1).tolist()
-        hits = self.confusion.diagonal().tolist()
-        return {
-            name: hit / total if total else None for name, hit, total in zip(self.classes, hits, totals, strict=True)
-        }
+    metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The evaluation as `disttrain evaluate --json` prints it, with the confusion matrix."""
-        return {
-            "correct": self.correct,
-            "total": self.total,
-            "accuracy": self.accuracy,
-            "loss": self.loss,
-            "per_class": self.per_class,
-            "confusion": self.confusion.tolist(),
-        }
+        """The evaluation as `disttrain evaluate --json` prints it."""
+        return {"metrics": self.metrics, **self.details}
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
+    task: Task,
     loader: EvalLoader,
-    classes: tuple[str, ...],
     *,
     autocast: torch.dtype | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate `model` on all of the loader's batches, shared among the ranks. Every rank must call it.
 
-    The loss is the mean cross-entropy per sample, without label smoothing. `autocast` is the type to compute in,
-    `on_batch` is called after each of this rank's batches. The model is left as it was, its buffers included: what a
-    rank evaluates must not show in what it trains.
+    `autocast` is the type to compute in, `on_batch` is called after each of this rank's batches. The model is left as
+    it was, its buffers included: what a rank evaluates must not show in what it trains. Raises ConfigurationError for
+    scores or metrics that are not what the task may return.
     """
     was_training = model.training
     model.eval()
-    num_classes = len(classes)
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64)
-    losses = torch.zeros(loader.num_batches, dtype=torch.float64)
+    scores: dict[int, dict[str, torch.Tensor | list[Any]]] = {}
+    weight = 0
     with buffers_kept(model):
-        for index, images, labels in loader:
-            reached("evaluation", batch=index)
-            rng.seed_layers(images.device, 0, 0, index)  # a model that draws even here must know no worker either
-            with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
-                logits = model(images)
-            if index >= loader.num_batches:
+        for batch in loader:
+            reached("evaluation", batch=batch.number)
+            # A model that draws even here must know no worker either.
+            rng.seed_layers(loader.device, 0, 0, batch.number)
+            with torch.autocast(loader.device.type, dtype=autocast, enabled=autocast is not None):
+                score = task.score(model, batch.data)
+            if batch.number >= loader.num_batches:
                 continue  # only so that every rank makes as many forward passes
-            losses[index] = functional.cross_entropy(logits.float(), labels, reduction="sum").double().cpu()
-            pairs = (labels * num_classes + logits.argmax(1)).cpu()
-            confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
+            scores[batch.number] = checked_score(task, score)
+            weight += batch.weight
             on_batch()
     model.train(was_training)
-    sum_(confusion)
-    sum_(losses)  # each entry is one rank's own number, and zeros: the sum adds no rounding
-    matrix = confusion.view(num_classes, num_classes)
-    total = max(1, int(matrix.sum()))
-    return Evaluation(matrix, float(losses.sum()) / total, classes)
+    sums, total = _summed(task, scores, weight, loader.num_batches)
+    metrics = checked_metrics(task, task.metrics(sums, total))
+    return Evaluation(metrics, task.details(sums, total))
+
+
+def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]:
+    """What a batch scored, by name: counts as int64 and numbers as float64, on the CPU. Raises ConfigurationError."""
+    name = f"{type(task).__name__}.score"
+    if not isinstance(score, Mapping):
+        raise ConfigurationError(f"{name} returned a {type(score).__name__}: it has to be a dict of tensors and lists.")
+    checked: dict[str, torch.Tensor | list[Any]] = {}
+    for key, value in score.items():
+        if isinstance(value, list):
+            checked[key] = value
+        elif isinstance(value, torch.Tensor) and not value.is_complex() and value.layout == torch.strided:
+            checked[key] = value.detach().to("cpu", torch.float64 if value.is_floating_point() else torch.int64)
+        else:
+            raise ConfigurationError(
+                f"{name} returned a {type(value).__name__} for {key!r}: tensors are added up and lists joined; make it "
+                "one of them (torch.tensor(value))."
+            )
+    return checked
+
+
+def checked_metrics(task: Task, metrics: Any) -> dict[str, float]:
+    """What a task's `metrics` returned, as plain numbers. Raises ConfigurationError."""
+    name = f"{type(task).__name__}.metrics"
+    if not isinstance(metrics, Mapping):
+        raise ConfigurationError(f"{name} returned a {type(metrics).__name__}: it has to be a dict of numbers by name.")
+    try:
+        return {str(key): float(value) for key, value in metrics.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"{name} returned something that is not a number: {error}.") from error
+
+
+def _summed(
+    task: Task, scores: Mapping[int, Mapping[str, torch.Tensor | list[Any]]], weight: int, num_batches: int
+) -> tuple[dict[str, Any], int]:
+    """The scores of all ranks' batches, and their weight: the same on every rank."""
+    shapes = {key: _kind(value) for score in scores.values() for key, value in score.items()}
+    lists = {
+        number: {key: value for key, value in score.items() if isinstance(value, list)}
+        for number, score in scores.items()
+    }
+    is_even = all({key: _kind(value) for key, value in score.items()} == shapes for score in scores.values())
+    by_rank = gather_objects((shapes, is_even, weight, lists))
+    shapes = next((of_rank for of_rank, *_ in by_rank if of_rank), {})  # a rank may have no batch
+    if not all(even and (not of_rank or of_rank == shapes) for of_rank, even, *_ in by_rank):
+        raise ConfigurationError(
+            f"{type(task).__name__}.score returned other names, shapes or types for some batches than for others: "
+            f"for one {shapes}; tensors are added up, so make them alike, or return lists."
+        )
+    joined = {number: one for *_, of_rank in by_rank for number, one in of_rank.items()}
+    sums: dict[str, Any] = {}
+    for key, kind in shapes.items():
+        if kind is None:
+            sums[key] = list(chain.from_iterable(joined[number][key] for number in sorted(joined)))
+            continue
+        shape, is_float = kind
+        mine = {number: score[key] for number, score in scores.items()}
+        sums[key] = _sum_in_order(mine, shape, num_batches) if is_float else _count(mine, shape)
+    return sums, sum(of_rank for _, _, of_rank, _ in by_rank)
+
+
+def _kind(value: torch.Tensor | list[Any]) -> tuple[tuple[int, ...], bool] | None:
+    return None if isinstance(value, list) else (tuple(value.shape), value.is_floating_point())
+
+
+def _count(mine: Mapping[int, Any], shape: tuple[int, ...]) -> torch.Tensor:
+    total = torch.zeros(shape, dtype=torch.int64)
+    for value in mine.values():
+        total += value
+    return sum_(total)
+
+
+def _sum_in_order(mine: Mapping[int, Any], shape: tuple[int, ...], num_batches: int) -> torch.Tensor:
+    by_batch = torch.zeros((num_batches, *shape), dtype=torch.float64)
+    for number, value in mine.items():
+        by_batch[number] = value
+    # Each entry is one rank's own number, and zeros: the sum over ranks adds no rounding.
+    return sum_(by_batch).sum(0)

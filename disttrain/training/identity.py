@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from disttrain.data import Digest, Split
+from disttrain.data import Digest, SampleSet, Split, SplitOutline
 from disttrain.errors import ConfigurationError, brief
+from disttrain.task import Task
 from disttrain.training.optim import Schedule
 
-_PARAMETERS = {"model": "model.name", "train_set": "data.dataset", "test_set": "data.dataset"}
+_PARAMETERS = {"task": "task.name", "model": "model.name", "train_set": "data.dataset", "test_set": "data.dataset"}
 
 
-def describe_data(train: Split, digest: Digest) -> dict[str, Any]:
-    """What a checkpoint says of the training set."""
+def describe_data(train: Split | SampleSet, digest: Digest) -> dict[str, Any]:
+    """What a checkpoint says of the training set: of one that is not of images its facts, as far as JSON holds them."""
+    if isinstance(train, SampleSet):
+        facts = {key: value for key, value in train.facts.items() if _is_json(value)}
+        return {"num_train": len(train), "facts": json.loads(json.dumps(facts)), **asdict(digest)}
     return {
         "num_train": len(train),
         "classes": list(train.classes),
@@ -24,7 +29,45 @@ def describe_data(train: Split, digest: Digest) -> dict[str, Any]:
     }
 
 
-def _preparation(split: Split) -> dict[str, Any]:
+def describe_task(task: Task) -> dict[str, Any]:
+    """What a checkpoint says of the task. Raises ConfigurationError if JSON cannot hold it."""
+    described = task.describe()
+    if not isinstance(described, dict) or not _is_json(described):
+        raise ConfigurationError(
+            f"{type(task).__name__}.describe returned {brief(repr(described), 80)}: it has to be a dict that JSON can "
+            "hold."
+        )
+    plain: dict[str, Any] = json.loads(json.dumps(described))
+    return plain
+
+
+def refuse_other_task(state: Mapping[str, Any], where: object, now: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError if the checkpoint is of another task than `now` describes.
+
+    Checkpoints from before there were tasks are of image classification.
+    """
+    was = state.get("task", _FIRST_TASK)
+    for key in ("name", *sorted(was.keys() | now.keys())):
+        if was.get(key) != now.get(key):
+            raise ConfigurationError(
+                f"{where}: trained for a task with {key} = {brief(repr(was.get(key)), 80)}, and task.name and "
+                f"task.options now make one with {brief(repr(now.get(key)), 80)}: give the same, or start a new "
+                "--run-dir."
+            )
+
+
+_FIRST_TASK = {"name": "image-classification"}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _preparation(split: Split | SplitOutline) -> dict[str, Any]:
     """What the samples are, and what is done to them."""
     return {
         "dtype": str(split.dtype).removeprefix("torch."),
@@ -33,11 +76,13 @@ def _preparation(split: Split) -> dict[str, Any]:
     }
 
 
-def refuse_other_preparation(data: Mapping[str, Any], split: Split, where: object) -> None:
+def refuse_other_preparation(data: Mapping[str, Any], split: Split | SampleSet, where: object) -> None:
     """Raise ConfigurationError if the samples of `split` are not of the kind that `data`, of a checkpoint, knows.
 
     An older checkpoint does not know it well enough.
     """
+    if isinstance(split, SampleSet):
+        return
     for key, now in _preparation(split).items() if "dtype" in data else ():
         if data[key] != now:
             raise ConfigurationError(
@@ -58,15 +103,22 @@ def refuse_other_data(state: Mapping[str, Any], where: object, now: Mapping[str,
             f"{where}: trained on {was['num_train']} samples, and {_source(given)} now holds {now['num_train']}"
             f"{_objects_missing(state, given)}: {_SAME_DATA}"
         )
-    for number, (before, name) in enumerate(zip(was["classes"], now["classes"], strict=False)):
+    for key, before in was.get("facts", {}).items():
+        if before != now.get("facts", {}).get(key):
+            raise ConfigurationError(
+                f"{where}: '{key}' of the training set was {brief(repr(before), 80)}, now "
+                f"{brief(repr(now.get('facts', {}).get(key)), 80)}{_objects_missing(state, given)}: {_SAME_DATA}"
+            )
+    classes_before, classes_now = was.get("classes", []), now.get("classes", [])
+    for number, (before, name) in enumerate(zip(classes_before, classes_now, strict=False)):
         if before != name:
             raise ConfigurationError(
                 f"{where}: class {number} of the training set was {brief(repr(before), 80)}, now "
                 f"{brief(repr(name), 80)}{_objects_missing(state, given)}: {_SAME_DATA}"
             )
-    if len(was["classes"]) != len(now["classes"]):
+    if len(classes_before) != len(classes_now):
         raise ConfigurationError(
-            f"{where}: trained on {len(was['classes'])} classes, and {_source(given)} now has {len(now['classes'])}"
+            f"{where}: trained on {len(classes_before)} classes, and {_source(given)} now has {len(classes_now)}"
             f"{_objects_missing(state, given)}: {_SAME_DATA}"
         )
     for key, what in (("labels", "labels"), ("contents", "samples")):
@@ -75,7 +127,7 @@ def refuse_other_data(state: Mapping[str, Any], where: object, now: Mapping[str,
                 f"{where}: the {what} of the training set are not those that the run was trained on, or their order "
                 f"differs{_objects_missing(state, given)}: {_SAME_DATA}"
             )
-    refuse_missing_objects(state, where, [*given, *(_PARAMETERS.keys() - {"model"} if _is_known(was, now) else ())])
+    refuse_missing_objects(state, where, [*given, *(("train_set", "test_set") if _is_known(was, now) else ())])
 
 
 def refuse_missing_objects(state: Mapping[str, Any], where: object, given: Collection[str]) -> None:

@@ -22,29 +22,28 @@ from disttrain.data import (
     Digest,
     EvalLoader,
     Loader,
+    SampleSets,
     StepSampler,
-    as_datasets,
     digest_of,
-    load_datasets,
 )
-from disttrain.distributed.collectives import one_per_machine_first
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.health.nonfinite import NonFiniteGuard
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
 from disttrain.layout import EVAL, Best
-from disttrain.models import build_model, given_model, made_ready
 from disttrain.models.freeze import freeze, hold_statistics
 from disttrain.parallel.choose import parallelize
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import Recipe
+from disttrain.task import Task, has_own
 from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given
 from disttrain.training.groups import parameter_groups
-from disttrain.training.identity import describe_data
+from disttrain.training.identity import describe_data, describe_task
 from disttrain.training.optim import Schedule, build_optimizer
+from disttrain.training.sets import load_sets, model_for, served
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,7 +68,8 @@ class Job:
 
     recipe: Recipe
     world: World
-    data: Datasets
+    data: Datasets | SampleSets
+    task: Task
     strategy: Strategy
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -136,6 +136,10 @@ class Job:
         """The context in which the model has the weights that are evaluated: their averages, if there are any."""
         return nullcontext() if self.ema is None else self.ema.in_place()
 
+    def evaluation(self) -> dict[str, float]:
+        """The metrics that were measured at this step, as the task names them."""
+        return {name.removeprefix(EVAL): value for name, value in (self.metrics or {}).items()}
+
     def is_logged(self, step: int) -> bool:
         """Whether metrics are logged once `step` steps are done."""
         return step == self.total_steps or step % self.recipe.train.log_every_steps == 0
@@ -173,6 +177,7 @@ class Job:
             **self.strategy.state(),
             "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
+            "task": describe_task(self.task),
             "data": describe_data(self.data.train, self.digest),
             "given": sorted(self.given),
             "shared": shared_names(self.model.state_dict()),
@@ -201,18 +206,16 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     The weights at the start are those of `torch.manual_seed(train.seed)` followed by the model's constructor. Every
     rank must call it. Raises ConfigurationError for whatever does not fit.
     """
-    data = _datasets(recipe, world, given)
-    if len(data.train.classes) < 2:
-        raise ConfigurationError(
-            f"the training set has one class only, {data.train.classes[0]!r}: there is nothing to tell apart. "
-            "Give at least two; a folder needs one folder for each class."
-        )
+    data, task = load_sets(recipe, world, given)
+    train_sampler = StepSampler(
+        len(data.train),
+        num_replicas=world.size,
+        rank=world.rank,
+        seed=recipe.train.seed,
+        batch_size=recipe.data.batch_size,
+    )
     torch.manual_seed(recipe.train.seed)
-    model, num_classes, shape = given.model, len(data.train.classes), data.train.sample_shape
-    if model is None:  # not "or": a module with a length may be empty
-        model = build_model(recipe.model, num_classes=num_classes, sample_shape=shape)
-    else:
-        model = made_ready(given_model(model, num_classes=num_classes, sample_shape=shape), shape, "the model given")
+    model = model_for(recipe, given, data.train, task)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         instead = "the model given in place of " if given.model is not None else ""
         raise ConfigurationError(f"{instead}model.name = '{recipe.model.name}': it has no parameters to train.")
@@ -222,45 +225,53 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         model.compile()
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
     hold_statistics(strategy.model, recipe.model.freeze)
-    train_sampler = StepSampler(
-        len(data.train),
-        num_replicas=world.size,
-        rank=world.rank,
-        seed=recipe.train.seed,
-        batch_size=recipe.data.batch_size,
-    )
     steps_per_epoch = train_sampler.steps_per_epoch
     total_steps = recipe.train.epochs * steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
-    optimizer = build_optimizer(recipe.optim, parameter_groups(recipe.optim, strategy.model))
+    optimizer = build_optimizer(
+        recipe.optim, parameter_groups(recipe.optim, strategy.model, task.param_groups(strategy.model))
+    )
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     autocast = AUTOCAST[recipe.train.precision]
+    loader = Loader(
+        served(data.train, task),
+        train_sampler,
+        recipe.data,
+        task,
+        accumulate=recipe.train.accumulate,
+        seed=recipe.train.seed,
+        device=world.device,
+        slices=strategy.slices,
+        num_slices=strategy.num_slices,
+        fills_empty=strategy.fills_empty,
+        weighs=has_own(task, "weight"),
+    )
     return Job(
         recipe=recipe,
         world=world,
         data=data,
+        task=task,
         strategy=strategy,
         optimizer=optimizer,
         scaler=scaler,
-        non_finite=NonFiniteGuard(recipe.train, strategy, optimizer, scaler, world, autocast),
+        non_finite=NonFiniteGuard(
+            recipe.train,
+            strategy,
+            optimizer,
+            scaler,
+            world,
+            autocast,
+            task,
+            lambda step, samples: loader.samples(step // steps_per_epoch, samples),
+        ),
         spikes=SpikeGuard(recipe.train),
         schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
-        loader=Loader(
-            data.train,
-            train_sampler,
-            recipe.data,
-            accumulate=recipe.train.accumulate,
-            seed=recipe.train.seed,
-            device=world.device,
-            training=True,
-            slices=strategy.slices,
-            num_slices=strategy.num_slices,
-            fills_empty=strategy.fills_empty,
-        ),
+        loader=loader,
         eval_loader=EvalLoader(
-            data.test,
+            served(data.test, task),
             recipe.data,
+            task,
             batch_size=recipe.train.eval_batch_size,
             rank=world.rank,
             size=world.size,
@@ -270,14 +281,14 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         total_steps=total_steps,
         given=given.names(),
         ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
-        best=_best(recipe),
+        best=_best(recipe, task),
         digest=digest_of(data.train) if world.is_main else Digest(None, None),
     )
 
 
-def _best(recipe: Recipe) -> Best:
+def _best(recipe: Recipe, task: Task) -> Best:
     if recipe.checkpoint.best is None:
-        return Best()
+        return Best(*task.best)
     metric, _, mode = recipe.checkpoint.best.rpartition(":")
     return Best(metric.removeprefix(EVAL), mode)
 
@@ -285,11 +296,3 @@ def _best(recipe: Recipe) -> Best:
 def newest_checkpoint(store: CheckpointStore, world: World, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest good checkpoint, read and verified by rank 0; its outline on the others. Every rank must call it."""
     return read_by_main(world, lambda: store.newest(warn))
-
-
-def _datasets(recipe: Recipe, world: World, given: Given) -> Datasets:
-    if given.train_set is None and given.test_set is None:
-        return load_datasets(recipe.data, world, lambda: one_per_machine_first(world))
-    if given.train_set is None or given.test_set is None:
-        raise ConfigurationError("train_set and test_set belong together: give both, or neither.")
-    return as_datasets(given.train_set, given.test_set, recipe.data)

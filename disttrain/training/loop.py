@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from disttrain import rng
 from disttrain.data import StepBatch
@@ -36,8 +35,18 @@ class Result:
 
     run_dir: Path
     step: int
-    accuracy: float
-    loss: float
+    metrics: dict[str, float]
+    """The last evaluation: what the task's `metrics` returned."""
+
+    @property
+    def accuracy(self) -> float:
+        """The share of correct samples, 0 to 1. Raises KeyError if the task has no such metric."""
+        return self.metrics["accuracy"]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the evaluation. Raises KeyError if the task has no such metric."""
+        return self.metrics["loss"]
 
 
 def train(
@@ -93,14 +102,14 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given) -> Result:
         while True:
             try:
                 with open_session(recipe, world, run_dir, given, stop) as monitor:
-                    evaluation = fit(monitor.job, monitor)
-                    return Result(monitor.run_dir, monitor.job.step, evaluation["accuracy"], evaluation["loss"])
+                    metrics = fit(monitor.job, monitor)
+                    return Result(monitor.run_dir, monitor.job.step, metrics)
             except RolledBack as spike:  # as a restart would, it goes on from the newest checkpoint
                 run_dir = spike.address
 
 
 def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
-    """Train from where `job` stands to its last step; return the last evaluation's accuracy and loss."""
+    """Train from where `job` stands to its last step; return the last evaluation's metrics."""
     while True:
         if job.evaluation_is_due:
             monitor.evaluate()
@@ -111,7 +120,7 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
                 reached("step", step=job.step)
                 result = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
-                monitor.after_step(result, batch.global_size)
+                monitor.after_step(result, batch.global_weight)
                 if job.step >= job.total_steps:
                     break
 
@@ -135,22 +144,15 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         rehearse(job)
     set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
     job.non_finite.begin_step()
-
-    def loss_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        images, labels = data
-        return functional.cross_entropy(
-            model(images), labels, reduction="sum", label_smoothing=settings.label_smoothing
-        )
-
     losses = torch.zeros(strategy.num_slices, device=job.world.device)
     for part in batch.parts:
         if part.opens_slice:
             rng.seed_layers(job.world.device, settings.seed, job.step, part.slice_index)
             strategy.open_slice()
-        data, num_samples = (part.images, part.labels), len(part.samples)
         with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
-            loss = strategy.loss(loss_of, data, num_samples=num_samples, is_last=part.closes_slice)
-        share = loss / batch.global_size * part.weight
+            num_samples, is_last = len(part.samples), part.closes_slice
+            loss = strategy.loss(job.task.loss, part.data, num_samples=num_samples, is_last=is_last)
+        share = loss / batch.global_weight * (0.0 if part.is_filler else 1.0)
         job.scaler.scale(marked(share) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
         losses[part.slice_index] += share.detach()
         if part.closes_slice:

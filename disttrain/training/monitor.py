@@ -50,18 +50,19 @@ class RunMonitor:
         self._agreement = Agreement(num_flags=2)
         self._sampler = sampler
         self._last_log = time.monotonic()
-        self._samples_since_log = 0
+        self._items_since_log = self._items_in_epoch = 0  # of all workers, as the task counts them
         self._pace = ""
         self._has_warned = False  # that evaluation.json cannot be written
 
-    def after_step(self, result: StepResult | None, global_size: int) -> None:
+    def after_step(self, result: StepResult | None, num_items: int) -> None:
         """Log, save or stop as due after the step just made; `result` is None for a step that was left out.
 
         Every rank must call it. Raises StoppedError once all ranks have agreed to stop and the checkpoint is saved,
         RolledBack if the loss is a spike, DivergedError if there were too many.
         """
         job, recipe = self.job, self.job.recipe
-        self._samples_since_log += global_size
+        self._items_since_log += num_items
+        self._items_in_epoch += num_items
         # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
         if result is not None and job.is_logged(job.step):
             self._log(result)
@@ -154,11 +155,11 @@ class RunMonitor:
         # Every number in it is one worker's own, and zero on the others: only this sum rounds, in the slices' order.
         loss = math.fsum(sum_(report)[:num_slices].tolist())
         now = time.monotonic()
-        rate = self._samples_since_log / max(now - self._last_log, 1e-9)
-        self._last_log, self._samples_since_log = now, 0
+        rate, items = self._items_since_log / max(now - self._last_log, 1e-9), job.task.items
+        self._last_log, self._items_since_log = now, 0
         metrics = {
             "train/loss": loss,
-            "train/images_per_second": rate,
+            f"train/{'_'.join(items.split())}_per_second": rate,
             **job.learning_rates(),
             "train/epoch": job.step / job.steps_per_epoch,
         }
@@ -168,13 +169,13 @@ class RunMonitor:
             for node, place in enumerate(places):
                 metrics.update(node_metrics(node, report[place].tolist()))
         self._tracker.metrics(job.step, metrics)
-        self._console.measured(loss, rate)
+        self._console.measured(loss, f"{rate:,.0f} {items}/s")
 
     @contextmanager
     def epoch(self) -> Iterator[None]:
         """Around the steps of an epoch: its time is logged if it was run from its first step to its last."""
         whole = self.job.step % self.job.steps_per_epoch == 0
-        self._last_log, self._samples_since_log = time.monotonic(), 0
+        self._last_log, self._items_since_log, self._items_in_epoch = time.monotonic(), 0, 0
         started = time.monotonic()
         try:
             yield
@@ -186,7 +187,7 @@ class RunMonitor:
             self.saver.save_unless_saved()
         if whole and self.job.step % self.job.steps_per_epoch == 0:
             self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
-            self._pace = f", {seconds:.1f} s, {len(self.job.data.train) / seconds:,.0f} images/s"
+            self._pace = f", {seconds:.1f} s, {self._items_in_epoch / seconds:,.0f} {self.job.task.items}/s"
             if not self.job.evaluation_is_due:
                 self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
 
@@ -198,21 +199,15 @@ class RunMonitor:
         self.saver.finish_copy()
         with job.as_evaluated():
             result = evaluate(
-                job.model,
-                job.eval_loader,
-                job.data.test.classes,
-                autocast=job.autocast,
-                on_batch=self._evaluated_some,
+                job.model, job.task, job.eval_loader, autocast=job.autocast, on_batch=self._evaluated_some
             )
-        job.metrics = {"eval/accuracy": result.accuracy, "eval/loss": result.loss}
+        job.metrics = {f"{EVAL}{name}": value for name, value in result.metrics.items()}
         self._tracker.metrics(job.step, job.metrics)
-        self._tracker.event("evaluated", step=job.step, correct=result.correct, total=result.total)
+        counts = {key: result.details[key] for key in ("correct", "total") if key in result.details}
+        self._tracker.event("evaluated", step=job.step, **counts)
         self._write_evaluation(result)
         where = f"step {job.step}" if job.step % job.steps_per_epoch else f"epoch {job.epoch}/{job.num_epochs}"
-        self._console.line(
-            f"{where}: accuracy {result.accuracy:.2%} ({result.correct} of {result.total}), "
-            f"loss {result.loss:.4f}{self._pace}"
-        )
+        self._console.line(f"{where}: {job.task.headline(result.metrics, result.details)}{self._pace}")
         self._pace = ""
         self._refuse_unknown_best()
         if job.step >= job.total_steps:
@@ -240,7 +235,7 @@ class RunMonitor:
         job = self.job
         if not job.world.is_main:
             return
-        content = {"step": job.step, "epoch": job.epoch, "classes": list(result.classes), **result.to_json()}
+        content = {"step": job.step, "epoch": job.epoch, **result.to_json()}
         try:
             write_evaluation(self.run_dir, content)
         except OSError as error:
@@ -249,9 +244,8 @@ class RunMonitor:
                 self._console.warn(f"{self.run_dir / EVALUATION} could not be written: {error}")
 
     def last_evaluation(self) -> dict[str, float]:
-        """Accuracy and loss where the job stands, measured just now or found in the checkpoint."""
-        assert self.job.metrics is not None
-        return {"accuracy": self.job.metrics["eval/accuracy"], "loss": self.job.metrics["eval/loss"]}
+        """The metrics where the job stands, measured just now or found in the checkpoint."""
+        return self.job.evaluation()
 
     def close(self) -> None:
         """Finish the checkpoint that is being written."""

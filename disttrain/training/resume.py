@@ -12,9 +12,11 @@ from disttrain.layout import STATE
 from disttrain.parallel.conditions import differences
 from disttrain.training.identity import (
     describe_data,
+    describe_task,
     refuse_other_data,
     refuse_other_preparation,
     refuse_other_schedule,
+    refuse_other_task,
 )
 from disttrain.training.job import Job
 
@@ -27,6 +29,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     """
     state = checkpoint.state
     check_complete(state, f"{checkpoint.path}/{STATE}")
+    refuse_other_task(state, checkpoint.path, describe_task(job.task))
     now = describe_data(job.data.train, job.digest)
     broadcast_from_main(job.world, lambda: refuse_other_data(state, checkpoint.path, now, job.given))
     refuse_other_preparation(state["data"], job.data.train, checkpoint.path)

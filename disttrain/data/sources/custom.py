@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from disttrain.data.dataset import Datasets, MemorySplit, Split, StreamSplit
-from disttrain.data.reader import generators_restored
+from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, StreamSplit
+from disttrain.data.generators import generators_restored
 from disttrain.data.sources.classes import class_names, counted_classes
 from disttrain.data.sources.pixels import as_tensor, channels_first
 from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_in
@@ -24,11 +24,12 @@ from disttrain.recipe.reference import import_callable
 _log = logging.getLogger(__name__)
 
 
-def load_callable(data: DataRecipe) -> Datasets:
-    """What `data.dataset`, as package.module:callable, returns for `data.options`: `Datasets`, or (train, test).
+def load_callable(data: DataRecipe, *, images: bool = True) -> Datasets | SampleSets:
+    """What `data.dataset`, as package.module:callable, returns for `data.options`.
 
-    Raises ConfigurationError if it does not exist, refuses its options, or returns something else, and UserCodeError if
-    it fails.
+    That is `Datasets`, `SampleSets`, or (train, test), which are of `images`, or of samples of any kind. Raises
+    ConfigurationError if it does not exist, refuses its options, or returns something else, and UserCodeError if it
+    fails.
     """
     make = import_callable(data.dataset, "data.dataset")
     with suppress(ValueError):  # a callable without a signature, written in C
@@ -42,14 +43,44 @@ def load_callable(data: DataRecipe) -> Datasets:
         raise
     except Exception as error:  # a user's callable may raise anything
         raise failure_in(f"data.dataset = '{data.dataset}'", error) from error
-    if isinstance(made, Datasets):
+    if isinstance(made, Datasets | SampleSets):
         return made
     if not isinstance(made, tuple | list) or len(made) != 2:
         raise ConfigurationError(
             f"data.dataset: {data.dataset} returned a {type(made).__name__}; it should return (train_set, test_set)."
         )
     train_set, test_set = made
-    return as_datasets(train_set, test_set, data, source=f"data.dataset = '{data.dataset}'")
+    source = f"data.dataset = '{data.dataset}'"
+    if not images:
+        return as_sample_sets(train_set, test_set, source)
+    return as_datasets(train_set, test_set, data, source)
+
+
+def as_sample_sets(train_set: Any, test_set: Any, source: str = "") -> SampleSets:
+    """Two map-style data sets of samples of any kind, or pairs of tensors of as many rows, as one data set.
+
+    What is a SampleSet already stays as it is; else the attribute `facts` of an object, if it has one, becomes the
+    set's. `source` says in messages where the two come from. Raises ConfigurationError for anything else.
+    """
+    of_source = f" of {source}" if source else ""
+    return SampleSets(
+        _sample_set(train_set, f"the training set{of_source}"), _sample_set(test_set, f"the test set{of_source}")
+    )
+
+
+def _sample_set(samples: Any, name: str) -> SampleSet:
+    if isinstance(samples, SampleSet):
+        return samples
+    if isinstance(samples, tuple) and samples and all(_is_array(part) for part in samples):
+        try:
+            samples = TensorDataset(*(torch.as_tensor(part) for part in samples))
+        except (AssertionError, TypeError) as error:
+            raise ConfigurationError(f"{name}: its tensors are not of as many rows each.") from error
+    _refuse_other_than_map_style(samples, name, "a map-style data set with a length, or tensors of as many rows")
+    if len(samples) == 0:
+        raise ConfigurationError(f"{name} is empty.")
+    facts = getattr(samples, "facts", {})
+    return SampleSet(samples, name, facts if isinstance(facts, Mapping) else {})
 
 
 def as_datasets(train_set: Any, test_set: Any, data: DataRecipe, source: str = "") -> Datasets:
@@ -85,11 +116,17 @@ def as_split(samples: Any, data: DataRecipe, classes: tuple[str, ...] | None = N
     if isinstance(samples, tuple | list) and len(samples) == 2 and all(_is_array(part) for part in samples):
         with _said_of(name):
             return _memory_split(channels_first(samples[0]), torch.as_tensor(samples[1]), names, data, name)
-    _refuse_other_than_map_style(samples, name or "the data set")
+    wanted = "(images, labels), or a map-style data set of (image, label) with a length"
+    _refuse_other_than_map_style(samples, name or "the data set", wanted)
     return _stream_split(samples, names, data, name)
 
 
-def _refuse_other_than_map_style(samples: Any, name: str) -> None:
+def _refuse_other_than_map_style(samples: Any, name: str, wanted: str) -> None:
+    if isinstance(samples, IterableDataset):
+        raise ConfigurationError(
+            f"{name}: a {type(samples).__name__} is an iterable data set, whose samples have no number: a step's share "
+            f"for each worker, and where to resume, follow from numbers. Give {wanted}."
+        )
     if isinstance(samples, DataLoader):
         raise ConfigurationError(
             f"{name}: a DataLoader makes batches, which are made here, of data.batch_size samples; give its data set "
@@ -99,10 +136,7 @@ def _refuse_other_than_map_style(samples: Any, name: str) -> None:
         raise ConfigurationError(f"{name}: {samples.__qualname__} makes a data set, but is not one; call it.")
     is_map_style = isinstance(samples, Sized) and hasattr(samples, "__getitem__") and not _is_array(samples)
     if not is_map_style or isinstance(samples, str | bytes | Mapping):
-        raise ConfigurationError(
-            f"{name}: a {type(samples).__name__} is not a data set; give (images, labels), "
-            "or a map-style data set of (image, label) with a length."
-        )
+        raise ConfigurationError(f"{name}: a {type(samples).__name__} is not a data set; give {wanted}.")
 
 
 @contextmanager

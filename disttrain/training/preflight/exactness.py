@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from disttrain import rng
 from disttrain.data import smallest_part, unlike_when_read_again
@@ -61,7 +60,7 @@ def try_exactness(job: Job) -> None:
 
 def _read_again(job: Job) -> None:
     for split, name in ((job.data.train, "the training set"), (job.data.test, "the test set")):
-        changed = unlike_when_read_again(split)
+        changed = unlike_when_read_again(split, job.task)
         if changed is not None:
             raise ConfigurationError(
                 f"{changed} of {getattr(split, 'name', '') or name} is another one when it is read again with the same "
@@ -71,22 +70,19 @@ def _read_again(job: Job) -> None:
             )
 
 
-def _samples(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two samples, or one if there are steps in which the model will see a single one."""
+def _samples(job: Job) -> torch.Tensor:
+    """Two samples, or one if there are steps in which the model will see a single one: their places in a set."""
     recipe = job.recipe
     sizes = len(job.data.train), recipe.data.batch_size, recipe.parallel.slices, recipe.train.accumulate
-    num = min(2, smallest_part(*sizes))
-    images = torch.randn((num, *job.data.train.sample_shape), generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(len(images)) % len(job.data.train.classes)
-    return images.to(job.world.device), labels.to(job.world.device)
+    return torch.arange(min(2, smallest_part(*sizes)))
 
 
 def _results(job: Job) -> dict[str, torch.Tensor]:
     """Loss and gradients of the samples, by name; the model is left with its buffers changed and no gradients."""
-    images, labels = _samples(job)
+    batch = job.loader.samples(0, _samples(job))
     rng.seed_layers(job.world.device, 0, 0, 0)
     with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
-        loss = functional.cross_entropy(job.model(images), labels)
+        loss = job.task.loss(job.model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     results = {"loss": loss.detach()}
     for key, parameter in job.model.named_parameters():
@@ -106,7 +102,7 @@ def _evaluate(job: Job) -> None:
     job.model.eval()
     try:
         with torch.no_grad(), torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
-            job.model(_samples(job)[0])
+            job.task.score(job.model, job.eval_loader.samples(_samples(job)[: len(job.data.test)]))
     finally:
         job.model.train()
 

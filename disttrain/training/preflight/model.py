@@ -5,53 +5,69 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from disttrain import rng
-from disttrain.data import batch_sizes_without_single_samples, smallest_batch, smallest_part
-from disttrain.errors import ConfigurationError
+from disttrain.data import batch_sizes_without_single_samples, smallest_batch, smallest_part, tensors_in
+from disttrain.errors import ConfigurationError, where
 from disttrain.models.buffers import buffers_kept, same_bits
+from disttrain.task import ImageClassification
+from disttrain.training.evaluate import checked_score
 from disttrain.training.job import Job
 from disttrain.training.preflight.exactness import generators_kept, named_operators
+from disttrain.training.preflight.task import check_metrics, check_task, checked_loss
 
 _log = logging.getLogger("disttrain")
-_NUM_IMAGES = 2  # or one, if training or evaluation will come upon a single one
+_ANY_MODEL = "the model returned"
+_NUM_SAMPLES = 2  # or one, if training or evaluation will come upon a single one
 
 
 def check_model(job: Job) -> None:
-    """Have the model classify blank images, in evaluation and in training mode; leave it as it was.
+    """Have the task compute a loss and a score of real samples; leave the model as it was.
 
-    Every rank must call it: a model may have collectives of its own. Raises ConfigurationError if it fails or does not
-    return one score per image and class; on every rank alike, unless the ranks' models differ.
+    Every rank must call it: a model may have collectives of its own. Raises ConfigurationError if that fails, or comes
+    to something that a task may not return; on every rank alike, unless the ranks' models differ.
     """
     job.strategy.check_modules()  # by its name, before it fails for a reason of its own
-    _try(job, training=False)
+    _evaluate(job)
     rehearse(job)
+    check_task(job, lambda: _quietly(job, training=True))
 
 
 def rehearse(job: Job) -> None:
-    """Have the model compute a step on blank images, to no effect; with several workers in fast mode all together.
+    """Have the model compute a step on real samples, to no effect; with several workers in fast mode all together.
 
     DistributedDataParallel arranges its sums anew after its first step. With this behind it, a step has the same bits
     whether the process has just started or not. Every rank must call it. Raises ConfigurationError as `check_model`
     does, and for a parameter that gets no gradient although the other workers would wait for it.
     """
-    _try(job, training=True)
+    num = _num_samples(job, training=True)
+    data = job.loader.samples(0, torch.arange(num))
+    with _explained(job, "loss", data, num, training=True), _quietly(job, training=True):
+        with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
+            loss = job.strategy.loss(partial(checked_loss, job.task), data, num_samples=num)
+        job.strategy.rehearse(loss)
 
 
-def _try(job: Job, *, training: bool) -> None:
-    num = _num_images(job, training=training)
-    images = torch.zeros(num, *job.data.train.sample_shape, device=job.world.device)
+def _evaluate(job: Job) -> None:
+    num = _num_samples(job, training=False)
+    data = job.eval_loader.samples(torch.arange(num))
+    with (
+        _explained(job, "score", data, num, training=False),
+        _quietly(job, training=False),
+        torch.autocast(job.world.device.type, job.autocast, job.autocast is not None),
+    ):
+        score = checked_score(job.task, job.task.score(job.model, data))
+    check_metrics(job.task, score, num)
 
-    def classify(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        scores = model(images)
-        _check_scores(job, scores, len(images), training=training)
-        return functional.cross_entropy(scores, torch.zeros(len(images), dtype=torch.int64, device=images.device))
 
+@contextmanager
+def _quietly(job: Job, *, training: bool) -> Iterator[None]:
+    """Compute in this mode, as a step does, and leave no trace."""
     job.model.train(training)
     try:
         with (
@@ -63,39 +79,40 @@ def _try(job: Job, *, training: bool) -> None:
             torch.compiler.set_stance("force_eager") if job.recipe.train.compile else nullcontext(),
         ):
             rng.seed_layers(job.world.device, 0, 0, 0)  # on all ranks alike
-            with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
-                if training:
-                    loss = job.strategy.loss(classify, images, num_samples=num)
-                else:
-                    classify(job.model, images)
-            if training:
-                job.strategy.rehearse(loss)
-    except ConfigurationError:
-        raise
-    except Exception as error:
-        _log.exception("%s fails on images of shape %s", _name(job), tuple(images.shape))
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise ConfigurationError(
-            f"{_name(job)} fails on a batch of images of shape {tuple(images.shape)}: {reason}. "
-            f"{_why_one(job, training=training) if num == 1 else ''}The traceback is in the run's logs."
-        ) from error
+            yield
     finally:
         job.optimizer.zero_grad(set_to_none=True)
         job.model.train()
 
 
-def _check_scores(job: Job, scores: Any, num: int, *, training: bool) -> None:
-    needed = (num, len(job.data.train.classes))
-    if isinstance(scores, torch.Tensor) and scores.shape == needed:
-        return
-    is_tensor = isinstance(scores, torch.Tensor)
-    found = f"a tensor of shape {tuple(scores.shape)}" if is_tensor else f"a {type(scores).__name__}"
-    when = " in training mode (model.train())" if training else ""
-    raise ConfigurationError(
-        f"{_name(job)} returned {found} for {num} image{'s' if num > 1 else ''}{when}: needed is a tensor of shape "
-        f"{needed}, a score for each of the {needed[1]} classes of '{job.data_name}'. "
-        f"{_why_one(job, training=training) if num == 1 else ''}".strip()
-    )
+@contextmanager
+def _explained(job: Job, method: str, data: Any, num: int, *, training: bool) -> Iterator[None]:
+    """Say of what fails in a method of the task which model it was, on which samples, and why there is only one."""
+    why_one = _why_one(job, training=training) if num == 1 else ""
+    try:
+        yield
+    except ConfigurationError as error:
+        if not str(error).startswith(_ANY_MODEL):
+            raise
+        said = str(error).removeprefix(_ANY_MODEL)  # a task does not know where the model comes from
+        raise ConfigurationError(f"{_name(job)} returned{said} {why_one}".strip()) from error
+    except Exception as error:
+        on = _in_words(job, data, num, training=training)
+        _log.exception("%s fails on %s", _name(job), on)
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        by = "" if isinstance(job.task, ImageClassification) else f" in {type(job.task).__name__}.{method}"
+        raise ConfigurationError(
+            f"{_name(job)} fails{by} on {on}: {reason} ({where(error)}). {why_one}The traceback is in the run's logs."
+        ) from error
+
+
+def _in_words(job: Job, data: Any, num: int, *, training: bool) -> str:
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(data)]
+    if isinstance(job.task, ImageClassification):
+        return f"a batch of images of shape {shapes[0]}"
+    samples = f"the first {num} samples" if num > 1 else "the first sample"
+    listed = ", ".join(map(str, shapes[:4])) + (", …" if len(shapes) > 4 else "")
+    return f"{samples} of the {'training' if training else 'test'} set, tensors of shapes {listed or 'none'}"
 
 
 def _name(job: Job) -> str:
@@ -103,11 +120,11 @@ def _name(job: Job) -> str:
     return f"{instead}model.name = '{job.recipe.model.name}'"
 
 
-def _num_images(job: Job, *, training: bool) -> int:
+def _num_samples(job: Job, *, training: bool) -> int:
     """As few as the model will ever see at once, two at most: the same on every rank."""
     if training:
-        return min(_NUM_IMAGES, smallest_part(*_sizes(job)))
-    return min(_NUM_IMAGES, smallest_batch(len(job.data.test), job.recipe.train.eval_batch_size))
+        return min(_NUM_SAMPLES, smallest_part(*_sizes(job)))
+    return min(_NUM_SAMPLES, smallest_batch(len(job.data.test), job.recipe.train.eval_batch_size))
 
 
 def _sizes(job: Job) -> tuple[int, int, int, int]:

@@ -17,8 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.data import (
-    EvalLoader,
-    Loader,
     MemorySplit,
     Split,
     StepBatch,
@@ -30,22 +28,24 @@ from disttrain.data import (
 from disttrain.data.sources.synthetic import synthetic_images
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
+from tests.disttrain.data.loaders import eval_loader, train_loader
 
 AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 4}
 
 
 def numbered(length: int) -> MemorySplit:
     """Image k is all k, and so is its label."""
+    names = tuple(map(str, range(max(2, length))))
     labels = torch.arange(length)
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 2, 2)
-    return MemorySplit(images, labels, tuple(map(str, range(length))), (0.0,), (1 / 255,))
+    return MemorySplit(images, labels, names, (0.0,), (1 / 255,))
 
 
 def epoch(
     split: Split, size: int, rank: int, *, batch_size: int = 16, accumulate: int = 1, start: int = 0, **keys: Any
 ) -> Iterator[StepBatch]:
     sampler = StepSampler(len(split), num_replicas=size, rank=rank, seed=5, batch_size=batch_size)
-    loader = Loader(split, sampler, DataRecipe(**keys), accumulate=accumulate, seed=5)
+    loader = train_loader(split, sampler, DataRecipe(**keys), accumulate=accumulate, seed=5)
     return loader.epoch(2, start)
 
 
@@ -60,11 +60,12 @@ def test_every_sample_once_an_epoch_with_weights_that_count_it_once(
     ):
         assert all(len(step.parts) == accumulate for step in steps)
         mine = [part for step in steps for part in step.parts]
-        assert sum(part.weight * len(part.labels) for part in mine) == steps[0].global_size
+        assert sum(part.weight for part in mine) == steps[0].global_size == steps[0].global_weight
         for part in mine:
-            assert part.weight == 1.0 or len(part.labels) == 1
-            assert torch.equal(part.images[:, 0, 0, 0].round().long(), part.labels)
-        seen += [label for part in mine if part.weight for label in part.labels.tolist()]
+            images, labels = part.data
+            assert (part.weight, len(labels)) == (0, 1) if part.is_filler else part.weight == len(labels)
+            assert torch.equal(images[:, 0, 0, 0].round().long(), labels)
+        seen += [label for part in mine if part.weight for label in part.data[1].tolist()]
     assert sorted(seen) == list(range(length))
 
 
@@ -76,7 +77,7 @@ def whole(split: Split, size: int, **keys: Any) -> dict[int, torch.Tensor]:
     workers = [StepSampler(len(split), num_replicas=size, rank=rank, seed=5, batch_size=16) for rank in range(size)]
     for worker, parts in zip(workers, shares, strict=True):
         worker.set_epoch(2)
-        images = torch.cat([part.images for part in parts if part.weight])
+        images = torch.cat([part.data[0] for part in parts if part.weight])
         order |= dict(zip(list(worker), images, strict=True))
     assert sorted(order) == list(range(sampler.length))
     return order
@@ -104,8 +105,8 @@ def test_an_epoch_goes_on_from_any_step_with_the_same_bits() -> None:
     resumed = list(epoch(split, 2, 1, start=2, **AUGMENTED))
     assert [step.step_in_epoch for step in resumed] == [2, 3]
     for before, after in zip(undisturbed[2:], resumed, strict=True):
-        assert torch.equal(before.parts[0].images, after.parts[0].images)
-        assert torch.equal(before.parts[0].labels, after.parts[0].labels)
+        assert torch.equal(before.parts[0].data[0], after.parts[0].data[0])
+        assert torch.equal(before.parts[0].data[1], after.parts[0].data[1])
 
 
 def test_a_batch_is_what_a_hand_written_loop_makes() -> None:
@@ -113,15 +114,15 @@ def test_a_batch_is_what_a_hand_written_loop_makes() -> None:
     sampler = StepSampler(64, seed=5, batch_size=16)
     for step in epoch(split, 1, 0):
         indices = sampler.order(2)[step.step_in_epoch * 16 :][:16]
-        assert torch.equal(step.parts[0].images, normalise(split.images[indices], split.mean, split.std))
-        assert torch.equal(step.parts[0].labels, split.labels[indices])
+        assert torch.equal(step.parts[0].data[0], normalise(split.images[indices], split.mean, split.std))
+        assert torch.equal(step.parts[0].data[1], split.labels[indices])
 
 
 @given(st.integers(1, 60), st.integers(1, 30), st.integers(1, 5))
 def test_evaluation_batches_do_not_depend_on_the_world_size(length: int, batch_size: int, size: int) -> None:
     split, data = numbered(length), DataRecipe(crop_padding=1, flip=True, cutout=1)
-    loaders = [EvalLoader(split, data, batch_size=batch_size, rank=rank, size=size) for rank in range(size)]
-    dealt = [[(k, labels.tolist()) for k, _, labels in loader] for loader in loaders]
+    loaders = [eval_loader(split, data, batch_size=batch_size, rank=rank, size=size) for rank in range(size)]
+    dealt = [[(batch.number, batch.data[1].tolist()) for batch in loader] for loader in loaders]
     assert len({len(mine) for mine in dealt}) == 1, "all workers make as many forward passes"
     num_batches = loaders[0].num_batches
     batches = sorted((batch for mine in dealt for batch in mine if batch[0] < num_batches), key=lambda pair: pair[0])
@@ -154,7 +155,7 @@ def test_a_stream_gives_the_batches_of_memory_epoch_after_epoch(workers: int) ->
     stream = StreamSplit(pairs, held.classes, held.mean, held.std)
     sampler = StepSampler(50, num_replicas=2, rank=1, seed=5, batch_size=16)
     from_memory, from_stream = (
-        Loader(split, sampler, DataRecipe(workers=workers, **AUGMENTED), accumulate=2, seed=5)
+        train_loader(split, sampler, DataRecipe(workers=workers, **AUGMENTED), accumulate=2, seed=5)
         for split in (held, stream)
     )
     next(from_stream.epoch(0))  # given up after a step
@@ -162,8 +163,8 @@ def test_a_stream_gives_the_batches_of_memory_epoch_after_epoch(workers: int) ->
         for before, after in zip(from_memory.epoch(number, start), from_stream.epoch(number, start), strict=True):
             assert (before.step_in_epoch, before.global_size) == (after.step_in_epoch, after.global_size)
             for one, other in zip(before.parts, after.parts, strict=True):
-                assert torch.equal(one.images, other.images)
-                assert torch.equal(one.labels, other.labels)
+                assert torch.equal(one.data[0], other.data[0])
+                assert torch.equal(one.data[1], other.data[1])
                 assert one.weight == other.weight
 
 
@@ -213,18 +214,18 @@ class Signalled(Noisy):
 
 def test_readers_outlive_a_stop_request_so_that_the_step_can_end() -> None:
     split = as_split(Signalled(os.getpid()), DataRecipe())
-    assert sum(len(step.parts[0].labels) for step in epoch(split, 1, 0, workers=1)) == 20
+    assert sum(len(step.parts[0].data[1]) for step in epoch(split, 1, 0, workers=1)) == 20
 
 
 def test_closed_readers_are_gone_and_come_back_when_needed() -> None:
     split, data = as_split(Noisy(), DataRecipe()), DataRecipe(workers=2)
     before = set(multiprocessing.active_children())
-    loader = EvalLoader(split, data, batch_size=4)
-    values = [torch.cat([images for _, images, _ in loader])]
+    loader = eval_loader(split, data, batch_size=4)
+    values = [torch.cat([batch.data[0] for batch in loader])]
     assert len(set(multiprocessing.active_children()) - before) == 2
     loader.close()
     assert set(multiprocessing.active_children()) <= before
-    values.append(torch.cat([images for _, images, _ in loader]))
+    values.append(torch.cat([batch.data[0] for batch in loader]))
     loader.close()
     assert torch.equal(*values)
 
@@ -232,10 +233,11 @@ def test_closed_readers_are_gone_and_come_back_when_needed() -> None:
 FAILING = """
 import torch
 from disttrain.data import EvalLoader, as_split
-from disttrain.recipe import DataRecipe
+from disttrain.recipe import DataRecipe, Recipe
+from disttrain.task import ImageClassification
 
 class Broken:
-    classes = ("a",)
+    classes = ("a", "b")
     def __len__(self):
         return 20
     def __getitem__(self, index):
@@ -244,7 +246,8 @@ class Broken:
         return torch.zeros(1, 2, 2), 0
 
 if __name__ == "__main__":
-    for batch in EvalLoader(as_split(Broken(), DataRecipe()), DataRecipe(workers=2), batch_size=2):
+    split = as_split(Broken(), DataRecipe())
+    for batch in EvalLoader(split, DataRecipe(workers=2), ImageClassification(split, Recipe()), batch_size=2):
         pass
 """
 

@@ -17,12 +17,13 @@ from torch.utils.data import TensorDataset
 import disttrain
 from disttrain.commands import evaluate, predict
 from disttrain.commands.locate import data_of, find_checkpoint, recipe_of, restore_model
-from disttrain.data import Datasets, EvalLoader, MemorySplit, as_datasets, load_datasets
+from disttrain.data import Datasets, MemorySplit, as_datasets, load_datasets
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.tracking import Tracker
 from disttrain.tracking.export import export_model
 from tests.disttrain.data.conftest import ALONE
+from tests.disttrain.data.loaders import eval_loader, image_task
 from tests.disttrain.data.sources.cifar_files import write_cifar
 
 QUIET = ["tracking.uri=none", "tracking.system_metrics=false", "train.threads=1", "train.max_steps=2"]
@@ -133,11 +134,12 @@ def test_evaluation_prediction_and_the_model_for_mlflow_agree(
 
     split = datasets(recipe, kind.objects).test
     checkpoint = find_checkpoint(tmp_path / "run")
-    model = restore_model(checkpoint, recipe_of(checkpoint, trust=True)).eval()
-    loader = EvalLoader(split, recipe.data, batch_size=recipe.train.eval_batch_size)
+    task = image_task(split, recipe.data)
+    model = restore_model(checkpoint, recipe_of(checkpoint, trust=True), task, split).eval()
+    loader = eval_loader(split, recipe.data, batch_size=recipe.train.eval_batch_size)
     with torch.no_grad():
-        evaluated = torch.cat([model(images).softmax(1) for _, images, _ in loader])
-        hits = torch.cat([labels for _, _, labels in loader]) == evaluated.argmax(1)
+        evaluated = torch.cat([model(batch.data[0]).softmax(1) for batch in loader])
+        hits = torch.cat([batch.data[1] for batch in loader]) == evaluated.argmax(1)
     assert result.accuracy == pytest.approx(hits.double().mean().item())
 
     served = torch.export.load(tmp_path / "model" / "model.pt2").module()

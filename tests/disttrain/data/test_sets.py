@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-from disttrain.data import Datasets, EvalLoader, MemorySplit, StreamSplit, as_datasets, as_split
+from disttrain.data import Datasets, MemorySplit, StreamSplit, as_datasets, as_split
 from disttrain.errors import ConfigurationError, UserCodeError
 from disttrain.recipe import DataRecipe
+from tests.disttrain.data.loaders import eval_loader
 
 Load = Callable[..., Datasets]
 BYTES, FLOATS = torch.zeros(6, 1, 4, 4, dtype=torch.uint8), torch.zeros(6, 1, 4, 4, dtype=torch.float64)
@@ -167,7 +168,7 @@ def test_floats_are_used_as_they_are_and_one_set_has_one_type(caplog: pytest.Log
     assert "data.mean and data.std are for bytes: the training set gives floats" in caplog.text
     streamed = as_split(Pairs(FLOATS[0], BYTES[0], classes=["a", "b"]), DataRecipe(workers=0))
     with pytest.raises(ConfigurationError, match=r"sample 1 is torch\.uint8 and the first sample torch\.float32"):
-        list(EvalLoader(streamed, DataRecipe(workers=0), batch_size=2))
+        list(eval_loader(streamed, DataRecipe(workers=0), batch_size=2))
     with pytest.raises(ConfigurationError, match=r"training images are torch\.float32 and test .*torch\.uint8"):
         as_datasets((FLOATS, LABELS), (BYTES, LABELS), DataRecipe())
     one, other = (MemorySplit(BYTES, LABELS, ("a", "b", "c"), (mean,), (0.5,)) for mean in (0.5, 0.4))

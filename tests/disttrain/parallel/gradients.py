@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from disttrain.data import Loader, MemorySplit, StepSampler
+from disttrain.data import MemorySplit, StepSampler
 from disttrain.distributed.world import World
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import DataRecipe
+from tests.disttrain.data.loaders import train_loader
 
 NUM_SAMPLES, BATCH = 22, 8  # the last batch has 6 samples: uneven for 4 workers
 
@@ -45,7 +46,7 @@ def total(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def gradients_of_an_epoch(strategy: Strategy, world: World, accumulate: int = 1) -> list[list[torch.Tensor]]:
     """The gradients of each step of one epoch, as this worker sees them."""
     sampler = StepSampler(NUM_SAMPLES, num_replicas=world.size, rank=world.rank, seed=3, batch_size=BATCH)
-    loader = Loader(split(), sampler, DataRecipe(batch_size=BATCH), accumulate=accumulate, device=world.device)
+    loader = train_loader(split(), sampler, DataRecipe(batch_size=BATCH), accumulate=accumulate, device=world.device)
     steps = []
     for step, batch in enumerate(loader.epoch(0)):
         for part in batch.parts:
@@ -53,11 +54,11 @@ def gradients_of_an_epoch(strategy: Strategy, world: World, accumulate: int = 1)
                 strategy.open_slice()
             loss = strategy.loss(
                 classify,
-                (part.images.double(), part.labels),
+                (part.data[0].double(), part.data[1]),
                 num_samples=len(part.samples),
                 is_last=part.closes_slice,
             )
-            (loss / batch.global_size * part.weight * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
+            (loss / batch.global_size * (not part.is_filler) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
             if part.closes_slice:
                 strategy.close_slice(part.slice_index)
         strategy.finish_step(batch.global_size, step)

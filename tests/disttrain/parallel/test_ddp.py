@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from disttrain.commands import evaluate
-from disttrain.data import Loader, MemorySplit, StepSampler
+from disttrain.data import MemorySplit, StepSampler
 from disttrain.distributed.collectives import gather_objects
 from disttrain.distributed.world import join_world
 from disttrain.parallel.choose import parallelize
 from disttrain.parallel.ddp import Ddp
 from disttrain.recipe import DataRecipe, ParallelRecipe
 from disttrain.testing import run_workers
+from tests.disttrain.data.loaders import train_loader
 from tests.disttrain.parallel import exact_runs
 from tests.disttrain.parallel.gradients import (
     assert_close,
@@ -48,10 +49,10 @@ def test_more_workers_than_samples() -> None:
             one = MemorySplit(data.images[:1], data.labels[:1], data.classes, data.mean, data.std)
             strategy = parallelize(network(), world, ParallelRecipe())
             sampler = StepSampler(1, num_replicas=world.size, rank=world.rank, batch_size=4)
-            (batch,) = Loader(one, sampler, DataRecipe(batch_size=4), device=world.device).epoch(0)
+            (batch,) = train_loader(one, sampler, DataRecipe(batch_size=4), device=world.device).epoch(0)
             (part,) = batch.parts
-            loss = strategy.loss(classify, (part.images.double(), part.labels), num_samples=1)
-            (loss / batch.global_size * part.weight * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
+            loss = strategy.loss(classify, (part.data[0].double(), part.data[1]), num_samples=1)
+            (loss / batch.global_size * (not part.is_filler) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
             gradient = next(strategy.model.parameters()).grad
             assert gradient is not None
             return gradient

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
-from disttrain.data import Loader, MemorySplit, StepSampler
+from disttrain.data import MemorySplit, StepSampler
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
 from disttrain.parallel.choose import parallelize
@@ -26,6 +26,7 @@ from disttrain.parallel.exact import slices as exact
 from disttrain.parallel.exact.slices import ExactSlices, slices_of
 from disttrain.recipe import DataRecipe, ParallelRecipe, load_recipe
 from disttrain.testing import run_workers
+from tests.disttrain.data.loaders import train_loader
 from tests.disttrain.parallel.exact_runs import build, outcome, train
 
 AUGMENTED = ("data.crop_padding=4", "data.flip=true", "data.cutout=6")
@@ -122,7 +123,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(world_size: int) -> None
     def gradients() -> list[list[torch.Tensor | None]]:
         with join_world("cpu", threads=1) as world:
             strategy = parallelize(network(), world, ParallelRecipe(exact=True, slices=5))
-            loader = Loader(
+            loader = train_loader(
                 split,
                 StepSampler(22, num_replicas=world.size, rank=world.rank, seed=3, batch_size=8),
                 DataRecipe(batch_size=8),
@@ -136,7 +137,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(world_size: int) -> None
                 for part in batch.parts:
                     if part.opens_slice:
                         strategy.open_slice()
-                    loss = strategy.loss(classify, (part.images.double(), part.labels), num_samples=len(part.samples))
+                    loss = strategy.loss(classify, (part.data[0].double(), part.data[1]), num_samples=len(part.samples))
                     (loss / batch.global_size).backward()
                     if part.closes_slice:
                         strategy.close_slice(part.slice_index)

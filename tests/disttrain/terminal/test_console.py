@@ -48,7 +48,7 @@ def test_the_bar_begins_without_a_loss_and_ends_full(monkeypatch: pytest.MonkeyP
         console.start_progress(0, 345)
         console.progress(1, 1, 15)
         first = terminal.getvalue()
-        console.measured(0.5, 1152)
+        console.measured(0.5, "1,152 images/s")
         console.line("epoch 1/15: accuracy 27.50%")
         console.progress(345, 15, 15)
     assert "nan" not in terminal.getvalue()
@@ -85,7 +85,7 @@ def test_without_a_terminal_a_line_tells_how_far_it_is(capsys: pytest.CaptureFix
         console.progress(1, 1, 15)  # nothing is under way
         console.start_progress(0, 345)
         console.progress(1, 1, 15)
-        console.measured(0.5, 1152)
+        console.measured(0.5, "1,152 images/s")
         console.progress(2, 1, 15)
         console.busy("step 2 of 345: evaluating")
     assert capsys.readouterr().out.splitlines() == [

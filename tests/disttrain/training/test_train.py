@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
-from disttrain.data import EvalLoader, MemorySplit
+from disttrain.data import MemorySplit
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.recipe import DataRecipe, load_recipe
@@ -28,6 +28,7 @@ from disttrain.runs.rundir import resume_command
 from disttrain.testing import run_workers, workers
 from disttrain.training.evaluate import evaluate
 from disttrain.training.loop import Result
+from tests.disttrain.data.loaders import eval_loader, image_task
 
 QUIET = ["tracking.uri=none", "tracking.system_metrics=false", "train.threads=1", "train.log_every_steps=1"]
 
@@ -387,10 +388,10 @@ class _Double(nn.Module):
 def _evaluated() -> tuple[list[list[int]], float]:
     with join_world("cpu", threads=1) as world:
         split = MemorySplit(*samples(31, 1), ("a", "b", "c"), (0.5,), (0.5,))
-        loader = EvalLoader(split, DataRecipe(), batch_size=4, rank=world.rank, size=world.size, device=world.device)
-        result = evaluate(network(), loader, split.classes)
-        assert result.total == 31
-        return result.confusion.tolist(), result.loss
+        loader = eval_loader(split, DataRecipe(), batch_size=4, rank=world.rank, size=world.size, device=world.device)
+        result = evaluate(network(), image_task(split, DataRecipe()), loader)
+        assert result.details["total"] == 31
+        return result.details["confusion"], result.metrics["loss"]
 
 
 def test_evaluation_is_the_same_at_every_world_size() -> None:
@@ -430,10 +431,10 @@ def test_a_model_with_collectives_is_evaluated_in_as_many_passes_on_every_rank(n
     with join_world("cpu", threads=1) as world:
         split = MemorySplit(*samples(num, 1), ("a", "b", "c"), (0.5,), (0.5,))
         model = _Meeting()
-        loader = EvalLoader(split, DataRecipe(), batch_size=4, rank=world.rank, size=world.size)
-        result = evaluate(model, loader, split.classes)
+        loader = eval_loader(split, DataRecipe(), batch_size=4, rank=world.rank, size=world.size)
+        result = evaluate(model, image_task(split, DataRecipe()), loader)
         assert model.passes == -(-loader.num_batches // world.size)
-    assert result.total == num
+    assert result.details["total"] == num
 
 
 def test_nothing_is_left_running_after_training(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from disttrain.data import Datasets, EvalLoader, Loader, MemorySplit, StepSampler, StreamSplit, read_picture
+from disttrain.data import Datasets, MemorySplit, StepSampler, StreamSplit, read_picture
 from disttrain.data.sources import folder as folder_module
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
+from tests.disttrain.data.loaders import eval_loader, train_loader
 
 Load = Callable[..., Datasets]
 
@@ -87,7 +88,7 @@ def test_names_need_not_be_utf8_nor_plain(load: Load, tmp_path: Path, caplog: py
     for layout in ("memory", "memory", "stream"):  # the second time from what was converted
         data = load(dataset="folder", root=str(root), layout=layout)
         assert data.train.classes == (r"caf\xe9", "naïve &;")
-        assert len(list(EvalLoader(data.test, DataRecipe(workers=1), batch_size=1))) == 2
+        assert len(list(eval_loader(data.test, DataRecipe(workers=1), batch_size=1))) == 2
     assert "is not kept" not in caplog.text
     next((root / "test").glob("*/*")).write_bytes(b"")
     with pytest.raises(ConfigurationError, match="cannot be read as a picture"):
@@ -129,10 +130,10 @@ def test_a_stream_gives_the_batches_of_memory(workers: int, load: Load, root: Pa
     trained, evaluated = [], []
     for data in (memory, stream):
         sampler = StepSampler(len(data.train), batch_size=2)
-        steps = Loader(data.train, sampler, DataRecipe(**keys)).epoch(0)
-        trained.append(torch.cat([step.parts[0].images for step in steps]))
+        steps = train_loader(data.train, sampler, DataRecipe(**keys)).epoch(0)
+        trained.append(torch.cat([step.parts[0].data[0] for step in steps]))
         evaluated.append(
-            torch.cat([images for _, images, _ in EvalLoader(data.test, DataRecipe(**keys), batch_size=2)])
+            torch.cat([batch.data[0] for batch in eval_loader(data.test, DataRecipe(**keys), batch_size=2)])
         )
     assert torch.equal(*trained)
     assert torch.equal(*evaluated)
@@ -177,7 +178,7 @@ def test_an_unreadable_picture_is_named(layout: str, cut: int, load: Load, root:
     file.write_bytes(file.read_bytes()[:cut])
     data = DataRecipe(dataset="folder", root=str(root), layout=layout, workers=1)
     with pytest.raises(ConfigurationError) as caught:
-        list(EvalLoader(load(**data.model_dump()).test, data, batch_size=2))
+        list(eval_loader(load(**data.model_dump()).test, data, batch_size=2))
     assert str(caught.value).startswith(f"{file}: cannot be read as a picture (")
     assert str(caught.value).endswith("); replace or remove it.")
 

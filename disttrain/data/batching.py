@@ -1,0 +1,136 @@
+"""What a task says of batches, and how a split's samples become one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from disttrain import rng
+from disttrain.data.dataset import SampleSet, StreamSplit
+from disttrain.data.generators import generators_restored, seed_generators
+from disttrain.errors import ConfigurationError, DisttrainError, failure_in
+
+
+class Batching(Protocol):
+    """The part of a task that makes batches; see `disttrain.task.Task`."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch of samples, on the CPU."""
+        ...
+
+    def weight(self, batch: Any) -> int | None:
+        """Over how many items the loss of the batch is a sum; None: over its samples."""
+        ...
+
+    def prepare(self, batch: Any, draw: Callable[[int], torch.Tensor], *, training: bool) -> Any:
+        """What is done to a batch on the device."""
+        ...
+
+
+class Fetched(NamedTuple):
+    """A batch as it was collated, and its weight: how many items it holds."""
+
+    data: Any
+    weight: int
+
+
+class Source(Protocol):
+    """Makes a batch of some samples of a split."""
+
+    def fetch(self, seed: int, indices: list[int]) -> Fetched:
+        """The batch of these samples, on the CPU. Raises DisttrainError for one that cannot be had."""
+        ...
+
+
+class ImageSource:
+    """Samples of a StreamSplit: images (b, C, H, W) and labels (b,) int64."""
+
+    def __init__(self, split: StreamSplit) -> None:
+        self._dataset, self._num_classes = split.dataset, len(split.classes)
+        self._sample_shape, self._dtype = split.sample_shape, split.dtype
+        self._of_set = f" of {split.name}" if split.name else ""
+
+    def fetch(self, seed: int, indices: list[int]) -> Fetched:
+        """See `Source.fetch`. Raises ConfigurationError for a sample that does not fit."""
+        images, labels = [], []
+        with generators_restored():
+            for index in indices:
+                seed_generators(rng.derive(seed, index))
+                try:
+                    image, label = self._dataset[index]
+                    images.append(self._checked(index, image, int(label)))
+                except DisttrainError:
+                    raise
+                except Exception as error:  # a user's data set may raise anything
+                    raise failure_in(f"sample {index}{self._of_set}", error) from error
+                labels.append(int(label))
+        return Fetched((torch.stack(images), torch.tensor(labels)), len(indices))
+
+    def _checked(self, index: int, image: torch.Tensor, label: int) -> torch.Tensor:
+        if tuple(image.shape) != self._sample_shape:
+            raise ConfigurationError(
+                f"sample {index}{self._of_set} is {tuple(image.shape)} (channels, height, width) and the first sample "
+                f"{self._sample_shape}; bring all to one size."
+            )
+        if image.dtype != self._dtype:
+            raise ConfigurationError(
+                f"sample {index}{self._of_set} is {image.dtype} and the first sample {self._dtype}; give all one type."
+            )
+        if not 0 <= label < self._num_classes:
+            raise ConfigurationError(
+                f"sample {index}{self._of_set} has label {label}, outside 0..{self._num_classes - 1}."
+            )
+        return image
+
+
+class SampleSource:
+    """Samples of any kind, collated and weighed by the task."""
+
+    def __init__(self, split: SampleSet, task: Batching) -> None:
+        self._dataset, self._task = split.dataset, task
+        self._of_set = f" of {split.name}" if split.name else ""
+
+    def fetch(self, seed: int, indices: list[int]) -> Fetched:
+        """See `Source.fetch`. Raises UserCodeError for what the data set or the task raises."""
+        samples, name = [], type(self._task).__name__
+        with generators_restored():
+            for index in indices:
+                seed_generators(rng.derive(seed, index))
+                try:
+                    samples.append(self._dataset[index])
+                except DisttrainError:
+                    raise
+                except Exception as error:  # a user's data set may raise anything
+                    raise failure_in(f"sample {index}{self._of_set}", error) from error
+            # Masks that are drawn here follow from the samples, too, not from what was collated before.
+            seed_generators(rng.derive(seed, *indices))
+            try:
+                batch = self._task.collate(samples)
+                weight = self._task.weight(batch)
+            except DisttrainError:
+                raise
+            except Exception as error:  # and so may a user's task
+                what = f"{name} cannot collate samples {_first_of(indices)}{self._of_set}"
+                raise failure_in(what, error) from error
+        return Fetched(batch, len(indices) if weight is None else checked_weight(weight, f"{name}.weight(batch)"))
+
+
+def checked_weight(weight: Any, what: str) -> int:
+    """The weight as an int. Raises ConfigurationError, which says `what` returned it, if it is no whole number >= 0."""
+    try:
+        number = operator.index(weight)  # a tensor of one integer counts as one, too
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or isinstance(weight, bool):
+        raise ConfigurationError(
+            f"{what} returned {weight!r}: it has to be a whole number of at least 0, the number of items that the loss "
+            "is a sum over, or None for the number of samples."
+        )
+    return number
+
+
+def _first_of(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")

@@ -1,0 +1,79 @@
+"""The task that a recipe names, or that a program gave."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from disttrain.errors import ConfigurationError, DisttrainError, failure_in
+from disttrain.recipe import Recipe
+from disttrain.recipe.reference import import_callable
+from disttrain.task.base import Task
+from disttrain.task.images import ImageClassification
+
+_BUILT_IN = {
+    "image-classification": "disttrain.task.images:ImageClassification",
+    "language-modeling": "disttrain.task.language:LanguageModeling",
+    "tabular": "disttrain.task.tabular:Tabular",
+}
+
+Maker = Task | Callable[..., Any]
+"""A task, or what makes one of `task.options`, `train_set` and `recipe`."""
+
+
+def task_maker(recipe: Recipe, given: Task | Callable[..., Any] | None = None) -> Maker:
+    """The task that was `given`, or what `task.name` names. Raises ConfigurationError if there is no such thing."""
+    if given is not None:
+        if not isinstance(given, Task) and not callable(given):
+            raise ConfigurationError(
+                f"task: a {type(given).__name__} is neither a disttrain.Task nor a class or function that makes one; "
+                "the recipe's task.name takes names."
+            )
+        return given
+    if recipe.task.name in _BUILT_IN:
+        module, _, name = _BUILT_IN[recipe.task.name].partition(":")
+        made: Callable[..., Any] = getattr(import_module(module), name)  # where it is needed: each has its imports
+        return made
+    return import_callable(recipe.task.name, "task.name")
+
+
+def takes_images(maker: Maker) -> bool:
+    """Whether the task learns from a data set of images and labels, and not from samples of any kind."""
+    return isinstance(maker, ImageClassification) or (
+        isinstance(maker, type) and issubclass(maker, ImageClassification)
+    )
+
+
+def build_task(maker: Maker, recipe: Recipe, train_set: Any) -> Task:
+    """The task. Raises ConfigurationError for options that it does not take, UserCodeError for what it raises."""
+    if isinstance(maker, Task):
+        return maker
+    name = getattr(maker, "__qualname__", type(maker).__name__)
+    arguments = {"train_set": train_set, "recipe": recipe}
+    try:
+        signature = inspect.signature(maker)
+    except ValueError:  # a callable without a signature, written in C
+        arguments = {}
+    else:
+        arguments = {key: value for key, value in arguments.items() if key in signature.parameters}
+        try:
+            signature.bind(**(arguments | recipe.task.options))
+        except TypeError as error:
+            taken = ", ".join(recipe.task.options) or "no options"
+            raise ConfigurationError(f"task.options: {name} does not take {taken}: {error}.") from error
+    try:
+        task = maker(**(arguments | recipe.task.options))
+    except DisttrainError:
+        raise
+    except Exception as error:  # a user's class may raise anything
+        raise failure_in(f"task.name = '{recipe.task.name}'", error) from error
+    if not isinstance(task, Task):
+        raise ConfigurationError(f"task.name: {name} returned a {type(task).__name__}, not a disttrain.Task.")
+    return task
+
+
+def has_own(task: Task, *methods: str) -> bool:
+    """Whether the task defines one of these methods itself, in place of the default."""
+    return any(getattr(type(task), method) is not getattr(Task, method) for method in methods)

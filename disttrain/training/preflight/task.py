@@ -1,0 +1,155 @@
+"""A look at what the task returns, before anything is trained: a sum, numbers, and no state of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from disttrain import rng
+from disttrain.errors import ConfigurationError
+from disttrain.task import Task
+from disttrain.training.evaluate import checked_metrics
+from disttrain.training.job import Job
+
+_CLOSE = 0.05
+"""How near to each other two losses are that are meant to differ by a factor of two."""
+_MOST_ITEMS, _MOST_NUMBERS = 1000, 2**20  # of a container, of a tensor: what is larger is not compared
+
+
+def checked_loss(task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
+    """The task's loss of the batch. Raises ConfigurationError unless it is a scalar that gradients come from."""
+    loss: Any = task.loss(model, batch)
+    name = f"{type(task).__name__}.loss"
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigurationError(
+            f"{name} returned a {type(loss).__name__}: it has to be a tensor, the sum of the losses of the batch's "
+            "items (of a dict of losses, their sum)."
+        )
+    if loss.ndim or not loss.is_floating_point():
+        raise ConfigurationError(
+            f"{name} returned a tensor of shape {tuple(loss.shape)} and {loss.dtype}: it has to be a floating-point "
+            'scalar, the sum of the losses of the batch\'s items (reduction="sum", or .sum()).'
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ConfigurationError(
+            f"{name} returned a tensor without a gradient: compute it of what the model returns, without detach(), "
+            ".item() or torch.no_grad()."
+        )
+    return loss
+
+
+def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int) -> None:
+    """Raise ConfigurationError if the metrics of a score are not numbers, or do not have the one that is best."""
+    try:
+        metrics = task.metrics(score, num_samples)
+    except ConfigurationError:
+        raise
+    except Exception:  # so few samples may well be too few for a metric
+        return
+    best, mode = task.best
+    if best not in checked_metrics(task, metrics) or mode not in ("min", "max"):
+        raise ConfigurationError(
+            f"{type(task).__name__}.best is {task.best!r}: the first has to be one of the metrics, which are "
+            f"{', '.join(metrics)}, the second 'min' or 'max'."
+        )
+
+
+def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]]) -> None:
+    """Refuse a task of the user's own whose loss is a mean, or that keeps state. Every rank must call it.
+
+    `quietly` makes a context to compute a step in that leaves no trace. Raises ConfigurationError.
+    """
+    if type(job.task).loss.__module__.startswith("disttrain."):
+        return
+    before = _configuration(job.task)
+    losses = []
+    for epoch in (0, 1):  # two, lest chance makes a sum look like a mean
+        losses.append(_sums(job, epoch, quietly))
+    again = _sums(job, 0, quietly)
+    _refuse_state(job.task, before, losses[0], again)
+    if all(_is_mean(*pair) for pair in losses):
+        raise ConfigurationError(
+            f"{type(job.task).__name__}.loss returns a mean: it is {losses[0][0][0]:.4g} for two samples and "
+            f"{losses[0][1][0]:.4g} for the same two twice over. It has to be the sum over the batch's items, which "
+            'the trainer divides by the global weight: reduction="sum" in place of "mean", or the mean times how many '
+            "items (and a penalty that no item adds to belongs into optim.weight_decay)."
+        )
+
+
+Sum = tuple[float, int]
+"""A loss, and the weight of its batch."""
+
+
+def _sums(job: Job, epoch: int, quietly: Callable[[], AbstractContextManager[None]]) -> tuple[Sum, Sum]:
+    """The loss and the weight of two samples, and of the same two twice over."""
+    few = torch.arange(min(2, len(job.data.train)))
+    found = []
+    for samples in (few, few.repeat(2)):
+        fetched = job.loader.fetched(epoch, samples)
+        with quietly(), torch.no_grad():
+            for module in job.model.modules():
+                if isinstance(module, _DropoutNd):
+                    module.eval()
+            rng.seed_layers(job.world.device, 0, epoch, 0)
+            with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
+                found.append((float(job.task.loss(job.model, fetched.data)), fetched.weight))
+    return found[0], found[1]
+
+
+def _is_mean(one: Sum, twice: Sum) -> bool:
+    (loss, weight), (loss_of_twice, weight_of_twice) = one, twice
+    grows = weight_of_twice >= 1.5 * max(1, weight)
+    return grows and loss != 0 and abs(loss_of_twice - loss) <= _CLOSE * abs(loss)  # which NaN never is
+
+
+def _refuse_state(task: Task, before: Mapping[str, Any], first: tuple[Sum, Sum], again: tuple[Sum, Sum]) -> None:
+    name, now = type(task).__name__, _configuration(task)
+    for key, value in before.items():
+        if now.get(key) != value:
+            raise ConfigurationError(
+                f"{name}.{key} changes when a loss is computed: no checkpoint would have that state and no other "
+                "worker would share it. What __init__ sets is configuration; keep state in the model's buffers."
+            )
+    for (was, _), (now_is, _) in zip(first, again, strict=True):
+        if not np.isclose(was, now_is, rtol=1e-3, atol=0, equal_nan=True):
+            raise ConfigurationError(
+                f"{name}.loss returned {was:.6g} for the first samples and {now_is:.6g} for the same ones again, so it "
+                "keeps state or draws from a generator of its own: keep state in the model's buffers, and draw from "
+                "torch's global generator, which is seeded for every slice of every step."
+            )
+
+
+def _configuration(task: Task) -> dict[str, Any]:
+    return {key: _frozen(value) for key, value in vars(task).items()}
+
+
+def _frozen(value: Any, depth: int = 0) -> Any:
+    """What can be compared later with what it is by then; other objects by which they are."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.numel() > _MOST_NUMBERS or value.layout != torch.strided:
+            return id(value), value._version
+        return hashlib.sha256(bytes(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())).digest()
+    if isinstance(value, np.ndarray) and value.size <= _MOST_NUMBERS:
+        return hashlib.sha256(value.tobytes()).digest() if value.dtype != object else id(value)
+    if isinstance(value, torch.Generator):
+        return bytes(value.get_state().numpy())
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state)
+    if isinstance(value, nn.Module):
+        return {key: _frozen(one, depth + 1) for key, one in value.state_dict().items()}
+    if isinstance(value, Mapping | list | tuple | set) and len(value) <= _MOST_ITEMS and depth < 4:
+        items = value.items() if isinstance(value, Mapping) else value
+        return [_frozen(one, depth + 1) for one in items]
+    return id(value)

@@ -1,0 +1,82 @@
+"""The data set, the task and the model of a job: each is made with a look at the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from disttrain.data import (
+    Datasets,
+    Loader,
+    MemorySplit,
+    SampleSet,
+    SampleSets,
+    Split,
+    StepSampler,
+    StreamSplit,
+    as_datasets,
+    as_sample_sets,
+    as_samples,
+    load_datasets,
+)
+from disttrain.distributed.collectives import one_per_machine_first
+from disttrain.distributed.world import World
+from disttrain.errors import ConfigurationError
+from disttrain.models import build_model, given_model, made_ready
+from disttrain.recipe import Recipe
+from disttrain.task import Task, build_task, has_own, takes_images, task_maker
+from disttrain.training.given import Given
+
+
+def load_sets(recipe: Recipe, world: World, given: Given) -> tuple[Datasets | SampleSets, Task]:
+    """What the recipe names or what was given: images with labels for a task of images, else samples of any kind.
+
+    Every rank must call it. Raises ConfigurationError for what does not exist or does not fit together.
+    """
+    maker = task_maker(recipe, given.task)
+    images = takes_images(maker)
+    data = _load(recipe, world, given, images=images)
+    if isinstance(data, SampleSets) and images:
+        source = "the sets given" if given.train_set is not None else f"data.dataset = '{recipe.data.dataset}'"
+        raise ConfigurationError(
+            f"{source}: these are samples of a kind of their own, not images with labels, which the task "
+            f"'{recipe.task.name}' takes: name the task that is meant by task.name."
+        )
+    if isinstance(data, Datasets) and not images:
+        data = SampleSets(as_samples(data.train, "the training set"), as_samples(data.test, "the test set"))
+    return data, build_task(maker, recipe, data.train)
+
+
+def _load(recipe: Recipe, world: World, given: Given, *, images: bool) -> Datasets | SampleSets:
+    train_set, test_set = given.train_set, given.test_set
+    if train_set is None and test_set is None:
+        return load_datasets(recipe.data, world, lambda: one_per_machine_first(world), images=images)
+    if train_set is None or test_set is None:
+        raise ConfigurationError("train_set and test_set belong together: give both, or neither.")
+    if images and not isinstance(train_set, SampleSet):
+        return as_datasets(train_set, test_set, recipe.data)
+    return as_sample_sets(train_set, test_set)
+
+
+def served(split: Split | SampleSet, task: Task) -> Split | SampleSet:
+    """The split as the loaders take it: images go by whole tensors, unless the task makes its batches itself."""
+    if isinstance(split, MemorySplit | StreamSplit) and has_own(task, "collate", "weight"):
+        return as_samples(split, "the data set")
+    return split
+
+
+def model_for(recipe: Recipe, given: Given, train: Split | SampleSet, task: Task) -> nn.Module:
+    """The model that was given or that the recipe names, on the CPU, made for the task's data."""
+    arguments = task.model_arguments(train)
+    if given.model is None:  # not "or": a module with a length may be empty
+        name, model = f"model.name: {recipe.model.name}", build_model(recipe.model, **arguments)
+    else:
+        name, model = "the model given", given_model(given.model, **arguments)
+
+    def try_out(model: nn.Module) -> None:
+        sampler = StepSampler(len(train), batch_size=2)
+        samples = torch.arange(min(2, len(train)))
+        task.loss(model, Loader(served(train, task), sampler, recipe.data, task).samples(0, samples))
+
+    shape = arguments.get("sample_shape")
+    return made_ready(model, name, shape) if shape is not None else made_ready(model, name, try_out=try_out)
