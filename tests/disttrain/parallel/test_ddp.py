@@ -150,7 +150,7 @@ def test_every_step_starts_from_the_first_ranks_buffers_whichever_module_holds_t
         first, second = gather_objects(seen)
     assert first[0] == second[0] == [0.0] * 4
     assert first[1] == second[1] != first[0], "the buffers after the first step are rank 0's"
-    assert first[2] != second[2], "within a step each worker goes on with its own"
+    assert first[2] != second[2], "within a step each worker keeps its own"
 
 
 def test_a_run_evaluates_the_model_that_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
