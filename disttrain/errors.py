@@ -25,6 +25,26 @@ class ExitCode(IntEnum):
     CONFIGURATION = 78  # wrong recipe, data or environment, never retry
     UNREAD = 141  # the reader of the output is gone; 128 + SIGPIPE, as a shell has it of other programs
 
+    @classmethod
+    def explains(cls, code: int) -> bool:
+        """Whether a worker that ends so has said why, and would fail again: it is the cause, and no other's victim."""
+        return code in (cls.USAGE, cls.DIVERGED, cls.CONFIGURATION)
+
+    @classmethod
+    def is_final(cls, code: int) -> bool:
+        """Whether starting again does not help, or is not wanted."""
+        return cls.explains(code) or code in (cls.DONE, cls.STOPPED, cls.UNREAD)
+
+    @classmethod
+    def is_safe(cls, code: int) -> bool:
+        """Whether it is no failure: the work is done, or saved."""
+        return code in (cls.DONE, cls.STOPPED)
+
+    @classmethod
+    def is_common(cls, code: int) -> bool:
+        """Whether all workers end so at the same step, with the same words."""
+        return code in (cls.DIVERGED, cls.STOPPED)
+
 
 class DisttrainError(Exception):
     """A failure whose message is written for the user: one or two lines on what is wrong, where, and what to do."""

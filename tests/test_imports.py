@@ -45,7 +45,7 @@ LAYERS = {
         "task", "tracking", "training", "worker",
     },
     "doctor": {"data", "distributed", "recipe", "runs", "tracking"},
-    "testing": set(),
+    "testing": {"distributed"},
 }  # fmt: skip
 # The ground floor: what cannot be imported too early, and costs nothing.
 ANYWHERE = {"errors", "faultpoints", "files", "layout"}

@@ -28,8 +28,9 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from disttrain.agent.cause import Cause
-from disttrain.agent.elastic import STOP_SIGNALS, Agent, StoppedOnRequest, ignore_requests
+from disttrain.agent.elastic import Agent, StoppedOnRequest, ignore_requests
 from disttrain.agent.finished import is_finished
+from disttrain.distributed.requests import STOP_SIGNALS, heard_requests
 from disttrain.errors import DisttrainError, ExitCode
 from disttrain.layout import LAUNCHER_PID
 from disttrain.runs.summary import newest_step
@@ -76,11 +77,11 @@ def command(
     arguments: tuple[str, ...],
 ) -> None:
     """Run the workers `python ARGUMENTS` of this node, and exit with their own code."""
-    signals = [name for name in STOP_SIGNALS if name != "SIGHUP" or not _is_ignored(signal.SIGHUP)]
-    for name in signals:
-        signal.signal(getattr(signal, name), _stop)
+    signals = heard_requests()
+    for number in signals:
+        signal.signal(number, _stop)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report it ourselves
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signals)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in signals)
     # With torch 2.14 a node that joins later is not given the address of a store that the nodes share.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[LAUNCHER_PID] = str(os.getpid())  # with which the workers end
@@ -91,7 +92,7 @@ def command(
 
     try:
         # Blocked since `disttrain node` began: the first process of a container would never receive them otherwise.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in STOP_SIGNALS])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         _leave_if(finished, run_dir)
         _wait_for_name(rendezvous, serves, finished, run_dir)
         handler = _handler(rendezvous, job_id, nodes, local_addr, serves=serves == "true")
@@ -126,11 +127,6 @@ def command(
         ) from error
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
-
-
-def _is_ignored(number: signal.Signals) -> bool:
-    """As SIGHUP is under `nohup`."""
-    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
 
 from torch._C._distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from disttrain.distributed.ending import Ending, Report
 from disttrain.errors import ExitCode
-
-FINAL_CODES = (ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.STOPPED, ExitCode.CONFIGURATION)
-"""The exit codes of a worker after which a restart cannot help, or is not wanted."""
 
 _FINAL, _FIRST = "disttrain/final", "disttrain/first"
 _POLL_S = 0.1
@@ -42,50 +38,23 @@ class Cause:
     @property
     def is_final(self) -> bool:
         """Whether the workers are not to be started again."""
-        return self.code in FINAL_CODES
+        return ExitCode.is_final(self.code)
 
 
 def first_cause(failures: Mapping[int, ProcessFailure], host: str) -> Cause:
     """The cause among the failures of a node's workers, by rank: what is explained before what is a consequence."""
-    causes = [(_order(failure), _cause(rank, failure, host)) for rank, failure in failures.items()]
-    return min(causes, key=lambda one: one[0])[1] if causes else Cause(ExitCode.FAILURE, f"a worker on {host} ended")
-
-
-def left_early(rank: int, host: str) -> Cause:
-    """The cause when a worker exited with 0 but did not report that it had finished."""
+    endings = [
+        # The content of the error file is of torch's own making, with a message alone, if there was no file.
+        Ending(rank, failure.exitcode, float(failure.timestamp), Report.of(failure.error_file_data))
+        for rank, failure in failures.items()
+    ]
+    if not endings:
+        return Cause(ExitCode.FAILURE, f"a worker on {host} ended")
+    first = min(endings, key=lambda ending: ending.order)
+    words, report = first.message if first.is_common else first.told(host), first.report
     return Cause(
-        ExitCode.FAILURE,
-        f"rank {rank} on {host} exited with code 0 before its work was done: code that it runs called os._exit(0)",
+        first.exit_code, words, report.traceback if report else None, report is not None and report.is_consequence
     )
-
-
-def _order(failure: ProcessFailure) -> tuple[int, float]:
-    report = _report(failure)
-    killed_from_outside = failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT
-    kind = 0 if failure.exitcode in FINAL_CODES else 1 if killed_from_outside else 3 if report.get("consequence") else 2
-    return kind, float(report.get("time", failure.timestamp))
-
-
-def _cause(rank: int, failure: ProcessFailure, host: str) -> Cause:
-    report, code = _report(failure), failure.exitcode
-    who = f"rank {rank} on {report.get('host', host)}"
-    if code < 0:
-        why = " (usually because the machine ran out of memory)" if code == -signal.SIGKILL else ""
-        with suppress(ValueError):
-            return Cause(ExitCode.FAILURE, f"{who} was killed by {signal.Signals(-code).name}{why}")
-        return Cause(ExitCode.FAILURE, f"{who} was killed by signal {-code}")
-    if not report:
-        return Cause(code, f"{who} exited with code {code} without giving a reason")
-    told_by_all = report.get("is_agreed") is True or code in (ExitCode.STOPPED, ExitCode.DIVERGED)
-    message = str(report["message"]) if told_by_all else f"{who}: {report['message']}"
-    return Cause(code, message, report.get("traceback"), report.get("consequence") is True)
-
-
-def _report(failure: ProcessFailure) -> dict[str, Any]:
-    """What the worker wrote to its error file, if anything that can be read."""
-    report = failure.error_file_data  # of torch's own making, with no more than a message, if there was no file
-    is_ours = isinstance(report, dict) and "exit_code" in report and "message" in report
-    return report if is_ours and report["exit_code"] != ExitCode.DONE else {}
 
 
 class Bulletin:

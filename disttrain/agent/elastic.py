@@ -27,17 +27,13 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from disttrain.agent.cause import Bulletin, Cause, first_cause, left_early
+from disttrain.agent.cause import Bulletin, Cause, first_cause
+from disttrain.distributed.ending import Ending, left_early
 from disttrain.distributed.report import says_finished
+from disttrain.distributed.requests import SAME_REQUEST_S, STOP_SIGNALS, asking
 from disttrain.distributed.suspended import Suspended
 from disttrain.errors import ExitCode
-from disttrain.health.stop import name_of
 
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-"""What asks a node to stop."""
-
-# `timeout` and `uv run` pass on a signal that reached this process already: within this time it counts as one request.
-_SAME_REQUEST_S = 1.0
 # Workers that wait for a dead one cannot save any more: between SIGTERM and SIGKILL there is nothing to wait for.
 _TO_END_S = 5
 # A worker that a request to stop ended before it was ready leaves others waiting for it.
@@ -108,7 +104,7 @@ class Agent(LocalElasticAgent):
         killed = ""
         were_running = None in self.exit_codes()
         if were_running:
-            self._say(f"{name_of(request)}: asking the workers to save and stop; press Ctrl-C again to kill them")
+            self._say(asking(request))
             if not self._ended_by_request(kill):
                 killed = "on request" if kill.is_set() else f"after {self._grace_s} s (--stop-grace)"
             super()._shutdown(signal.SIGKILL, _TO_END_S)
@@ -204,7 +200,8 @@ class Agent(LocalElasticAgent):
         error_files = getattr(self._pcontext, "error_files", {})
         for local_rank, code in enumerate(self.exit_codes()):
             if code == ExitCode.DONE and not says_finished(error_files[local_rank]):
-                return left_early(worker_group.workers[local_rank].global_rank, self._host)
+                rank = worker_group.workers[local_rank].global_rank
+                return Cause(ExitCode.FAILURE, Ending(rank, ExitCode.FAILURE, time.time(), left_early()).told())
         return None
 
     def _give_up_where_it_stands_still(self) -> None:
@@ -237,9 +234,9 @@ def ignore_requests() -> threading.Event:
     kill, began = threading.Event(), time.monotonic()
 
     def interrupted(number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - began > _SAME_REQUEST_S:
+        if time.monotonic() - began > SAME_REQUEST_S:
             kill.set()
 
-    for name in STOP_SIGNALS:
-        signal.signal(getattr(signal, name), interrupted if name == "SIGINT" else signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, interrupted if number == signal.SIGINT else signal.SIG_IGN)
     return kill

@@ -11,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from disttrain.distributed import ending
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
 from disttrain.errors import ExitCode, printable
+from disttrain.files import parse_json
 from disttrain.layout import ERROR_FILE
 
 
@@ -48,7 +50,7 @@ def report_failure(
         with suppress(OSError):  # a full disk: it is printed here instead
             _write(error_file, failure)
             is_written = True
-    is_common = is_agreed or exit_code in (ExitCode.STOPPED, ExitCode.DIVERGED)
+    is_common = is_agreed or ExitCode.is_common(exit_code)
     is_shown = is_written and launched_by() in OUR_LAUNCHERS
     if not is_shown and (not rank or not is_common):
         who = "" if rank is None or is_agreed else f"rank {rank} on {host}: "
@@ -72,10 +74,9 @@ def report_finished() -> None:
 def says_finished(error_file: Path | str) -> bool:
     """Whether the worker that was given this file wrote that it finished."""
     try:
-        report = json.loads(Path(error_file).read_text(encoding="utf-8"))
+        return ending.says_finished(parse_json(Path(error_file).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return False
-    return isinstance(report, dict) and report.get("exit_code") == ExitCode.DONE
 
 
 def _write(error_file: str, report: dict[str, Any]) -> None:

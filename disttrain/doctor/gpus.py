@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from disttrain.distributed.gpus import installed_gpus
 from disttrain.doctor.collective import PATIENCE_S, all_reduced
 from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.doctor.isolated import CrashedError, Isolated
@@ -20,7 +20,7 @@ def gpus() -> Iterator[Finding]:
         names, built_for, nccl = looking.result(time.monotonic() + PATIENCE_S)
     finally:
         looking.end()
-    installed = _installed()
+    installed = installed_gpus()
     if not names:
         if installed and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
             why = f"is built for CUDA {built_for}" if built_for else "is built for CPUs"
@@ -63,12 +63,3 @@ def _seen_by_torch() -> list[Any]:
         torch.ones(64, 64, device=f"cuda:{index}").mm(torch.ones(64, 64, device=f"cuda:{index}")).sum().item()
     version: tuple[int, ...] = torch.cuda.nccl.version() if count else ()  # type: ignore[no-untyped-call]
     return [names, torch.version.cuda, f"NCCL {'.'.join(map(str, version))}"]
-
-
-def _installed() -> int:
-    """How many GPUs the driver shows."""
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

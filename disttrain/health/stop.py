@@ -14,18 +14,13 @@ from pathlib import Path
 from types import FrameType
 
 from disttrain.distributed.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
+from disttrain.distributed.requests import STOP_SIGNALS, heard_requests, name_of
 from disttrain.layout import LAUNCHER_PID
 
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from the launcher: within this time it is one.
 _SAME_REQUEST_S = 2.0
 _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 1.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-
-def name_of(number: int) -> str:
-    """A signal's name, as a person calls it who sends it."""
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class StopRequest:
@@ -100,16 +95,12 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in _heard()}
+    before = {number: signal.signal(number, request.receive) for number in heard_requests()}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _heard() -> list[signal.Signals]:
-    return [number for number in _SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager
@@ -122,7 +113,7 @@ def ending_undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 

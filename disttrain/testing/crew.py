@@ -212,14 +212,3 @@ def listening_socket() -> socket.socket:
     listening.bind(("127.0.0.1", 0))
     listening.listen(512)
     return listening
-
-
-def reserved_port() -> int:
-    """A port that the system hands out to no process for a minute; one can still listen on it by its number."""
-    with listening_socket() as server:
-        port = int(server.getsockname()[1])
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            accepted, _ = server.accept()
-            accepted.close()  # we close first: the port stays in TIME_WAIT on our side
-            client.recv(1)
-    return port

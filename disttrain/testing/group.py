@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from disttrain.distributed.ports import reserved_port
 from disttrain.testing import narrative
-from disttrain.testing.crew import Crew, Reply, listening_socket, reserved_port
+from disttrain.testing.crew import Crew, Reply, listening_socket
 from disttrain.testing.environment import environment
 from disttrain.testing.errors import CollectivesDiffer, HarnessError, WorkerFailed, WorkerTimeout
 from disttrain.testing.options import Options
@@ -205,7 +206,10 @@ def start_group(
     server, preloaded = default_pool().server(preload)
     local_size = world_size // (len(cluster) if cluster is not None else 1)
     listen = listening_socket() if options.process_group and cluster is None else None
-    port = _STORE_PORT if cluster is not None else listen.getsockname()[1] if listen else reserved_port()
+    if cluster is not None:
+        port = _STORE_PORT
+    else:
+        port = listen.getsockname()[1] if listen else stack.enter_context(reserved_port())
     address = cluster[0].address if cluster is not None else "127.0.0.1"
     specs = [
         WorkerSpec(

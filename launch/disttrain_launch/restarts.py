@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from disttrain.recipe import ExitCode
+from disttrain.errors import ExitCode
 from disttrain.runs.summary import newest_step
 from disttrain_launch.outcome import Outcome
-
-_NEVER = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.STOPPED, ExitCode.CONFIGURATION, ExitCode.UNREAD)
 
 
 class Restarts:
@@ -28,7 +26,7 @@ class Restarts:
 
     def helps(self, outcome: Outcome) -> bool:
         """Whether to start the workers again after this outcome; to be asked once for each."""
-        if outcome.exit_code in _NEVER or self.made >= self.most:
+        if ExitCode.is_final(outcome.exit_code) or self.made >= self.most:
             return False
         before, self._failed_at = self._failed_at, (self._run_dir and newest_step(self._run_dir)) or 0
         if before is not None and self._failed_at == before:  # not <=: a damaged line may have told of too many

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 
-from disttrain_launch.outcome import Ending, Report, settle
+from disttrain.distributed.ending import Report
+from disttrain_launch.outcome import LocalEnding, settle
 
 
-def ending(rank: int, code: int, report: Report | None = None, *, asked: bool = False) -> Ending:
-    return Ending(rank, code, 100.0 + rank, asked, report, None, "")
+def ending(rank: int, code: int, report: Report | None = None, *, asked: bool = False) -> LocalEnding:
+    return LocalEnding(rank, code, 100.0 + rank, report, asked, None, "")
 
 
 def test_a_failure_that_rank_0_decided_names_no_rank_whoever_told_it_first() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from disttrain.distributed.requests import STOP_SIGNALS
 from disttrain_launch.cli.arguments import RECIPE, run_dir_callback
 from disttrain_launch.cli.node_options import NodeOptions, node_options, planned_node
 from disttrain_launch.cli.options import (
@@ -22,8 +23,6 @@ from disttrain_launch.local.group import module_arguments
 
 if TYPE_CHECKING:
     from disttrain_launch.nodes.node import Node
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @click.command(short_help="Run one machine's part of a job on several.")
@@ -69,7 +68,7 @@ def run_node(
 ) -> None:
     """Check everything, and become this machine's agent (or say what it would be)."""
     # The agent lets them through once it can handle them: the first process of a container would not hear of them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         planned = _planned(recipe, num_workers, run_dir, overrides, options, max_restarts, trust=trust)
         if dry_run:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from disttrain.distributed.cores import usable_cores
-from disttrain_launch.local.gpus import count_gpus
+from disttrain.distributed.gpus import count_gpus
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

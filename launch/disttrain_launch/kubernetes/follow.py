@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from disttrain.errors import ExitCode
 from disttrain_launch.kubernetes import submission
 from disttrain_launch.kubernetes.client import PODS, Cluster
 from disttrain_launch.kubernetes.kinds import APIS
@@ -15,8 +16,6 @@ from disttrain_launch.kubernetes.states import Pod, finished, pod_of, state_of, 
 
 _POLL_S = 1.0
 _WATCH_S = 30
-_STOPPED, _FAILURE = 75, 1
-_NEVER_RETRIED = (2, 70, 78)
 
 Say = Callable[[str], None]
 
@@ -41,11 +40,11 @@ def follow(
             seen = _look(cluster, kind, name, say)
         except ConfigurationError as error:
             say(f"{error}; the job itself is not affected. `disttrain k8s status {name}` tells how it stands")
-            return _FAILURE
+            return ExitCode.FAILURE
         if seen is None:
             logs.finish()
             say("the job has been deleted")
-            return 0 if is_done else _FAILURE
+            return 0 if is_done else ExitCode.FAILURE
         job, pods = seen
         logs.update([pod for pod in pods if all_pods or pod.is_first])
         for pod in pods:
@@ -65,7 +64,7 @@ def follow(
             if state == "failed" and is_done:
                 say("the run is finished: a node has trained it to its end, whatever became of the job")
                 return 0
-            return {"complete": 0, "suspended": _STOPPED}.get(state, _worst(codes))
+            return {"complete": 0, "suspended": ExitCode.STOPPED}.get(state, _worst(codes))
         time.sleep(_POLL_S)
 
 
@@ -89,7 +88,7 @@ def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
         say(f"{error}; the job was asked, but how it ends is not seen: `disttrain k8s status {name}` tells")
         return False
     ends = [codes.get(pod_name) for pod_name in firsts]
-    if ends and all(code in (0, _STOPPED) for code in ends):
+    if ends and all(code is not None and ExitCode.is_safe(code) for code in ends):
         say(f"safe: the checkpoint is saved. `disttrain k8s submit` with the same arguments goes on; "
             f"`disttrain k8s stop {name} --now` removes the job")  # fmt: skip
         return True
@@ -156,4 +155,4 @@ def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, 
 
 
 def _worst(codes: list[int]) -> int:
-    return next((code for code in codes if code in _NEVER_RETRIED), codes[-1] if codes else _FAILURE)
+    return next((code for code in codes if ExitCode.explains(code)), codes[-1] if codes else ExitCode.FAILURE)

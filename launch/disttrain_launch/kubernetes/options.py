@@ -127,6 +127,7 @@ def request_of(recipe: str, overrides: tuple[str, ...], **given: Any) -> JobRequ
 
 
 def _request(recipe: RecipeFile, name: str, given: dict[str, Any]) -> JobRequest:
+    from disttrain.recipe.address import is_url
     from disttrain_launch.kubernetes.spec import JobRequest, Resources, Storage
 
     gpus, stop_grace_s = given["gpus"], given["stop_grace"]
@@ -139,11 +140,11 @@ def _request(recipe: RecipeFile, name: str, given: dict[str, Any]) -> JobRequest
         devices=given["rdma"],
     )
     run_dir = given["run_dir"] or f"{RUNS}/{name}"
-    is_url = "://" in run_dir
+    behind_url = is_url(run_dir)
     storage = Storage(
         run_dir=run_dir,
-        claim=given["claim"] or (None if is_url else "disttrain-runs"),
-        create=not given["claim"] and not is_url,
+        claim=given["claim"] or (None if behind_url else "disttrain-runs"),
+        create=not given["claim"] and not behind_url,
         size=given["claim_size"],
         access_mode=given["access_mode"],
         storage_class=given["storage_class"],

@@ -57,7 +57,9 @@ class Storage:
     @property
     def is_url(self) -> bool:
         """Whether runs live behind a URL."""
-        return "://" in self.run_dir
+        from disttrain.recipe.address import is_url
+
+        return is_url(self.run_dir)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from disttrain.errors import ExitCode
 from disttrain_launch.kubernetes.places import Kind
 from disttrain_launch.kubernetes.spec import Manifest
 
-_ENDINGS = {
-    0: "done",
-    1: "failed (exit 1)",
-    2: "wrong command line (exit 2)",
-    70: "diverged (exit 70)",
-    75: "stopped, checkpoint saved (exit 75)",
-    78: "wrong recipe, data or environment (exit 78)",
+_ENDINGS: dict[int, str] = {
+    ExitCode.DONE: "done",
+    ExitCode.FAILURE: "failed (exit 1)",
+    ExitCode.USAGE: "wrong command line (exit 2)",
+    ExitCode.DIVERGED: "diverged (exit 70)",
+    ExitCode.STOPPED: "stopped, checkpoint saved (exit 75)",
+    ExitCode.CONFIGURATION: "wrong recipe, data or environment (exit 78)",
     137: "killed (exit 137: out of memory, or longer than the grace period)",
     143: "ended by SIGTERM before it could save (exit 143)",
 }
@@ -131,7 +132,7 @@ def _phase(pod: Manifest, events: list[Manifest]) -> tuple[str, str, int | None]
         words = _ENDINGS.get(code, f"exit {code}")
         if state["terminated"].get("reason") == "OOMKilled":
             words = "out of memory (exit 137): give more --memory"
-        elif disrupted and code not in (0, 75):
+        elif disrupted and not ExitCode.is_safe(code):
             words = f"disrupted: {disrupted[0].get('reason', 'node lost')}"
         return "ended", words, code
     if status.get("phase") in ("Failed", "Succeeded"):

@@ -11,17 +11,18 @@ from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import IO
 
+from disttrain.distributed.ending import Report, left_early, says_finished
+from disttrain.errors import ExitCode
 from disttrain.layout import ERROR_FILE
-from disttrain.recipe import ExitCode
 from disttrain_launch.local.group import WorkerGroup
-from disttrain_launch.outcome import Ending, left_early, read_report, says_finished
+from disttrain_launch.outcome import LocalEnding, content_of
 
 
 class Worker:
     """A running worker. It has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone."""
 
     def __init__(self, group: WorkerGroup, rank: int, port: int, lifeline: int) -> None:
-        self.ending: Ending | None = None
+        self.ending: LocalEnding | None = None
         self.was_killed = False
         self._group, self.rank = group, rank
         self._asked_to_end = False
@@ -47,13 +48,14 @@ class Worker:
     def has_ended(self) -> bool:
         """Whether it has ended. The first time it has, `ending` says how."""
         if self.ending is None and self._process.poll() is not None:
-            code, report = self._process.returncode, read_report(self._report)
-            if code == ExitCode.DONE and not says_finished(self._report):
+            code, content = self._process.returncode, content_of(self._report)
+            report = Report.of(content)
+            if code == ExitCode.DONE and not says_finished(content):
                 code, report = ExitCode.FAILURE, left_early()
             self.was_killed = code < 0
             if self.was_killed:
                 self._kill_group()  # the children it can no longer end itself
-            self.ending = Ending(
+            self.ending = LocalEnding(
                 rank=self.rank,
                 code=code,
                 time=time.time(),

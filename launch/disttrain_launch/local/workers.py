@@ -12,21 +12,19 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from disttrain.distributed.ports import reserved_port
+from disttrain.distributed.requests import SAME_REQUEST_S, STOP_SIGNALS, asking, heard_requests
 from disttrain.distributed.suspended import LOOK_EVERY_S, Suspended
 from disttrain_launch.local.group import WorkerGroup
-from disttrain_launch.local.ports import reserved_port
 from disttrain_launch.local.worker import Worker
 from disttrain_launch.messages import complain, say
 from disttrain_launch.outcome import Outcome, settle
 from disttrain_launch.restarts import Restarts
 
-# `timeout` and `uv run` pass on a signal that reached this process already: within this time it is one request.
-_SAME_REQUEST_S = 1.0
 # A rank that can say why it gives up is seldom the only one, and may not be the first: the others have this long to
 # say what happened to them.
 _TO_REPORT_S = 2.0
 _NEVER = float("inf")
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoReturn:
@@ -63,10 +61,7 @@ def _signals() -> Iterator[int]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wake_before = signal.set_wakeup_fd(writer)
-    heard = {*_STOP_SIGNALS, signal.SIGCHLD}
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        heard.remove(signal.SIGHUP)
-    before = {number: signal.signal(number, _hear) for number in heard}
+    before = {number: signal.signal(number, _hear) for number in (*heard_requests(), signal.SIGCHLD)}
     try:
         yield reader
     finally:
@@ -118,7 +113,7 @@ class _Watch:
             for news in self._suspended.news({worker.rank: worker.pid for worker in running}):
                 complain(news)
             for number in self._next_signals():
-                if number in _STOP_SIGNALS and self._is_second_request(number):
+                if number in STOP_SIGNALS and self._is_second_request(number):
                     return Outcome(128 + signal.SIGINT, "killed on request")
         return settle(
             [worker.ending for worker in self._workers if worker.ending],
@@ -156,9 +151,8 @@ class _Watch:
             return False  # a terminal that closes sends more than one, and nobody is there who means "at once"
         if self._stop_requested_at is None:
             self._stop_requested_at = now
-            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            complain(f"{name}: asking the workers to save and stop; once more kills them")
+            complain(asking(number))
             for worker in self._workers:
                 worker.terminate()
             return False
-        return now - self._stop_requested_at > _SAME_REQUEST_S
+        return now - self._stop_requested_at > SAME_REQUEST_S

@@ -7,6 +7,8 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from disttrain.errors import ExitCode
+
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ports that systems hand out by themselves
 
 
@@ -113,8 +115,9 @@ class SlurmJob:
             "# A signal ends `wait` before the step has ended.",
             'while wait "$step"; code=$?; [ "$code" -gt 128 ] && [ -n "$again" ]; do again=; done',
             "",
-            "# 75: stopped, and saved. Requeued only if it was the time limit: a job that somebody cancels stays away.",
-            'if [ "$code" -eq 75 ] && [ -n "$warned" ]; then',
+            f"# {ExitCode.STOPPED}: stopped, and saved. Requeued only if it was the time limit: a job that somebody "
+            "cancels stays away.",
+            f'if [ "$code" -eq {ExitCode.STOPPED} ] && [ -n "$warned" ]; then',
             '    scontrol requeue "$SLURM_JOB_ID"',
             "fi",
             'exit "$code"',

@@ -16,9 +16,9 @@ import pytest
 
 from disttrain.agent import __main__ as program
 from disttrain.agent import elastic
+from disttrain.distributed.ports import reserved_port
 from disttrain.recipe import load_recipe, to_toml
 from disttrain.testing import run_workers
-from disttrain_launch.local.ports import reserved_port
 
 # Each is ready, and then does what the line after it says. As a real worker, it takes a second request for impatience.
 _WORKER = """

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from disttrain.errors import ExitCode
 from disttrain_launch.cli import main
 from disttrain_launch.kubernetes import kinds, source
 from tests.launch.kubernetes.cases import CASES, FOLDERS, GOLDEN, IMAGE, rendered
@@ -20,6 +21,12 @@ from tests.launch.kubernetes.cases import CASES, FOLDERS, GOLDEN, IMAGE, rendere
 ROOT = Path(__file__).parents[3]
 VERSIONS = ("1.31", "1.37")  # the oldest with every field in use by default, and the newest known
 Object = dict[str, Any]
+
+
+def test_the_job_knows_what_exit_codes_mean() -> None:
+    rules = source.base()["Job"]["spec"]["podFailurePolicy"]["rules"]
+    codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule}
+    assert codes == {"Ignore": [ExitCode.STOPPED], "FailIndex": [code for code in ExitCode if ExitCode.explains(code)]}
 
 
 def objects(arguments: list[str]) -> dict[str, Object]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from disttrain.distributed.ports import reserved_port
 from disttrain_launch.local import worker
-from disttrain_launch.local.ports import reserved_port
 from tests.launch.conftest import Launcher, StartLauncher
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped worker ends when it is continued")
@@ -203,7 +203,7 @@ def test_a_request_to_stop_reaches_each_worker_once(start_launcher: StartLaunche
     returncode, _, err = launcher.end()
     assert returncode == 75
     name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert err == f"disttrain: {name}: asking the workers to save and stop; once more kills them\n"
+    assert err == f"disttrain: {name}: asking the workers to save and stop; press Ctrl-C again to kill them\n"
     for rank in range(2):
         assert json.loads((launcher.folder / f"requests-{rank}").read_text()) == [signal.SIGTERM]
 
@@ -264,7 +264,7 @@ def test_a_request_that_comes_when_all_is_done_changes_nothing(start_launcher: S
     launcher.wait_for("done-0")
     launcher.send(signal.SIGINT)
     assert launcher.process.stderr is not None
-    assert "asked to save and stop" in launcher.process.stderr.readline()  # so the worker was sent its SIGTERM, or is
+    assert "to save and stop" in launcher.process.stderr.readline()  # so the worker was sent its SIGTERM, or is
     time.sleep(0.1)
     (launcher.folder / "go").touch()
     assert launcher.end() == (0, "", "")

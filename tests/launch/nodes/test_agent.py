@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from disttrain_launch.local.ports import reserved_port
+from disttrain.distributed.ports import reserved_port
 from disttrain_launch.nodes.node import Node
 
 WORKER = """

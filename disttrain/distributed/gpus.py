@@ -1,4 +1,4 @@
-"""How many GPUs a worker would see, without importing torch."""
+"""How many GPUs there are, and a worker would see, without importing torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """The number of NVIDIA GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else those of the machine."""
-    installed = _installed()
+    installed = installed_gpus()
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None or installed == 0:
         return installed
@@ -22,7 +22,8 @@ def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
     return count
 
 
-def _installed() -> int:
+def installed_gpus() -> int:
+    """How many NVIDIA GPUs the driver shows."""
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain_launch.local.gpus import count_gpus
+from disttrain.distributed.gpus import count_gpus
 
 
 @pytest.fixture
