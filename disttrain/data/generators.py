@@ -12,7 +12,8 @@ import torch
 
 def seed_generators(seed: int) -> None:
     """Seed the generators of torch, Python and NumPy."""
-    torch.manual_seed(seed)
+    # `torch.manual_seed` also notes a stack trace for each kind of accelerator, half a millisecond per sample.
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

@@ -86,6 +86,11 @@ class LanguageModeling(Task):
         """Cross-entropy, in nats."""
         return self._cross_entropy(model, batch, self.label_smoothing)
 
+    def losses(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Those of the samples, (B,)."""
+        of_tokens = self._cross_entropy(model, batch, self.label_smoothing, reduction="none")
+        return of_tokens.view(len(batch["tokens"]), -1).sum(1)
+
     def score(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The loss without label smoothing, and how many bytes of text are predicted."""
         sums = {"loss": self._cross_entropy(model, batch, 0.0)}
@@ -99,6 +104,11 @@ class LanguageModeling(Task):
         if "bytes" in sums:
             metrics["bits_per_byte"] = loss / math.log(2) / max(1, int(sums["bytes"]))
         return metrics
+
+    def headline(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
+        """The perplexity first."""
+        bits = f", {metrics['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in metrics else ""
+        return f"perplexity {metrics['perplexity']:.4g}, loss {metrics['loss']:.4f}{bits}"
 
     def read(self, path: str) -> list[dict[str, Any]]:
         """A prompt: what is in the file, without the newline that editors put at its end; if there is none, the words.
@@ -128,9 +138,11 @@ class LanguageModeling(Task):
         choose from (0: all). A text depends on the prompt, the model and these alone, not on the other prompts.
         Raises ConfigurationError for one that is out of range.
         """
-        for name, value, least in (("length", length, 0), ("temperature", temperature, 0), ("top_k", top_k, 0)):
-            if not value >= least or not math.isfinite(value):
-                raise ConfigurationError(f"{name}: {value!r} is not a number of {least} or more.")
+        for name, value in (("length", length), ("top_k", top_k), ("seed", seed)):
+            if type(value) is not int or value < 0:
+                raise ConfigurationError(f"{name}: {value!r} is not a whole number of 0 or more.")
+        if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+            raise ConfigurationError(f"temperature: {temperature!r} is not a number of 0 or more.")
         vocabulary = self._vocabulary()
         answers = []
         for row in batch["tokens"]:
@@ -176,7 +188,11 @@ class LanguageModeling(Task):
         return ids.long()
 
     def _cross_entropy(
-        self, model: nn.Module, batch: Mapping[str, torch.Tensor], label_smoothing: float
+        self,
+        model: nn.Module,
+        batch: Mapping[str, torch.Tensor],
+        label_smoothing: float,
+        reduction: str = "sum",
     ) -> torch.Tensor:
         tokens = batch["tokens"]
         inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
@@ -189,7 +205,7 @@ class LanguageModeling(Task):
             logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1),
             targets.flatten(),
             ignore_index=_IGNORED,
-            reduction="sum",
+            reduction=reduction,
             label_smoothing=label_smoothing,
         )
 

@@ -90,7 +90,7 @@ def load_text(data: DataRecipe) -> SampleSets:
         layout([_encoded(document, vocabulary) for document in part], vocabulary.end_of_text, options.context_length)
         for part in (train, test)
     ]
-    return SampleSets(*(SampleSet(split, "the texts", facts) for split in splits))
+    return SampleSets(*(SampleSet(split, "the texts", facts, in_memory=True) for split in splits))
 
 
 def _fits(name: str, value: Any) -> bool:
@@ -156,9 +156,9 @@ def _alphabet(train: _Documents, test: _Documents) -> Characters:
     if known.size < alphabet.size:
         only = sorted(set(alphabet.facts()["characters"]) - set(known.facts()["characters"]))
         _log.info(
-            "%d characters occur in the test part alone, where the model cannot know them: %s",
-            len(only),
-            ", ".join(map(ascii, only[:5])),
+            "characters that occur in the test part alone, where no model can have learned them: %s%s",
+            ", ".join(map(repr, only[:5])),
+            ", …" if len(only) > 5 else "",
         )
     return alphabet
 

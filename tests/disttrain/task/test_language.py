@@ -79,6 +79,7 @@ def test_padding_weighs_nothing_and_changes_nothing() -> None:
     assert task.weight(together) == 2 + 7
     assert together["tokens"].shape == (2, 8)
     losses = [task.loss(model, task.collate([one])) for one in (short, long)]
+    torch.testing.assert_close(task.losses(model, together), torch.stack(losses), rtol=0, atol=1e-12)
     torch.testing.assert_close(task.loss(model, together), sum(losses), rtol=0, atol=1e-12)
     nothing = task.collate([torch.tensor([5])])
     assert task.weight(nothing) == 0
@@ -207,8 +208,9 @@ def test_a_prompt_is_continued(root: Path, tmp_path: Path) -> None:
     assert alone == drawn[1:2], "whatever else is asked"
     assert task.predict(model, prompts, temperature=9.0, length=30, seed=2) != drawn
     assert task.predict(model, prompts, temperature=5.0, length=6, top_k=1) == likeliest
-    with pytest.raises(ConfigurationError, match="temperature: -1 is not a number of 0 or more"):
-        task.predict(model, prompts, temperature=-1)
+    for options in ({"temperature": -1}, {"temperature": "hot"}, {"length": 2.5}, {"top_k": -1}, {"seed": None}):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(options))}: .* is not a .*number of 0 or more"):
+            task.predict(model, prompts, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="character 'z'"):
         task.read("abz")
     with pytest.raises(ConfigurationError, match="does not say what its tokens mean"):
