@@ -131,6 +131,16 @@ def _is_best(value: Any) -> bool:
     return _table_of(_is_text)(value) and value.keys() == {"metric", "mode"} and value["mode"] in ("min", "max")
 
 
+def _is_best_evaluation(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"value", "step", "since"}
+        and (value["value"] is None or _is_finite(value["value"]))
+        and _is_count(value["step"])
+        and _is_count(value["since"])
+    )
+
+
 def _is_finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
@@ -159,8 +169,11 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
     "given": (_list_of(_is_text), "a list of names"),
     "init": (_table_of(_is_text), "a table of texts"),
+    "best_evaluation": (_is_best_evaluation, "a table of value, step and since"),
     "shared": (_table_of(_is_text), "a table of names"),
     "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
 # Older checkpoints lack these.
-_OPTIONAL = {"best", "expected_magnitudes", "given", "init", "non_finite", "recent_losses", "shared", "task"}
+_OPTIONAL = {
+    "best", "best_evaluation", "expected_magnitudes", "given", "init", "non_finite", "recent_losses", "shared", "task",
+}  # fmt: skip

@@ -59,6 +59,10 @@ class TrainRecipe(Section):
     log_every_steps: Count = Field(default=50, description="steps between two rows of metrics")
     eval_every_epochs: Count = Field(default=1, description="epochs between two evaluations")
     eval_batch_size: Count = Field(default=500, description="samples per evaluation batch")
+    patience: WholeNumber = Field(
+        default=0, description="end after this many evaluations without a better one, by checkpoint.best (0: off)"
+    )
+    min_delta: NonNegative = Field(default=0.0, description="by more than this an evaluation has to be better")
     hang_timeout_s: Positive = Field(
         default=600.0, description="seconds without progress after which a worker counts as hung"
     )

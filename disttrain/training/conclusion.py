@@ -104,6 +104,10 @@ def _conclude(
     console.line(f"done in {seconds:.1f} s: {job.task.headline(job.evaluation(), {})}")
     console.line(f"run         {address}")
     console.line(f"checkpoint  {address}/{CHECKPOINTS}/{checkpoint_name(job.step)}")
+    best = checkpoint_name(job.early_stopping.step)
+    if 0 < job.early_stopping.step < job.step and (run_dir / CHECKPOINTS / best).is_dir():
+        value = f"{job.best.metric} {job.early_stopping.value:.6g}"
+        console.line(f"best        {address}/{CHECKPOINTS}/{best} ({value})")
     if tracker.uri is not None:
         run = load_state(run_dir)
         for label, text in zip(("MLflow", ""), how_to_open(tracker.uri, run.experiment_id, run.run_id), strict=False):

@@ -38,6 +38,7 @@ from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import Recipe
 from disttrain.task import Task, has_own
+from disttrain.training.early_stopping import EarlyStopping, best_metric
 from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given
 from disttrain.training.groups import parameter_groups
@@ -76,6 +77,7 @@ class Job:
     non_finite: NonFiniteGuard
     spikes: SpikeGuard
     schedule: Schedule
+    early_stopping: EarlyStopping
     loader: Loader
     eval_loader: EvalLoader
     steps_per_epoch: int
@@ -121,16 +123,19 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last step is done and evaluated."""
-        return self.step >= self.total_steps and self.metrics is not None
+        """Whether the last step is done and evaluated, or the last evaluation has ended the run."""
+        return self.metrics is not None and (self.step >= self.total_steps or self.early_stopping.has_stopped)
 
     @property
     def evaluation_is_due(self) -> bool:
         """Whether an evaluation belongs to this step and has not been made."""
-        at_end = self.step >= self.total_steps
+        return (self.step >= self.total_steps or self.is_at_evaluation) and self.metrics is None
+
+    @property
+    def is_at_evaluation(self) -> bool:
+        """Whether every run of the recipe evaluates at this step, however far it goes."""
         epoch, rest = divmod(self.step, self.steps_per_epoch)
-        at_epoch = rest == 0 and epoch > 0 and epoch % self.recipe.train.eval_every_epochs == 0
-        return (at_end or at_epoch) and self.metrics is None
+        return rest == 0 and epoch > 0 and epoch % self.recipe.train.eval_every_epochs == 0
 
     def as_evaluated(self) -> AbstractContextManager[None]:
         """The context in which the model has the weights that are evaluated: their averages, if there are any."""
@@ -170,6 +175,7 @@ class Job:
             "finished": self.is_finished,
             "metrics": self.metrics or {},
             "best": asdict(self.best),
+            "best_evaluation": self.early_stopping.state(),
             "optimizer": self.optimizer_tensors()[1],
             "scaler": self.scaler.state_dict(),
             "non_finite": self.non_finite.state(),
@@ -184,13 +190,6 @@ class Job:
             **({"init": self.init} if self.init is not None else {}),
             "environment_fingerprint": self.environment_fingerprint(),
         }
-
-    def learning_rates(self) -> dict[str, float]:
-        """The rate of the step done last, and that of each parameter group with a scale of its own."""
-        rate = self.schedule.learning_rate(self.step - 1)
-        scales = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
-        own = {f"train/learning_rate_group_{number}": rate * scale for number, scale in enumerate(scales) if scale != 1}
-        return {"train/learning_rate": rate, **own}
 
     def environment_fingerprint(self) -> dict[str, Any]:
         """What the bits of the run depend on besides its recipe."""
@@ -247,6 +246,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         fills_empty=strategy.fills_empty,
         weighs=has_own(task, "weight"),
     )
+    best = best_metric(recipe, task)
     return Job(
         recipe=recipe,
         world=world,
@@ -267,6 +267,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         ),
         spikes=SpikeGuard(recipe.train),
         schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
+        early_stopping=EarlyStopping(recipe.train, best),
         loader=loader,
         eval_loader=EvalLoader(
             served(data.test, task),
@@ -281,16 +282,9 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         total_steps=total_steps,
         given=given.names(),
         ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
-        best=_best(recipe, task),
+        best=best,
         digest=digest_of(data.train) if world.is_main else Digest(None, None),
     )
-
-
-def _best(recipe: Recipe, task: Task) -> Best:
-    if recipe.checkpoint.best is None:
-        return Best(*task.best)
-    metric, _, mode = recipe.checkpoint.best.rpartition(":")
-    return Best(metric.removeprefix(EVAL), mode)
 
 
 def newest_checkpoint(store: CheckpointStore, world: World, warn: Callable[[str], None]) -> Checkpoint | None:

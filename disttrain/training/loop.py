@@ -113,7 +113,7 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
     while True:
         if job.evaluation_is_due:
             monitor.evaluate()
-        if job.step >= job.total_steps:
+        if job.is_finished:
             return monitor.last_evaluation()
         with monitor.epoch():
             for batch in _batches(job):

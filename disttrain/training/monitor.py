@@ -24,6 +24,7 @@ from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 from disttrain.training.evaluate import Evaluation, evaluate
 from disttrain.training.job import Job, StepResult
+from disttrain.training.optim import learning_rates
 from disttrain.training.saver import Saver
 
 
@@ -160,7 +161,7 @@ class RunMonitor:
         metrics = {
             "train/loss": loss,
             f"train/{'_'.join(items.split())}_per_second": rate,
-            **job.learning_rates(),
+            **learning_rates(job.optimizer, job.schedule.learning_rate(job.step - 1)),
             "train/epoch": job.step / job.steps_per_epoch,
         }
         if result.grad_norm is not None:
@@ -209,22 +210,27 @@ class RunMonitor:
         where = f"step {job.step}" if job.step % job.steps_per_epoch else f"epoch {job.epoch}/{job.num_epochs}"
         self._console.line(f"{where}: {job.task.headline(result.metrics, result.details)}{self._pace}")
         self._pace = ""
-        self._refuse_unknown_best()
-        if job.step >= job.total_steps:
+        self._refuse_unknown_best(result)
+        if job.is_at_evaluation:  # another one, where the run ends for now, would not be there if it went further
+            job.early_stopping.observe(job.step, result.metrics)
+        if job.early_stopping.has_stopped and job.step < job.total_steps:
+            self._console.line(f"stopping early: {job.early_stopping.words()}")
+            self._tracker.event("stopped-early", step=job.step, best=job.early_stopping.state())
+        if job.is_finished:
             self.saver.save_or_fail()
         else:
             self.saver.save()
 
-    def _refuse_unknown_best(self) -> None:
+    def _refuse_unknown_best(self, result: Evaluation) -> None:
         """A metric that no evaluation has would keep nothing as best, and say nothing."""
-        job, recipe = self.job, self.job.recipe.checkpoint
-        names = [name.removeprefix(EVAL) for name in job.metrics or {}]
-        if job.best.metric in names or (recipe.best is None and recipe.keep_best == 0):
+        job, recipe = self.job, self.job.recipe
+        is_needed = recipe.checkpoint.best is not None or recipe.checkpoint.keep_best > 0 or recipe.train.patience > 0
+        if job.best.metric in result.metrics or not is_needed:
             return
         self.saver.save_or_fail()
         raise ConfigurationError(
-            f"checkpoint.best = '{job.best}': the evaluation has no metric of that name; it has {', '.join(names)}. "
-            "Set it to one of them; the checkpoint is saved, and the same --run-dir resumes."
+            f"checkpoint.best = '{job.best}': the evaluation has no metric of that name; set it to one that it has: "
+            f"{', '.join(result.metrics)}. The checkpoint is saved, and the same --run-dir resumes."
         )
 
     def _evaluated_some(self) -> None:

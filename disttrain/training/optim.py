@@ -89,3 +89,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group this learning rate, times the group's own scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, float]:
+    """The rate, and that of each parameter group with a scale of its own, under the names that metrics have."""
+    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+    own = {f"train/learning_rate_group_{number}": rate * scale for number, scale in enumerate(scales) if scale != 1}
+    return {"train/learning_rate": rate, **own}

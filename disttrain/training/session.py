@@ -184,8 +184,9 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
     if world.remark:
         console.line(world.remark)
+    early = f"; {job.early_stopping.words()}" if job.step < job.total_steps else ""
     if is_done:
-        console.line(f"{address} is already finished: {job.step} of {job.total_steps} steps.")
+        console.line(f"{address} is already finished: {job.step} of {job.total_steps} steps{early}.")
     elif job.is_finished:
         console.line(f"{address} was interrupted after its last step: finishing it")
     elif job.step:

@@ -13,7 +13,9 @@ from disttrain.checkpoint import CheckpointStore
 from disttrain.commands import runs
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.recipe import load_recipe
+from disttrain.runs.journal import read_journal
 from disttrain.runs.summary import summarise
+from disttrain.testing import run_workers
 from tests.disttrain.training.test_init import IMAGES, LABELS, QUIET, Net
 
 
@@ -35,9 +37,44 @@ def test_checkpoints_are_kept_by_the_metric_of_the_recipe(tmp_path: Path) -> Non
 
 
 def test_a_metric_that_no_evaluation_has_is_refused_after_the_first(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"'perplexity:min': .* no metric of that name; it has accuracy, loss"):
+    with pytest.raises(ConfigurationError, match=r"'perplexity:min': .* no metric of that name; .*: accuracy, loss"):
         train(tmp_path, "train.epochs=3", "checkpoint.best=perplexity:min")
     assert [path.name for path in CheckpointStore(tmp_path / "checkpoints").paths()] == ["step-00000002"]
     assert train(tmp_path, "train.epochs=3", "checkpoint.best=accuracy:max").step == 6
     with pytest.raises(RecipeError, match="should be METRIC:min or METRIC:max, as in perplexity:min, not 'perplexity'"):
         load_recipe("digits", ["checkpoint.best=perplexity"])
+
+
+LATE = ("train.epochs=40", "checkpoint.best=loss:min", "optim.lr=0.0", "checkpoint.keep_last=2")
+
+
+def test_a_run_ends_when_no_evaluation_was_better_for_a_while(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BatchNorm's statistics alone change: a little better at each evaluation, and less and less."""
+    options = (*LATE, "train.patience=2", "train.min_delta=0.01")
+    result = train(tmp_path / "whole", *options)
+    journal = list(read_journal(tmp_path / "whole" / "journal.jsonl"))
+    losses = {
+        record["step"]: record["metrics"]["eval/loss"]
+        for record in journal
+        if record["kind"] == "metrics" and "eval/loss" in record["metrics"]
+    }
+    best, last = min(losses), 0
+    for step, loss in losses.items():
+        best, last = (step, step) if step == min(losses) or loss < losses[best] - 0.01 else (best, step)
+    (event,) = [record for record in journal if record.get("name") == "stopped-early"]
+    assert event["best"] == {"value": losses[best], "step": best, "since": 2}
+    assert result.step == last == best + 2 * 2 < 80
+    assert summarise(tmp_path / "whole")["state"] == "finished"
+    said = capsys.readouterr().out
+    assert f"stopping early: no evaluation of the last 2 was better than loss {losses[best]:.6g} at step {best}" in said
+    assert train(tmp_path / "whole", *options).step == result.step
+    assert "is already finished" in capsys.readouterr().out
+
+    # Stopped in between and resumed by other numbers of workers, it comes to the same end; with more patience, on.
+    parts = tmp_path / "parts"
+    train(parts, *LATE, "train.patience=2", "train.min_delta=0.01", f"train.max_steps={last - 1}")
+    for outcome in run_workers(train, 2, args=(parts, *options, "train.max_steps=70"), process_group=False):
+        assert outcome.step >= last
+    assert train(parts, *LATE, "train.patience=99", "train.max_steps=70").step == 70
