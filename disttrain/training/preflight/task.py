@@ -67,7 +67,7 @@ def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]]) ->
 
     `quietly` makes a context to compute a step in that leaves no trace. Raises ConfigurationError.
     """
-    if type(job.task).loss.__module__.startswith("disttrain."):
+    if (type(job.task).loss.__module__ or "").startswith("disttrain."):  # None: made by exec
         return
     before = _configuration(job.task)
     losses = []
