@@ -4,6 +4,7 @@ from disttrain.data.augment import crop, cutout, flip
 from disttrain.data.batching import Batching, Fetched
 from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, SplitOutline, StreamSplit
 from disttrain.data.digest import Digest, digest_of
+from disttrain.data.labels import labels_of
 from disttrain.data.load import as_samples, load_datasets
 from disttrain.data.loader import Batch, EvalBatch, EvalLoader, Loader, StepBatch
 from disttrain.data.normalise import normalise
@@ -40,6 +41,7 @@ __all__ = [
     "cutout",
     "digest_of",
     "flip",
+    "labels_of",
     "load_datasets",
     "normalise",
     "read_picture",

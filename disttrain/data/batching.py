@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 class ImageSource:
-    """Samples of a StreamSplit: images (b, C, H, W) and labels (b,) int64."""
+    """Samples of a StreamSplit: images (b, C, H, W), and labels (b,) int64 or (b, number of classes) float32."""
 
     def __init__(self, split: StreamSplit) -> None:
         self._dataset, self._num_classes = split.dataset, len(split.classes)
@@ -61,15 +61,15 @@ class ImageSource:
                 seed_generators(rng.derive(seed, index))
                 try:
                     image, label = self._dataset[index]
-                    images.append(self._checked(index, image, int(label)))
+                    images.append(self._checked(index, image))
+                    labels.append(self._checked_label(index, label))
                 except DisttrainError:
                     raise
                 except Exception as error:  # a user's data set may raise anything
                     raise failure_in(f"sample {index}{self._of_set}", error) from error
-                labels.append(int(label))
-        return Fetched((torch.stack(images), torch.tensor(labels)), len(indices))
+        return Fetched((torch.stack(images), torch.stack(labels)), len(indices))
 
-    def _checked(self, index: int, image: torch.Tensor, label: int) -> torch.Tensor:
+    def _checked(self, index: int, image: torch.Tensor) -> torch.Tensor:
         if tuple(image.shape) != self._sample_shape:
             raise ConfigurationError(
                 f"sample {index}{self._of_set} is {tuple(image.shape)} (channels, height, width) and the first sample "
@@ -79,11 +79,21 @@ class ImageSource:
             raise ConfigurationError(
                 f"sample {index}{self._of_set} is {image.dtype} and the first sample {self._dtype}; give all one type."
             )
-        if not 0 <= label < self._num_classes:
-            raise ConfigurationError(
-                f"sample {index}{self._of_set} has label {label}, outside 0..{self._num_classes - 1}."
-            )
         return image
+
+    def _checked_label(self, index: int, label: Any) -> torch.Tensor:
+        if isinstance(label, torch.Tensor) and label.ndim:
+            if label.shape != (self._num_classes,) or not bool(((label >= 0) & (label <= 1)).all()):
+                raise ConfigurationError(
+                    f"sample {index}{self._of_set} has a label {tuple(label.shape)}: give a number from 0 to 1 for "
+                    f"each of the {self._num_classes} classes."
+                )
+            return label
+        if not 0 <= int(label) < self._num_classes:
+            raise ConfigurationError(
+                f"sample {index}{self._of_set} has label {int(label)}, outside 0..{self._num_classes - 1}."
+            )
+        return torch.tensor(int(label))
 
 
 class SampleSource:

@@ -16,9 +16,9 @@ from disttrain.errors import ConfigurationError
 class MemorySplit:
     """A split that is held as one tensor, for data sets up to a few GiB.
 
-    `images`: (N, C, H, W) uint8, or float32. `labels`: (N,) int64, below len(classes). `mean`, `std`: one number per
-    channel, for bytes as pixels in 0..1; None for floats, which are used as they are, whatever was given. Raises
-    ConfigurationError if they do not fit together.
+    `images`: (N, C, H, W) uint8, or float32. `labels`: (N,) int64, below len(classes); or (N, len(classes)) float32 in
+    0..1, probabilities or zeros and ones. `mean`, `std`: one number per channel, for bytes as pixels in 0..1; None for
+    floats, which are used as they are, whatever was given. Raises ConfigurationError if they do not fit together.
     """
 
     images: torch.Tensor
@@ -32,19 +32,26 @@ class MemorySplit:
             raise ConfigurationError(
                 f"images must be (N, C, H, W) uint8 or float32, not {tuple(self.images.shape)} {self.images.dtype}."
             )
-        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != (len(self.images),):
+        num_images, num_classes = len(self.images), len(self.classes)
+        kind = (self.labels.dtype, tuple(self.labels.shape))
+        if kind not in ((torch.int64, (num_images,)), (torch.float32, (num_images, num_classes))):
             raise ConfigurationError(
-                f"labels must be ({len(self.images)},) int64, one per image, "
-                f"not {tuple(self.labels.shape)} of {self.labels.dtype}."
+                f"labels must be ({num_images},) int64, one per image, or ({num_images}, {num_classes}) float32, a "
+                f"number for each class, not {kind[1]} of {kind[0]}."
             )
         if len(self.images) == 0:
             raise ConfigurationError("the data set is empty.")
-        lowest, highest = int(self.labels.min()), int(self.labels.max())
-        if lowest < 0 or highest >= len(self.classes):
-            wrong = lowest if lowest < 0 else highest
-            raise ConfigurationError(
-                f"label {wrong} is outside 0..{len(self.classes) - 1}, the {len(self.classes)} classes."
-            )
+        if self.labels.ndim == 2:
+            wrong = ((self.labels >= 0) & (self.labels <= 1)).all(1).logical_not().nonzero()
+            if len(wrong):
+                raise ConfigurationError(f"label {int(wrong[0])} holds a number outside 0..1.")
+        else:
+            lowest, highest = int(self.labels.min()), int(self.labels.max())
+            if lowest < 0 or highest >= num_classes:
+                raise ConfigurationError(
+                    f"label {lowest if lowest < 0 else highest} is outside 0..{num_classes - 1}, the {num_classes} "
+                    "classes."
+                )
         _settle_statistics(self)
 
     def __len__(self) -> int:
@@ -66,8 +73,8 @@ class MemorySplit:
 class StreamSplit:
     """A split whose samples are read one by one, in DataLoader workers, when they are needed.
 
-    `dataset`: map-style, of (image, label) with image (C, H, W) uint8, or float32, all of one type and shape. `mean`,
-    `std`: as in MemorySplit. `name` is for messages.
+    `dataset`: map-style, of (image, label) with image (C, H, W) uint8, or float32, all of one type and shape, and label
+    a whole number, or (len(classes),) float32. `mean`, `std`: as in MemorySplit. `name` is for messages.
     """
 
     dataset: Any

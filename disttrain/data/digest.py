@@ -15,6 +15,7 @@ import torch
 
 from disttrain.data.dataset import MemorySplit, SampleSet, Split, StreamSplit
 from disttrain.data.generators import generators_restored
+from disttrain.data.labels import labels_of
 from disttrain.data.reader import read_samples
 
 _MOST_BYTES = 256 * 2**20  # of pixels, a tenth of a second; of a larger set every n-th image is looked at
@@ -47,14 +48,14 @@ def digest_of(split: Split | SampleSet) -> Digest:
     if isinstance(split, MemorySplit):
         # What a user computed in floating point may have other bits on another machine.
         pixels = f"pixels:{_crc32(split.images):08x}" if split.images.dtype == torch.uint8 else None
-        return Digest(_sha256(_bytes_of(split.labels)), pixels)
+        return Digest(_of_labels(split.labels), pixels)
     if isinstance(split.dataset, Digested):
         return split.dataset.training_digest()
     if isinstance(split, SampleSet):
         return Digest(None, _of_some_samples(split))
-    targets = _targets(split)
-    if targets is not None:
-        return Digest(_sha256(_bytes_of(targets)), None)
+    labels = labels_of(split)
+    if labels is not None:
+        return Digest(_of_labels(labels), None)
     return Digest(None, _of_some_labels(split))
 
 
@@ -80,14 +81,10 @@ def digest_of_files(files: Sequence[tuple[Path, int]]) -> Digest:
     return Digest(_sha256(_bytes_of(labels)), f"files:{digest.hexdigest()[:16]}")
 
 
-def _targets(split: StreamSplit) -> torch.Tensor | None:
-    """All labels of a data set that has them in a list, as torchvision's have."""
-    dataset = getattr(split.dataset, "dataset", split.dataset)
-    try:
-        labels = torch.as_tensor(getattr(dataset, "targets", None))
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return labels.long() if labels.shape == (len(split),) and not labels.is_floating_point() else None
+def _of_labels(labels: torch.Tensor) -> str | None:
+    """Of all labels; None for probabilities, whose last bits may be others on another machine."""
+    is_exact = not labels.is_floating_point() or torch.equal(labels, labels.round())
+    return _sha256(_bytes_of(labels)) if is_exact else None
 
 
 def _of_some_labels(split: StreamSplit) -> str | None:

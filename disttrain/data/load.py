@@ -82,8 +82,9 @@ class _Samples:
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.split.images[index], int(self.split.labels[index])
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int | torch.Tensor]:
+        label = self.split.labels[index]
+        return self.split.images[index], label if label.ndim else int(label)
 
     def training_digest(self) -> Digest:
         """See `disttrain.data.digest`."""

@@ -1,8 +1,9 @@
-"""Image classification: which of several classes an image belongs to."""
+"""Image classification: which of several classes an image belongs to, or which of them are in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from disttrain.data import Split, crop, cutout, flip, normalise, read_picture
+from disttrain.data import Split, crop, cutout, flip, labels_of, normalise, read_picture
 from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM
 from disttrain.data.dataset import SplitOutline
+from disttrain.data.mix import NUM_MIX, mix
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import Recipe
 from disttrain.task.base import Task
+from disttrain.task.class_weights import checked_class_weights
+from disttrain.task.multi_label import MultiLabel
+from disttrain.task.single_label import SingleLabel, most_probable, probable_in_words
 
 Images = tuple[torch.Tensor, torch.Tensor]
-"""images (B, C, H, W) uint8 or float32, and labels (B,) int64."""
+"""images (B, C, H, W) uint8 or float32, and labels: (B,) int64, or (B, K) float32, a number for each class."""
 
 
 class ImageClassification(Task):
@@ -28,16 +33,49 @@ class ImageClassification(Task):
     model gets them as (B, C, H, W) float32, and returns a score for each class, (B, num_classes).
     """
 
-    best = ("accuracy", "max")
     items = "images"
 
-    def __init__(self, train_set: Split | SplitOutline, recipe: Recipe) -> None:
-        """Raises ConfigurationError for a set that has a single class."""
+    def __init__(
+        self,
+        train_set: Split | SplitOutline,
+        recipe: Recipe,
+        *,
+        multi_label: bool = False,
+        class_weights: Sequence[float] | str | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        top_k: int = 5,
+    ) -> None:
+        """What the images are and what is done to them follows from `train_set` and `recipe`; the rest are the options.
+
+        Args:
+            train_set, recipe: the data set, or what a checkpoint says of it, and the recipe.
+            multi_label: an image may have several labels: 0 or 1 for each class, and binary cross-entropy.
+            class_weights: multiplies each class's part of the training loss, which is divided by the number of images
+                as ever; "balanced" takes N / (K * images of the class).
+            mixup, cutmix: alpha of the Beta distribution of the shares in which training images are mixed; 0: off.
+            top_k: the share of images whose label is among so many best is a metric where there are more classes.
+
+        Raises ConfigurationError for a set that has a single class, and for an option that does not fit.
+        """
         if len(train_set.classes) < 2:
             raise ConfigurationError(
                 f"the training set has one class only, {train_set.classes[0]!r}: there is nothing to tell apart. "
                 "Give at least two; a folder needs one folder for each class."
             )
+        for key, value in (("mixup", mixup), ("cutmix", cutmix)):
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ConfigurationError(f"task.options.{key}: {value!r} is not a number of 0 or more.")
+        if type(top_k) is not int or top_k < 0:
+            raise ConfigurationError(f"task.options.top_k: {top_k!r} is not a whole number of 0 or more.")
+        if type(multi_label) is not bool:
+            raise ConfigurationError(f"task.options.multi_label: {multi_label!r} is neither true nor false.")
+        classes = train_set.classes
+        self.labels: SingleLabel | MultiLabel = MultiLabel(classes) if multi_label else SingleLabel(classes, top_k)
+        self.labels.check(labels_of(train_set))
+        self.best = self.labels.best
+        self.mixup, self.cutmix = float(mixup), float(cutmix)
+        self.class_weights = checked_class_weights(class_weights, train_set)
         self.classes, self.sample_shape = train_set.classes, train_set.sample_shape
         self.mean, self.std = train_set.mean, train_set.std
         self.crop_padding, self.flip, self.cutout = recipe.data.crop_padding, recipe.data.flip, recipe.data.cutout
@@ -46,13 +84,14 @@ class ImageClassification(Task):
     def prepare(
         self, batch: Images | torch.Tensor, draw: Callable[[int], torch.Tensor], *, training: bool
     ) -> Images | torch.Tensor:
-        """The images augmented, if `training`, and normalised; a batch to predict has no labels."""
+        """The images augmented and mixed, if `training`, and normalised; a batch to predict has no labels."""
         if isinstance(batch, torch.Tensor):
             return self._normalised(batch)
         images, labels = batch
-        if not training or not (self.crop_padding or self.flip or self.cutout):
+        mixes = self.mixup > 0 or self.cutmix > 0
+        if not training or not (self.crop_padding or self.flip or self.cutout or mixes):
             return self._normalised(images), labels
-        u = draw(NUM_UNIFORM)
+        u = draw(NUM_UNIFORM + NUM_MIX * mixes)
         if self.crop_padding:
             images = crop(images, self.crop_padding, u[:, CROP_COLUMNS])
         if self.flip:
@@ -60,34 +99,35 @@ class ImageClassification(Task):
         images = self._normalised(images)
         if self.cutout:
             images = cutout(images, self.cutout, u[:, CUTOUT_COLUMNS])
+        if mixes:
+            targets = functional.one_hot(labels, len(self.classes)).float() if labels.ndim == 1 else labels
+            images, labels = mix(images, targets, u[:, NUM_UNIFORM:], mixup=self.mixup, cutmix=self.cutmix)
         return images, labels
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         return images if self.mean is None or self.std is None else normalise(images, self.mean, self.std)
 
     def loss(self, model: nn.Module, batch: Images) -> torch.Tensor:
-        """The summed cross-entropy, with the recipe's label smoothing."""
-        images, labels = batch
-        scores = self._scores(model, images)
-        return functional.cross_entropy(scores, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        """The summed cross-entropy, with class weights and the recipe's label smoothing."""
+        return self._losses(model, batch, "sum")
 
     def losses(self, model: nn.Module, batch: Images) -> torch.Tensor:
         """What `loss` sums, (B,): so that an image that makes it NaN can be named."""
-        images, labels = batch
-        scores = self._scores(model, images)
-        return functional.cross_entropy(scores, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return self._losses(model, batch, "none")
 
-    def score(self, model: nn.Module, batch: Images) -> dict[str, torch.Tensor]:
-        """The cross-entropy without smoothing, and `confusion[i, j]`: how many of class i were taken for class j."""
+    def _losses(self, model: nn.Module, batch: Images, reduction: str) -> torch.Tensor:
         images, labels = batch
-        num_classes = len(self.classes)
-        logits = self._scores(model, images)
-        pairs = (labels * num_classes + logits.argmax(1)).cpu()  # counting on a GPU has no deterministic kernel
-        confusion = torch.bincount(pairs, minlength=num_classes * num_classes)
-        return {
-            "loss": functional.cross_entropy(logits.float(), labels, reduction="sum"),
-            "confusion": confusion.view(num_classes, num_classes),
-        }
+        scores, weight = self._scores(model, images), None
+        if self.class_weights is not None:
+            weight = torch.tensor(self.class_weights, dtype=scores.dtype, device=scores.device)
+        return self.labels.losses(
+            scores, labels, weight=weight, label_smoothing=self.label_smoothing, reduction=reduction
+        )
+
+    def score(self, model: nn.Module, batch: Images) -> dict[str, Any]:
+        """The loss without smoothing and class weights, and what the metrics follow from."""
+        images, labels = batch
+        return dict(self.labels.score(self._scores(model, images), labels))
 
     def _scores(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """(B, num_classes). Raises ConfigurationError for a model that returns something else."""
@@ -104,59 +144,29 @@ class ImageClassification(Task):
         )
 
     def metrics(self, sums: Mapping[str, Any], weight: int) -> dict[str, float]:
-        """The share of correct images, 0 to 1, and the mean loss of one."""
-        total = max(1, int(sums["confusion"].sum()))
-        return {"accuracy": int(sums["confusion"].diagonal().sum()) / total, "loss": float(sums["loss"]) / total}
+        """See SingleLabel and MultiLabel."""
+        return self.labels.metrics(sums, weight)
 
     def details(self, sums: Mapping[str, Any], weight: int) -> dict[str, Any]:
-        """Counts, the share of correct ones in each class (None without samples), and the confusion matrix."""
-        confusion = sums["confusion"]
-        hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
-        shares = [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
-        return {
-            "classes": list(self.classes),
-            "correct": sum(hits),
-            "total": sum(totals),
-            **self.metrics(sums, weight),
-            "per_class": dict(zip(self.classes, shares, strict=True)),
-            "confusion": confusion.tolist(),
-        }
+        """See SingleLabel and MultiLabel."""
+        return self.labels.details(sums, weight)
 
     def headline(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
-        """The accuracy, with counts and the loss where the details are known."""
-        accuracy = f"accuracy {metrics['accuracy']:.2%}"
-        if not details:
-            return accuracy
-        return f"{accuracy} ({details['correct']} of {details['total']}), loss {metrics['loss']:.4f}"
+        """The best metric, with counts and the loss where the details are known."""
+        return self.labels.headline(metrics, details)
 
     def report(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
-        """The accuracy of each class below that of all."""
-        counts = f"({details['correct']} of {details['total']})"
-        width = max(len(name) for name in self.classes)
-        return [
-            f"accuracy {metrics['accuracy']:.2%} {counts}, loss {metrics['loss']:.6f}",
-            *(
-                f"  {name:<{width}}  {'no samples' if share is None else f'{share:7.2%}'}"
-                for name, share in details["per_class"].items()
-            ),
-        ]
+        """The metrics of each class below those of all."""
+        return self.labels.report(metrics, details)
 
     def predict(self, model: nn.Module, batch: Images | torch.Tensor, *, top: int = 3) -> list[dict[str, Any]]:
         """The `top` most probable classes of each image."""
         images = batch if isinstance(batch, torch.Tensor) else batch[0]
-        return [
-            {
-                "classes": [
-                    {"class": self.classes[index], "probability": row[index].item()}
-                    for index in row.argsort(descending=True)[:top].tolist()
-                ]
-            }
-            for row in self._scores(model, images).softmax(1)
-        ]
+        return most_probable(self.classes, self.labels.probabilities(self._scores(model, images)), top)
 
     def in_words(self, prediction: Any) -> str:
         """The classes with their probabilities."""
-        return ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in prediction["classes"])
+        return probable_in_words(prediction)
 
     def read(self, path: str) -> list[torch.Tensor]:
         """The picture at `path`, (C, H, W) uint8, as the data set `folder` reads it. Raises ConfigurationError."""
@@ -174,8 +184,8 @@ class ImageClassification(Task):
         return [read_picture(Path(path), (height, width), channels)]
 
     def describe(self) -> dict[str, Any]:
-        """The name alone: classes and preparation are compared with the data."""
-        return {"name": "image-classification"}
+        """The name, and whether there are several labels; classes and preparation are compared with the data."""
+        return {"name": "image-classification", **({"multi_label": True} if self.best == MultiLabel.best else {})}
 
     def model_arguments(self, train_set: Any) -> dict[str, Any]:
         """`num_classes` and `sample_shape`, (C, H, W)."""

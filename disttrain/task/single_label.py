@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
+
+from disttrain.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,16 @@ class SingleLabel:
     top_k: int = 0
 
     best: ClassVar[tuple[str, str]] = ("accuracy", "max")
+
+    def check(self, labels: torch.Tensor | None) -> None:
+        """Raise ConfigurationError if probabilities among all training labels do not add up to 1; None: unknown."""
+        if labels is not None and labels.ndim == 2:
+            wrong = ((labels.sum(1) - 1).abs() > 1e-3).nonzero()
+            if len(wrong):
+                raise ConfigurationError(
+                    f"label {int(wrong[0])} adds up to {labels[wrong[0]].sum():.4g}: the probabilities of the classes "
+                    "have the sum 1. For several labels to an image set task.options.multi_label = true."
+                )
 
     def losses(
         self,
@@ -96,3 +108,21 @@ class SingleLabel:
                 for name, share in details["per_class"].items()
             ),
         ]
+
+
+def most_probable(classes: Sequence[str], probabilities: torch.Tensor, top: int) -> list[dict[str, Any]]:
+    """The `top` most probable classes of each sample, as JSON can hold them; `probabilities`: (B, K)."""
+    return [
+        {
+            "classes": [
+                {"class": classes[index], "probability": row[index].item()}
+                for index in row.argsort(descending=True)[:top].tolist()
+            ]
+        }
+        for row in probabilities
+    ]
+
+
+def probable_in_words(prediction: Mapping[str, Any]) -> str:
+    """What `most_probable` says of a sample, in words."""
+    return ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in prediction["classes"])

@@ -15,7 +15,7 @@ from disttrain.data.sources.tabular import rows_to_predict
 from disttrain.errors import ConfigurationError
 from disttrain.task.base import Task
 from disttrain.task.served_table import ServedTable, example_rows
-from disttrain.task.single_label import SingleLabel
+from disttrain.task.single_label import SingleLabel, most_probable, probable_in_words
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """features (B, F) float32, and targets (B,): float32 quantities, standardised, or int64 numbers of classes."""
@@ -94,13 +94,16 @@ class Tabular(Task):
             return self.labels.report(metrics, details)
         return [f"{super().headline(metrics, details)} ({details['total']} rows)"]
 
-    def predict(self, model: nn.Module, batch: torch.Tensor) -> list[Any]:
-        """For each row of features (B, F) the quantity in its own unit, or the probability of each class."""
+    def predict(self, model: nn.Module, batch: torch.Tensor, *, top: int = 3) -> list[Any]:
+        """For each row of features (B, F) the quantity in its own unit, or the `top` most probable classes."""
         outputs = self._outputs(model, batch).float()
         if self.labels is None:
             return list((outputs.cpu().double() * self.facts["target_std"] + self.facts["target_mean"]).tolist())
-        rows = self.labels.probabilities(outputs).tolist()
-        return [dict(zip(self.labels.classes, row, strict=True)) for row in rows]
+        return most_probable(self.labels.classes, self.labels.probabilities(outputs), top)
+
+    def in_words(self, prediction: Any) -> str:
+        """The quantity, or the classes with their probabilities."""
+        return f"{prediction:g}" if self.labels is None else probable_in_words(prediction)
 
     def read(self, path: str) -> list[torch.Tensor]:
         """The features (F,) of each row of a file; of its columns the target and others may be missing."""

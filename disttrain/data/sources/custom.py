@@ -158,7 +158,7 @@ class _AsTensors:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int | torch.Tensor]:
         name = f"sample {index} of {self.name or 'the data set'}"
         try:
             sample = self.dataset[index]
@@ -168,12 +168,20 @@ class _AsTensors:
             raise failure_in(name, error) from error
         try:
             image, label = sample
-            number = int(label)
-            if number != label:
-                raise ValueError(f"the label {label!r} is not a whole number")
-            return as_tensor(image), number
+            return as_tensor(image), _as_label(label)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"{name} is not a pair (image, label): {brief(error)}.") from error
+
+
+def _as_label(label: Any) -> int | torch.Tensor:
+    """A whole number, or of several numbers, one for each class, (K,) float32. Raises ValueError or TypeError."""
+    several = torch.as_tensor(label) if isinstance(label, list | tuple | np.ndarray) else label
+    if isinstance(several, torch.Tensor) and several.ndim == 1 and len(several) > 1:
+        return several.to(torch.float32)
+    number = int(label)
+    if number != label:
+        raise ValueError(f"the label {label!r} is not a whole number")
+    return number
 
 
 def _memory_split(
@@ -181,7 +189,10 @@ def _memory_split(
 ) -> MemorySplit:
     if images.is_floating_point():
         images = images.float()
-    if not labels.is_floating_point() and not labels.is_complex():
+    if labels.ndim == 2 and not labels.is_complex():
+        labels = labels.float()
+        classes = classes or _numbered(labels.shape[1])
+    elif not labels.is_floating_point() and not labels.is_complex():
         labels = labels.long()
     if classes is None:
         classes = counted_classes(torch.unique(labels.long()).tolist(), name or "the data set")
@@ -193,10 +204,17 @@ def _stream_split(dataset: Any, classes: tuple[str, ...] | None, data: DataRecip
     if len(dataset) == 0:
         raise ConfigurationError(f"{name or 'the data set'} is empty.")
     wrapped = _AsTensors(dataset, name)
+    image, label = wrapped[0]
+    if classes is None and isinstance(label, torch.Tensor):
+        classes = _numbered(len(label))
     if classes is None:
         with _said_of(name):
             classes = counted_classes(_labels(wrapped), name or "the data set")
-    return StreamSplit(wrapped, classes, *_statistics(data, wrapped[0][0].shape[0]), name)
+    return StreamSplit(wrapped, classes, *_statistics(data, image.shape[0]), name)
+
+
+def _numbered(num_classes: int) -> tuple[str, ...]:
+    return tuple(map(str, range(num_classes)))
 
 
 def _labels(samples: _AsTensors) -> Iterator[int]:
@@ -209,7 +227,7 @@ def _labels(samples: _AsTensors) -> Iterator[int]:
             f"{len(samples):,}",
         )
     with generators_restored():
-        yield from (samples[index][1] for index in range(len(samples)))
+        yield from (int(samples[index][1]) for index in range(len(samples)))
 
 
 def _statistics(data: DataRecipe, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -43,6 +43,11 @@ class PictureFiles:
         path, label = self.files[index]
         return read_picture(path, self.size), label
 
+    @property
+    def targets(self) -> list[int]:
+        """All labels."""
+        return [label for _, label in self.files]
+
     def training_digest(self) -> Digest:
         """See `disttrain.data.digest`."""
         return digest_of_files(self.files)

@@ -187,7 +187,8 @@ def _sets(train: Table, test: Table, options: TableOptions) -> SampleSets:
         train.name, f"{len(train):,}", f"{len(test):,}", kind, options.target, len(columns), facts["num_features"],
     )  # fmt: skip
     train_set, test_set = (
-        SampleSet(Rows(encode(table, columns), of_target(table)), table.name, facts) for table in (train, test)
+        SampleSet(Rows(encode(table, columns), of_target(table)), table.name, facts, in_memory=True)
+        for table in (train, test)
     )
     return SampleSets(train_set, test_set)
 

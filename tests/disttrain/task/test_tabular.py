@@ -91,9 +91,11 @@ def test_a_class_is_predicted_with_the_probability_of_each() -> None:
     with torch.no_grad():
         answers = task.predict(model, features)
         metrics = task.metrics(task.score(model, (features, targets)), 31)
-    assert all(list(answer) == ["low", "mid", "top"] for answer in answers)
-    assert all(sum(answer.values()) == pytest.approx(1) for answer in answers)
-    likeliest = [max(answer, key=lambda one: answer[one]) for answer in answers]
+    for answer in answers:
+        assert {guess["class"] for guess in answer["classes"]} == {"low", "mid", "top"}
+        assert sum(guess["probability"] for guess in answer["classes"]) == pytest.approx(1)
+    likeliest = [answer["classes"][0]["class"] for answer in answers]
+    assert task.in_words(answers[0]).startswith(f"{likeliest[0]} ")
     hits = [
         guess == sets.train.facts["classes"][target] for guess, target in zip(likeliest, targets.tolist(), strict=True)
     ]
@@ -128,5 +130,8 @@ def test_the_exported_program_takes_raw_rows_and_gives_what_predict_gives(tmp_pa
     features = torch.stack(task.read(str(tmp_path / "new.csv")))
     raw = torch.tensor([[1, 2, math.nan, 1], [9, 1, 5, -1], [2, 1, -1, 2]], dtype=torch.float64)
     answers = task.predict(model, features)
-    wanted = [[answer] if kind == "regression" else list(answer.values()) for answer in answers]
+    if kind == "classification":
+        by_class = [{guess["class"]: guess["probability"] for guess in answer["classes"]} for answer in answers]
+        answers = [[of["no"], of["yes"]] for of in by_class]
+    wanted = [answer if kind == "classification" else [answer] for answer in answers]
     assert program(raw).tolist() == [pytest.approx(row, rel=1e-5) for row in wanted]

@@ -16,7 +16,7 @@ from disttrain.recipe import load_recipe
 from disttrain_launch.cli import main
 from disttrain_launch.local import workers as local
 
-RECIPES = ["cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18"]
+RECIPES = ["cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18", "table-diabetes"]
 
 
 @pytest.fixture(autouse=True)
