@@ -16,7 +16,9 @@ from disttrain.recipe import load_recipe
 from disttrain_launch.cli import main
 from disttrain_launch.local import workers as local
 
-RECIPES = ["cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18", "table-diabetes"]
+RECIPES = [
+    "cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18", "table-diabetes", "text-gpt",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
