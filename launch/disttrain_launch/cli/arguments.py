@@ -1,4 +1,4 @@
-"""What a command takes as RUN, CHECKPOINT, RECIPE, IMAGE or --run-dir: a path (`~`: the home folder) or a URL.
+"""What a command takes as RUN, CHECKPOINT, RECIPE, FILE or --run-dir: a path (`~`: the home folder) or a URL.
 
 A path that begins with a dash, given behind `--`, is passed on in a form that nobody takes for an option.
 """
@@ -37,7 +37,7 @@ class RecipeType(click.types.StringParamType):
         return recipe
 
 
-class ImageType(click.Path):
+class FileType(click.Path):
     """A file that exists."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -56,4 +56,4 @@ def run_dir_callback(_ctx: click.Context, _parameter: click.Parameter, value: st
     return None if value is None else settled(value)
 
 
-RUN, RECIPE, IMAGE = RunType(exists=True), RecipeType(), ImageType(exists=True, dir_okay=False)
+RUN, RECIPE, FILE = RunType(exists=True), RecipeType(), FileType(exists=True, dir_okay=False)

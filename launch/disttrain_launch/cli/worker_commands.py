@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from disttrain_launch.cli.arguments import IMAGE, RUN
+from disttrain_launch.cli.arguments import FILE, RUN
 from disttrain_launch.cli.options import (
     json_option,
     num_workers_option,
@@ -55,12 +55,16 @@ def sync(run: str, uri: str | None, timeout: float, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=IMAGE)
-@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to name.")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
+@click.option("--top", type=click.IntRange(min=1), help="Of an image, how many classes to name (3 if not given).")
+@click.option("-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the task's predict.")
 @json_option
 @raw_option
 @trust_option
-def predict(run: str, images: tuple[str, ...], top: int, as_json: bool, raw: bool, trust: bool) -> None:
-    """Name the most probable classes of each IMAGE."""
+def predict(
+    run: str, files: tuple[str, ...], top: int | None, options: tuple[str, ...], as_json: bool, raw: bool, trust: bool
+) -> None:
+    """Predict what each FILE holds: an image's most probable classes, or whatever the run's task predicts."""
+    given = [*([f"--top={top}"] if top is not None else []), *(f"--option={option}" for option in options)]
     flags = [*["--json"] * as_json, *["--raw"] * raw, *["--trust"] * trust]
-    become("disttrain.commands.predict", run, *images, "--top", str(top), *flags)
+    become("disttrain.commands.predict", run, *files, *given, *flags)

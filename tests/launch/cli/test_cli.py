@@ -60,7 +60,7 @@ def run(*arguments: str) -> Result:
         (["evaluate"], "Missing argument 'RUN|CHECKPOINT'"),
         (["evaluate", "nowhere"], "'nowhere' does not exist"),
         (["evaluate", ".", "-n", "none"], "'none' is not a valid number of workers"),
-        (["predict", "."], "Missing argument 'IMAGE...'"),
+        (["predict", "."], "Missing argument 'FILE...'"),
         (["predict", ".", "cat.jpg"], "'cat.jpg' does not exist"),
         (["predict", ".", "x", "--top", "0"], "0 is not in the range x>=1"),
         (["doctor", "--rendezvous", "node-0"], "'node-0' should be HOST:PORT, as in node-0:29500."),
@@ -292,3 +292,20 @@ def test_what_comes_out_of_a_pipe_may_be_anything(
     assert result.exit_code == (78 if message else 0)
     endless = run("train", "/dev/zero", "--dry-run")
     assert (endless.exit_code, "/dev/zero: not a recipe" in endless.stderr) == (78, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ((), []),  # not every task's predict has classes to name
+        (("--top", "1", "-o", "num_tokens=9"), ["--top=1", "--option=num_tokens=9"]),
+    ],
+)
+def test_predict_passes_on_what_was_given(
+    given: tuple[str, ...], passed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[str, ...]] = []
+    monkeypatch.setattr("disttrain_launch.cli.worker_commands.become", lambda *words: started.append(words))
+    Path("one.wav").touch()
+    assert run("predict", ".", "one.wav", *given).exit_code == 0
+    assert started == [("disttrain.commands.predict", ".", "one.wav", *passed)]
