@@ -8,13 +8,17 @@ if TYPE_CHECKING:
     from disttrain.recipe import Recipe as Recipe
     from disttrain.recipe import load_recipe as load_recipe
     from disttrain.task import Task as Task
+    from disttrain.training.hooks import Hook as Hook
+    from disttrain.training.hooks import HookContext as HookContext
     from disttrain.training.loop import Result as Result
     from disttrain.training.loop import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "Task", "load_recipe", "train"]
+__all__ = ["Hook", "HookContext", "Recipe", "Result", "Task", "load_recipe", "train"]
 
 _HOMES = {
+    "Hook": "disttrain.training.hooks",
+    "HookContext": "disttrain.training.hooks",
     "Recipe": "disttrain.recipe",
     "load_recipe": "disttrain.recipe",
     "Task": "disttrain.task",

@@ -170,10 +170,12 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "given": (_list_of(_is_text), "a list of names"),
     "init": (_table_of(_is_text), "a table of texts"),
     "best_evaluation": (_is_best_evaluation, "a table of value, step and since"),
+    "hooks": (_is_table, "a table"),
     "shared": (_table_of(_is_text), "a table of names"),
     "environment_fingerprint": (_table_of(_is_plain), "a table of plain values"),
 }
 # Older checkpoints lack these.
 _OPTIONAL = {
-    "best", "best_evaluation", "expected_magnitudes", "given", "init", "non_finite", "recent_losses", "shared", "task",
+    "best", "best_evaluation", "expected_magnitudes", "given", "hooks", "init", "non_finite", "recent_losses",
+    "shared", "task",
 }  # fmt: skip

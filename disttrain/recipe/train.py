@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from disttrain.recipe.section import Count, NoneIfSaid, NonNegative, Positive, Section, WholeNumber
+from disttrain.recipe.names import is_reference
+from disttrain.recipe.section import Count, NoneIfSaid, NonNegative, Patterns, Positive, Section, WholeNumber
 
 
 class ScheduleRecipe(Section):
@@ -24,6 +25,13 @@ class ScheduleRecipe(Section):
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError("warmup_steps and warmup_epochs are both set; give one of the two")
         return self
+
+
+def _are_references(names: list[str]) -> list[str]:
+    for name in names:
+        if not is_reference(name):
+            raise ValueError(f"{name!r} does not name a hook; write package.module:Class")
+    return names
 
 
 class TrainRecipe(Section):
@@ -48,6 +56,9 @@ class TrainRecipe(Section):
     )
     ema_decay: Annotated[float | None, Field(gt=0, lt=1), NoneIfSaid] = Field(
         default=None, description="evaluate a moving average of the weights that keeps this share of itself in a step"
+    )
+    hooks: Annotated[Patterns, AfterValidator(_are_references)] = Field(
+        default=[], description="your own code at agreed points, subclasses of disttrain.Hook: package.module:Class"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
     threads: WholeNumber = Field(

@@ -22,14 +22,17 @@ _OF_MLFLOW = (
     "MLFLOW_TRACKING_AWS_SIGV4",
 )  # fmt: skip
 KEYS_OF_CODE = ("task.name", "model.name", "data.dataset")
-"""The keys that may name code to import."""
+"""The keys that may name code to import, in training and in evaluation."""
+HOOKS = "train.hooks"
+"""As those, in training alone."""
 _FILE_OF_MLFLOW = "~/.mlflow/credentials"
 
 
 def names_code(recipe: Recipe) -> dict[str, str]:
     """What the recipe has imported that does not come with disttrain: `package.module:callable` by key."""
     named = {"task.name": recipe.task.name, "model.name": recipe.model.name, "data.dataset": recipe.data.dataset}
-    return {key: name for key, name in named.items() if is_reference(name) and not name.startswith(TORCHVISION)}
+    code = {key: name for key, name in named.items() if is_reference(name) and not name.startswith(TORCHVISION)}
+    return code | ({HOOKS: ", ".join(recipe.train.hooks)} if recipe.train.hooks else {})
 
 
 def ask_before_importing(
@@ -73,7 +76,7 @@ def ask_before_sending(uri: str, address: str | Path, remedy: str) -> None:
 
 def ask_before_resuming(recipe: Recipe, run_dir: str | Path, overrides: Sequence[str] = ()) -> None:
     """Raise ConfigurationError if the recipe in `run_dir`, where the run is resumed with that, needs more trust."""
-    ask_before_importing(recipe, f"{run_dir}: the run's recipe", overrides)
+    ask_before_importing(recipe, f"{run_dir}: the run's recipe", overrides, (*KEYS_OF_CODE, HOOKS))
     own = {override.partition("=")[0].strip() for override in overrides}
     if recipe.tracking.uri not in (None, "none") and "tracking.uri" not in own:
         ask_before_sending(str(recipe.tracking.uri), run_dir, "add --trust, or set MLFLOW_TRACKING_URI")

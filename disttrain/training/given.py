@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from disttrain.task import Task
+from disttrain.training.hooks import Hook
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Given:
     train_set: Any = None
     test_set: Any = None
     task: Task | Callable[..., Task] | None = None
+    hooks: Sequence[Hook | Callable[[], Hook]] | None = None
 
     def names(self) -> frozenset[str]:
         """Which were given."""

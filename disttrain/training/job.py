@@ -42,6 +42,7 @@ from disttrain.training.early_stopping import EarlyStopping, best_metric
 from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given
 from disttrain.training.groups import parameter_groups
+from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task
 from disttrain.training.optim import Schedule, build_optimizer
 from disttrain.training.sets import load_sets, model_for, served
@@ -88,6 +89,7 @@ class Job:
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
     init: dict[str, str] | None = None  # the weights it started from, and their SHA-256
     ema: WeightAverage | None = None
+    hooks: Hooks = field(default_factory=lambda: Hooks({}))
     best: Best = field(default_factory=Best)  # the metric that decides which checkpoints are kept as best
     digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
 
@@ -180,6 +182,7 @@ class Job:
             "scaler": self.scaler.state_dict(),
             "non_finite": self.non_finite.state(),
             "recent_losses": self.spikes.recent,
+            "hooks": self.hooks.state(),
             **self.strategy.state(),
             "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -282,6 +285,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         total_steps=total_steps,
         given=given.names(),
         ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
+        hooks=build_hooks(recipe.train.hooks, given.hooks or ()),
         best=best,
         digest=digest_of(data.train) if world.is_main else Digest(None, None),
     )

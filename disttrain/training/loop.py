@@ -22,6 +22,7 @@ from disttrain.parallel.conditions import exact_conditions, float32_by_default
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for
 from disttrain.task import Task
 from disttrain.training.given import Given
+from disttrain.training.hooks import Hook
 from disttrain.training.job import Job, StepResult
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rate
@@ -58,6 +59,7 @@ def train(
     train_set: Any = None,
     test_set: Any = None,
     task: Task | Callable[..., Task] | None = None,
+    hooks: Sequence[Hook | Callable[[], Hook]] = (),
     trust: bool = False,
 ) -> Result:
     """Train what `recipe` says (a Recipe, a mapping, the name of a shipped one, or a path); return how it ended.
@@ -72,6 +74,8 @@ def train(
     - a task is an object, or a class, which is called with `task.options` and, as far as it names them, `train_set` and
       `recipe`.
 
+    `hooks`, objects or classes, are called after those of `train.hooks`.
+
     With `trust`, a run that resumes by the recipe in its own folder may name code to import, and a server to send to.
 
     Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError, and what the user's
@@ -83,7 +87,7 @@ def train(
             settled = load_recipe_for(str(recipe), run_dir, overrides) if is_own else as_recipe(recipe, overrides)
             if is_own and run_dir is not None and not trust:
                 ask_before_resuming(settled, run_dir, overrides)
-            return _train(settled, run_dir, Given(model, train_set, test_set, task))
+            return _train(settled, run_dir, Given(model, train_set, test_set, task, hooks or None))
     except UserCodeError as error:
         if error.__cause__ is None:  # it comes from a process that reads data
             error.add_note(error.trace or "")
@@ -114,6 +118,7 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
         if job.evaluation_is_due:
             monitor.evaluate()
         if job.is_finished:
+            monitor.at_end()
             return monitor.last_evaluation()
         with monitor.epoch():
             for batch in _batches(job):

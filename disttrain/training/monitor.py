@@ -23,6 +23,7 @@ from disttrain.runs.rundir import resume_command, write_evaluation
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
 from disttrain.training.evaluate import Evaluation, evaluate
+from disttrain.training.hooks import HookContext
 from disttrain.training.job import Job, StepResult
 from disttrain.training.optim import learning_rates
 from disttrain.training.saver import Saver
@@ -41,7 +42,10 @@ class RunMonitor:
         stop: StopRequest,
         sampler: SystemSampler | None,
         address: str,
+        *,
+        is_done: bool = False,
     ) -> None:
+        """`is_done`: the run was concluded before, and nothing happens in it any more."""
         self.job = job
         self.run_dir = run_dir
         self.saver = Saver(job, run_dir, address, store, tracker, console)
@@ -52,6 +56,7 @@ class RunMonitor:
         self._sampler = sampler
         self._last_log = time.monotonic()
         self._items_since_log = self._items_in_epoch = 0  # of all workers, as the task counts them
+        self._is_done = is_done
         self._pace = ""
         self._has_warned = False  # that evaluation.json cannot be written
 
@@ -73,6 +78,8 @@ class RunMonitor:
         incident = job.non_finite.take_incident()
         if incident is not None:
             self._tell_of(incident)
+        if job.hooks:
+            job.hooks.after_step(self._context())
         self.saver.poll()
         seconds = recipe.checkpoint.every_seconds
         time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self.saver.last_save
@@ -216,6 +223,8 @@ class RunMonitor:
         if job.early_stopping.has_stopped and job.step < job.total_steps:
             self._console.line(f"stopping early: {job.early_stopping.words()}")
             self._tracker.event("stopped-early", step=job.step, best=job.early_stopping.state())
+        if job.hooks:
+            job.hooks.after_evaluation(self._context())
         if job.is_finished:
             self.saver.save_or_fail()
         else:
@@ -231,6 +240,27 @@ class RunMonitor:
         raise ConfigurationError(
             f"checkpoint.best = '{job.best}': the evaluation has no metric of that name; set it to one that it has: "
             f"{', '.join(result.metrics)}. The checkpoint is saved, and the same --run-dir resumes."
+        )
+
+    def at_end(self) -> None:
+        """Have the hooks see the end of the run, unless it was concluded before."""
+        if self.job.hooks and not self._is_done:
+            self.job.hooks.at_end(self._context())
+
+    def _context(self) -> HookContext:
+        job = self.job
+        return HookContext(
+            step=job.step,
+            total_steps=job.total_steps,
+            epoch=job.epoch,
+            model=job.model,
+            optimizer=job.optimizer,
+            metrics=job.evaluation(),
+            run_dir=self.run_dir,
+            rank=job.world.rank,
+            world_size=job.world.size,
+            log=lambda metrics: self._tracker.metrics(job.step, metrics),
+            as_evaluated=job.as_evaluated,
         )
 
     def _evaluated_some(self) -> None:

@@ -53,6 +53,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     job.spikes.recent = state.get("recent_losses", [])
     job.strategy.load_state(state, f"{checkpoint.path}/{STATE}")
     job.init = state.get("init")
+    job.hooks.load_state(state.get("hooks", {}), checkpoint.path)
     if "best_evaluation" in state:
         job.early_stopping.load_state(state["best_evaluation"])
     job.step = state["step"]
