@@ -18,7 +18,6 @@ import click
 from disttrain.distributed.report import report_failure, report_finished
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, PeerError, failure_time
 from disttrain.health.stop import end_with_launcher
-from disttrain.recipe.home import home_folder
 from disttrain.terminal.output import have_standard_streams
 
 # What gloo, NCCL and the store report when a peer has gone: mostly the consequence of another rank's failure.
@@ -36,6 +35,8 @@ def worker(command: click.Command) -> int:
     launcher is ours, which shows the first failing worker's. Only an unexpected one comes with a traceback. That the
     command reached its end is written there, too: a user's code may end the process with 0 in the middle.
     """
+    from disttrain.recipe.home import home_folder  # not above: whoever asks for `--help` need not wait for pydantic
+
     have_standard_streams()
     end_with_launcher()
     try:

@@ -10,34 +10,84 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from disttrain.doctor import Finding, Question, checks_for, examine
+from disttrain.commands.arguments import RECIPE, run_dir_callback
+from disttrain.commands.options import json_option, overrides_option
 from disttrain.errors import ExitCode
+
+if TYPE_CHECKING:
+    from disttrain.doctor import Finding
+
+_PORTS = range(1, 65536)
+
+
+def _host_and_port(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) not in _PORTS:
+        raise click.BadParameter(f"{value!r} should be HOST:PORT, as in node-0:29500.", ctx, parameter)
+    return value
+
+
+def _needed_by_overrides(ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None and ctx.params.get("overrides"):  # what is given is looked at before what is not
+        raise click.UsageError("-o changes a key of a recipe: give RECIPE, too.", ctx)
+    return value
 
 
 @click.command(name="disttrain doctor")
-@click.argument("recipe", required=False)
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
-@click.option("--run-dir", default="runs", help="Where runs are to live: a folder or a URL.")
-@click.option("--rendezvous", metavar="HOST:PORT", help="Where the workers of several machines are to meet.")
-@click.option("--timeout", "limit_s", type=click.FloatRange(min=1), default=20.0, help="Seconds for each check.")
+@click.argument("recipe", required=False, type=RECIPE, callback=_needed_by_overrides)
+@overrides_option
 @click.option(
-    "--found", metavar="JSON", default="[]", help="Findings of the launcher's own, to be reported with the others."
+    "--run-dir",
+    callback=run_dir_callback,
+    default="runs",
+    show_default=True,
+    metavar="DIR|URL",
+    help="The folder, or the URL, in which runs are to live; what the check makes there it removes.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option(
+    "--rendezvous",
+    metavar="HOST:PORT",
+    callback=_host_and_port,
+    help="Where the workers of several machines are to meet.",
+)
+@click.option(
+    "--timeout",
+    "limit_s",
+    type=click.FloatRange(min=1, max=3600),
+    default=20.0,
+    show_default=True,
+    help="Seconds after which a check without an answer counts as a failure.",
+)
+@click.option("--kubernetes", is_flag=True, help="Ask the cluster, too, whether it allows what `disttrain k8s` does.")
+@click.option("--context", help="Of the kubeconfig, for --kubernetes.")
+@click.option("--namespace", help="For --kubernetes.")
+@click.option("--found", metavar="JSON", default="[]", hidden=True, help="Findings of the launcher's own.")
+@json_option
 def command(
     recipe: str | None,
     overrides: tuple[str, ...],
     run_dir: str,
     rendezvous: str | None,
     limit_s: float,
+    kubernetes: bool,
+    context: str | None,
+    namespace: str | None,
     found: str,
     as_json: bool,
 ) -> None:
-    """Try what training needs; exit 78 if something cannot work."""
+    """Try for real what breaks in practice: libraries, GPUs, collectives, network, files, the tracking server.
+
+    With RECIPE, a shipped one or a TOML file, its data set and tracking server, too. Exit code 78 if something cannot
+    work, with the remedy.
+    """
+    from disttrain.doctor import Finding, Question, checks_for, examine
+
     signal.signal(signal.SIGTERM, _unwind)
     everything = chain(
         examine(checks_for(Question(run_dir, recipe, overrides, rendezvous)), limit_s),

@@ -7,19 +7,24 @@ import sys
 
 import click
 
+from disttrain.commands.arguments import RUN
+from disttrain.commands.options import json_option, num_workers_option, overrides_option, raw_option, trust_option
 from disttrain.errors import printable
-from disttrain.recipe import KEYS_OF_CODE
 from disttrain.worker import leave, worker
 
 
 @click.command(name="disttrain evaluate")
-@click.argument("address")
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-@click.option("--raw", is_flag=True, help="Use the weights themselves, not their averages.")
-@click.option("--trust", is_flag=True, help="Import the code that the run names.")
-def command(address: str, overrides: tuple[str, ...], as_json: bool, raw: bool, trust: bool) -> None:
-    """Evaluate the run or checkpoint at ADDRESS, a path or URL, as one worker."""
+@click.argument("address", metavar="RUN|CHECKPOINT", type=RUN)
+@num_workers_option
+@overrides_option
+@json_option
+@raw_option
+@trust_option
+def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json: bool, raw: bool, trust: bool) -> None:
+    """Measure a run's newest checkpoint, or the one given, on the held-out set: each metric of its task.
+
+    The numbers are the same with any number of workers.
+    """
     from dataclasses import replace
 
     from disttrain.checkpoint.handout import hand_out, read_by_main
@@ -36,6 +41,7 @@ def command(address: str, overrides: tuple[str, ...], as_json: bool, raw: bool, 
     from disttrain.distributed.world import join_world, on_device
     from disttrain.errors import ConfigurationError
     from disttrain.parallel.conditions import exact_conditions
+    from disttrain.recipe import KEYS_OF_CODE
     from disttrain.training.evaluate import evaluate
     from disttrain.training.given import Given
     from disttrain.training.identity import refuse_other_preparation

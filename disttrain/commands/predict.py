@@ -7,18 +7,20 @@ from typing import Any
 
 import click
 
+from disttrain.commands.arguments import RUN
+from disttrain.commands.options import json_option, raw_option, trust_option
 from disttrain.errors import printable
 from disttrain.worker import leave, worker
 
 
 @click.command(name="disttrain predict")
-@click.argument("address")
-@click.argument("files", nargs=-1, required=True)
-@click.option("--top", type=click.IntRange(min=1), help="How many classes to name.")
+@click.argument("address", metavar="RUN|CHECKPOINT", type=RUN)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--top", type=click.IntRange(min=1), help="Of an image, how many classes to name (3 if not given).")
 @click.option("-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the task's predict.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-@click.option("--raw", is_flag=True, help="Use the weights themselves, not their averages.")
-@click.option("--trust", is_flag=True, help="Import the code that the run names.")
+@json_option
+@raw_option
+@trust_option
 def command(
     address: str,
     files: tuple[str, ...],
@@ -28,7 +30,7 @@ def command(
     raw: bool,
     trust: bool,
 ) -> None:
-    """Have the run or checkpoint at ADDRESS, a path or URL, predict what its task does for each of FILES.
+    """Predict what each FILE holds: an image's most probable classes, or whatever the run's task predicts.
 
     Pictures are read as the data set `folder` reads them, which serves runs that were trained on bytes.
     """

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from disttrain.commands.arguments import RUN
+from disttrain.commands.options import json_option
 from disttrain.errors import brief, printable
 from disttrain.worker import leave, worker
 
@@ -19,16 +21,12 @@ def command() -> None:
     """Inspect runs and their checkpoints."""
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-_run_argument = click.argument("run")
-
-
 @command.command(name="list")
 @click.option("--runs-dir", default="runs", show_default=True, help="The folder of runs, or a URL.")
-@_json_option
+@json_option
 def list_runs(runs_dir: str, as_json: bool) -> None:
     """List the runs, newest last."""
-    summaries = [_summary_or_reason(run) for run in _runs_in(runs_dir)]
+    summaries = [_summary_or_reason(run) for run in _runs_in(os.path.expanduser(runs_dir))]
     if as_json:
         print(json.dumps({"runs": summaries}))
         return
@@ -100,10 +98,10 @@ def _summary(run: str) -> dict[str, Any]:
 
 
 @command.command()
-@_run_argument
-@_json_option
+@click.argument("run", type=RUN)
+@json_option
 def show(run: str, as_json: bool) -> None:
-    """Show the state of RUN."""
+    """Show how far RUN has come and what it has saved."""
     summary = _summary(run)
     if as_json:
         print(json.dumps(summary))
@@ -119,8 +117,8 @@ def show(run: str, as_json: bool) -> None:
 
 
 @command.command()
-@_run_argument
-@_json_option
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
+@json_option
 def verify(run: str, as_json: bool) -> None:
     """Check each file of the checkpoints of RUN against its manifest; exit 78 if one is damaged.
 
@@ -168,7 +166,7 @@ def _verified(run: Path) -> tuple[list[dict[str, Any]], list[str], list[str]]:
 
 
 @command.command(name="hash")
-@_run_argument
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
 def hash_weights(run: str) -> None:
     """Print one SHA-256 over the weights of RUN's newest checkpoint, or of a checkpoint."""
     from disttrain.checkpoint import weights_sha256

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from disttrain.commands.arguments import RUN
+from disttrain.commands.options import json_option
 from disttrain.layout import DELIVERED
 from disttrain.worker import leave, worker
 
@@ -18,10 +20,17 @@ if TYPE_CHECKING:
 
 
 @click.command(name="disttrain sync")
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("--uri", help="Upload to this MLflow server, not to the run's own.")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    show_default=True,
+    help="Seconds to try for.",
+)
+@json_option
 def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:
     """Upload records of RUN that MLflow missed during an outage; repeating it changes nothing."""
     from disttrain.errors import DisttrainError

@@ -10,20 +10,22 @@ from typing import Any
 import click
 
 from disttrain.terminal.output import have_standard_streams
-from disttrain_launch.cli.doctor import doctor
-from disttrain_launch.cli.node import node
-from disttrain_launch.cli.prove import prove
-from disttrain_launch.cli.recipe import recipe
-from disttrain_launch.cli.runs import runs
-from disttrain_launch.cli.stop import stop
-from disttrain_launch.cli.train import train
-from disttrain_launch.cli.worker_commands import evaluate, predict, sync
 from disttrain_launch.messages import complain
 
-# Imported when they are called for: `--help` waits for neither. Where they are, and what it says of them.
-_LATE = {
+# What there is: the module, which is imported when the command is called for, and what `--help` says of it.
+_COMMANDS = {
+    "doctor": ("disttrain.commands.doctor", "Try what training needs here."),
+    "evaluate": ("disttrain.commands.evaluate", "Measure a run or a checkpoint on the held-out set."),
     "k8s": ("disttrain_launch.cli.k8s", "Train on a Kubernetes cluster."),
+    "node": ("disttrain_launch.cli.node", "Run one machine's part of a job on several."),
+    "predict": ("disttrain.commands.predict", "Predict from files with a run or a checkpoint."),
+    "prove": ("disttrain_launch.cli.prove", "Prove that RECIPE gives the same bits, however it is disturbed."),
+    "recipe": ("disttrain_launch.cli.recipe", "Look at recipes."),
+    "runs": ("disttrain.commands.runs", "Inspect runs and their checkpoints."),
     "slurm": ("disttrain_launch.cli.slurm", "Train on a Slurm cluster."),
+    "stop": ("disttrain_launch.cli.stop", "Ask a run to save and stop."),
+    "sync": ("disttrain.commands.sync", "Upload records that MLflow missed during an outage."),
+    "train": ("disttrain_launch.cli.train", "Train a recipe, or resume a run."),
 }
 
 
@@ -35,24 +37,23 @@ class _Commands(click.Group):
         return super().main(*arguments, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_LATE])
+        return sorted(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _LATE:
-            return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(import_module(_LATE[cmd_name][0]), cmd_name)
-        return command
+        if cmd_name not in _COMMANDS:
+            return None
+        module = _COMMANDS[cmd_name][0]
+        if module.startswith("disttrain_launch."):
+            command: click.Command = getattr(import_module(module), cmd_name)
+            return command
+        from disttrain_launch.cli import launched
+
+        starts = {"evaluate": launched.by_workers, "doctor": launched.examined}
+        return launched.launched(cmd_name, module, starts.get(cmd_name, launched.alone))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        names = self.list_commands(ctx)
-        limit = formatter.width - 6 - max(map(len, names))
         with formatter.section("Commands"):
-            formatter.write_dl(
-                [
-                    (name, _LATE[name][1] if name in _LATE else self.commands[name].get_short_help_str(limit))
-                    for name in names
-                ]
-            )
+            formatter.write_dl([(name, _COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -90,7 +91,3 @@ def main() -> None:
 
     The first command to try is `disttrain train digits -n 2`.
     """
-
-
-for command in (train, node, stop, evaluate, predict, runs, sync, recipe, prove, doctor):
-    main.add_command(command)

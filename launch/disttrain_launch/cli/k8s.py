@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from disttrain_launch.cli.options import dry_run_option, json_option
+from disttrain.commands.options import dry_run_option, json_option
 from disttrain_launch.kubernetes.options import job_options, request_of
 
 if TYPE_CHECKING:

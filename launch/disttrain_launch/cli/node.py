@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from disttrain.distributed.requests import STOP_SIGNALS
-from disttrain_launch.cli.arguments import RECIPE, run_dir_callback
-from disttrain_launch.cli.node_options import NodeOptions, node_options, planned_node
-from disttrain_launch.cli.options import (
+from disttrain.commands.arguments import RECIPE, run_dir_callback
+from disttrain.commands.options import (
     dry_run_option,
     max_restarts_option,
     num_workers_option,
@@ -18,6 +16,8 @@ from disttrain_launch.cli.options import (
     overrides_option,
     trust_option,
 )
+from disttrain.distributed.requests import STOP_SIGNALS
+from disttrain_launch.cli.node_options import NodeOptions, node_options, planned_node
 from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_slices
 from disttrain_launch.local.group import module_arguments
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from disttrain_launch.nodes.node import Node
 
 
-@click.command(short_help="Run one machine's part of a job on several.")
+@click.command()
 @click.argument("recipe", required=False, type=RECIPE)
 @num_workers_option
 @click.option(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from disttrain_launch.cli.arguments import RECIPE
-from disttrain_launch.cli.options import json_option, most_workers, override_arguments, overrides_option
+from disttrain.commands.arguments import RECIPE
+from disttrain.commands.options import json_option, most_workers, override_arguments, overrides_option
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe

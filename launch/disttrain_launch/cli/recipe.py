@@ -6,8 +6,8 @@ import json
 
 import click
 
-from disttrain_launch.cli.arguments import RECIPE
-from disttrain_launch.cli.options import json_option, overrides_option
+from disttrain.commands.arguments import RECIPE
+from disttrain.commands.options import json_option, overrides_option
 
 
 @click.group()

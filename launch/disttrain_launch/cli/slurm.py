@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from disttrain_launch.cli.arguments import RECIPE
-from disttrain_launch.cli.options import dry_run_option, json_option, overrides_option, trust_option
+from disttrain.commands.arguments import RECIPE
+from disttrain.commands.options import dry_run_option, json_option, overrides_option, trust_option
 from disttrain_launch.slurm import checks
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
+from disttrain.commands.arguments import RUN
 from disttrain.layout import LOCK, RECIPE, STOP, newest_checkpoint
-from disttrain_launch.cli.arguments import RUN
 
 _LOOK_EVERY_S = 0.2
 
 
-@click.command(short_help="Ask a run to save and stop.")
+@click.command()
 @click.argument("run", type=RUN)
 @click.option("--wait", is_flag=True, help="Return when the run has stopped.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=600.0, show_default=True, help="Seconds to wait for.")

@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from disttrain import layout
-from disttrain.files import being_written
-from disttrain_launch.cli.arguments import RECIPE, run_dir_callback
-from disttrain_launch.cli.node import run_node
-from disttrain_launch.cli.node_options import NodeOptions, node_options
-from disttrain_launch.cli.options import (
+from disttrain.commands.arguments import RECIPE, run_dir_callback
+from disttrain.commands.options import (
     dry_run_option,
     max_restarts_option,
     num_workers_option,
@@ -21,6 +18,9 @@ from disttrain_launch.cli.options import (
     overrides_option,
     trust_option,
 )
+from disttrain.files import being_written
+from disttrain_launch.cli.node import run_node
+from disttrain_launch.cli.node_options import NodeOptions, node_options
 from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_slices
 from disttrain_launch.messages import say
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _OF_A_KILLED_START = {layout.LOGS, layout.LOCK, being_written(Path(layout.RECIPE)).name, layout.STOP}
 
 
-@click.command(short_help="Train a recipe, or resume a run.")
+@click.command()
 @click.argument("recipe", required=False, type=RECIPE)
 @num_workers_option
 @click.option(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from disttrain_launch.cli.arguments import RECIPE
-from disttrain_launch.cli.options import overrides_option
+from disttrain.commands.arguments import RECIPE
+from disttrain.commands.options import overrides_option
 from disttrain_launch.kubernetes.places import KINDS, RUNS
 
 if TYPE_CHECKING:

@@ -106,7 +106,7 @@ def test_what_a_person_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Finding("disk", "ok", "large")
         yield Finding("clock", "failure", "stands still", "wind it up")
 
-    monkeypatch.setattr(doctor_command, "checks_for", lambda question: [Check("x", bad)])
+    monkeypatch.setattr("disttrain.doctor.checks_for", lambda question: [Check("x", bad)])
     before = signal.getsignal(signal.SIGTERM)
     try:
         result = CliRunner().invoke(doctor_command.command, [])

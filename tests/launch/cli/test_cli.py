@@ -61,7 +61,7 @@ def run(*arguments: str) -> Result:
         (["evaluate", "nowhere"], "'nowhere' does not exist"),
         (["evaluate", ".", "-n", "none"], "'none' is not a valid number of workers"),
         (["predict", "."], "Missing argument 'FILE...'"),
-        (["predict", ".", "cat.jpg"], "'cat.jpg' does not exist"),
+        (["predict", "nowhere", "cat.jpg"], "'nowhere' does not exist"),
         (["predict", ".", "x", "--top", "0"], "0 is not in the range x>=1"),
         (["doctor", "--rendezvous", "node-0"], "'node-0' should be HOST:PORT, as in node-0:29500."),
         (["doctor", "--rendezvous", "node-0:99999"], "'node-0:99999' should be HOST:PORT"),
@@ -186,7 +186,7 @@ def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disttrain_launch.cli.options.count_gpus", lambda: 0)
+    monkeypatch.setattr("disttrain.commands.options.count_gpus", lambda: 0)
     result = run("train", "digits", "-n", "gpu")
     assert result.exit_code == 2
     assert "this machine shows no NVIDIA GPU; give a number of workers." in result.stderr

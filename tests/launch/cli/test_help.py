@@ -24,7 +24,10 @@ def test_within_150_milliseconds() -> None:
     assert quickest < 0.15 or quickest < 3 * min(seconds(sys.executable, "-c", "import click") for _ in range(8))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["runs", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("train", "runs", "evaluate", "predict", "doctor")), ["--version"]],
+)
 def test_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from disttrain_launch.cli import main; main(standalone_mode=False)\n"

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from disttrain.commands import predict
 from disttrain.layout import JOURNAL, RECIPE
 from disttrain.recipe import load_recipe, to_toml
-from disttrain_launch.cli import main, worker_commands
+from disttrain_launch.cli import launched, main
 
 NOT_UTF8 = os.fsdecode(b"r\xff\xc3\xa9")  # as ls shows it: r?é
 
@@ -86,7 +87,9 @@ def test_a_dash_in_front_makes_no_option(tmp_path: Path, monkeypatch: pytest.Mon
     planned = CliRunner().invoke(main, ["train", "--dry-run", "--run-dir", "-new", "--", "-x.toml"])
     assert " ./-x.toml --run-dir " in planned.output
     handed_on: list[str] = []
-    monkeypatch.setattr(worker_commands, "become", lambda _module, *words: handed_on.extend(words))
+    monkeypatch.setattr(launched, "become", lambda _module, words: handed_on.extend(words))
     predicted = CliRunner().invoke(main, ["predict", "--", "-run", "-i.png"])
     assert predicted.exit_code == 0, predicted.output
-    assert handed_on[:2] == ["./-run", "./-i.png"]
+    with predict.command.make_context("predict", handed_on) as context:
+        assert context.params["address"] == "./-run"
+        assert context.params["files"] == ("-i.png",)

@@ -1,4 +1,4 @@
-"""What a command takes as RUN, CHECKPOINT, RECIPE, FILE or --run-dir: a path (`~`: the home folder) or a URL.
+"""What a command takes as RUN, CHECKPOINT, RECIPE or --run-dir: a path (`~`: the home folder) or a URL.
 
 A path that begins with a dash, given behind `--`, is passed on in a form that nobody takes for an option.
 """
@@ -37,14 +37,6 @@ class RecipeType(click.types.StringParamType):
         return recipe
 
 
-class FileType(click.Path):
-    """A file that exists."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Raises click.BadParameter for one that does not."""
-        return str(super().convert(_no_option(value), param, ctx))
-
-
 def _no_option(path: str) -> str:
     return f"./{path}" if path.startswith("-") and path != "-" else path
 
@@ -56,4 +48,4 @@ def run_dir_callback(_ctx: click.Context, _parameter: click.Parameter, value: st
     return None if value is None else settled(value)
 
 
-RUN, RECIPE, FILE = RunType(exists=True), RecipeType(), FileType(exists=True, dir_okay=False)
+RUN, RECIPE = RunType(exists=True), RecipeType()
