@@ -53,7 +53,7 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
         refuse_objects(checkpoint, KEYS_OF_CODE, overrides)
         recipe = recipe_of(checkpoint, overrides, trust=trust)
         world = on_device(world, recipe.train.device)
-        data, _ = load_sets(recipe, world, Given())
+        data, _ = load_sets(recipe, world, Given(), facts=data_of(checkpoint).get("facts"))
         train_set = data.train if isinstance(data.train, SampleSet) else training_set_of(checkpoint)
         task = task_of(checkpoint, recipe, train_set)
         classes = getattr(data.test, "facts", {}).get("classes", getattr(data.test, "classes", None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,17 +18,23 @@ from disttrain.recipe import DataRecipe
 
 
 def load_datasets(
-    data: DataRecipe, world: World, first: Callable[[], AbstractContextManager[None]], *, images: bool = True
+    data: DataRecipe,
+    world: World,
+    first: Callable[[], AbstractContextManager[None]],
+    *,
+    images: bool = True,
+    facts: Mapping[str, Any] | None = None,
 ) -> Datasets | SampleSets:
     """The data set that `data.dataset` names, normalised and laid out as the recipe says.
 
-    `images` says whether the task takes a user's own sets for sets of images and labels. `first` lets one worker of
+    `images` says whether the task takes a user's own sets for sets of images and labels; `facts` are those of the set
+    that was trained on, for whoever evaluates on another. `first` lets one worker of
     each machine through its block before the others: that one downloads and converts, and the others then map what they
     find. Raises ConfigurationError, for the recipe, the data or the network.
     """
     with first():
         try:
-            datasets = _load(data, images)
+            datasets = _load(data, images, facts)
         except OSError as error:
             raise ConfigurationError(f"data.root: {data.root} on {world.host} cannot be read: {error}.") from error
     if isinstance(datasets, SampleSets):
@@ -36,7 +42,7 @@ def load_datasets(
     return Datasets(_as_the_recipe_says(datasets.train, data), _as_the_recipe_says(datasets.test, data))
 
 
-def _load(data: DataRecipe, images: bool) -> Datasets | SampleSets:
+def _load(data: DataRecipe, images: bool, facts: Mapping[str, Any] | None) -> Datasets | SampleSets:
     # Imported where they are needed: torchvision and scikit-learn take seconds.
     if ":" in data.dataset:
         return load_callable(data, images=images)
@@ -55,7 +61,7 @@ def _load(data: DataRecipe, images: bool) -> Datasets | SampleSets:
     if data.dataset == "table":
         from disttrain.data.sources.tabular import load_table
 
-        return load_table(data)
+        return load_table(data, facts)
     if data.dataset == "text":
         from disttrain.data.sources.text import load_text
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -28,14 +31,17 @@ from disttrain.task import Task, build_task, has_own, takes_images, task_maker
 from disttrain.training.given import Given
 
 
-def load_sets(recipe: Recipe, world: World, given: Given) -> tuple[Datasets | SampleSets, Task]:
+def load_sets(
+    recipe: Recipe, world: World, given: Given, *, facts: Mapping[str, Any] | None = None
+) -> tuple[Datasets | SampleSets, Task]:
     """What the recipe names or what was given: images with labels for a task of images, else samples of any kind.
 
+    `facts` are those of the set that was trained on, for an evaluation: a table is prepared by them, whatever it holds.
     Every rank must call it. Raises ConfigurationError for what does not exist or does not fit together.
     """
     maker = task_maker(recipe, given.task)
     images = takes_images(maker)
-    data = _load(recipe, world, given, images=images)
+    data = _load(recipe, world, given, images=images, facts=facts)
     if isinstance(data, SampleSets) and images:
         source = "the sets given" if given.train_set is not None else f"data.dataset = '{recipe.data.dataset}'"
         raise ConfigurationError(
@@ -47,10 +53,12 @@ def load_sets(recipe: Recipe, world: World, given: Given) -> tuple[Datasets | Sa
     return data, build_task(maker, recipe, data.train)
 
 
-def _load(recipe: Recipe, world: World, given: Given, *, images: bool) -> Datasets | SampleSets:
+def _load(
+    recipe: Recipe, world: World, given: Given, *, images: bool, facts: Mapping[str, Any] | None
+) -> Datasets | SampleSets:
     train_set, test_set = given.train_set, given.test_set
     if train_set is None and test_set is None:
-        return load_datasets(recipe.data, world, lambda: one_per_machine_first(world), images=images)
+        return load_datasets(recipe.data, world, lambda: one_per_machine_first(world), images=images, facts=facts)
     if train_set is None or test_set is None:
         raise ConfigurationError("train_set and test_set belong together: give both, or neither.")
     if images and not isinstance(train_set, SampleSet):

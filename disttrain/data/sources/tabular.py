@@ -15,18 +15,10 @@ import torch
 from disttrain import rng
 from disttrain.data.dataset import SampleSet, SampleSets
 from disttrain.data.digest import Digest
-from disttrain.data.sources.columns import (
-    columns_from_json,
-    columns_to_json,
-    encode,
-    fit_columns,
-    mean_and_std,
-    parse_numbers,
-    sorted_words,
-    word,
-)
+from disttrain.data.sources.columns import columns_from_json, encode
+from disttrain.data.sources.table_facts import facts_of, targets_of
 from disttrain.data.sources.table_file import Table, cells_of, read_table
-from disttrain.errors import ConfigurationError, brief
+from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 from disttrain.recipe.address import expanded
 from disttrain.recipe.table import TableOptions, table_options
@@ -54,11 +46,12 @@ class Rows:
         return Digest(_sha256(self.targets), f"table:{_sha256(self.features)}")
 
 
-def load_table(data: DataRecipe) -> SampleSets:
+def load_table(data: DataRecipe, facts: Mapping[str, Any] | None = None) -> SampleSets:
     """The table that `data.options` describe, see `disttrain.recipe.table`, its features standardised.
 
-    The facts of its sets are all that `rows_to_predict` and the task need. Raises ConfigurationError for whatever is
-    wrong with the options or a file, by file, line and column.
+    The facts of its sets are all that `rows_to_predict` and the task need. They are those of the training rows, or, for
+    an evaluation, the `facts` of what was trained on. Raises ConfigurationError for whatever is wrong with the options
+    or a file, by file, line and column.
     """
     try:
         options = table_options(data.options)
@@ -73,7 +66,7 @@ def load_table(data: DataRecipe) -> SampleSets:
         assert options.test_file is not None
         train = _read(options.train_file, "train_file", root, options)
         test = _read(options.test_file, "test_file", root, options)
-    return _sets(train, test, options)
+    return _sets(train, test, facts if facts and "columns" in facts else facts_of(train, options))
 
 
 def table_sets(
@@ -92,7 +85,8 @@ def table_sets(
         options = table_options({"file": "", "target": _TARGET, "kind": kind, "categorical": list(categorical)})
     except ValueError as error:
         raise ConfigurationError(f"{str(error).removeprefix('options.')}.") from error
-    return _sets(_of_arrays(*train, "the training set"), _of_arrays(*test, "the test set"), options)
+    train_table, test_table = _of_arrays(*train, "the training set"), _of_arrays(*test, "the test set")
+    return _sets(train_table, test_table, facts_of(train_table, options))
 
 
 def rows_to_predict(path: Path, facts: Mapping[str, Any]) -> torch.Tensor:
@@ -132,11 +126,7 @@ def _read(file: str, key: str, root: Path, options: TableOptions) -> Table:
     if not path.is_file():
         here = f' There is ./{file}: set data.root = ".".' if Path(file).is_file() else ""
         raise ConfigurationError(f"data.options.{key}: there is no file {path.absolute()}.{here}")
-    return read_table(path, **_format(options))
-
-
-def _format(options: TableOptions) -> dict[str, Any]:
-    return {"delimiter": options.delimiter, "encoding": options.encoding}
+    return read_table(path, delimiter=options.delimiter, encoding=options.encoding)
 
 
 def _of_sklearn(name: str, target: str) -> Table:
@@ -170,109 +160,18 @@ def _split(table: Table, options: TableOptions) -> tuple[Table, Table]:
     return table.rows(sorted(order[num_test:])), table.rows(sorted(order[:num_test]))
 
 
-def _sets(train: Table, test: Table, options: TableOptions) -> SampleSets:
-    columns = fit_columns(train, _chosen(train, options), options.categorical)
-    kind = _kind(train, options)
-    describe, of_target = (_fit_classes if kind == "classification" else _fit_quantity)(train, options.target)
-    facts = {
-        "kind": kind,
-        "target": options.target,
-        "columns": columns_to_json(columns),
-        "num_features": sum(column.num_features for column in columns),
-        "format": _format(options),
-        **describe,
-    }
+def _sets(train: Table, test: Table, facts: Mapping[str, Any]) -> SampleSets:
+    columns = columns_from_json(facts["columns"])
     _log.info(
         "%s: %s rows to train on and %s to test on; %s of %r from %d columns, %d features.",
-        train.name, f"{len(train):,}", f"{len(test):,}", kind, options.target, len(columns), facts["num_features"],
+        train.name, f"{len(train):,}", f"{len(test):,}", facts["kind"], facts["target"], len(columns),
+        facts["num_features"],
     )  # fmt: skip
     train_set, test_set = (
-        SampleSet(Rows(encode(table, columns), of_target(table)), table.name, facts, in_memory=True)
+        SampleSet(Rows(encode(table, columns), targets_of(table, facts)), table.name, facts, in_memory=True)
         for table in (train, test)
     )
     return SampleSets(train_set, test_set)
-
-
-def _chosen(train: Table, options: TableOptions) -> list[str]:
-    """The names of the columns that features are made of."""
-    train.column(options.target, "data.options.target")
-    for key in ("features", "exclude", "categorical"):
-        for name in getattr(options, key) or ():
-            train.column(name, f"data.options.{key}")
-    wanted = list(train.columns) if options.features is None else options.features
-    if options.features is not None and options.target in options.features:
-        raise ConfigurationError(f"data.options.features: {options.target!r} is the target; leave it out.")
-    chosen = [name for name in wanted if name != options.target and name not in options.exclude]
-    if not chosen:
-        raise ConfigurationError(f"{train.name}: there is no column besides {options.target!r} to predict it from.")
-    return chosen
-
-
-def _kind(train: Table, options: TableOptions) -> str:
-    if options.kind != "auto":
-        return options.kind
-    numbers, strange = parse_numbers(train.column(options.target))
-    is_class = len(strange) * 2 > len(numbers) or (not strange and set(numbers.tolist()) <= {0.0, 1.0})
-    return "classification" if is_class else "regression"
-
-
-def _fit_quantity(train: Table, target: str) -> tuple[dict[str, Any], Any]:
-    def numbers_of(table: Table) -> np.ndarray[Any, np.dtype[np.float64]]:
-        cells = table.column(target)
-        numbers, _ = parse_numbers(cells)
-        for row in np.flatnonzero(np.isnan(numbers)).tolist():
-            shown = brief(repr(str(cells[row])), 40)
-            raise ConfigurationError(
-                f"{table.at(row)}: the target {target!r} is {shown}, not a finite number. Correct or remove the row; "
-                'for classes set data.options.kind = "classification".'
-            )
-        return numbers
-
-    mean, std = mean_and_std(numbers_of(train), f"{train.name}: the target {target!r}")
-    if not std:
-        raise ConfigurationError(
-            f"{train.name}: the target {target!r} is {mean:g} in every training row; there is nothing to learn."
-        )
-
-    def standardised(table: Table) -> torch.Tensor:
-        return torch.from_numpy(((numbers_of(table) - mean) / std).astype(np.float32))
-
-    return {"num_outputs": 1, "target_mean": mean, "target_std": std}, standardised
-
-
-def _fit_classes(train: Table, target: str) -> tuple[dict[str, Any], Any]:
-    def words_of(table: Table) -> list[str]:
-        words = [word(cell) for cell in table.column(target)]
-        for row, one in enumerate(words):
-            if one in ("", "nan"):
-                raise ConfigurationError(f"{table.at(row)}: the target {target!r} is empty; fill in or remove the row.")
-        return words
-
-    classes = sorted_words(set(words_of(train)))
-    if len(classes) < 2:
-        raise ConfigurationError(
-            f"{train.name}: the target {target!r} is {classes[0]!r} in every training row; there is nothing to tell "
-            "apart."
-        )
-    if len(classes) * 2 > len(train) and len(classes) > 2:
-        raise ConfigurationError(
-            f"{train.name}: the target {target!r} has {len(classes):,} classes in {len(train):,} training rows. For a "
-            'quantity set data.options.kind = "regression".'
-        )
-    number_of = {one: number for number, one in enumerate(classes)}
-
-    def numbered(table: Table) -> torch.Tensor:
-        numbers = []
-        for row, one in enumerate(words_of(table)):
-            if one not in number_of:
-                raise ConfigurationError(
-                    f"{table.at(row)}: {brief(repr(one), 40)} is not among the {len(classes)} classes of the training "
-                    "rows."
-                )
-            numbers.append(number_of[one])
-        return torch.tensor(numbers)
-
-    return {"num_outputs": len(classes), "classes": list(classes)}, numbered
 
 
 def _sha256(tensor: torch.Tensor) -> str:

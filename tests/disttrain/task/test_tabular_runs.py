@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 import disttrain
+from disttrain.commands import evaluate, predict
 from disttrain.testing import run_workers
 from tests.disttrain.parallel.exact_runs import outcome
 from tests.disttrain.task.test_tabular import people
@@ -51,3 +55,44 @@ def test_every_number_of_workers_gives_the_same_bits_also_across_a_resume(tmp_pa
     run_workers(train, 3, args=(tmp_path / "2", job), process_group=False)
     alone, resumed = outcome(tmp_path / "1"), outcome(tmp_path / "2")
     assert (resumed.weights, resumed.evaluation) == (alone.weights, alone.evaluation)
+
+
+def test_a_checkpoint_alone_predicts_the_rows_of_a_file_and_is_evaluated_on_another_table(tmp_path: Path) -> None:
+    """What is standardised and which category is which is what it was in the rows that were trained on."""
+    header, *rows = ["word,number,y", *(f"{'ab'[n % 2]},{n},{3 * n + 5 * (n % 2)}" for n in range(40))]
+    (tmp_path / "all.csv").write_text("\n".join([header, *rows]))
+    recipe = {
+        "task": {"name": "tabular"},
+        "data": {
+            "dataset": "table",
+            "batch_size": 4,
+            "root": str(tmp_path),
+            "options": {"file": "all.csv", "target": "y"},
+        },
+        "model": {"name": "mlp", "options": {"widths": []}},
+        "optim": {"name": "adam", "lr": 0.1},
+        "train": {"epochs": 20, "eval_every_epochs": 20, "threads": 1},
+        "tracking": {"uri": "none", "system_metrics": False},
+    }
+    result = disttrain.train(recipe, run_dir=tmp_path / "run")
+    assert result.metrics["r2"] > 0.99
+
+    def run(command: click.Command, *words: str) -> Any:
+        done = CliRunner().invoke(command, [str(tmp_path / "run"), "--json", *words], catch_exceptions=False)
+        return json.loads(done.stdout)
+
+    assert run(evaluate.command)["metrics"] == result.metrics
+    few = [f"{number},{word},0" for number, word in ((30, "b"), (1, "a"), (2, "zebra"))]
+    (tmp_path / "few.csv").write_text("\n".join(["number,word,y", *few]))
+    other = run(evaluate.command, "-o", "data.options={train_file='few.csv', test_file='few.csv', target='y'}")
+    (tmp_path / "all.csv").unlink()
+    found = [one["prediction"] for one in run(predict.command, str(tmp_path / "few.csv"))["predictions"]]
+    assert found[:2] == [pytest.approx(95, abs=5), pytest.approx(3, abs=5)]
+    assert other["metrics"]["mae"] == pytest.approx(sum(map(abs, found)) / 3, rel=1e-4)
+
+
+def test_the_shipped_recipe_learns_at_once(tmp_path: Path) -> None:
+    overrides = ["tracking.uri=none", "tracking.system_metrics=false", "train.threads=1", "train.epochs=8"]
+    result = disttrain.train("table-diabetes", overrides=overrides, run_dir=tmp_path / "run")
+    assert result.metrics["r2"] > 0.4
+    assert 45 < result.metrics["rmse"] < 70
