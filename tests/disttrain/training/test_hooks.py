@@ -75,9 +75,7 @@ def test_a_recipe_names_hooks_and_a_strangers_run_has_to_be_trusted(tmp_path: Pa
     train(tmp_path, f"train.hooks={NAME}", "train.max_steps=1")
     assert read_checkpoint(CheckpointStore(tmp_path / "checkpoints").paths()[-1]).state["hooks"][NAME]["seen"][0] == 1
     stored = load_recipe(str(tmp_path / "recipe.toml"))
-    with pytest.raises(
-        ConfigurationError, match=rf"names code that would be imported .*: train\.hooks = '{NAME}'"
-    ):
+    with pytest.raises(ConfigurationError, match=rf"names code that would be imported .*: train\.hooks = '{NAME}'"):
         ask_before_resuming(stored, tmp_path)
     with pytest.raises(RecipeError, match=r"train\.hooks: 'Notes' does not name a hook; write package\.module:Class"):
         load_recipe("digits", ["train.hooks=Notes"])
