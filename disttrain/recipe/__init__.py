@@ -3,7 +3,7 @@
 from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, RecipeError, UsageError, printable
 from disttrain.files import make_folder, open_to_append, open_to_read, parse_json
 from disttrain.recipe.installed import check_installed
-from disttrain.recipe.load import as_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
+from disttrain.recipe.load import as_recipe, load_recipe, old_names_in, parse_recipe, recipe_text, shipped_recipes
 from disttrain.recipe.model import DataRecipe, ModelRecipe, ParallelRecipe, Recipe, TaskRecipe, TrackingRecipe
 from disttrain.recipe.optimizers import OptimRecipe
 from disttrain.recipe.stored import damage, load_recipe_for, recipe_of_checkpoints
@@ -49,6 +49,7 @@ __all__ = [
     "load_recipe",
     "load_recipe_for",
     "make_folder",
+    "old_names_in",
     "open_to_append",
     "open_to_read",
     "parse_json",

@@ -20,7 +20,7 @@ from disttrain.recipe.model import Recipe
 from disttrain.recipe.names import did_you_mean
 from disttrain.recipe.once import kept
 from disttrain.recipe.overrides import apply_overrides
-from disttrain.recipe.renamed import with_current_names
+from disttrain.recipe.renamed import mentions_of_old_names, with_current_names
 from disttrain.recipe.text import decoded
 
 _SHIPPED = Path(__file__).parent.parent / "recipes"
@@ -89,6 +89,13 @@ def _parsed(mapping: Mapping[str, Any], overrides: Sequence[str], source: str) -
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise RecipeError(explain(error, source, places)) from None
+
+
+def old_names_in(recipe: Any, overrides: Sequence[str]) -> list[str]:
+    """A line for each key that a valid recipe, in any form of `as_recipe`, or an override calls by its old name."""
+    if isinstance(recipe, str | os.PathLike):
+        recipe = tomllib.loads(recipe_text(os.fspath(recipe)))
+    return mentions_of_old_names(recipe if isinstance(recipe, Mapping) else {}, overrides)
 
 
 def recipe_text(name_or_path: str) -> str:

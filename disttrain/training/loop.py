@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 from disttrain import rng
 from disttrain.data import StepBatch
+from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
 from disttrain.distributed.world import join_world
 from disttrain.errors import DisttrainError, UserCodeError
 from disttrain.faultpoints import reached
@@ -19,7 +21,7 @@ from disttrain.health.nonfinite import Verdict, marked
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import stop_requests
 from disttrain.parallel.conditions import exact_conditions, float32_by_default
-from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for
+from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for, old_names_in
 from disttrain.task import Task
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
@@ -85,6 +87,9 @@ def train(
         with float32_by_default():
             is_own = isinstance(recipe, str | Path) and is_own_recipe(str(recipe), run_dir)
             settled = load_recipe_for(str(recipe), run_dir, overrides) if is_own else as_recipe(recipe, overrides)
+            if not is_own and launched_by() not in OUR_LAUNCHERS and not rank_hint():  # ours have said so themselves
+                for line in old_names_in(recipe, overrides):
+                    print(f"disttrain: {line}", file=sys.stderr)
             if is_own and run_dir is not None and not trust:
                 ask_before_resuming(settled, run_dir, overrides)
             return _train(settled, run_dir, Given(model, train_set, test_set, task, hooks or None))

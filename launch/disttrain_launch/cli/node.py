@@ -18,7 +18,12 @@ from disttrain.commands.options import (
 )
 from disttrain.distributed.requests import STOP_SIGNALS
 from disttrain_launch.cli.node_options import NodeOptions, node_options, planned_node
-from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_slices
+from disttrain_launch.cli.recipe_source import (
+    checked_recipe,
+    mention_old_names,
+    recipe_source,
+    refuse_more_workers_than_slices,
+)
 from disttrain_launch.local.group import module_arguments
 
 if TYPE_CHECKING:
@@ -92,6 +97,7 @@ def _planned(
     if run_dir is None:
         raise click.UsageError("--run-dir is missing: machines that come later, or again, must find the run.")
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
+    mention_old_names(recipe, run_dir, overrides)
     source = recipe_source(recipe, run_dir)
     options_of_workers = ("--run-dir", run_dir, *override_arguments(overrides), *["--trust"] * trust)
     arguments = module_arguments("disttrain", source, *options_of_workers)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from disttrain.layout import RECIPE
+from disttrain_launch.messages import complain
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
@@ -55,6 +56,15 @@ def checked_recipe(
     if not trust:
         ask_before_resuming(checked, run_dir, overrides)
     return checked
+
+
+def mention_old_names(recipe: str | None, run_dir: str | None, overrides: tuple[str, ...]) -> None:
+    """Say once for a job which keys its valid recipe calls by an old name; a run's own recipe.toml may well."""
+    from disttrain.recipe import is_own_recipe, old_names_in
+
+    if recipe is not None and not is_own_recipe(recipe, run_dir):
+        for line in old_names_in(recipe, overrides):
+            complain(line)
 
 
 def refuse_more_workers_than_slices(recipe: Recipe, num_workers: int, said: str) -> None:

@@ -124,7 +124,7 @@ def _job(
     from disttrain.recipe import RecipeError, shipped_recipes
     from disttrain.recipe.address import settled
     from disttrain.recipe.once import is_kept
-    from disttrain_launch.cli.recipe_source import checked_recipe
+    from disttrain_launch.cli.recipe_source import checked_recipe, mention_old_names
     from disttrain_launch.slurm.script import SlurmJob
 
     if recipe is not None and is_kept(recipe):
@@ -132,6 +132,7 @@ def _job(
     checks.check_times(warn_s, grace_s)
     run_dir = os.path.expanduser(run_dir) if run_dir is not None else None
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
+    mention_old_names(recipe, run_dir, overrides)
     checks.check_slices(checked, nodes, workers)
     job = SlurmJob(
         name=name or re.sub(r"[^A-Za-z0-9_.+-]+", "-", checked.name),

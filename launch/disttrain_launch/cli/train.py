@@ -21,7 +21,12 @@ from disttrain.commands.options import (
 from disttrain.files import being_written
 from disttrain_launch.cli.node import run_node
 from disttrain_launch.cli.node_options import NodeOptions, node_options
-from disttrain_launch.cli.recipe_source import checked_recipe, recipe_source, refuse_more_workers_than_slices
+from disttrain_launch.cli.recipe_source import (
+    checked_recipe,
+    mention_old_names,
+    recipe_source,
+    refuse_more_workers_than_slices,
+)
 from disttrain_launch.messages import say
 
 if TYPE_CHECKING:
@@ -70,6 +75,7 @@ def train(
         run_node(recipe, num_workers, run_dir, overrides, several, max_restarts, dry_run=dry_run, trust=trust)
         return
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
+    mention_old_names(recipe, run_dir, overrides)
     refuse_more_workers_than_slices(checked, num_workers, f"-n {num_workers}")
     if dry_run:
         run_dir = run_dir or str(Path("runs", _new_name(checked)).absolute())

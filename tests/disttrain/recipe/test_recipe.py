@@ -21,6 +21,7 @@ from disttrain.recipe import (
     check_installed,
     json_schema,
     load_recipe,
+    old_names_in,
     parse_recipe,
     recipe_text,
     shipped_recipes,
@@ -303,6 +304,15 @@ def test_a_name_that_nothing_installed_has_is_refused(monkeypatch: pytest.Monkey
     check_installed(wrong)  # without the sources the worker has the only word
 
 
-def test_a_renamed_key_is_taken_under_its_old_name() -> None:
+def test_a_renamed_key_is_taken_under_its_old_name_and_mentioned(tmp_path: Path) -> None:
+    (tmp_path / "old.toml").write_text("[parallel]\nshards = 6\n")
+    line = "parallel.shards is called parallel.slices now; the old name still works"
+    for recipe, overrides in (
+        (tmp_path / "old.toml", []),
+        ({"parallel": {"shards": 6}}, []),
+        ("digits", ["parallel.shards=6"]),
+    ):
+        assert old_names_in(recipe, overrides) == [line]
+    assert old_names_in("digits", ["parallel.slices=6"]) == []
     assert parse_recipe({"name": "old", "parallel": {"shards": 6}}).parallel.slices == 6
     assert load_recipe("digits", ["parallel.shards=6"]).parallel.slices == 6

@@ -295,17 +295,28 @@ def test_what_comes_out_of_a_pipe_may_be_anything(
 
 
 @pytest.mark.parametrize(
-    ("given", "passed"),
+    "given",
     [
-        ((), []),  # not every task's predict has classes to name
-        (("--top", "1", "-o", "num_tokens=9"), ["--top=1", "--option=num_tokens=9"]),
+        ("predict", ".", "one.wav"),
+        ("predict", ".", "one.wav", "--top", "1", "-o", "num_tokens=9"),
+        ("runs", "show", "--json", "."),
+        ("sync", ".", "--timeout", "3"),
+        ("doctor", "--rendezvous", "node-0:29500"),
     ],
 )
-def test_predict_passes_on_what_was_given(
-    given: tuple[str, ...], passed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[tuple[str, ...]] = []
-    monkeypatch.setattr("disttrain_launch.cli.worker_commands.become", lambda *words: started.append(words))
-    Path("one.wav").touch()
-    assert run("predict", ".", "one.wav", *given).exit_code == 0
-    assert started == [("disttrain.commands.predict", ".", "one.wav", *passed)]
+def test_what_needs_torch_is_handed_on_as_it_was_given(given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr("disttrain_launch.cli.launched.become", lambda module, words: started.append((module, words)))
+    assert run(*given).exit_code == 0
+    assert started == [(f"disttrain.commands.{given[0]}", list(given[1:]))]
+
+
+def test_an_old_name_of_a_key_is_mentioned_once(tmp_path: Path) -> None:
+    (tmp_path / "old.toml").write_text("[parallel]\nshards = 6\n")
+    planned = run("train", str(tmp_path / "old.toml"), "-n", "2", "--dry-run")
+    line = "disttrain: parallel.shards is called parallel.slices now; the old name still works\n"
+    assert (planned.exit_code, planned.stderr) == (0, line)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "old.toml").rename(tmp_path / "run" / "recipe.toml")
+    resumed = run("train", "--run-dir", str(tmp_path / "run"), "--dry-run")
+    assert (resumed.exit_code, resumed.stderr) == (0, ""), "the run's own was written by an older version"
