@@ -123,7 +123,7 @@ class SampleSource:
             except DisttrainError:
                 raise
             except Exception as error:  # and so may a user's task
-                what = f"{name} cannot collate samples {_first_of(indices)}{self._of_set}"
+                what = f"{name} cannot collate {_first_of(indices)}{self._of_set}"
                 raise failure_in(what, error) from error
         return Fetched(batch, len(indices) if weight is None else checked_weight(weight, f"{name}.weight(batch)"))
 
@@ -143,4 +143,6 @@ def checked_weight(weight: Any, what: str) -> int:
 
 
 def _first_of(indices: list[int]) -> str:
-    return ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+    rest = len(indices) - 8
+    listed = ", ".join(map(str, indices[:8])) + (f" and {rest} more" if rest > 0 else "")
+    return f"sample{'s' if len(indices) > 1 else ''} {listed}"

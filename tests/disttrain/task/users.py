@@ -44,11 +44,13 @@ class Detection(disttrain.Task):
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         images, boxes = batch
-        return torch.stack([self._of_one(*one) for one in zip(model(images).float(), boxes, strict=True)]).sum()
+        return torch.stack(
+            [self._of_one(*one) for one in zip(model(images).to(images.dtype), boxes, strict=True)]
+        ).sum()
 
     def _of_one(self, found: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         rows, columns = ((boxes[:, 1] + boxes[:, 3]) / 2).long(), ((boxes[:, 0] + boxes[:, 2]) / 2).long()
-        there = torch.zeros_like(found[0]).index_put((rows, columns), torch.ones(len(boxes)))
+        there = torch.zeros_like(found[0]).index_put((rows, columns), boxes.new_ones(len(boxes)))
         presence = functional.binary_cross_entropy_with_logits(found[0], there, reduction="sum")
         return presence + functional.l1_loss(found[1:, rows, columns].T, boxes, reduction="sum")
 
@@ -172,3 +174,31 @@ def case(name: str) -> Case:
     """The case of this name, with the same weights each time."""
     torch.manual_seed(0)
     return CASES[name]()
+
+
+def in_float64(one: Case) -> Case:
+    """The case in float64, and without what depends on how a batch is shared: dropout and BatchNorm."""
+    for module in one.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model = one.model
+    if isinstance(model, nn.Sequential):
+        model = nn.Sequential(*(layer for layer in model if not isinstance(layer, nn.BatchNorm2d)))
+    return Case(one.task, model.double(), _doubled(one.train_set), _doubled(one.test_set))
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(_doubled(one) for one in value) if isinstance(value, list | tuple) else value
+
+
+def regression_sets() -> tuple[Any, Any]:
+    """What a recipe's data.dataset may name."""
+    one = case("regression")
+    return one.train_set, one.test_set
+
+
+def regression_model() -> nn.Module:
+    """What a recipe's model.name may name."""
+    return case("regression").model

@@ -1,0 +1,213 @@
+"""What a task must not do is refused before the first step, in a line that says what to do instead."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import IterableDataset
+
+import disttrain
+from disttrain.data import tensors_in, to_device
+from disttrain.errors import ConfigurationError, DivergedError, UserCodeError
+from disttrain.testing import run_workers
+from tests.disttrain.task.test_users_tasks import train
+from tests.disttrain.task.users import Case, Language, Regression, case
+
+
+def refusal(folder: Path, one: Case, *overrides: str) -> str:
+    """Why the training is refused, before its first step."""
+    with pytest.raises(ConfigurationError) as caught:
+        train(folder, one, *overrides)
+    assert not (folder / "journal.jsonl").exists()
+    return str(caught.value)
+
+
+def with_task(name: str, task: disttrain.Task) -> Case:
+    one = case(name)
+    return Case(task, one.model, one.train_set, one.test_set)
+
+
+class Mean(Regression):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return functional.mse_loss(model(batch[0]).squeeze(1), batch[1])
+
+
+class MeanOfTokens(Language):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return functional.cross_entropy(model(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
+
+
+class Counting(Regression):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        return super().loss(model, batch)
+
+
+class Drawing(Regression):
+    """Its generator is nobody's attribute."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator()
+        self.noise = lambda: torch.rand((), generator=generator)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return super().loss(model, batch) * self.noise()
+
+
+class Tallying(Regression):
+    """Its state is a tensor that it holds."""
+
+    def __init__(self) -> None:
+        self.scale = torch.ones(1)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        self.scale *= 0.999
+        return super().loss(model, batch)
+
+
+def returning(change: Callable[[torch.Tensor], Any]) -> disttrain.Task:
+    """A task whose loss is changed at the end."""
+
+    class Returning(Regression):
+        def loss(self, model: nn.Module, batch: Any) -> Any:
+            return change(super().loss(model, batch))
+
+    return Returning()
+
+
+def weighing(weight: Any) -> disttrain.Task:
+    """A task with this weight."""
+
+    class Weighing(Regression):
+        def weight(self, batch: Any) -> Any:
+            return weight
+
+    return Weighing()
+
+
+class Elsewhere(Regression):
+    best = ("accuracy", "max")
+
+
+class Words(Regression):
+    def score(self, model: nn.Module, batch: Any) -> Any:
+        return {"loss": self.loss(model, batch), "name": "a word"}
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (
+            Mean(),
+            r"^Mean\.loss returns a mean: it is (.*) for two samples and \1 for .*: reduction=\"sum\" in place of",
+        ),
+        (Counting(), r"^Counting\.calls changes when a loss is computed: .* keep state in the model's buffers"),
+        (Tallying(), r"^Tallying\.scale changes when a loss is computed"),
+        (
+            Drawing(),
+            r"^Drawing\.loss returned .* for the first samples and .* for the same ones again, so it keeps state",
+        ),
+        (returning(torch.detach), r"Returning\.loss returned a tensor without a gradient"),
+        (returning(lambda loss: loss.item()), r"Returning\.loss returned a float: it has to be a tensor, the sum of"),
+        (returning(lambda loss: loss[None]), r"Returning\.loss returned a tensor of shape \(1,\) and torch.float32"),
+        (weighing(-1), r"Weighing\.weight\(batch\) returned -1: it has to be a whole number of at least 0"),
+        (weighing(2.0), r"Weighing\.weight\(batch\) returned 2.0: it has to be a whole number"),
+        (weighing(True), r"Weighing\.weight\(batch\) returned True: it has to be a whole number"),
+        (Elsewhere(), r"Elsewhere\.best is \('accuracy', 'max'\): .* the metrics, which are loss, mae"),
+        (Words(), r"Words\.score returned a str for 'name': tensors are added up and lists joined"),
+    ],
+)
+def test_what_a_task_must_not_do_is_refused(tmp_path: Path, task: disttrain.Task, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        train(tmp_path, with_task("regression", task))
+
+
+def test_a_mean_over_tokens_is_refused_and_a_loss_of_none_is_not_taken_for_one(tmp_path: Path) -> None:
+    assert "MeanOfTokens.loss returns a mean" in refusal(tmp_path / "1", with_task("language", MeanOfTokens()))
+    zero = returning(lambda loss: loss * 0)
+    assert train(tmp_path / "2", with_task("regression", zero), "train.max_steps=1").step == 1
+
+
+def test_wrong_shapes_are_refused_with_the_method_the_model_and_the_place(tmp_path: Path) -> None:
+    one = case("regression")
+    said = refusal(tmp_path / "1", Case(one.task, nn.Linear(9, 1), one.train_set, one.test_set))
+    assert said.startswith(
+        "the model given in place of model.name = 'net' fails in Regression.score on the first 2 samples"
+    )
+    assert "tensors of shapes (2, 10), (2,): RuntimeError: mat1 and mat2 shapes cannot be multiplied" in said
+    assert "users.py:" in said
+    assert "\n" not in said
+    with pytest.raises(UserCodeError, match=r"^Speech cannot collate sample 0 of the test set: ValueError"):
+        train(tmp_path / "2", Case(case("speech").task, one.model, [(1,)] * 9, [(1,)] * 9))
+
+
+class Numbers(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        yield from range(9)
+
+
+def test_sets_that_cannot_be_numbered_are_refused(tmp_path: Path) -> None:
+    one = case("regression")
+    assert "a Numbers is an iterable data set, whose samples have no number" in refusal(
+        tmp_path, Case(one.task, one.model, Numbers(), one.test_set)
+    )
+    assert "the training set is empty" in refusal(tmp_path, Case(one.task, one.model, [], one.test_set))
+
+
+def test_a_sample_that_makes_the_loss_nan_is_named(tmp_path: Path) -> None:
+    one = case("regression")
+    one.train_set[17] = (torch.full((10,), torch.nan), torch.tensor(0.0))
+
+    def diverge(folder: Path) -> str:
+        with pytest.raises(DivergedError) as caught:
+            train(folder, one)
+        return str(caught.value)
+
+    (said, other) = run_workers(diverge, 2, args=(tmp_path / "2",), process_group=False)
+    assert said == other
+    assert "an input is not finite at step" in said
+    assert "in sample 17 of the training set" in said
+    far = case("regression")
+    far.train_set[5] = (torch.zeros(10), torch.tensor(3e38))  # its square is not finite
+    with pytest.raises(DivergedError, match=r"^the loss is not finite at step .*, in sample 5 of the training set"):
+        train(tmp_path / "1", far)
+
+
+class Point(NamedTuple):
+    place: torch.Tensor
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    points: list[Point]
+
+
+def test_tensors_move_to_the_device_wherever_they_are() -> None:
+    scene = Scene([Point(torch.zeros(2), "here"), Point(torch.ones(2), "there")])
+    batch = (
+        {"scene": scene, "words": ["a", "b"], "none": None},
+        collections.UserDict(mask=torch.ones(1)),
+        collections.OrderedDict(order=torch.ones(1)),
+        pack_sequence([torch.ones(3), torch.ones(2)]),
+    )
+    moved = to_device(batch, torch.device("meta"))
+    assert len(list(tensors_in(moved))) >= 5
+    assert all(tensor.device.type == "meta" for tensor in tensors_in(moved[:3]))
+    assert moved[3].data.device.type == "meta"
+    assert [type(part) for part in moved] == [type(part) for part in batch]
+    assert moved[0]["scene"].points[1].name == "there"
+    assert moved[0]["words"] == ["a", "b"]
+    assert scene.points[0].place.device.type == "cpu"
