@@ -62,7 +62,7 @@ def _evaluate(job: Job) -> None:
         torch.autocast(job.world.device.type, job.autocast, job.autocast is not None),
     ):
         score = checked_score(job.task, job.task.score(job.model, data))
-    check_metrics(job.task, score, num)
+    check_metrics(job.task, score, num, job.recipe.checkpoint.best)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from disttrain import rng
 from disttrain.errors import ConfigurationError
+from disttrain.layout import EVAL
 from disttrain.task import Task
 from disttrain.training.evaluate import checked_metrics
 from disttrain.training.job import Job
@@ -46,19 +47,30 @@ def checked_loss(task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
     return loss
 
 
-def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int) -> None:
-    """Raise ConfigurationError if the metrics of a score are not numbers, or do not have the one that is best."""
+def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int, wanted: str | None) -> None:
+    """Raise ConfigurationError if the metrics of a score are not numbers, or do not have the one that is best.
+
+    `wanted` is `checkpoint.best`; without it the task's own decides.
+    """
     try:
         metrics = task.metrics(score, num_samples)
     except ConfigurationError:
         raise
     except Exception:  # so few samples may well be too few for a metric
         return
+    names = checked_metrics(task, metrics)
+    if wanted is not None:
+        if wanted.rpartition(":")[0].removeprefix(EVAL) not in names:
+            raise ConfigurationError(
+                f"checkpoint.best = '{wanted}': {type(task).__name__} has no metric of that name; it has "
+                f"{', '.join(names)}."
+            )
+        return
     best, mode = task.best
-    if best not in checked_metrics(task, metrics) or mode not in ("min", "max"):
+    if best not in names or mode not in ("min", "max"):
         raise ConfigurationError(
             f"{type(task).__name__}.best is {task.best!r}: the first has to be one of the metrics, which are "
-            f"{', '.join(metrics)}, the second 'min' or 'max'."
+            f"{', '.join(names)}, the second 'min' or 'max'."
         )
 
 

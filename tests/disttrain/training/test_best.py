@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
+from torch.nn import functional
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore
@@ -36,11 +39,34 @@ def test_checkpoints_are_kept_by_the_metric_of_the_recipe(tmp_path: Path) -> Non
     assert ("(best)" in shown) is (len(losses) > 1)
 
 
-def test_a_metric_that_no_evaluation_has_is_refused_after_the_first(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"'perplexity:min': .* no metric of that name; .*: accuracy, loss"):
-        train(tmp_path, "train.epochs=3", "checkpoint.best=perplexity:min")
-    assert [path.name for path in CheckpointStore(tmp_path / "checkpoints").paths()] == ["step-00000002"]
-    assert train(tmp_path, "train.epochs=3", "checkpoint.best=accuracy:max").step == 6
+class Shy(disttrain.Task):
+    """Its perplexity takes more samples than two."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return functional.cross_entropy(model(batch["images"]), batch["labels"], reduction="sum")
+
+    def metrics(self, sums: Any, weight: int) -> dict[str, float]:
+        if weight < 3:
+            raise ValueError("too few")
+        return {"loss": sums["loss"].item() / weight}
+
+
+def test_a_metric_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    """Before training if two samples tell, else after the first evaluation; the same folder then goes on."""
+    unknown = "checkpoint.best=perplexity:min"
+    with pytest.raises(ConfigurationError, match=r"'perplexity:min': ImageClassification has no metric .*accuracy"):
+        train(tmp_path / "early", unknown)
+    assert not (tmp_path / "early" / "checkpoints").exists()
+
+    samples = [{"images": image.float(), "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+    late: dict[str, Any] = {"run_dir": tmp_path / "late", "model": Net(), "task": Shy()}
+    late |= {"train_set": samples, "test_set": samples[:6]}
+    with pytest.raises(
+        ConfigurationError, match=r"'perplexity:min': the evaluation has no metric .*: loss"
+    ):
+        disttrain.train(load_recipe("digits", [*QUIET, unknown]), **late)
+    assert [path.name for path in CheckpointStore(tmp_path / "late" / "checkpoints").paths()] == ["step-00000002"]
+    assert disttrain.train(load_recipe("digits", [*QUIET, "checkpoint.best=loss:min"]), **late).step == 4
     with pytest.raises(RecipeError, match="should be METRIC:min or METRIC:max, as in perplexity:min, not 'perplexity'"):
         load_recipe("digits", ["checkpoint.best=perplexity"])
 
