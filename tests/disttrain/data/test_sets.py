@@ -225,7 +225,7 @@ def test_a_test_set_takes_its_names_from_the_training_set() -> None:
     [
         (3, "a int is not a data set; give"),
         (BYTES, "a Tensor is not a data set"),
-        ((BYTES, LABELS[:2]), r"labels must be \(6,\) int64, one per image, not \(2,\)"),
+        ((BYTES, LABELS[:2]), r"labels must be \(6,\) int64, one per image, or \(6, 2\) float32, .* not \(2,\)"),
         ((BYTES[0], LABELS), r"images must be \(N, C, H, W\) uint8 or float32, not \(1, 4, 4\) torch.uint8"),
         ((BYTES, LABELS - 1), "label -1 is outside 0..1, the 2 classes"),
         ((BYTES, LABELS.float()), "labels must be"),
