@@ -196,8 +196,8 @@ def test_predict_of_other_than_pictures(
     disttrain.train(recipe, run_dir=tmp_path / "old", train_set=images(6, 0), test_set=images(6, 1))
     checkpoint = find_checkpoint(tmp_path / "old")
     del checkpoint.state["data"]["dtype"]
-    monkeypatch.setattr("disttrain.commands.locate.find_checkpoint", lambda _: checkpoint)
-    predict.command.main(["old", str(file)], standalone_mode=False)
+    monkeypatch.setattr("disttrain.commands.locate.find_checkpoint", lambda _, raw: checkpoint)
+    predict.command.main([str(tmp_path / "old"), str(file)], standalone_mode=False)
     assert "did not note whether the data set gave bytes or floats" in capsys.readouterr().err
 
 
