@@ -14,6 +14,7 @@ from disttrain.data.sampler import StepSampler
 from disttrain.data.sizes import batch_sizes_without_single_samples, smallest_batch, smallest_part
 from disttrain.data.sources.custom import as_datasets, as_sample_sets, as_split
 from disttrain.data.sources.picture import read_picture
+from disttrain.data.sources.tabular import table_sets
 
 __all__ = [
     "Batch",
@@ -47,6 +48,7 @@ __all__ = [
     "read_picture",
     "smallest_batch",
     "smallest_part",
+    "table_sets",
     "tensors_in",
     "to_device",
     "unlike_when_read_again",

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from disttrain.data import SampleSets
-from disttrain.data.sources.tabular import load_table, rows_to_predict, table_sets
+from disttrain.data import SampleSets, table_sets
+from disttrain.data.sources.tabular import load_table, rows_to_predict
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 
