@@ -17,7 +17,7 @@ from PIL import Image
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.commands import compare, predict, runs
-from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
+from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model, task_of, training_set_of
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.recipe import load_recipe
@@ -101,7 +101,8 @@ def use(run: Path, job: Job, picture: Path) -> None:
             assert len(str(result.exception)) < 2000
     try:
         found = find_checkpoint(run)
-        restore_model(found, recipe_of(found))
+        recipe, train_set = recipe_of(found), training_set_of(found)
+        restore_model(found, recipe, task_of(found, recipe, train_set), train_set)
         resume(job, found)
     except ConfigurationError as error:
         assert "step-0000000" in str(error) or "optimizer" in str(error), error

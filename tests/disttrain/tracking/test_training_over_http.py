@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model
+from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model, task_of, training_set_of
 from disttrain.data import load_datasets, normalise
 from disttrain.distributed.world import join_world
 from disttrain.tracking import read_journal
@@ -76,7 +76,9 @@ def test_everything_arrives_and_the_stored_model_predicts_as_ours(
         test = load_datasets(recipe.data, world, nullcontext).test
     images = test.images[:50]  # type: ignore[union-attr]
     with torch.no_grad():
-        ours = restore_model(checkpoint, recipe).eval()(normalise(images, test.mean, test.std)).softmax(1)
+        trained_on = training_set_of(checkpoint)
+        network = restore_model(checkpoint, recipe, task_of(checkpoint, recipe, trained_on), trained_on).eval()
+        ours = network(normalise(images, test.mean, test.std)).softmax(1)
     theirs = np.asarray(model.predict(images.float().numpy()))
     np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-4, atol=1e-6)
     assert (theirs.argmax(1) == ours.numpy().argmax(1)).all()

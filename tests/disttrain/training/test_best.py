@@ -61,9 +61,7 @@ def test_a_metric_that_there_is_not_is_refused(tmp_path: Path) -> None:
     samples = [{"images": image.float(), "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
     late: dict[str, Any] = {"run_dir": tmp_path / "late", "model": Net(), "task": Shy()}
     late |= {"train_set": samples, "test_set": samples[:6]}
-    with pytest.raises(
-        ConfigurationError, match=r"'perplexity:min': the evaluation has no metric .*: loss"
-    ):
+    with pytest.raises(ConfigurationError, match=r"'perplexity:min': the evaluation has no metric .*: loss"):
         disttrain.train(load_recipe("digits", [*QUIET, unknown]), **late)
     assert [path.name for path in CheckpointStore(tmp_path / "late" / "checkpoints").paths()] == ["step-00000002"]
     assert disttrain.train(load_recipe("digits", [*QUIET, "checkpoint.best=loss:min"]), **late).step == 4
