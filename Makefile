@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer, and nothing else: the first command makes an environment in $(VENV) and installs into it.
+# Needs Python 3.11.4 or newer, and nothing else: the first command makes an environment in $(VENV) and installs into it.
 # Another interpreter: make setup PYTHON=/path/to/python3.   Arguments for a command: make train ARGS="-o train.epochs=3"
 
 SHELL := /bin/bash
@@ -44,10 +44,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@set -e; \
 	if [ ! -x $(VENV)/bin/python ]; then \
 	  for python in $(or $(PYTHON),python3.13 python3.12 python3.14 python3.11 python3); do \
-	    if "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	    if "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11, 4))' 2>/dev/null; then found=$$python; break; fi; \
 	  done; \
 	  if [ -z "$${found:-}" ]; then \
-	    echo "disttrain needs Python 3.11 or newer, with venv, and found none$(if $(PYTHON), at $(PYTHON))." >&2; \
+	    echo "disttrain needs Python 3.11.4 or newer, with venv, and found none$(if $(PYTHON), at $(PYTHON))." >&2; \
 	    echo "Install it (Debian and Ubuntu: apt install python3-venv), or name it: make setup PYTHON=/path/to/python3" >&2; \
 	    exit 1; \
 	  fi; \

@@ -6,7 +6,7 @@ from disttrain.tracking.mlflow.delivery_state import Backlog, DeliveryState, bac
 from disttrain.tracking.mlflow.sender import MlflowSender, deliver
 from disttrain.tracking.mlflow.server_uri import how_to_open, resolve_uri
 from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metrics
-from disttrain.tracking.tracker import NullTracker, Tracker, sync_command
+from disttrain.tracking.tracker import Tracker, sync_command
 
 __all__ = [
     "SYSTEM_METRICS",
@@ -14,7 +14,6 @@ __all__ = [
     "DeliveryState",
     "Journal",
     "MlflowSender",
-    "NullTracker",
     "SystemSampler",
     "Tracker",
     "backlog_of",

@@ -35,7 +35,7 @@ class TrackedRecipe(Protocol):
 
 
 class Tracker:
-    """Writes a job's journal and has MLflow fed from it. For rank 0; the other ranks use `NullTracker`.
+    """Writes a job's journal and has MLflow fed from it. For rank 0; that of the other ranks is not enabled.
 
     Args:
         run_dir: the run directory; it exists.
@@ -206,41 +206,6 @@ class Tracker:
             if not self._troubled:
                 self._troubled = True
                 self._warn(redact(f"{self._run_dir}: tracking failed, training continues: {error}"))
-
-
-class NullTracker:
-    """A tracker that does nothing, for the ranks that do not write."""
-
-    uri: str | None = None
-
-    def start(self, resumed: bool, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Do nothing."""
-
-    def restore(self) -> None:
-        """Do nothing."""
-
-    def artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
-        """Do nothing."""
-
-    def model(
-        self,
-        module: nn.Module,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        classes: Sequence[str],
-        sample_shape: tuple[int, ...],
-    ) -> None:
-        """Do nothing."""
-
-    def finish(self, status: str, timeout_s: float = 120.0) -> Backlog:
-        """Do nothing."""
-        return Backlog()
 
 
 def sync_command(run: str | os.PathLike[str]) -> str:

@@ -19,7 +19,7 @@ from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import StopRequest
 from disttrain.layout import CHECKPOINTS, JOURNAL, checkpoint_name
 from disttrain.terminal.console import Console
-from disttrain.tracking import NullTracker, Tracker, how_to_open, last_status, load_state, sync_command
+from disttrain.tracking import Tracker, how_to_open, last_status, load_state, sync_command
 from disttrain.training.job import Job
 
 # How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
@@ -36,16 +36,16 @@ def is_concluded(job: Job, run_dir: Path) -> bool:
 @contextmanager
 def tracked(
     job: Job, run_dir: Path, address: str, console: Console, stop: StopRequest, *, resumed: bool, is_done: bool
-) -> Iterator[Tracker | NullTracker]:
+) -> Iterator[Tracker]:
     """Journal and MLflow run of the job, with how it ended. For rank 0; the others get a tracker that does nothing.
 
     `is_done`: as `is_concluded` had it.
     """
+    if not job.world.is_main or is_done:
+        yield Tracker(run_dir, job.recipe, {}, enabled=False)
     if not job.world.is_main:
-        yield NullTracker()
         return
     if is_done:
-        yield NullTracker()
         tracker = Tracker(run_dir, job.recipe, {}, warn=console.warn)
         if missing := tracker.backlog():
             console.line(f"MLflow lacks {missing} of it: sending (Ctrl-C leaves the rest to `{sync_command(address)}`)")

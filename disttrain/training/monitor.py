@@ -21,7 +21,7 @@ from disttrain.health.stop import StopRequest
 from disttrain.layout import EVAL, EVALUATION
 from disttrain.runs.rundir import resume_command, write_evaluation
 from disttrain.terminal.console import Console
-from disttrain.tracking import SYSTEM_METRICS, NullTracker, SystemSampler, Tracker, node_metrics
+from disttrain.tracking import SYSTEM_METRICS, SystemSampler, Tracker, node_metrics
 from disttrain.training.evaluate import Evaluation, evaluate
 from disttrain.training.hooks import HookContext
 from disttrain.training.job import Job, StepResult
@@ -37,7 +37,7 @@ class RunMonitor:
         job: Job,
         run_dir: Path,
         store: CheckpointStore,
-        tracker: Tracker | NullTracker,
+        tracker: Tracker,
         console: Console,
         stop: StopRequest,
         sampler: SystemSampler | None,

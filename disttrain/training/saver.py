@@ -11,7 +11,7 @@ from disttrain.errors import AgreedError, ConfigurationError
 from disttrain.layout import RECIPE, step_of
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
-from disttrain.tracking import NullTracker, Tracker
+from disttrain.tracking import Tracker
 from disttrain.training.job import Job
 
 _WORTH_A_WORD_S = 0.5
@@ -27,7 +27,7 @@ class Saver:
         run_dir: Path,
         address: str,
         store: CheckpointStore,
-        tracker: Tracker | NullTracker,
+        tracker: Tracker,
         console: Console,
     ) -> None:
         """`address` is where the run lives: the folder, or a URL."""
