@@ -79,15 +79,14 @@ class MultiLabel:
         }
 
     def details(self, sums: Mapping[str, Any], weight: int) -> dict[str, Any]:
-        """Of each class how many samples have it, its average precision and its F1, None without samples."""
-        rows = zip(self.classes, sums["there"].tolist(), self._precisions(sums), self._f1(sums), strict=True)
+        """Of each class the average precision and F1, None without samples, and how many samples have it."""
         return {
             "classes": list(self.classes),
             "total": weight,
-            "per_class": {
-                name: {"samples": samples, "average_precision": precision, "f1": f1}
-                for name, samples, precision, f1 in rows
-            },
+            "per_class": dict(zip(self.classes, self._precisions(sums), strict=True)),
+            "per_class_metric": "average precision",
+            "f1_per_class": dict(zip(self.classes, self._f1(sums), strict=True)),
+            "samples_per_class": dict(zip(self.classes, sums["there"].tolist(), strict=True)),
         }
 
     def headline(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
@@ -101,8 +100,8 @@ class MultiLabel:
             f"{self.headline(metrics, details)}, {metrics['subset_accuracy']:.2%} wholly right",
             *(
                 f"  {name:<{width}}  "
-                + (f"AP {of['average_precision']:7.2%}  F1 {of['f1']:7.2%}" if of["samples"] else "no samples")
-                for name, of in details["per_class"].items()
+                + ("no samples" if found is None else f"AP {found:7.2%}  F1 {details['f1_per_class'][name]:7.2%}")
+                for name, found in details["per_class"].items()
             ),
         ]
 

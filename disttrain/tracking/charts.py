@@ -55,7 +55,8 @@ def draw_charts(run_dir: str | os.PathLike[str]) -> list[Path]:
             drawn.append(save_figure(matrix, folder / "confusion_matrix.png"))
         if classes and "per_class" in evaluation:
             accuracies = [evaluation["per_class"][name] for name in classes]
-            drawn.append(save_figure(per_class(accuracies, classes), folder / "per_class.png"))
+            metric = str(evaluation.get("per_class_metric", "accuracy"))
+            drawn.append(save_figure(per_class(accuracies, classes, metric), folder / "per_class.png"))
     return drawn
 
 
@@ -112,12 +113,13 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
     return figure
 
 
-def per_class(accuracies: Sequence[float], classes: Sequence[str]) -> Figure:
+def per_class(accuracies: Sequence[float], classes: Sequence[str], metric: str = "accuracy") -> Figure:
     """Accuracy of each class, best first; of many classes, the best and the worst.
 
     Args:
         accuracies: 0 to 1, or NaN for a class without samples.
         classes: their names.
+        metric: what it is, if not their accuracy.
     """
     if len(accuracies) != len(classes):
         raise ValueError(f"{len(accuracies)} accuracies do not fit {len(classes)} classes")
@@ -146,5 +148,5 @@ def per_class(accuracies: Sequence[float], classes: Sequence[str]) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:g} %")
     tidy(axes, grid="x")
     axes.tick_params(axis="y", length=0)
-    set_title(axes, "Accuracy by class", pad=18)
+    set_title(axes, f"{metric[:1].upper()}{metric[1:]} by class", pad=18)
     return figure

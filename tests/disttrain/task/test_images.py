@@ -20,6 +20,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe, Recipe, load_recipe
 from disttrain.task.images import ImageClassification
 from disttrain.testing import run_workers
+from disttrain.tracking.charts import draw_charts
 from tests.disttrain.parallel.exact_runs import SMALL, build, outcome
 
 NUM_CLASSES = 7
@@ -207,3 +208,4 @@ def test_every_number_of_workers_gives_the_same_bits_also_across_a_resume(tmp_pa
     alone, resumed = outcome(tmp_path / "1"), outcome(tmp_path / "2")
     assert (resumed.weights, resumed.evaluation) == (alone.weights, alone.evaluation)
     assert math.isfinite(alone.evaluation["metrics"]["loss"])
+    assert tmp_path / "1" / "charts" / "per_class.png" in draw_charts(tmp_path / "1")

@@ -16,12 +16,13 @@ def test_the_metrics_are_scikit_learns_also_among_equal_scores() -> None:
     for scale in (1.0, 2.0):
         logits = (torch.randn(200, 4, generator=generator) * scale).round(decimals=3 if scale == 1 else 0)
         sums = labels.score(logits, truth.float())
-        found, details = labels.metrics(sums, 200), labels.details(sums, 200)["per_class"]
+        found, details = labels.metrics(sums, 200), labels.details(sums, 200)
         precisions = [metrics.average_precision_score(truth[:, k].numpy(), logits[:, k].numpy()) for k in range(3)]
         f1 = [metrics.f1_score(truth[:, k].numpy(), (logits[:, k] > 0).numpy()) for k in range(3)]
-        assert [details[name]["average_precision"] for name in "abc"] == pytest.approx(precisions)
-        assert [details[name]["f1"] for name in "abc"] == pytest.approx(f1)
-        assert details["never"] == {"samples": 0, "average_precision": None, "f1": None}
+        for key, wanted in (("per_class", precisions), ("f1_per_class", f1)):
+            assert details[key].pop("never") is None
+            assert list(details[key].values()) == pytest.approx(wanted)
+        assert list(details["samples_per_class"].values()) == truth.sum(0).tolist()
         assert found["mean_average_precision"] == pytest.approx(sum(precisions) / 3)
         assert found["f1"] == pytest.approx(sum(f1) / 3)
         assert found["subset_accuracy"] == pytest.approx(
