@@ -99,8 +99,16 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} does not define read(path)")
 
     def export(self, model: nn.Module) -> tuple[nn.Module, tuple[Any, ...]] | None:
-        """What MLflow serves: a module and an example of its arguments; None (the default): nothing is exported."""
+        """What MLflow serves: a module and an example of its arguments; None (the default): nothing is exported.
+
+        `model` is a copy, on the CPU and in evaluation mode. The example holds tensors of two or more samples; the
+        exported module takes any number.
+        """
         return None
+
+    def export_notes(self) -> dict[str, Any]:
+        """What `model.json` says of the exported module besides its shapes, as JSON can hold it."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says of the task, as JSON can hold it: enough to refuse the checkpoint of another."""

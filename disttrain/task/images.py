@@ -20,6 +20,7 @@ from disttrain.recipe import Recipe
 from disttrain.task.base import Task
 from disttrain.task.class_weights import checked_class_weights
 from disttrain.task.multi_label import MultiLabel
+from disttrain.task.served_images import ServedImages, example_images
 from disttrain.task.single_label import SingleLabel, most_probable, probable_in_words
 
 Images = tuple[torch.Tensor, torch.Tensor]
@@ -182,6 +183,21 @@ class ImageClassification(Task):
                 "(grey)."
             )
         return [read_picture(Path(path), (height, width), channels)]
+
+    def export(self, model: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]]:
+        """From images as the data set holds them to probabilities: see ServedImages."""
+        served = ServedImages(model, self.mean, self.std, self.labels.probabilities).eval()
+        return served, (example_images(2, self.sample_shape, are_pixels=self.mean is not None),)
+
+    def export_notes(self) -> dict[str, Any]:
+        """What the images and the probabilities are of."""
+        return {
+            "classes": list(self.classes),
+            "sample_shape": list(self.sample_shape),
+            "images": "floats, as the data set gives them" if self.mean is None else "pixels from 0 to 255",
+            "mean": None if self.mean is None else list(self.mean),
+            "std": None if self.std is None else list(self.std),
+        }
 
     def describe(self) -> dict[str, Any]:
         """The name, and whether there are several labels; classes and preparation are compared with the data."""

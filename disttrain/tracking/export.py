@@ -1,6 +1,6 @@
 """The trained model as a file that predicts without our code: a graph and its weights, made by `torch.export`.
 
-The exported model takes images as the data set holds them and does the rest itself:
+What the graph takes and gives is the task's business (`Task.export`): of images
 
     images: (N, C, H, W) float32, any N  ->  probabilities: (N, num_classes) float32
 
@@ -16,15 +16,15 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from disttrain.layout import MODEL
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 EXPORT_FILE = "model.pt2"
 DESCRIPTION_FILE = "model.json"
@@ -32,22 +32,17 @@ DESCRIPTION_FILE = "model.json"
 
 def export_model(
     folder: Path,
-    module: nn.Module,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    classes: Sequence[str],
-    sample_shape: tuple[int, ...],
+    model: nn.Module,
+    export: Callable[[nn.Module], tuple[nn.Module, tuple[Any, ...]] | None],
+    notes: Mapping[str, Any],
 ) -> str | None:
-    """Write `module` with its normalisation into `folder`, which is replaced.
+    """Write what `export` makes of the model into `folder`, which is replaced.
 
     Args:
         folder: gets `model.pt2` and `model.json`.
-        module: maps normalised images (N, C, H, W) to logits (N, num_classes). Left as it is: a copy on the CPU in
-            evaluation mode is exported.
-        mean, std: per channel, of images scaled to 0..1; None for a data set whose images are floats already, which
-            are then neither scaled nor normalised.
-        classes: names, in the order of the logits.
-        sample_shape: (C, H, W).
+        model: left as it is: `export` gets a copy on the CPU in evaluation mode, without gradients.
+        export: makes the module that is exported, with an example of its arguments: see `Task.export`.
+        notes: what `model.json` says besides the shapes.
 
     Returns:
         None, or the reason why the module cannot be exported; `model.safetensors` then holds its weights instead.
@@ -56,18 +51,20 @@ def export_model(
     """
     import torch
 
-    are_pixels = mean is not None and std is not None
-    # An example of one image would fix the batch size to 1 (torch.export specialises sizes 0 and 1).
-    example = example_images(2, sample_shape, are_pixels=are_pixels)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    reason = None
+    reason, description = None, dict(notes)
     try:
         with _quiet():
-            served = _served(module, mean, std)
-            program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-            _check(program.module(), served, example_images(3, sample_shape, are_pixels=are_pixels))
+            made = export(_copied(model))
+            assert made is not None
+            served, example = made
+            # Of a batch of one the size would be fixed to 1 (torch.export specialises sizes 0 and 1).
+            any_size = tuple({0: torch.export.Dim.AUTO} if _is_batch(one) else None for one in example)
+            program = torch.export.export(served, example, dynamic_shapes=any_size)
+            outputs = _check(program.module(), served, example)
+            description |= {"inputs": _kinds(example), "outputs": _kinds(outputs)}
             with (temporary / EXPORT_FILE).open("wb") as file:  # a path that is not UTF-8 would abort the process
                 torch.export.save(program, file)
     except OSError:
@@ -77,71 +74,53 @@ def export_model(
 
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         (temporary / EXPORT_FILE).unlink(missing_ok=True)
-        state = module.state_dict().items()
+        state = model.state_dict().items()
         weights = {name: value.detach().cpu().clone().contiguous() for name, value in state if torch.is_tensor(value)}
         (temporary / MODEL).write_bytes(save(weights))
-    description = {
-        "classes": list(classes),
-        "sample_shape": list(sample_shape),
-        "images": "pixels from 0 to 255" if are_pixels else "floats, as the data set gives them",
-        "mean": None if mean is None else list(mean),
-        "std": None if std is None else list(std),
-        "torch": torch.__version__,
-    }
+    description["torch"] = torch.__version__
     (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return reason
 
 
-def example_images(num: int, sample_shape: tuple[int, ...], *, are_pixels: bool = True) -> Tensor:
-    """`num` images of a smooth ramp of grey, (num, C, H, W) float32: whole numbers 0 to 255, or floats of -1 to 1."""
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32 and evaluation mode, without gradients."""
     import torch
 
-    size = 1
-    for length in sample_shape:
-        size *= length
-    ramp = torch.linspace(0, 255, size).round().reshape(1, *sample_shape)
-    images = torch.cat([ramp if i % 2 == 0 else 255 - ramp for i in range(num)])
-    return images if are_pixels else images / 127.5 - 1
+    plain = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    copied: nn.Module = copy.deepcopy(plain).to(device="cpu", dtype=torch.float32).eval()
+    return copied.requires_grad_(False)
 
 
-def _served(module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
-    """A copy of `module`, on the CPU and in evaluation mode, from raw pixels to probabilities."""
-    import torch
-    from torch import nn
-
-    class Served(nn.Module):
-        mean: Tensor
-        std: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            plain = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
-            self.model = copy.deepcopy(plain).to(device="cpu", dtype=torch.float32)
-            self.normalised = mean is not None and std is not None
-            if self.normalised:
-                self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-                self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
-
-        def forward(self, images: Tensor) -> Tensor:
-            if self.normalised:
-                images = ((images / 255) - self.mean) / self.std
-            return torch.softmax(self.model(images), dim=1)
-
-    served = Served().eval()
-    for parameter in served.parameters():
-        parameter.requires_grad_(False)
-    return served
-
-
-def _check(exported: nn.Module, served: nn.Module, images: Tensor) -> None:
-    """Raise ValueError unless both give the same probabilities on `images`, a batch of a size that was not traced."""
+def _is_batch(argument: Any) -> bool:
     import torch
 
+    return isinstance(argument, torch.Tensor) and argument.ndim > 0
+
+
+def _kinds(tensors: Any) -> list[dict[str, Any]]:
+    """Shape and type of tensors, the first dimension any number: [{"shape": [-1, 3], "dtype": "float32"}]."""
+    listed = tensors if isinstance(tensors, list | tuple) else [tensors]
+    return [
+        {"shape": [-1, *one.shape[1:]], "dtype": str(one.dtype).removeprefix("torch.")}
+        for one in listed
+        if _is_batch(one)
+    ]
+
+
+def _check(exported: nn.Module, served: nn.Module, example: tuple[Any, ...]) -> Any:
+    """What the module gives for a batch of a size that was not traced. Raises ValueError unless both give the same."""
+    import torch
+
+    longer = tuple(torch.cat([one, one[:1]]) if _is_batch(one) else one for one in example)
     with torch.no_grad():
-        if not torch.allclose(exported(images), served(images), rtol=1e-4, atol=1e-5):
-            raise ValueError("the exported model predicts differently; its forward may use random numbers")
+        found, expected = exported(*longer), served(*longer)
+        try:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        except AssertionError as error:
+            raise ValueError("the exported model predicts differently; its forward may use random numbers") from error
+    return expected
 
 
 @contextmanager

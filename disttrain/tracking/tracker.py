@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -128,10 +128,8 @@ class Tracker:
     def model(
         self,
         module: nn.Module,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        classes: Sequence[str],
-        sample_shape: tuple[int, ...],
+        export: Callable[[nn.Module], tuple[nn.Module, tuple[Any, ...]] | None],
+        notes: Mapping[str, Any],
     ) -> None:
         """Export the trained model into `run_dir/model` and have MLflow store it; see `disttrain.tracking.export`.
 
@@ -144,7 +142,7 @@ class Tracker:
                 return
             if self._journal.model_step == self._step and (self._run_dir / EXPORTED).is_dir():
                 return  # exported by a start that was interrupted after that
-            reason = export_model(self._run_dir / EXPORTED, module, mean, std, classes, sample_shape)
+            reason = export_model(self._run_dir / EXPORTED, module, export, notes)
             if reason is not None:
                 self._warn(
                     f"the model cannot be exported, so MLflow gets its weights alone ({reason}). "

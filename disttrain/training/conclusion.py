@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from disttrain.data import SampleSet
 from disttrain.distributed.launched import launched_by
 from disttrain.errors import StoppedError
 from disttrain.faultpoints import reached
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import StopRequest
 from disttrain.layout import CHECKPOINTS, JOURNAL, checkpoint_name
+from disttrain.task import has_own
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker, how_to_open, last_status, load_state, sync_command
 from disttrain.training.job import Job
@@ -86,12 +86,11 @@ def _conclude(
 ) -> None:
     assert job.metrics is not None
     reached("conclusion: begun")
-    split = job.data.train
-    if not isinstance(split, SampleSet):
+    if has_own(job.task, "export"):
         if tracker.exports_models:
             console.line("exporting the model for MLflow")
         with job.as_evaluated():
-            tracker.model(job.model, split.mean, split.std, split.classes, split.sample_shape)
+            tracker.model(job.model, job.task.export, job.task.export_notes())
     reached("conclusion: exported")
     tracker.event("finished", step=job.step)
     if tracker.uri is not None:

@@ -34,6 +34,7 @@ _NOT_IN_NAMES = re.compile(r"[/:.%\"']")
 _DIGEST_TAG = "disttrain.sha256"
 _VERSION = re.compile(r"\d+\.\d+[\w.+]*")
 _MOST_NUMBERS = 2**26
+_DTYPES = ("float32", "float64", "int64", "int32", "uint8", "bool")
 # Where MLflow's flavour for PyTorch looks for an exported graph, in the folder of a model.
 _DATA = "data"
 _CONDA, _PYTHON, _PIP = "conda.yaml", "python_env.yaml", "requirements.txt"
@@ -56,13 +57,14 @@ def log_exported_model(
                 return  # stored by a sender that was killed before it could note it
             client.delete_logged_model(known.model_id)
     name = model_name(run.data.params.get("name", ""))
-    logged = client.create_logged_model(experiment_id, name, run_id, {_DIGEST_TAG: digest}, model_type="classifier")
+    kind = "classifier" if description["classes"] else None
+    logged = client.create_logged_model(experiment_id, name, run_id, {_DIGEST_TAG: digest}, model_type=kind)
     model = Model(
         artifact_path=logged.artifact_location,
         run_id=run_id,
         model_uuid=logged.model_id,
         model_id=logged.model_id,
-        metadata={"classes": description["classes"]},
+        metadata={"classes": description["classes"]} if description["classes"] else None,
     )
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / _NAME
@@ -99,10 +101,10 @@ def _attach_evaluation(client: MlflowClient, run: Run, model_id: str) -> None:
 
 def save_exported_model(exported: Path, description: dict[str, Any], target: Path, model: Model) -> None:
     """Make the new folder `target` the MLflow model of the file `exported`, which is moved there."""
-    shape: list[int] = description["sample_shape"]
+    inputs, outputs = description["input"], description["output"]
     model.signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *shape))]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(description["classes"])))]),
+        inputs=Schema([TensorSpec(np.dtype(inputs["dtype"]), tuple(inputs["shape"]))]),
+        outputs=Schema([TensorSpec(np.dtype(outputs["dtype"]), tuple(outputs["shape"]))]),
     )
     model.saved_input_example_info = {
         "artifact_path": _EXAMPLE,
@@ -136,13 +138,13 @@ def save_exported_model(exported: Path, description: dict[str, Any], target: Pat
         "build_dependencies": ["pip", "setuptools", "wheel"],
         "dependencies": [f"-r {_PIP}"],
     }
-    images = _example_images(shape, are_pixels=description["are_pixels"])
+    example = description["example"]
     contents = {
         _CONDA: yaml.safe_dump(conda, sort_keys=False),
         _PYTHON: yaml.safe_dump(virtualenv, sort_keys=False),
         _PIP: "\n".join(requirements),
-        _EXAMPLE: json.dumps(images),
-        _SERVING_EXAMPLE: json.dumps({"inputs": images}),
+        _EXAMPLE: json.dumps(example),
+        _SERVING_EXAMPLE: json.dumps({"inputs": example}),
     }
     for name, text in contents.items():
         (target / name).write_text(text, encoding="utf-8")
@@ -155,25 +157,42 @@ def read_description(file: Path) -> dict[str, Any]:
     found = parse_json(file.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"{file.name} does not describe a model")
-    classes, shape, version = (found.get(key) for key in ("classes", "sample_shape", "torch"))
-    sound = (
-        isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and isinstance(shape, list)
-        and len(shape) == 3
-        and all(type(length) is int and length > 0 for length in shape)
-        and math.prod(shape) <= _MOST_NUMBERS
-        and isinstance(version, str)
-        and _VERSION.fullmatch(version)
-    )
-    if not sound:
+    classes, version = found.get("classes", []), found.get("torch")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{file.name} does not describe a model")
-    return {
-        "classes": classes,
-        "sample_shape": shape,
-        "torch": version,
-        "are_pixels": found.get("mean", ()) is not None,
-    }
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+        raise ValueError(f"{file.name} does not describe a model")
+    described = {"classes": classes, "torch": version}
+    shape = found.get("sample_shape")
+    if isinstance(shape, list) and _is_shape(shape) and len(shape) == 3:  # images
+        inputs, outputs = ({"shape": [-1, *rest], "dtype": "float32"} for rest in (shape, [len(classes)]))
+        images = _example_images(shape, are_pixels=found.get("mean", ()) is not None)
+        return described | {"input": inputs, "output": outputs, "example": images}
+    kinds = [found.get("inputs"), found.get("outputs")]
+    if not all(isinstance(kind, list) and len(kind) == 1 and _is_kind(kind[0]) for kind in kinds):
+        raise ValueError(f"{file.name} does not describe a model of one input and one output")
+    inputs, outputs = kinds[0][0], kinds[1][0]  # type: ignore[index]
+    zeros = np.zeros((2, *inputs["shape"][1:]), inputs["dtype"]).tolist()
+    return described | {"input": inputs, "output": outputs, "example": zeros}
+
+
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and all(type(length) is int and length > 0 for length in value)
+        and math.prod(value) <= _MOST_NUMBERS
+    )
+
+
+def _is_kind(value: Any) -> bool:
+    """Shape and type of a batch, as `export_model` writes them."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("shape"), list)
+        and value["shape"][:1] == [-1]
+        and _is_shape(value["shape"][1:])
+        and value.get("dtype") in _DTYPES
+    )
 
 
 def _example_images(shape: list[int], *, are_pixels: bool) -> list[Any]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from disttrain.tracking.export import example_images, export_model
+from disttrain.task.served_images import example_images
+from tests.disttrain.tracking.exported import export_images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -25,7 +26,7 @@ def network() -> nn.Module:
 
 def test_plain_pytorch_predicts_the_same_at_any_batch_size(tmp_path: Path) -> None:
     module = network()
-    assert export_model(tmp_path / "model", module, MEAN, STD, [str(i) for i in range(10)], (3, 16, 16)) is None
+    assert export_images(tmp_path / "model", module, MEAN, STD, [str(i) for i in range(10)], (3, 16, 16)) is None
     assert module.training, "the module that goes on training was changed"
     exported = torch.export.load(tmp_path / "model" / "model.pt2").module()
     module.eval()
@@ -38,7 +39,7 @@ def test_plain_pytorch_predicts_the_same_at_any_batch_size(tmp_path: Path) -> No
 
 def test_images_that_are_floats_already_are_left_as_they_are(tmp_path: Path) -> None:
     module = network()
-    assert export_model(tmp_path / "model", module, None, None, ["x"] * 10, (3, 16, 16)) is None
+    assert export_images(tmp_path / "model", module, None, None, ["x"] * 10, (3, 16, 16)) is None
     exported = torch.export.load(tmp_path / "model" / "model.pt2").module()
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(exported(images), torch.softmax(module.eval()(images), dim=1))
@@ -53,12 +54,12 @@ def test_the_folder_need_not_be_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.export, "save", save)
     folder = tmp_path / os.fsdecode(b"\xff")
     module = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    assert export_model(folder, module, None, None, ["a", "b"], (1, 2, 2)) is None
+    assert export_images(folder, module, None, None, ["a", "b"], (1, 2, 2)) is None
     assert (folder / "model.pt2").read_bytes() == b"exported"
 
 
 def test_nothing_in_the_file_is_a_pickle_of_code(tmp_path: Path) -> None:
-    export_model(tmp_path / "model", network(), MEAN, STD, ["x"] * 10, (3, 16, 16))
+    export_images(tmp_path / "model", network(), MEAN, STD, ["x"] * 10, (3, 16, 16))
     with zipfile.ZipFile(tmp_path / "model" / "model.pt2") as archive:
         configs = [name for name in archive.namelist() if name.endswith("_config.json")]
         assert configs
@@ -82,7 +83,7 @@ def test_a_module_that_cannot_be_exported_leaves_its_weights(tmp_path: Path) -> 
     from safetensors.torch import load_file
 
     module = Undecided()
-    reason = export_model(tmp_path / "model", module, MEAN, STD, ["a", "b"], (3, 2, 2))
+    reason = export_images(tmp_path / "model", module, MEAN, STD, ["a", "b"], (3, 2, 2))
     assert reason
     assert "\n" not in reason
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
@@ -90,8 +91,8 @@ def test_a_module_that_cannot_be_exported_leaves_its_weights(tmp_path: Path) -> 
 
 
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
-    export_model(tmp_path / "model", Undecided(), MEAN, STD, ["a", "b"], (3, 2, 2))
-    assert export_model(tmp_path / "model", network(), MEAN, STD, ["x"] * 10, (3, 16, 16)) is None
+    export_images(tmp_path / "model", Undecided(), MEAN, STD, ["a", "b"], (3, 2, 2))
+    assert export_images(tmp_path / "model", network(), MEAN, STD, ["x"] * 10, (3, 16, 16)) is None
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.pt2"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from disttrain.tracking import Backlog, Tracker, backlog_of, last_status, load_state, read_journal
+from tests.disttrain.tracking.exported import image_task
 
 EVALUATION = {
     "classes": ["cat", "dog", "emu"],
@@ -70,7 +71,8 @@ def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -
         tracker.event("evaluated", step=steps[-1])
         if resumed:
             tracker.metrics(9, {"eval/accuracy": 0.8, "eval/loss": 0.5})
-            tracker.model(module, (0.5,) * 3, (0.25,) * 3, EVALUATION["classes"], (3, 8, 8))
+            task = image_task((0.5,) * 3, (0.25,) * 3, EVALUATION["classes"], (3, 8, 8))
+            tracker.model(module, task.export, task.export_notes())
         assert not tracker.finish("FINISHED" if resumed else "KILLED", timeout_s=480)
         run_ids.append(load_state(run_dir).run_id)
     assert said == []
@@ -318,7 +320,7 @@ def test_without_mlflow_the_journal_is_written(run_dir: Path, recipe: Any) -> No
     assert tracker.uri is None
     tracker.start(False, {"lr": 0.1}, {})
     tracker.metrics(1, {"a": 1.0})
-    tracker.model(nn.Linear(1, 1), None, None, ["x"], (1,))
+    tracker.model(nn.Linear(1, 1), lambda model: None, {})
     assert not tracker.finish("FINISHED")
     assert kinds(run_dir) == ["journal", "event", "params", "tags", "status", "metrics", "status"]
     assert os.listdir(run_dir) == ["journal.jsonl"]
@@ -330,6 +332,6 @@ def test_a_disabled_tracker_does_nothing(run_dir: Path, recipe: Any) -> None:
     tracker.metrics(1, {"a": 1.0})
     tracker.event("x")
     tracker.artifact("x")
-    tracker.model(nn.Linear(1, 1), None, None, ["x"], (1,))
+    tracker.model(nn.Linear(1, 1), lambda model: None, {})
     assert not tracker.finish("FINISHED")
     assert os.listdir(run_dir) == []

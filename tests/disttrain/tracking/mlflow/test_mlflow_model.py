@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.tracking.export import DESCRIPTION_FILE, EXPORT_FILE, export_model
+from disttrain.tracking.export import DESCRIPTION_FILE, EXPORT_FILE
+from tests.disttrain.tracking.exported import export_images
 
 
 @pytest.mark.parametrize("statistics", [(0.5, 0.4, 0.3), None])
@@ -21,7 +22,7 @@ def test_it_takes_what_the_data_set_gave(statistics: tuple[float, ...] | None, t
 
     torch.manual_seed(0)
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)).eval()
-    assert export_model(tmp_path / "model", module, statistics, statistics, list("abcd"), (3, 8, 8)) is None
+    assert export_images(tmp_path / "model", module, statistics, statistics, list("abcd"), (3, 8, 8)) is None
     description = read_description(tmp_path / "model" / DESCRIPTION_FILE)
     save_exported_model(tmp_path / "model" / EXPORT_FILE, description, tmp_path / "stored", Model())
     loaded = pyfunc.load_model(str(tmp_path / "stored"))

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.tracking.export import export_model
 from disttrain.tracking.mlflow.uploads import upload
+from tests.disttrain.tracking.exported import export_images
 
 
 class Mlflow:
@@ -66,7 +66,7 @@ def test_a_model_is_sent_as_it_is_and_never_loaded(tmp_path: Path) -> None:
     run_dir, proof = tmp_path / "run", tmp_path / "code has run"
     run_dir.mkdir()
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    assert export_model(run_dir / "model", network, None, None, ["a", "b"], (3, 2, 2)) is None
+    assert export_images(run_dir / "model", network, None, None, ["a", "b"], (3, 2, 2)) is None
     exported, hostile = run_dir / "model" / "model.pt2", io.BytesIO()
     with zipfile.ZipFile(exported) as good, zipfile.ZipFile(hostile, "w") as bad:
         for name in good.namelist():
