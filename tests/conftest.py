@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from disttrain.testing import run_workers, workers
-from disttrain.testing.options import Options
-
 # How fast the machine is says nothing about the code.
 settings.register_profile("disttrain", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("disttrain")
-_PATIENCE_S = 240.0  # of groups of workers, where a test does not say how long it would wait
-Options.__init__.__defaults__ = (Options.world_size, _PATIENCE_S, *(Options.__init__.__defaults__ or ())[2:])
-run_workers.__defaults__ = (_PATIENCE_S, *(run_workers.__defaults__ or ())[1:])
-workers.__wrapped__.__kwdefaults__["timeout_s"] = _PATIENCE_S  # type: ignore[attr-defined]
+os.environ["DISTTRAIN_TEST_TIMEOUT_S"] = "240"
 
 # Tests are about CPUs: with one GPU, `auto` would have some workers take it and others not. All processes inherit it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

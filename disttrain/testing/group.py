@@ -16,7 +16,7 @@ from disttrain.testing import narrative
 from disttrain.testing.crew import Crew, Reply, listening_socket
 from disttrain.testing.environment import environment
 from disttrain.testing.errors import CollectivesDiffer, HarnessError, WorkerFailed, WorkerTimeout
-from disttrain.testing.options import Options
+from disttrain.testing.options import Options, default_timeout_s
 from disttrain.testing.pool import default_pool
 from disttrain.testing.preload import PROVIDERS
 from disttrain.testing.spec import Preload, WorkerSpec
@@ -132,7 +132,7 @@ class Group:
 def workers(
     world_size: int,
     *,
-    timeout_s: float = 60.0,
+    timeout_s: float | None = None,
     env: Mapping[str, str] | None = None,
     process_group: bool = True,
     hosts: int | Cluster | None = None,
@@ -143,7 +143,7 @@ def workers(
 
     Args:
         world_size: how many processes.
-        timeout_s: how long each `run` may take.
+        timeout_s: how long each `run` may take; by default 60 s, or $DISTTRAIN_TEST_TIMEOUT_S on a slow machine.
         env: variables on top of this process's environment. RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR
             and MASTER_PORT are set in each worker, and OMP_NUM_THREADS to 1 unless it is set here or there.
         process_group: False leaves `init_process_group` to the code under test.
@@ -155,6 +155,7 @@ def workers(
         TypeError, ValueError: an argument is not what it must be.
         HarnessError: workers cannot be had here; the message says why.
     """
+    timeout_s = default_timeout_s() if timeout_s is None else timeout_s
     options = Options(world_size, timeout_s, process_group, hosts, env, faults, check_collectives)
     with ExitStack() as stack:
         cluster = stack.enter_context(_cluster(hosts))
@@ -164,7 +165,7 @@ def workers(
 def run_workers(
     function: Callable[..., Any],
     world_size: int,
-    timeout_s: float = 60.0,
+    timeout_s: float | None = None,
     args: Sequence[Any] = (),
     *,
     env: Mapping[str, str] | None = None,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from disttrain.testing.errors import is_whole, wrong
@@ -13,6 +14,15 @@ from disttrain.testing.errors import is_whole, wrong
 if TYPE_CHECKING:
     from disttrain.testing.faults import Fault
     from disttrain.testing.hosts import Cluster
+
+
+def default_timeout_s() -> float:
+    """How long workers may take where nobody says: 60 s, or what DISTTRAIN_TEST_TIMEOUT_S says on a slow machine."""
+    text = os.environ.get("DISTTRAIN_TEST_TIMEOUT_S", "60")
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"DISTTRAIN_TEST_TIMEOUT_S = {text!r} is not a number of seconds") from None
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Options:
     """
 
     world_size: int = 2
-    timeout_s: float = 60.0
+    timeout_s: float = field(default_factory=default_timeout_s)
     process_group: bool = True
     hosts: int | Cluster | None = None
     env: Mapping[str, str] | None = None

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.testing import CollectivesDiffer, HarnessError, WorkerFailed, WorkerTimeout, faults, run_workers, workers
+from disttrain.testing.options import Options
 from tests.disttrain.testing.left_behind import marked_processes, shared_memory
 
 
@@ -425,3 +426,13 @@ def test_a_value_that_cannot_be_unpickled_names_its_rank_and_type() -> None:
         outcomes = group.attempt(body)
     assert [outcome.state for outcome in outcomes] == ["returned", "raised"]
     assert isinstance(outcomes[1].error, ValueError)
+
+
+def test_a_slow_machine_says_how_long_workers_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTTRAIN_TEST_TIMEOUT_S", "7.5")
+    assert Options().timeout_s == 7.5
+    with workers(1, process_group=False) as group:
+        assert group.timeout_s == 7.5
+    monkeypatch.setenv("DISTTRAIN_TEST_TIMEOUT_S", "long")
+    with pytest.raises(ValueError, match="DISTTRAIN_TEST_TIMEOUT_S = 'long' is not a number of seconds"):
+        run_workers(print, 1)
