@@ -67,16 +67,15 @@ class Tabular(Task):
         }
 
     def metrics(self, sums: Mapping[str, Any], weight: int) -> dict[str, float]:
-        """Accuracy and loss; or rmse and mae in the target's own units, r2 where targets differ, and loss."""
+        """Accuracy and loss; or rmse and mae in the target's own units, r2, and loss."""
         if self.labels is not None:
             return self.labels.metrics(sums, weight)
         means = {name: float(one) / weight for name, one in sums.items()}
         unit = self.facts["target_std"]
-        found = {"rmse": math.sqrt(means["squared_error"]) * unit, "mae": means["absolute_error"] * unit}
-        variance = means["squared_target"] - means["target"] ** 2
-        if variance > 1e-12:
-            found["r2"] = 1 - means["squared_error"] / variance
-        return {**found, "loss": means["squared_error"]}
+        error, variance = means["squared_error"], means["squared_target"] - means["target"] ** 2
+        # Of targets that are all alike it is 1 or 0, as scikit-learn has it.
+        r2 = 1 - error / variance if variance > 1e-12 else float(error == 0)
+        return {"rmse": math.sqrt(error) * unit, "mae": means["absolute_error"] * unit, "r2": r2, "loss": error}
 
     def details(self, sums: Mapping[str, Any], weight: int) -> dict[str, Any]:
         """Of classes the counts, the share of correct rows in each, and the confusion matrix."""
