@@ -65,7 +65,7 @@ def _load(data: DataRecipe, images: bool, facts: Mapping[str, Any] | None) -> Da
     if data.dataset == "text":
         from disttrain.data.sources.text import load_text
 
-        return load_text(data)
+        return load_text(data, facts)
     if data.dataset == "synthetic":
         from disttrain.data.sources.synthetic import load_synthetic
 

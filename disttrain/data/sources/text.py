@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +15,7 @@ from disttrain import rng
 from disttrain.data.dataset import SampleSet, SampleSets
 from disttrain.data.sources.text_files import find_texts, map_bytes, read_utf8
 from disttrain.data.token_sets import Document, PackedTokens, PaddedDocuments, TokenSet
-from disttrain.data.vocabulary import Bytes, Characters, TokenizerFile, Vocabulary
+from disttrain.data.vocabulary import Bytes, Characters, TokenizerFile, Vocabulary, vocabulary_of
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
 from disttrain.recipe.address import expanded
@@ -63,25 +63,26 @@ class TextOptions:
         return cls(**options)
 
 
-def load_text(data: DataRecipe) -> SampleSets:
+def load_text(data: DataRecipe, trained_on: Mapping[str, Any] | None = None) -> SampleSets:
     """The texts at `data.root`, a file or a folder, as `data.options` say; see `TextOptions`.
 
     With neither files nor a root, they are Python's own documentation topics: English that is always there. Nothing
-    depends on the order in which a file system lists its files. Raises ConfigurationError for an option, a file or a
-    tokenizer that does not fit, and for texts that are too short to be divided.
+    depends on the order in which a file system lists its files. `trained_on` are the facts of the set that a model was
+    trained on, if there is one: its tokens mean what they meant there. Raises ConfigurationError for an option, a file
+    or a tokenizer that does not fit, and for texts that are too short to be divided.
     """
     options = TextOptions.of(data.options)
-    vocabulary: Vocabulary | None = None  # that of characters is known when all texts are
-    if options.tokens == "bytes":
+    vocabulary = None if trained_on is None else vocabulary_of(trained_on)
+    if vocabulary is None and options.tokens == "bytes":
         vocabulary = Bytes()
-    elif options.tokens != "characters":
-        vocabulary = TokenizerFile(options.tokens)
+    elif vocabulary is None and options.tokens != "characters":
+        vocabulary = TokenizerFile(options.tokens)  # an alphabet is known when all texts are
     if options.files is None and data.root == DataRecipe().root:
         if options.test_files is not None:
             raise ConfigurationError("data.options.test_files: give data.root, the folder that holds your files, too.")
         train, test = _hold_out(_python_topics(), options.test_fraction)
     else:
-        train, test = _from_files(data.root, options)
+        train, test = _from_files(data.root, options, as_bytes=isinstance(vocabulary, Bytes))
     if vocabulary is None:
         vocabulary = _alphabet(train, test)
     facts = vocabulary.facts() | {"context_length": options.context_length}
@@ -107,11 +108,11 @@ def _fits(name: str, value: Any) -> bool:
 _Documents: TypeAlias = Sequence[Any]  # of str, or of (n,) uint8 arrays
 
 
-def _from_files(root: str, options: TextOptions) -> tuple[_Documents, _Documents]:
+def _from_files(root: str, options: TextOptions, *, as_bytes: bool) -> tuple[_Documents, _Documents]:
     found = find_texts(expanded(root), options.files, options.test_files)
 
     def documents(paths: Sequence[Path], part: str) -> _Documents:
-        of_paths: list[Any] = [map_bytes(path) if options.tokens == "bytes" else read_utf8(path) for path in paths]
+        of_paths: list[Any] = [map_bytes(path) if as_bytes else read_utf8(path) for path in paths]
         with_text = [document for document in of_paths if len(document)]
         if len(with_text) < len(of_paths):
             _log.info("%d files are empty and left out", len(of_paths) - len(with_text))

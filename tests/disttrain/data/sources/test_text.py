@@ -128,6 +128,17 @@ def test_a_character_of_the_test_part_alone_is_part_of_the_alphabet(tmp_path: Pa
     assert texts(sets.test) == ["xxxxx"]
 
 
+def test_a_model_is_evaluated_on_other_texts_by_the_tokens_that_it_was_trained_on(tmp_path: Path) -> None:
+    facts = load(write(tmp_path, {"one.txt": "abcdef" * 20}) / "one.txt").train.facts
+    data = DataRecipe(dataset="text", root=str(write(tmp_path, {"two.txt": "fed" * 20}) / "two.txt"))
+    sets = load_text(data, facts)
+    assert sets.test.facts == facts
+    assert sets.test.dataset[0]["tokens"].tolist() == [6, *[5, 4, 3] * 2, 6]
+    write(tmp_path, {"two.txt": "fez" * 20})
+    with pytest.raises(ConfigurationError, match="the character 'z'"):
+        load_text(data, facts)
+
+
 def test_bytes_need_be_no_text(tmp_path: Path) -> None:
     (tmp_path / "any.bin").write_bytes(bytes(range(256)) * 10)
     sets = load(tmp_path / "any.bin", tokens="bytes")
