@@ -58,23 +58,31 @@ def command(
     warn_of_unknown_preparation(checkpoint, recipe)
     model = restore_model(checkpoint, recipe, task, train_set).eval()
     try:
-        samples = [(file, sample) for file in files for sample in task.read(file)]
-        batch = task.collate([sample for _, sample in samples])
+        read = [(file, task.read(file)) for file in files]
+        samples = [sample for _, of_file in read for sample in of_file]
+        batch = task.collate(samples)
         with torch.no_grad():
             prepared = task.prepare(batch, lambda num: torch.zeros(len(samples), num), training=False)
             predictions = task.predict(model, prepared, **arguments)
     except NotImplementedError as error:
         raise ConfigurationError(f"{checkpoint.path}: {error}, which `disttrain predict` needs.") from error
-    answers = list(zip([file for file, _ in samples], predictions, strict=True))
+    # The number of a sample, from 1, in a file that holds several: of a table's row.
+    places = [
+        (file, number if len(of_file) > 1 else None) for file, of_file in read for number in range(1, len(of_file) + 1)
+    ]
+    answers = list(zip(places, predictions, strict=True))
     if as_json:
         if isinstance(task, ImageClassification):
-            listed: list[dict[str, Any]] = [{"image": file, **prediction} for file, prediction in answers]
+            listed: list[dict[str, Any]] = [{"image": file, **prediction} for (file, _), prediction in answers]
         else:
-            listed = [{"file": file, "prediction": prediction} for file, prediction in answers]
+            listed = [
+                {"file": file, **({"row": number} if number else {}), "prediction": prediction}
+                for (file, number), prediction in answers
+            ]
         print(json.dumps({"checkpoint": str(checkpoint.path), "predictions": listed}))
         return
-    for file, prediction in answers:
-        print(printable(f"{file}: {task.in_words(prediction)}"))
+    for (file, number), prediction in answers:
+        print(printable(f"{file}{f', row {number}' if number else ''}: {task.in_words(prediction)}"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from disttrain.errors import ConfigurationError, DisttrainError, failure_in
 from disttrain.recipe import Recipe
+from disttrain.recipe.names import did_you_mean
 from disttrain.recipe.reference import import_callable
 from disttrain.task.base import Task
 from disttrain.task.images import ImageClassification
@@ -62,7 +63,11 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any) -> Task:
             signature.bind(**(arguments | recipe.task.options))
         except TypeError as error:
             taken = ", ".join(recipe.task.options) or "no options"
-            raise ConfigurationError(f"task.options: {name} does not take {taken}: {error}.") from error
+            known = [key for key in signature.parameters if key not in ("train_set", "recipe")]
+            hints = (did_you_mean(key, known) for key in recipe.task.options if key not in known)
+            raise ConfigurationError(
+                f"task.options: {name} does not take {taken}: {error}{next(filter(None, hints), '.')}"
+            ) from error
     try:
         task = maker(**(arguments | recipe.task.options))
     except DisttrainError:

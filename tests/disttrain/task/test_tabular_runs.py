@@ -86,7 +86,9 @@ def test_a_checkpoint_alone_predicts_the_rows_of_a_file_and_is_evaluated_on_anot
     (tmp_path / "few.csv").write_text("\n".join(["number,word,y", *few]))
     other = run(evaluate.command, "-o", "data.options={train_file='few.csv', test_file='few.csv', target='y'}")
     (tmp_path / "all.csv").unlink()
-    found = [one["prediction"] for one in run(predict.command, str(tmp_path / "few.csv"))["predictions"]]
+    answers = run(predict.command, str(tmp_path / "few.csv"))["predictions"]
+    assert [(one["file"], one["row"]) for one in answers] == [(str(tmp_path / "few.csv"), row) for row in (1, 2, 3)]
+    found = [one["prediction"] for one in answers]
     assert found[:2] == [pytest.approx(95, abs=5), pytest.approx(3, abs=5)]
     assert other["metrics"]["mae"] == pytest.approx(sum(map(abs, found)) / 3, rel=1e-4)
 
