@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from disttrain.data.sources.table_facts import describe_a_table
 from disttrain.data.sources.tabular import rows_to_predict
 from disttrain.errors import ConfigurationError
 from disttrain.task.base import Task
@@ -32,7 +33,7 @@ class Tabular(Task):
 
     def __init__(self, train_set: Any) -> None:
         facts = getattr(train_set, "facts", {})
-        if "kind" not in facts or "columns" not in facts:
+        if not describe_a_table(facts):
             raise ConfigurationError(
                 'task.name = "tabular": the training set is no table. Set data.dataset = "table"; in Python, make the '
                 "sets of arrays by disttrain.data.table_sets(train, test)."

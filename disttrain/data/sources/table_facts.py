@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.data.sources.columns import columns_to_json, fit_columns, mean_and_std, parse_numbers, sorted_words, word
+from disttrain.data.sources.columns import (
+    Number,
+    columns_from_json,
+    columns_to_json,
+    fit_columns,
+    mean_and_std,
+    parse_numbers,
+    sorted_words,
+    word,
+)
 from disttrain.data.sources.table_file import Table
 from disttrain.errors import ConfigurationError, brief
 from disttrain.recipe.table import TableOptions
@@ -31,6 +40,30 @@ def facts_of(train: Table, options: TableOptions) -> dict[str, Any]:
         "format": {"delimiter": options.delimiter, "encoding": options.encoding},
         **(_classes(train, options.target) if kind == "classification" else _unit(train, options.target)),
     }
+
+
+def describe_a_table(facts: Mapping[str, Any]) -> bool:
+    """Whether these are such facts: those of a checkpoint may come from anywhere."""
+    try:
+        columns = columns_from_json(facts["columns"])
+        classes: Any = facts.get("classes")
+        numbers: list[Any] = [
+            one for column in columns if isinstance(column, Number) for one in (column.mean, column.std)
+        ]
+        if facts["kind"] == "regression":
+            fits = facts["num_outputs"] == 1 and classes is None
+            numbers += [facts["target_mean"], facts["target_std"]]
+        else:
+            fits = facts["kind"] == "classification" and facts["num_outputs"] == len(classes) >= 2
+            fits &= all(isinstance(one, str) for one in classes)
+        return bool(
+            fits
+            and isinstance(facts["target"], str)
+            and all(isinstance(one, float) for one in numbers)
+            and 0 < facts["num_features"] == sum(column.num_features for column in columns)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def targets_of(table: Table, facts: Mapping[str, Any]) -> torch.Tensor:
