@@ -18,7 +18,7 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import EvalLoader
 from disttrain.distributed.collectives import gather_objects, sum_
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, DisttrainError, failure_in
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
 from disttrain.task import Task
@@ -69,8 +69,13 @@ def evaluate(
             on_batch()
     model.train(was_training)
     sums, total = _summed(task, scores, weight, loader.num_batches)
-    metrics = checked_metrics(task, task.metrics(sums, total))
-    return Evaluation(metrics, task.details(sums, total))
+    try:
+        metrics, details = task.metrics(sums, total), task.details(sums, total)
+    except DisttrainError:
+        raise
+    except Exception as error:  # a user's task may raise anything
+        raise failure_in(f"the metrics of {type(task).__name__}", error) from error
+    return Evaluation(checked_metrics(task, metrics), details)
 
 
 def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]:

@@ -87,6 +87,11 @@ def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]]) ->
         losses.append(_sums(job, epoch, quietly))
     again = _sums(job, 0, quietly)
     _refuse_state(job.task, before, losses[0], again)
+    if any(weight == 0 and loss != 0 for pair in losses for loss, weight in pair):
+        raise ConfigurationError(
+            f"{type(job.task).__name__}: weight(batch) is 0 for the first samples and loss(model, batch) is not: a "
+            "batch without items has no loss, and nothing to divide it by."
+        )
     if all(_is_mean(*pair) for pair in losses):
         raise ConfigurationError(
             f"{type(job.task).__name__}.loss returns a mean: it is {losses[0][0][0]:.4g} for two samples and "

@@ -124,6 +124,7 @@ class Words(Regression):
         (returning(lambda loss: loss[None]), r"Returning\.loss returned a tensor of shape \(1,\) and torch.float32"),
         (weighing(-1), r"Weighing\.weight\(batch\) returned -1: it has to be a whole number of at least 0"),
         (weighing(2.0), r"Weighing\.weight\(batch\) returned 2.0: it has to be a whole number"),
+        (weighing(0), r"^Weighing: weight\(batch\) is 0 for the first samples and loss\(model, batch\) is not"),
         (weighing(True), r"Weighing\.weight\(batch\) returned True: it has to be a whole number"),
         (Elsewhere(), r"Elsewhere\.best is \('accuracy', 'max'\): .* the metrics, which are loss, mae"),
         (Words(), r"Words\.score returned a str for 'name': tensors are added up and lists joined"),
