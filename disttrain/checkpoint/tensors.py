@@ -1,8 +1,8 @@
 """Tensors as bytes: a safetensors file written piece by piece, so that nothing is copied in memory to be written.
 
 The format: the length of the header as 8 bytes, the header as JSON ({name: dtype, shape, data_offsets}), then the data.
-https://github.com/huggingface/safetensors describes it. After the library's own writer the file has to be read again for
-its SHA-256, and before 0.8 it turns every tensor into `bytes` first, a second copy of the whole.
+https://github.com/huggingface/safetensors describes it. What the library's own writer writes must be read once
+more for its SHA-256, and before 0.8 it turns every tensor into `bytes` first, a second copy of the whole.
 """
 
 from __future__ import annotations
