@@ -171,15 +171,18 @@ class TokenizerFile:
 def vocabulary_of(facts: Mapping[str, Any]) -> Vocabulary | None:
     """The vocabulary that a data set's facts describe, also from a checkpoint; None if they describe none.
 
-    Raises ConfigurationError for a tokenizer file that is not there, or no longer the same.
+    Raises ConfigurationError for a tokenizer file that is not there or no longer the same, and for damaged facts.
     """
     kind = facts.get("tokens")
     if kind == "bytes":
         return Bytes()
     if kind == "characters":
-        return Characters(str(facts["characters"]))
+        characters = facts.get("characters")
+        if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+            raise ConfigurationError("the facts of the texts are damaged: 'characters' is not an alphabet in order.")
+        return Characters(characters)
     if kind == "tokenizer":
-        return TokenizerFile(str(facts["tokenizer"]), str(facts["tokenizer_sha256"]))
+        return TokenizerFile(str(facts.get("tokenizer")), str(facts.get("tokenizer_sha256")))
     return None
 
 

@@ -29,6 +29,12 @@ def test_characters_are_numbered_in_the_order_of_unicode_and_come_back() -> None
     assert again.encode(TEXT)[0].tolist() == tokens.tolist()
 
 
+@pytest.mark.parametrize("characters", [None, "ba", "aa", ["a"]])
+def test_a_damaged_alphabet_is_refused(characters: object) -> None:
+    with pytest.raises(ConfigurationError, match="not an alphabet in order"):
+        vocabulary_of({"tokens": "characters", "characters": characters})
+
+
 def test_an_unknown_character_is_named() -> None:
     with pytest.raises(ConfigurationError, match=r"character 'z' \(U\+007A\)"):
         Characters.of_texts(["abc"]).encode("az")
