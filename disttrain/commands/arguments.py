@@ -1,6 +1,6 @@
 """What a command takes as RUN, CHECKPOINT, RECIPE or --run-dir: a path (`~`: the home folder) or a URL.
 
-A path that begins with a dash, given behind `--`, is passed on in a form that nobody takes for an option.
+A path that begins with a dash, given behind `--`, is passed on in a form that cannot be taken for an option.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RecipeType(click.types.StringParamType):
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Leaves to `load_recipe` what is wrong with it. Raises RecipeError for a pipe from which no recipe comes."""
+        """Leaves further checks to `load_recipe`. Raises RecipeError for a pipe from which no recipe comes."""
         from disttrain.recipe.once import read_once
 
         recipe = _no_option(str(value))

@@ -14,7 +14,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def most_workers() -> int:
-    """More workers than this on one machine are a slip of the finger: each one holds its own copy of torch."""
+    """More workers than this on one machine are a typo: each one holds its own copy of torch."""
     return max(64, 16 * usable_cores())
 
 
@@ -91,7 +91,7 @@ def max_restarts_option(function: _Function) -> _Function:
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Start the workers again so often after failures that are worth a retry.",
+        help="Restart the workers up to this often after failures that are worth a retry.",
     )(function)
 
 

@@ -1,4 +1,4 @@
-"""What the launcher says to its user."""
+"""The launcher's messages to its user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 
 def complain(message: str) -> None:
-    """Say what went wrong, on standard error."""
+    """Report what went wrong, on standard error."""
     from disttrain.recipe import printable  # not above: `--help` does without
 
     for line in printable(message).splitlines():
@@ -16,6 +16,6 @@ def complain(message: str) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print `text`, if somebody can be reached: a terminal that is gone, or a full disk, must not end a job."""
+    """Print `text`, if it can be printed: a terminal that is gone, or a full disk, must not end a job."""
     with suppress(OSError, ValueError):
         click.echo(text, err=err)

@@ -1,4 +1,4 @@
-"""How workers ended, and what that makes of the job: which failure was the cause, and what to say of it."""
+"""How workers ended, and what follows for the job: which failure was the cause, and how to report it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LocalEnding(Ending):
 
     @property
     def calls_for_an_end(self) -> bool:
-        """Whether the others cannot go on without it."""
+        """Whether the others cannot continue without it."""
         return not ExitCode.is_safe(self.code)
 
     @property
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
-    """What the endings of all workers make of the job."""
+    """What the endings of all workers mean for the job."""
     if stop_requested and any(ending.asked and ending.code == -signal.SIGTERM for ending in endings):
         return Outcome(ExitCode.STOPPED, "stopped before the workers were ready; run the same command again")
     if any(ending.code == ExitCode.UNREAD for ending in endings):
@@ -68,11 +68,11 @@ def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
         return Outcome(ExitCode.STOPPED if stopped else ExitCode.DONE, words)
     cause = failures[0]
     all_say_the_same = len({ending.message for ending in endings}) == 1 and cause.is_explained
-    is_nobodys_own = all_say_the_same or (cause.report is not None and cause.report.is_agreed)
+    is_common = all_say_the_same or (cause.report is not None and cause.report.is_agreed)
     if len(endings) == 1 and not cause.is_explained:
         message = cause.message if cause.report else f"the worker {cause.message}"
     else:
-        message = cause.message if is_nobodys_own else cause.told()
+        message = cause.message if is_common else cause.told()
     return Outcome(cause.exit_code, message, cause.report.traceback if cause.report else None)
 
 

@@ -1,4 +1,4 @@
-"""Whether a group of workers that failed is started again."""
+"""Whether a group of workers that failed is restarted."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class Restarts:
 
     Args:
         most: how many.
-        run_dir: the folder of the run, whose journal and checkpoints tell how far it has come.
+        run_dir: the folder of the run, whose journal and checkpoints show its progress.
     """
 
     def __init__(self, most: int = 0, run_dir: Path | None = None) -> None:
         self.most, self.made = most, 0
         self.gave_up: str | None = None
-        """Why the run is not started again although restarts are left, if that is so."""
+        """Why the run is not restarted although restarts are left, if that is so."""
         self._run_dir = run_dir
         self._failed_at: int | None = None
 
     def helps(self, outcome: Outcome) -> bool:
-        """Whether to start the workers again after this outcome; to be asked once for each."""
+        """Whether to restart the workers after this outcome; to be called once for each."""
         if ExitCode.is_final(outcome.exit_code) or self.made >= self.most:
             return False
         before, self._failed_at = self._failed_at, (self._run_dir and newest_step(self._run_dir)) or 0
-        if before is not None and self._failed_at == before:  # not <=: a damaged line may have told of too many
-            self.gave_up = f"it failed again, and no step was made since the restart (step {before}): giving up"
+        if before is not None and self._failed_at == before:  # not <=: a damaged line may have shown too many
+            self.gave_up = f"it failed again without making a step since the restart (step {before}): giving up"
             return False
         self.made += 1
         return True

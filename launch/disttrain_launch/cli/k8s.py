@@ -50,7 +50,7 @@ def render(**given: Any) -> None:
 @dry_run_option
 @click.option("--follow", "then_follow", is_flag=True, help="Show the job's progress; Ctrl-C detaches.")
 def submit(context: str | None, dry_run: bool, then_follow: bool, **given: Any) -> None:
-    """Start a job that trains RECIPE, or go on with one that was stopped."""
+    """Start a job that trains RECIPE, or resume one that was stopped."""
     from disttrain_launch.kubernetes import manifest, source, submission
 
     request = request_of(**given)
@@ -74,7 +74,7 @@ def submit(context: str | None, dry_run: bool, then_follow: bool, **given: Any) 
 @_cluster_options
 @json_option
 def status(name: str, context: str | None, namespace: str | None, as_json: bool) -> None:
-    """Show how the job NAME stands, and each of its pods."""
+    """Show the state of the job NAME and of each of its pods."""
     from disttrain_launch.kubernetes import submission
 
     cluster = _open(context, namespace)
@@ -111,8 +111,8 @@ def list_jobs(context: str | None, namespace: str | None, as_json: bool) -> None
 
 @k8s.command()
 @click.argument("name")
-@click.option("--node", type=click.IntRange(0), help="This node's alone.")
-@click.option("--no-follow", is_flag=True, help="What is there now, and no more.")
+@click.option("--node", type=click.IntRange(0), help="Only this node's.")
+@click.option("--no-follow", is_flag=True, help="Print what is there now, and return.")
 @_cluster_options
 def logs(name: str, node: int | None, no_follow: bool, context: str | None, namespace: str | None) -> None:
     """Show what every pod of the job NAME prints, each line behind its node's number."""
@@ -143,7 +143,7 @@ def logs(name: str, node: int | None, no_follow: bool, context: str | None, name
 @click.option("--now", is_flag=True, help="Delete the job and its pods, saved or not. The run and its claim stay.")
 @_cluster_options
 def stop(name: str, now: bool, context: str | None, namespace: str | None) -> None:
-    """Ask the job NAME to save a checkpoint and stop, and say when it is safe."""
+    """Ask the job NAME to save a checkpoint and stop, and report when it is safe."""
     from disttrain_launch.kubernetes import follow, submission
     from disttrain_launch.kubernetes.states import finished
 
@@ -154,7 +154,7 @@ def stop(name: str, now: bool, context: str | None, namespace: str | None) -> No
         click.echo(f"job {name} is being deleted with its pods; the run and its checkpoints stay")
         return
     if finished(job):
-        click.echo(f"job {name} has ended already; `disttrain k8s stop {name} --now` removes it")
+        click.echo(f"job {name} has already ended; `disttrain k8s stop {name} --now` removes it")
         return
     if not follow.stop(cluster, kind, job, click.echo):
         sys.exit(1)
@@ -197,7 +197,7 @@ def _follow(cluster: Any, kind: Kind, name: str, *, all_pods: bool) -> None:
 
 
 def _detach(name: str) -> None:
-    _say(f"detached; the job goes on. `disttrain k8s logs {name}` follows it, `disttrain k8s stop {name}` ends it")
+    _say(f"detached; the job continues. `disttrain k8s logs {name}` follows it, `disttrain k8s stop {name}` ends it")
 
 
 def _say(line: str) -> None:

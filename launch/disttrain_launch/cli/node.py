@@ -71,8 +71,8 @@ def run_node(
     dry_run: bool,
     trust: bool,
 ) -> None:
-    """Check everything, and become this machine's agent (or say what it would be)."""
-    # The agent lets them through once it can handle them: the first process of a container would not hear of them.
+    """Check everything, and become this machine's agent (or print what it would be)."""
+    # The agent unblocks them once it can handle them: the first process of a container would not receive them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         planned = _planned(recipe, num_workers, run_dir, overrides, options, max_restarts, trust=trust)
@@ -95,7 +95,7 @@ def _planned(
     trust: bool,
 ) -> Node:
     if run_dir is None:
-        raise click.UsageError("--run-dir is missing: machines that come later, or again, must find the run.")
+        raise click.UsageError("--run-dir is missing: machines that join later, or again, must find the run.")
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
     mention_old_names(recipe, run_dir, overrides)
     source = recipe_source(recipe, run_dir)

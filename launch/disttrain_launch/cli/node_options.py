@@ -1,4 +1,4 @@
-"""What a user says of several machines, and what that comes to on this one."""
+"""The options for several machines, and what they come to on this one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """What a user says of several machines, as it stands on the command line."""
+    """The options for several machines, as they stand on the command line."""
 
     nodes: str | None
     rendezvous: str | None
@@ -31,7 +31,7 @@ def node_options(function: _Function) -> _Function:
     for option in reversed(
         (
             click.option(
-                "--nodes", metavar="N|MIN:MAX", help="Machines that take part; as many as come from MIN to MAX."
+                "--nodes", metavar="N|MIN:MAX", help="Machines that take part; from MIN to MAX, as many as join."
             ),
             click.option(
                 "--rendezvous", metavar="HOST:PORT", help="Where the machines meet: the address of one of them."
@@ -40,15 +40,17 @@ def node_options(function: _Function) -> _Function:
             click.option(
                 "--node-rank",
                 type=click.IntRange(min=0),
-                help="0 on the machine that HOST names, any other elsewhere (left out: found out).",
+                help="0 on the machine that HOST names, any other elsewhere (left out: detected).",
             ),
-            click.option("--local-addr", metavar="ADDRESS", help="By which the other machines reach this one."),
+            click.option(
+                "--local-addr", metavar="ADDRESS", help="The address by which the other machines reach this one."
+            ),
             click.option(
                 "--stop-grace",
                 type=click.IntRange(min=1),
                 default=120,
                 show_default=True,
-                help="Seconds that workers which are asked to stop may take to save.",
+                help="Seconds that workers have to save when asked to stop.",
             ),
         )
     ):
@@ -80,7 +82,7 @@ def planned_node(
     except ValueError as error:
         raise click.BadParameter(f"{error}.", param_hint="'--rendezvous'") from None
     found, mine = resolve(host), own_addresses()
-    serves = None  # the agent knows what an unknown name means: that of a finished run's machine may be gone
+    serves = None  # the agent deals with an unknown name: that of a finished run's machine may be gone
     if options.node_rank is not None or found:
         serves = options.node_rank == 0 if options.node_rank is not None else any(one in mine for one in found)
     address = options.local_addr or address_towards(host, port)

@@ -12,7 +12,7 @@ from disttrain.commands.options import json_option, overrides_option
 
 @click.group()
 def recipe() -> None:
-    """Look at recipes."""
+    """Inspect recipes."""
 
 
 @recipe.command("list")

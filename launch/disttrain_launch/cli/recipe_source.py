@@ -1,4 +1,4 @@
-"""The recipe that a command is about: named, or that of a run to go on with; checked before any worker starts."""
+"""The recipe that a command is about: named, or that of a run to resume; checked before any worker starts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def recipe_source(recipe: str | None, run_dir: str) -> str:
 def checked_recipe(
     recipe: str | None, run_dir: str | None, overrides: tuple[str, ...], *, trust: bool = False
 ) -> Recipe:
-    """The recipe, valid and with nothing in it that is not installed. Raises RecipeError or ConfigurationError.
+    """The recipe, valid and naming only what is installed. Raises RecipeError or ConfigurationError.
 
-    That of a run is asked about if it wants more than a stranger's may, unless there is `trust`.
+    That of a run is refused if it asks for more than a stranger's may, unless there is `trust`.
     """
     from disttrain.recipe import (
         ConfigurationError,

@@ -41,13 +41,13 @@ def _job_options(function: _Function) -> _Function:
                 callback=_workers, help="Workers on each machine.",
             ),
             click.option("--run-dir", help="Where the run lives (default: runs/NAME); with --sweep, the runs."),
-            click.option("--name", callback=checks.job_name, help="Of the job (default: the recipe's)."),
-            click.option("--time", "time", callback=checks.time_limit, metavar="TIME", help="Limit of one start."),
+            click.option("--name", callback=checks.job_name, help="Name of the job (default: the recipe's)."),
+            click.option("--time", "time", callback=checks.time_limit, metavar="TIME", help="Time limit of one start."),
             click.option("--partition"),
             click.option("--account"),
             click.option("--qos"),
             click.option("--constraint"),
-            click.option("--gpus", type=click.IntRange(min=1), help="On each machine."),
+            click.option("--gpus", type=click.IntRange(min=1), help="GPUs on each machine."),
             click.option("--cpus", type=click.IntRange(min=1), help="Cores on each machine."),
             click.option("--mem", callback=checks.memory, metavar="SIZE", help="Memory of each machine."),
             click.option(
@@ -59,7 +59,7 @@ def _job_options(function: _Function) -> _Function:
                 help="Seconds that saving may take.",
             ),
             click.option("--max-restarts", type=click.IntRange(min=0), default=3, show_default=True,
-                         help="Start the workers again so often after failures."),
+                         help="Restart the workers up to this often after failures."),
             click.option("--sweep", multiple=True, callback=checks.sweep, metavar="KEY=V,V,…",
                          help="A job of its own for each value; several keys make a grid."),
             click.option("--prologue", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -160,7 +160,7 @@ def _directives(gpus: int | None, cpus: int | None, **words: Any) -> list[tuple[
 
 
 def _submitted(job: SlurmJob) -> str:
-    """Hand the script to sbatch; the job's number. Raises ConfigurationError with what Slurm has to say."""
+    """Hand the script to sbatch; the job's number. Raises ConfigurationError with Slurm's own message."""
     from disttrain.recipe import ConfigurationError
 
     try:
@@ -168,10 +168,10 @@ def _submitted(job: SlurmJob) -> str:
         done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, check=False)
     except OSError as error:
         raise ConfigurationError(
-            f"sbatch cannot be run here ({error.strerror}): submit from a machine of the cluster, or carry over what "
+            f"sbatch cannot be run here ({error.strerror}): submit from a machine of the cluster, or copy over what "
             "`disttrain slurm render` prints."
         ) from None
     if done.returncode != 0:
         said = " ".join(done.stderr.decode(errors="replace").split()) or f"exit code {done.returncode}"
-        raise ConfigurationError(f"Slurm does not take the job: {said}")
+        raise ConfigurationError(f"Slurm refused the job: {said}")
     return done.stdout.decode(errors="replace").strip().partition(";")[0]

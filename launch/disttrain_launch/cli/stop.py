@@ -20,7 +20,7 @@ _LOOK_EVERY_S = 0.2
 @click.option("--wait", is_flag=True, help="Return when the run has stopped.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=600.0, show_default=True, help="Seconds to wait for.")
 def stop(run: str, wait: bool, timeout: float) -> None:
-    """Ask whatever trains in RUN to save a checkpoint and stop; it then ends with exit code 75.
+    """Ask the job that trains in RUN to save a checkpoint and stop; it then ends with exit code 75.
 
     Makes the file RUN/stop, which all workers obey at the same step, and which is gone once they have.
     """
@@ -30,25 +30,25 @@ def stop(run: str, wait: bool, timeout: float) -> None:
     if not (folder / RECIPE).is_file():
         raise UsageError(f"{run} is not a run directory (it has no {RECIPE}): see `disttrain runs list`.")
     if not _is_in_use(folder):
-        raise UsageError(f"nothing trains in {run}: there is nothing to stop.")
+        raise UsageError(f"nothing is training in {run}: there is nothing to stop.")
     try:
         open_to_append(folder / STOP).close()
     except OSError as error:
         raise ConfigurationError(f"{folder / STOP} cannot be made: {error.strerror}. Send SIGTERM instead.") from error
     if not wait:
-        click.echo(f"{run} is asked to save and stop; `disttrain runs show {shlex.quote(run)}` tells when it has")
+        click.echo(f"{run} has been asked to save and stop; `disttrain runs show {shlex.quote(run)}` shows when it has")
         return
     deadline = time.monotonic() + timeout
     while _is_in_use(folder):
         if time.monotonic() >= deadline:
-            raise DisttrainError(f"{run} has not stopped within {timeout:g} s: it is still asked to.")
+            raise DisttrainError(f"{run} has not stopped within {timeout:g} s: the request stands.")
         time.sleep(_LOOK_EVERY_S)
     newest = newest_checkpoint(folder)
     click.echo(f"{run} has stopped; {f'its newest checkpoint is {newest}' if newest else 'it has no checkpoint'}")
 
 
 def _is_in_use(run: Path) -> bool:
-    """Whether somebody holds the run's lock (see `disttrain.runs.lock`); and hold it for a moment if nobody does."""
+    """Whether a job holds the run's lock (see `disttrain.runs.lock`); if none does, it is held here for a moment."""
     from disttrain.recipe import ConfigurationError, open_to_read
 
     try:

@@ -44,7 +44,7 @@ _OF_A_KILLED_START = {layout.LOGS, layout.LOCK, being_written(Path(layout.RECIPE
     "--run-dir",
     callback=run_dir_callback,
     metavar="DIR|URL",
-    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give a run's own to resume it.",
+    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give that of a run to resume it.",
 )
 @overrides_option
 @trust_option
@@ -63,7 +63,7 @@ def train(
 ) -> None:
     """Train RECIPE, a shipped one (see `disttrain recipe list`) or a TOML file.
 
-    Started again with the same --run-dir, a run goes on from its newest checkpoint; RECIPE may then be left out.
+    Started again with the same --run-dir, a run resumes from its newest checkpoint; RECIPE may then be left out.
     With --nodes and --rendezvous this machine is one of several: start the same command on each.
     """
     from disttrain_launch.local.group import WorkerGroup, module_arguments
@@ -158,7 +158,7 @@ def _made(recipe: Recipe) -> Path:
         except FileExistsError:
             continue
         except OSError:
-            pass  # _opened says what is wrong
+            pass  # _opened reports what is wrong
         return _opened(runs / name)
     raise AssertionError(f"a hundred runs called {stem}")
 

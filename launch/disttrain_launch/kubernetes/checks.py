@@ -1,4 +1,4 @@
-"""What can be told of a request before anything is sent: one line for each mistake."""
+"""What can be checked of a request before anything is sent: one line for each mistake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUALIFIED = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9
 _IMAGE = re.compile(r"[A-Za-z0-9][\w.:/@+-]*")
 _MOST_NODES, _LONGEST = 1000, 63
 _LEAST_BYTES = 2**20  # less is a forgotten unit
-_TO_END_S = 10  # what a worker needs after its checkpoint, until it has gone
+_TO_END_S = 10  # what a worker needs after its checkpoint to exit
 _SETS_ITSELF = {"POD_IP", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 

@@ -25,7 +25,7 @@ class LostConnection(Exception):
 class Cluster:
     """The cluster of a context of the kubeconfig, or the one that this process runs in.
 
-    Every method raises ConfigurationError with the server's own words when it refuses, and DisttrainError when it
+    Every method raises ConfigurationError with the server's own message when it refuses, and DisttrainError when it
     cannot be reached.
     """
 
@@ -48,13 +48,13 @@ class Cluster:
             self._client: Any = Client(config=config, namespace=namespace, field_manager=MANAGER)
         except (ConfigError, KeyError, OSError, yaml.YAMLError, msgspec.MsgspecError) as error:
             raise ConfigurationError(
-                f"no cluster to talk to: {error}. Name a kubeconfig in KUBECONFIG, or a context by --context"
+                f"no cluster to connect to: {error}. Name a kubeconfig in KUBECONFIG, or a context by --context"
             ) from None
         self.namespace = self._client.namespace
         self._server = str(self._client.config.cluster.server)
 
     def log_in_again(self) -> None:
-        """Read the kubeconfig anew: whoever logs in writes a new token there. Raises ConfigurationError."""
+        """Read the kubeconfig anew: a new login writes a new token there. Raises ConfigurationError."""
         self._client = Cluster(self._context, self._namespace)._client
 
     def apply(self, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
@@ -80,7 +80,7 @@ class Cluster:
     def find_all(
         self, api: Api, labels: dict[str, str] | None = None, fields: dict[str, str] | None = None
     ) -> list[Manifest]:
-        """The objects with these labels and fields; none where the cluster does not know the kind."""
+        """The objects with these labels and fields; none where the cluster lacks the kind."""
         from lightkube import ApiError
 
         with self._explained(api.plural):
@@ -150,7 +150,7 @@ class Cluster:
         wanted = ResourceAttributes(
             namespace=self.namespace, verb=verb, group=group, resource=kind, subresource=part or None
         )
-        with self._explained("the question what is allowed"):
+        with self._explained("the check of what is allowed"):
             spec = SelfSubjectAccessReviewSpec(resourceAttributes=wanted)
             answer = self._client.create(SelfSubjectAccessReview(spec=spec))
         return bool(answer.status and answer.status.allowed)
@@ -169,7 +169,7 @@ class Cluster:
         except ApiError as error:
             if error.status.code == _NOT_FOUND:
                 raise FileNotFoundError(pod) from None
-            if error.status.code != _BAD_REQUEST:  # which says that it has not started
+            if error.status.code != _BAD_REQUEST:  # which means that it has not started
                 raise LostConnection(str(error.status.message)) from None
         except (httpx2.HTTPError, httpx2.StreamError, ConfigError) as error:
             raise LostConnection(str(error)) from None

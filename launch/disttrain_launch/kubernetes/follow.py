@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 def follow(
     cluster: Cluster, kind: Kind, name: str, say: Say, emit: Callable[[Pod, str], None], *, all_pods: bool
 ) -> int:
-    """Say how the job stands whenever that changes, and give log lines to `emit`, until it ends.
+    """Report the job's state whenever that changes, and pass log lines to `emit`, until it ends.
 
     Args:
         all_pods: the logs of all pods, or of those with rank 0.
@@ -39,7 +39,7 @@ def follow(
         try:
             seen = _look(cluster, kind, name, say)
         except ConfigurationError as error:
-            say(f"{error}; the job itself is not affected. `disttrain k8s status {name}` tells how it stands")
+            say(f"{error}; the job itself is not affected. `disttrain k8s status {name}` shows its state")
             return ExitCode.FAILURE
         if seen is None:
             logs.finish()
@@ -69,7 +69,7 @@ def follow(
 
 
 def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
-    """Ask the job to save and stop, wait until its pods have ended, and say whether that is safe; whether it is."""
+    """Ask the job to save and stop, wait until its pods have ended, and report whether that is safe; whether it is."""
     from disttrain.recipe import DisttrainError
 
     name = job["metadata"]["name"]
@@ -85,17 +85,17 @@ def stop(cluster: Cluster, kind: Kind, job: Manifest, say: Say) -> bool:
     try:
         codes = _watched_to_the_end(cluster, labels, version, live, say)
     except DisttrainError as error:
-        say(f"{error}; the job was asked, but how it ends is not seen: `disttrain k8s status {name}` tells")
+        say(f"{error}; the job was asked, but its end cannot be seen from here: see `disttrain k8s status {name}`")
         return False
     ends = [codes.get(pod_name) for pod_name in firsts]
     if ends and all(code is not None and ExitCode.is_safe(code) for code in ends):
-        say(f"safe: the checkpoint is saved. `disttrain k8s submit` with the same arguments goes on; "
+        say(f"safe: the checkpoint is saved. `disttrain k8s submit` with the same arguments resumes it; "
             f"`disttrain k8s stop {name} --now` removes the job")  # fmt: skip
         return True
     if not ends or None in ends:
         say("the pods are gone, but how node 0 ended was not seen: look at the run's newest checkpoint")
     else:
-        say("NOT saved: node 0 did not end by saving; the run goes on from an earlier checkpoint")
+        say("NOT saved: node 0 did not end by saving; the run resumes from an earlier checkpoint")
     return False
 
 
@@ -127,7 +127,7 @@ def _live(manifests: list[Manifest]) -> dict[str, Pod]:
 
 
 def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, list[Pod]] | None:
-    """The job and its pods; None once it is gone. A cluster that cannot be reached is asked again.
+    """The job and its pods; None once it is gone. A cluster that cannot be reached is retried.
 
     Raises ConfigurationError if it refuses, after reading the kubeconfig anew: a token may have expired.
     """
@@ -149,7 +149,7 @@ def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, 
             logged_in = True
         except DisttrainError as error:
             if not complained:
-                say(f"{error}; trying again")
+                say(f"{error}; retrying")
                 complained = True
             time.sleep(_POLL_S)
 

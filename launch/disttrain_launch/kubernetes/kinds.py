@@ -9,7 +9,7 @@ from typing import Any
 from disttrain_launch.kubernetes.places import Kind
 from disttrain_launch.kubernetes.spec import JobRequest, Manifest
 
-# What numbers the pods from 0.
+# The label that numbers the pods from 0.
 RANK_VARIABLE: dict[Kind, str] = {
     "job": "JOB_COMPLETION_INDEX",
     "jobset": "JOB_COMPLETION_INDEX",
@@ -102,7 +102,7 @@ def _trainjob(job: Manifest, request: JobRequest) -> list[Manifest]:
             },
         }
     }
-    runtime["metadata"]["labels"] = request.labels  # the queue is the job's affair
+    runtime["metadata"]["labels"] = request.labels  # the queue is the job's business
     reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": request.name}
     spec = {
         "suspend": job["spec"]["suspend"],
@@ -113,7 +113,7 @@ def _trainjob(job: Manifest, request: JobRequest) -> list[Manifest]:
 
 
 def _pytorchjob(job: Manifest, request: JobRequest) -> Manifest:
-    """Its policies know no exit codes above each other: any failure is tried again, `backoffLimit` times."""
+    """Its policies do not distinguish exit codes: any failure is retried, `backoffLimit` times."""
     template = job["spec"]["template"]
     template["spec"].pop("restartPolicy")
     # Its controller finds the container by this name.

@@ -15,7 +15,7 @@ def lines_of(cluster: Cluster, pod: str, has_ended: Callable[[], bool], stopped:
     """Each line of the pod's log once, in order, until the pod has ended and all is read.
 
     After a lost connection the log is read from its beginning (a kubelet keeps 10 MiB by default) and what was seen is
-    passed over, by its position while the log begins as it did, by its time once a kubelet has rotated it: clocks of
+    skipped, by its position while the log begins as it did, by its time once a kubelet has rotated it: clocks of
     this machine play no part, so nothing is lost or repeated.
     """
     num_seen, first, newest, rotated = 0, "", "", False
@@ -52,7 +52,7 @@ class LogFollower:
         self._stopped = threading.Event()
 
     def update(self, pods: list[Pod]) -> None:
-        """Follow pods that have come; know which have ended or gone."""
+        """Follow pods that have appeared; note which have ended or gone."""
         self._ended |= {pod.name for pod in pods if pod.phase == "ended"}
         self._ended |= set(self._threads) - {pod.name for pod in pods}
         for pod in pods:

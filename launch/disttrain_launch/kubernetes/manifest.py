@@ -130,7 +130,7 @@ def _set_container(container: dict[str, Any], request: JobRequest) -> None:
 
 def _arguments(request: JobRequest) -> list[str]:
     fewest, most = request.nodes
-    # Overrides come with the recipe they change, and nobody takes a value that begins with a dash for an option.
+    # Overrides come with the recipe they change, and a value that begins with a dash is never taken for an option.
     changes = [f"--override={_literal(override)}" for override in request.recipe.overrides]
     return [
         "node",

@@ -40,7 +40,9 @@ def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ..
 
 _OPTIONS = (
     click.option("--image", default="", help="The image that has disttrain and your code; k8s/Dockerfile makes one."),
-    click.option("--kind", type=click.Choice(KINDS), default="job", show_default=True, help="What to make of it."),
+    click.option(
+        "--kind", type=click.Choice(KINDS), default="job", show_default=True, help="The kind of object to create."
+    ),
     click.option("--name", help="The job's name (default: the recipe's)."),
     click.option("--namespace", help="The namespace (default: that of the current context)."),
     click.option("--nodes", default="1", show_default=True, metavar="N|MIN:MAX", callback=_nodes, help="Pods."),
@@ -53,16 +55,16 @@ _OPTIONS = (
         "--rdma", multiple=True, metavar="RESOURCE=N", callback=_pairs, help="RDMA devices, as in rdma/hca=1."
     ),
     click.option("--run-dir", help=f"A folder in {RUNS}, or a URL such as s3://bucket/run (default: {RUNS}/NAME)."),
-    click.option("--claim", help="A PersistentVolumeClaim that exists, for runs (default: make 'disttrain-runs')."),
-    click.option("--claim-size", default="50Gi", show_default=True, help="Size of the claim that is made."),
+    click.option("--claim", help="An existing PersistentVolumeClaim for runs (default: create 'disttrain-runs')."),
+    click.option("--claim-size", default="50Gi", show_default=True, help="Size of the claim that is created."),
     click.option(
         "--access-mode",
         type=click.Choice(["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]),
         default="ReadWriteMany",
         show_default=True,
-        help="Mode of the claim that is made.",
+        help="Mode of the claim that is created.",
     ),
-    click.option("--storage-class", help="Class of the claim that is made (default: the cluster's)."),
+    click.option("--storage-class", help="Class of the claim that is created (default: the cluster's)."),
     click.option("--queue", help="The Kueue LocalQueue that starts the job when there is room."),
     click.option("--secret", "secrets", multiple=True, help="A Secret whose keys become variables: MLflow, S3, …"),
     click.option(
@@ -76,7 +78,9 @@ _OPTIONS = (
         show_default=True,
         help="Pods on many machines, all on one, or wherever there is room.",
     ),
-    click.option("--topology-key", default="kubernetes.io/hostname", show_default=True, help="What spread goes by."),
+    click.option(
+        "--topology-key", default="kubernetes.io/hostname", show_default=True, help="What pods are spread over."
+    ),
     click.option(
         "--max-restarts",
         type=click.IntRange(0, 1000),

@@ -23,7 +23,7 @@ _NEEDED = (
 
 
 def permissions(context: str | None, namespace: str | None) -> list[dict[str, Any]]:
-    """For each command whether it has what it needs, as `disttrain doctor` tells: name, status, detail, remedy."""
+    """For each command whether it has what it needs, as `disttrain doctor` reports: name, status, detail, remedy."""
     from disttrain.recipe import DisttrainError
     from disttrain_launch.kubernetes.client import Cluster
 
@@ -49,6 +49,7 @@ def _found(cluster: Cluster, command: str) -> dict[str, Any]:
             "name": f"k8s-{command}",
             "status": "failure",
             "detail": f"in {place} you may not {', '.join(missing)}",
-            "remedy": f"`disttrain k8s {command}` needs that: ask whoever runs the cluster for a Role that allows it.",
+            "remedy": f"`disttrain k8s {command}` needs that: ask the cluster's administrator for a Role that allows "
+            "it.",
         }
     return {"name": f"k8s-{command}", "status": "ok", "detail": f"allowed in {place}", "remedy": ""}

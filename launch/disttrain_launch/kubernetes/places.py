@@ -1,4 +1,4 @@
-"""Names that all of this package share; `--help` needs no more of it."""
+"""Names that all of this package shares; `--help` needs no more of it."""
 
 from __future__ import annotations
 

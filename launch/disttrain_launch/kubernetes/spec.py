@@ -67,7 +67,7 @@ class JobRequest:
     """A training job on a cluster.
 
     Args:
-        nodes: the fewest and the most pods that train together.
+        nodes: the minimum and maximum number of pods that train together.
         placement: "spread" over machines, "one-host" for all on one, "any".
         stop_grace_s, grace_period_s: seconds for a checkpoint after SIGTERM, and until SIGKILL.
         ttl_s: seconds for which a finished job stays, with its logs.

@@ -1,4 +1,4 @@
-"""What a cluster's objects say, in words."""
+"""The state of a cluster's objects, in words."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ def submit(cluster: Cluster, manifests: list[Manifest]) -> None:
     for manifest in manifests[:-1]:
         if manifest["kind"] not in _OUTLIVES_THE_JOB:
             owned = copy.deepcopy(manifest)
-            owned["metadata"]["ownerReferences"] = [owner]  # they go with the job, whoever deletes it
+            owned["metadata"]["ownerReferences"] = [owner]  # they are deleted with the job, however that happens
             cluster.apply(owned)
 
 
 def refuse_what_does_not_fit(cluster: Cluster, request: JobRequest, manifests: list[Manifest]) -> None:
-    """Look at what the cluster has already. Raises ConfigurationError, a line for each mistake."""
+    """Check what the cluster has already. Raises ConfigurationError, a line for each mistake."""
     from disttrain.recipe import ConfigurationError
 
     lines = [*_claim(cluster, request), *_strangers(cluster, request, manifests), *_ended(cluster, request)]
@@ -41,7 +41,7 @@ def refuse_what_does_not_fit(cluster: Cluster, request: JobRequest, manifests: l
 
 
 def go_on(cluster: Cluster, job: Manifest) -> None:
-    """A job that is there and in a queue is Kueue's to start: leave its suspension alone, and ask for it again."""
+    """An existing job in a queue is Kueue's to start: leave its suspension alone, and request it again."""
     kind = next(kind for kind, api in APIS.items() if api.kind == job["kind"])
     there = cluster.get(APIS[kind], job["metadata"]["name"])
     if there is not None and is_queued(there):
@@ -104,15 +104,15 @@ def _strangers(cluster: Cluster, request: JobRequest, manifests: list[Manifest])
         name = manifest["metadata"]["name"]
         found = cluster.get(PARTS[manifest["kind"]], name)
         if found is not None and not is_ours(found, request.name):
-            yield f"--name {request.name}: {manifest['kind']} {name} is there and not disttrain's; give another name"
+            yield f"--name {request.name}: {manifest['kind']} {name} exists and is not disttrain's; give another name"
 
 
 def _ended(cluster: Cluster, request: JobRequest) -> Iterator[str]:
     job = cluster.get(APIS[request.kind], request.name)
     if job is not None and is_ours(job, request.name) and finished(job):
         yield (
-            f"--name {request.name}: such a job has ended; remove it by `disttrain k8s stop {request.name} --now` (its "
-            "run stays, and goes on from its checkpoint), or give another name"
+            f"--name {request.name}: such a job has ended; remove it with `disttrain k8s stop {request.name} --now` "
+            "(its run stays, and resumes from its checkpoint), or give another name"
         )
 
 
@@ -135,5 +135,5 @@ def delete(cluster: Cluster, kind: Kind, name: str) -> None:
     parts = ("Service", "ConfigMap", "NetworkPolicy", *(["TrainingRuntime"] if kind == "trainjob" else []))
     for part in parts:
         found = cluster.get(PARTS[part], name)
-        if found is not None and is_ours(found, name):  # of `kubectl apply`, which knows no owners
+        if found is not None and is_ours(found, name):  # of `kubectl apply`, which sets no owners
             cluster.delete(PARTS[part], name)

@@ -30,7 +30,7 @@ class WorkerGroup:
         size: how many workers.
         log_dir: where workers other than rank 0 write what they would print; None: only shown if they die of it.
         grace_s: seconds between SIGTERM and SIGKILL, when one worker's failure ends the others.
-        options: what the launcher was told, as a shell takes it, for the command that workers name to resume the run.
+        options: the launcher's own options, as a shell takes them, for the command that resumes the run.
     """
 
     arguments: tuple[str, ...]
@@ -40,7 +40,7 @@ class WorkerGroup:
     options: str = ""
 
     def log(self, rank: int) -> Path | None:
-        """The file with what a worker prints, if it has one; rank 0 speaks to the user."""
+        """The file with what a worker prints, if it has one; rank 0 prints to the user."""
         return self.log_dir / log_name(rank) if self.log_dir is not None and rank > 0 else None
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
@@ -60,7 +60,7 @@ class WorkerGroup:
         return "\n".join(lines)
 
     def variables(self, rank: int, port: str) -> dict[str, str]:
-        """What is set for a worker; where it is no part of the contract, what the user has set stands."""
+        """What is set for a worker; where it is not part of the contract, the user's setting wins."""
         defaults = {
             "OMP_NUM_THREADS": str(max(1, usable_cores() // self.size)),
             "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log

@@ -1,4 +1,4 @@
-"""One worker process, from its start to the account of its end."""
+"""One worker process, from its start to the record of its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Worker:
         self.was_killed = False
         self._group, self.rank = group, rank
         self._asked_to_end = False
-        # Files without a name vanish with their last user: nobody has to remove them, however this process dies.
+        # Files without a name vanish with their last user: they need not be removed, however this process dies.
         self._report = _memory_file()
         self._output = self._open_output()
         report = self._report.fileno()
@@ -46,7 +46,7 @@ class Worker:
         return self._process.pid
 
     def has_ended(self) -> bool:
-        """Whether it has ended. The first time it has, `ending` says how."""
+        """Whether it has ended. The first time it has, `ending` is set."""
         if self.ending is None and self._process.poll() is not None:
             code, content = self._process.returncode, content_of(self._report)
             report = Report.of(content)

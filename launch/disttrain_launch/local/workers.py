@@ -21,16 +21,16 @@ from disttrain_launch.messages import complain, say
 from disttrain_launch.outcome import Outcome, settle
 from disttrain_launch.restarts import Restarts
 
-# A rank that can say why it gives up is seldom the only one, and may not be the first: the others have this long to
-# say what happened to them.
+# A rank that can report why it gives up is seldom the only one, and may not be the first: the others have this long
+# to report what happened to them.
 _TO_REPORT_S = 2.0
 _NEVER = float("inf")
 
 
 def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoReturn:
-    """Run the group to its end, say what went wrong if something did, and exit with the workers' own code.
+    """Run the group to its end, report what went wrong if something did, and exit with the workers' own code.
 
-    After a failure that is worth a retry it is started again, as `restarts` allow.
+    After a failure that is worth a retry it is restarted, as `restarts` allow.
     """
     restarts = restarts or Restarts()
     with _signals() as signals:
@@ -55,8 +55,8 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoRetur
 def _signals() -> Iterator[int]:
     """A file descriptor that gives the number of each signal received.
 
-    Under `nohup`, SIGHUP stays ignored. SIGINT does not, although shells have background jobs ignore it: whoever sends
-    it to a training job wants it to stop, and nothing is lost.
+    Under `nohup`, SIGHUP stays ignored. SIGINT does not, although shells have background jobs ignore it: a user who
+    sends it to a training job wants it to stop, and nothing is lost.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -122,7 +122,7 @@ class _Watch:
 
     @property
     def was_asked_to_stop(self) -> bool:
-        """Whether somebody asked the launcher to stop."""
+        """Whether the launcher was asked to stop."""
         return self._stop_requested_at is not None
 
     def _end_after_a_failure(self, running: list[Worker]) -> None:
@@ -148,7 +148,7 @@ class _Watch:
     def _is_second_request(self, number: int) -> bool:
         now = time.monotonic()
         if number == signal.SIGHUP and self.was_asked_to_stop:
-            return False  # a terminal that closes sends more than one, and nobody is there who means "at once"
+            return False  # a terminal that closes sends more than one, and no user is left to mean "at once"
         if self._stop_requested_at is None:
             self._stop_requested_at = now
             complain(asking(number))

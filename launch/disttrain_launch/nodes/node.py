@@ -23,14 +23,14 @@ class Node:
 
     Args:
         arguments: what follows the interpreter on each worker's command line.
-        nodes: the least and the greatest number of machines.
+        nodes: the minimum and maximum number of machines.
         host, port: where they meet.
         workers: how many workers this one runs.
         run_dir: where the run lives.
-        serves: whether the store of the rendezvous is on this machine; None where that cannot be told.
+        serves: whether the store of the rendezvous is on this machine; None where that is unknown.
         address: by which the others reach this one.
-        max_restarts: how often the workers are started again after failures.
-        job_id: the same on all machines; jobs that share a store are told apart by it.
+        max_restarts: how often the workers are restarted after failures.
+        job_id: the same on all machines; it distinguishes jobs that share a store.
         grace_s: how long workers that are asked to stop may take to save.
         recipe, overrides: what is trained, by which a node knows whether a run that is finished has more to do.
     """
@@ -69,7 +69,7 @@ class Node:
         ]  # fmt: skip
 
     def variables(self) -> dict[str, str]:
-        """What is set in its environment; what the user has set stands, but for who started the workers."""
+        """What is set in its environment; the user's settings win, but for what started the workers."""
         defaults = {
             "OMP_NUM_THREADS": str(max(1, usable_cores() // self.workers)),
             "PYTHONFAULTHANDLER": "1",
@@ -91,7 +91,7 @@ class Node:
         return " ".join(["env", *variables, shlex.join(self.command())])
 
     def become(self) -> None:
-        """Replace this process by the agent: one process, so signals and its exit code need no messenger."""
+        """Replace this process by the agent: one process, so signals and its exit code need no forwarding."""
         sys.stdout.flush()
         sys.stderr.flush()
         command = self.command()
@@ -99,7 +99,7 @@ class Node:
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
-    """(least, greatest) of "N" or "MIN:MAX". Raises ValueError that says what is wrong."""
+    """(minimum, maximum) of "N" or "MIN:MAX". Raises ValueError with what is wrong."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a valid number of nodes; give N, or MIN:MAX")
@@ -110,7 +110,7 @@ def parse_nodes(text: str) -> tuple[int, int]:
 
 
 def parse_rendezvous(text: str) -> tuple[str, int]:
-    """(host, port) of "HOST[:PORT]". Raises ValueError that says what is wrong."""
+    """(host, port) of "HOST[:PORT]". Raises ValueError with what is wrong."""
     match = re.fullmatch(r"\[(?P<v6>[0-9a-fA-F:.]+)\](?::(?P<p6>\d+))?|(?P<host>[^:\s/]+)(?::(?P<port>\d+))?", text)
     if match is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A training run that is killed on purpose, again and again, and started again each time."""
+"""A training run that is killed on purpose, again and again, and restarted each time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Start:
 
 @dataclass
 class Story:
-    """What a run went through: its starts, how often it was killed, and how many steps had to be made again."""
+    """What a run went through: its starts, how often it was killed, and how many steps had to be repeated."""
 
     starts: list[Start] = field(default_factory=list)
     kills: int = 0
@@ -115,7 +115,7 @@ class DisturbedRun:
         return [(row["time"], row["step"]) for row in rows]
 
     def newest_step(self) -> int:
-        """The newest step in the journal; steps that are made again do not show."""
+        """The newest step in the journal; repeated steps do not show."""
         rows = self.steps()
         return rows[-1][1] if rows else 0
 
@@ -202,7 +202,7 @@ def disturb(run: DisturbedRun, first: int, sizes: Sequence[int], kills: int, num
         run: not started yet.
         first: how many workers it starts with.
         sizes: what it may resume with.
-        kills: how many; fewer if the run comes to its end under the killer's hands.
+        kills: how many; fewer if the run ends before.
         num_steps: how many the whole run has.
         pace: that of an undisturbed run.
 

@@ -1,4 +1,4 @@
-"""The proof that a recipe gives the same bits: one undisturbed run, disturbed ones, and where they part if they do."""
+"""The proof that a recipe gives the same bits: one undisturbed run, disturbed ones, and where they diverge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from disttrain_launch.prove.report import counted
 
 
 class Proof:
-    """Runs in `folder`, with the `arguments` of `disttrain train`; `say` is told what goes on."""
+    """Runs in `folder`, with the `arguments` of `disttrain train`; `say` gets the progress."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Proof:
         return report
 
     def _first_difference(self) -> dict[str, Any] | None:
-        """Where a run first parts from the reference: to the step if training on from the last common checkpoint tells.
+        """Where a run first diverges from the reference: the very step, if retraining from a common checkpoint shows it.
 
         `step` and `tensor` are the first that differ, `same_until` the last step known to be the same.
         """
@@ -118,7 +118,7 @@ class Proof:
         return {**found, "metric": None}
 
     def _replayed(self, run_dir: Path, workers: int, begin: int, end: int) -> dict[str, Any] | None:
-        """The first tensor that differs when both train from step `begin` to `end` once more, saving at every step."""
+        """The first tensor that differs when both train from step `begin` to `end` again, saving at every step."""
         copies = []
         for source, count in ((self._reference, self._workers[0]), (run_dir, workers)):
             copy = source.with_name(f"{source.name}-again")

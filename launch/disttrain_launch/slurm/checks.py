@@ -1,4 +1,4 @@
-"""What a job must be before Slurm hears of it."""
+"""What a job must be before it is sent to Slurm."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ class SlurmJob:
 
     Args:
         name: of the job.
-        recipe: a shipped recipe's name, or a path that every node can read; None goes on with the run in `run_dir`.
+        recipe: a shipped recipe's name, or a path that every node can read; None resumes the run in `run_dir`.
         overrides: as in `-o KEY=VALUE`.
         run_dir: where the run lives, or with a sweep the runs.
         nodes: how many.
         workers: per node, as in `-n`.
-        directives: what `#SBATCH` lines say besides, in their order: ("time", "4:00:00").
+        directives: further `#SBATCH` lines, in their order: ("time", "4:00:00").
         warn_s: how long before the time limit the job is asked to save.
         grace_s: how long saving may take; less than `warn_s`.
         max_restarts: as in `--max-restarts`.
@@ -109,7 +109,7 @@ class SlurmJob:
             "# Slurm warns this script alone; srun hands the signal on to `disttrain node`: all workers save and stop.",
             "warned= again=",
             "trap 'warned=yes again=yes; kill -USR1 \"$step\" 2>/dev/null' USR1",
-            "# Each task must find out its own number: so the shell that expands it is the task's.",
+            "# Each task needs its own number, so the shell that expands it is the task's.",
             'srun --kill-on-bad-exit=0 bash -c \'exec "$@" --node-rank "$SLURM_NODEID"\' bash "${node[@]}" &',
             "step=$!",
             "# A signal ends `wait` before the step has ended.",

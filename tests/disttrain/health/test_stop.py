@@ -138,7 +138,7 @@ def test_the_command_waits_until_the_run_has_stopped(tmp_path: Path) -> None:
     assert done.stdout == f"{run_dir} has stopped; its newest checkpoint is {newest}\n"
     again = stop(str(run_dir))
     assert again.returncode == 2
-    assert again.stderr == f"disttrain: nothing trains in {run_dir}: there is nothing to stop.\n"
+    assert again.stderr == f"disttrain: nothing is training in {run_dir}: there is nothing to stop.\n"
     assert not (run_dir / "stop").exists()
 
 

@@ -53,7 +53,7 @@ def test_a_job_from_submit_to_its_end(desk: Desk) -> None:
     assert "has ended already" in desk.run("stop", "digits").stdout
     again = desk.run("submit", "digits", "--image", "disttrain:test", "--nodes", "2")
     assert again.exit_code == 78
-    assert "such a job has ended; remove it by `disttrain k8s stop digits --now`" in again.stderr
+    assert "such a job has ended; remove it with `disttrain k8s stop digits --now`" in again.stderr
 
 
 def test_it_is_tried_dry_then_made_by_server_side_apply_and_belongs_to_the_job(desk: Desk) -> None:
@@ -89,7 +89,7 @@ def test_a_cluster_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch
     assert (result.exit_code, result.stderr.count("\n")) == (78, 1)
     assert "Context 'other' not found" in result.stderr
     monkeypatch.setenv("KUBECONFIG", "nowhere.yaml")
-    assert "no cluster to talk to" in desk.run("list").stderr
+    assert "no cluster to connect to" in desk.run("list").stderr
     config = desk.cluster.kubeconfig
     config.write_text(config.read_text().replace("http://127.0.0.1", "http://127.0.0.2"))
     monkeypatch.setenv("KUBECONFIG", str(config))
@@ -121,7 +121,7 @@ def test_what_is_there_is_looked_at_before_anything_is_sent(desk: Desk) -> None:
     assert result.stderr.startswith("disttrain: --claim once: its mode is ReadWriteOnce: 2 nodes need ReadWriteMany")
     store.put("services", {"metadata": {"name": "digits"}, "spec": {}})
     result = desk.run("submit", "digits", "--image", "disttrain:test")
-    assert "Service digits is there and not disttrain's; give another name" in result.stderr
+    assert "Service digits exists and is not disttrain's; give another name" in result.stderr
     assert not store.of("jobs")
 
 
@@ -258,7 +258,7 @@ def test_ctrl_c_detaches(desk: Desk) -> None:
         user.send_signal(signal.SIGINT)
         rest, _ = user.communicate(timeout=240)
     assert seen[0] == "job digits is submitted to namespace default\n"
-    assert "disttrain: detached; the job goes on." in rest
+    assert "disttrain: detached; the job continues." in rest
     assert user.returncode == 0
     assert desk.num_running() == 1
 

@@ -154,7 +154,7 @@ def test_a_job_is_submitted_and_slurms_complaint_is_shown(tmp_path: Path) -> Non
     assert (tmp_path / "script").read_text() == slurm.disttrain("submit", "digits", "--dry-run").stdout
     refused = slurm.disttrain("submit", "digits", "--partition", "full")
     assert refused.returncode == 78
-    assert refused.stderr.startswith("disttrain: Slurm does not take the job: sbatch: error: ")
+    assert refused.stderr.startswith("disttrain: Slurm refused the job: sbatch: error: ")
     assert "Invalid partition name specified" in refused.stderr
     slurm.environment["PATH"] = "/nowhere"
     missing = slurm.disttrain("submit", "digits")

@@ -29,13 +29,13 @@ node=(
 # Slurm warns this script alone; srun hands the signal on to `disttrain node`: all workers save and stop.
 warned= again=
 trap 'warned=yes again=yes; kill -USR1 "$step" 2>/dev/null' USR1
-# Each task must find out its own number: so the shell that expands it is the task's.
+# Each task needs its own number, so the shell that expands it is the task's.
 srun --kill-on-bad-exit=0 bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' bash "${node[@]}" &
 step=$!
 # A signal ends `wait` before the step has ended.
 while wait "$step"; code=$?; [ "$code" -gt 128 ] && [ -n "$again" ]; do again=; done
 
-# 75: stopped, and saved. Requeued only if it was the time limit: a job that somebody cancels stays away.
+# 75: stopped, and saved. Requeued only if it was the time limit: a job that is cancelled stays away.
 if [ "$code" -eq 75 ] && [ -n "$warned" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
