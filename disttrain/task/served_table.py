@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ class ServedTable(nn.Module):
 
     def __init__(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32)
+        self.model = model
         columns = columns_from_json(facts["columns"])
         numbers = [(place, column) for place, column in enumerate(columns) if isinstance(column, Number)]
         self.categories = [

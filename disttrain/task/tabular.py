@@ -113,6 +113,14 @@ class Tabular(Task):
         """From raw rows, one number for each column, to quantities or probabilities: see ServedTable."""
         return ServedTable(model, self.facts).eval(), (example_rows(self.facts),)
 
+    def export_notes(self) -> dict[str, Any]:
+        """What the numbers of a row are, in their order, with the categories that they may number, and the answer."""
+        columns = [
+            {key: column[key] for key in ("name", "categories") if key in column} for column in self.facts["columns"]
+        ]
+        classes = {} if self.labels is None else {"classes": list(self.labels.classes)}
+        return {"columns": columns, "target": self.facts["target"], **classes}
+
     def describe(self) -> dict[str, Any]:
         """What is predicted."""
         return {"name": "tabular", "kind": self.facts["kind"], "target": self.facts["target"]}

@@ -103,11 +103,19 @@ def _conclude(
     console.line(f"done in {seconds:.1f} s: {job.task.headline(job.evaluation(), {})}")
     console.line(f"run         {address}")
     console.line(f"checkpoint  {address}/{CHECKPOINTS}/{checkpoint_name(job.step)}")
-    best = checkpoint_name(job.early_stopping.step)
-    if 0 < job.early_stopping.step < job.step and (run_dir / CHECKPOINTS / best).is_dir():
-        value = f"{job.best.metric} {job.early_stopping.value:.6g}"
-        console.line(f"best        {address}/{CHECKPOINTS}/{best} ({value})")
+    _name_the_best(job, run_dir, address, console)
     if tracker.uri is not None:
         run = load_state(run_dir)
         for label, text in zip(("MLflow", ""), how_to_open(tracker.uri, run.experiment_id, run.run_id), strict=False):
             console.line(f"{label:<10}  {text}")
+
+
+def _name_the_best(job: Job, run_dir: Path, address: str, console: Console) -> None:
+    """Print which checkpoint is the best, unless it is the last."""
+    found, name = job.early_stopping, checkpoint_name(job.early_stopping.step)
+    if found.value is None or not 0 < found.step < job.step or not (run_dir / CHECKPOINTS / name).is_dir():
+        return
+    # The last evaluation need not be one that early stopping looked at.
+    scores = [job.best.score(metrics) for metrics in (job.evaluation(), {job.best.metric: found.value})]
+    if scores[0] is None or scores[1] is None or scores[0] < scores[1]:
+        console.line(f"best        {address}/{CHECKPOINTS}/{name} ({job.best.metric} {found.value:.6g})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.models.mlp import Mlp
 from disttrain.recipe import DataRecipe
 from disttrain.task.tabular import Tabular
+from disttrain.tracking.export import DESCRIPTION_FILE, EXPORT_FILE, export_model
 
 
 def people(kind: str) -> SampleSets:
@@ -128,8 +130,11 @@ def test_the_exported_program_takes_raw_rows_and_gives_what_predict_gives(tmp_pa
     torch.manual_seed(0)
     model = Mlp(arguments["num_features"], arguments["num_outputs"], widths=(8,)).eval().requires_grad_(False)
 
-    served, (example,) = task.export(model)
-    program = torch.export.export(served, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    assert export_model(tmp_path / "model", model, task.export, task.export_notes()) is None
+    program = torch.export.load(tmp_path / "model" / EXPORT_FILE).module()
+    described = json.loads((tmp_path / "model" / DESCRIPTION_FILE).read_text())
+    assert described["columns"][:2] == [{"name": "word", "categories": ["a", "b", "c"]}, {"name": "same"}]
+    assert described["inputs"] == [{"shape": [-1, 4], "dtype": "float64"}]
     (tmp_path / "new.csv").write_text("number,code,word,same\n?,8,b,2\n5,1,zebra,1\n-1,9,c,1\n")
     features = torch.stack(task.read(str(tmp_path / "new.csv")))
     raw = torch.tensor([[1, 2, math.nan, 1], [9, 1, 5, -1], [2, 1, -1, 2]], dtype=torch.float64)
