@@ -35,7 +35,7 @@ def worker(command: click.Command) -> int:
     launcher is ours, which shows the first failing worker's. Only an unexpected one comes with a traceback. That the
     command reached its end is written there, too: a user's code may end the process with 0 in the middle.
     """
-    from disttrain.recipe.home import home_folder  # not above: whoever asks for `--help` need not wait for pydantic
+    from disttrain.recipe.home import home_folder  # not above: `--help` need not wait for pydantic
 
     have_standard_streams()
     end_with_launcher()

@@ -48,7 +48,7 @@ def _needed_by_overrides(ctx: click.Context, _parameter: click.Parameter, value:
     default="runs",
     show_default=True,
     metavar="DIR|URL",
-    help="The folder, or the URL, in which runs are to live; what the check makes there it removes.",
+    help="The folder, or the URL, in which runs are to live; what the check creates there is removed.",
 )
 @click.option(
     "--rendezvous",
@@ -64,7 +64,7 @@ def _needed_by_overrides(ctx: click.Context, _parameter: click.Parameter, value:
     show_default=True,
     help="Seconds after which a check without an answer counts as a failure.",
 )
-@click.option("--kubernetes", is_flag=True, help="Ask the cluster, too, whether it allows what `disttrain k8s` does.")
+@click.option("--kubernetes", is_flag=True, help="Check, too, whether the cluster allows what `disttrain k8s` does.")
 @click.option("--context", help="Of the kubeconfig, for --kubernetes.")
 @click.option("--namespace", help="For --kubernetes.")
 @click.option("--found", metavar="JSON", default="[]", hidden=True, help="Findings of the launcher's own.")

@@ -1,4 +1,4 @@
-"""Data sets, who gets which sample when, and batches."""
+"""Data sets, which rank gets which sample when, and batches."""
 
 from disttrain.data.augment import crop, cutout, flip
 from disttrain.data.batching import Batching, Fetched

@@ -1,4 +1,4 @@
-"""What a task says of batches, and how a split's samples become one."""
+"""What a task decides about batches, and how a split's samples become one."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class SampleSource:
 
 
 def checked_weight(weight: Any, what: str) -> int:
-    """The weight as an int. Raises ConfigurationError, which says `what` returned it, if it is no whole number >= 0."""
+    """The weight as an int. Raises ConfigurationError, naming `what` returned it, unless it is whole and >= 0."""
     try:
         number = operator.index(weight)  # a tensor of one integer counts as one, too
     except (TypeError, ValueError):

@@ -117,7 +117,7 @@ Split: TypeAlias = MemorySplit | StreamSplit
 
 @dataclass(frozen=True)
 class SplitOutline:
-    """Everything about a training set of images but its samples: what a checkpoint says of it. See StreamSplit."""
+    """Everything about a training set of images but its samples: what a checkpoint holds of it. See StreamSplit."""
 
     classes: tuple[str, ...]
     sample_shape: tuple[int, int, int]
@@ -131,7 +131,7 @@ class SampleSet:
     """A split whose samples are whatever its task's `collate` takes.
 
     `dataset` is a map-style data set of them with a length, `name` what messages call it. `facts`, as JSON can hold
-    them, are what a task and a model may need to know (`vocab_size`, names of classes); a checkpoint notes them.
+    them, are what a task and a model may need to know (`vocab_size`, names of classes); a checkpoint holds them.
     `in_memory` says that a sample costs next to nothing to read, so that DataLoader workers would only be in the way.
     """
 

@@ -36,7 +36,7 @@ class Digest:
 
 @runtime_checkable
 class Digested(Protocol):
-    """A data set that knows better than by its samples what it is."""
+    """A data set that describes itself better than its samples do."""
 
     def training_digest(self) -> Digest:
         """Its digest."""
@@ -92,7 +92,7 @@ def _of_some_labels(split: StreamSplit) -> str | None:
     indices = torch.linspace(0, len(split) - 1, min(_NUM_READ, len(split))).long().tolist()
     try:
         first, again = (read_samples(split, 0, indices)[1] for _ in range(2))
-    except Exception:  # a user's code; whoever trains on the sample says what is wrong with it
+    except Exception:  # a user's code; training on the sample reports what is wrong with it
         return None
     return f"labels of {indices}:{_sha256(_bytes_of(first))}" if torch.equal(first, again) else None
 
@@ -103,7 +103,7 @@ def _of_some_samples(split: SampleSet) -> str | None:
     try:
         with generators_restored():
             first, again = ([_what_is_exact(split.dataset[index]) for index in indices] for _ in range(2))
-    except Exception:  # a user's code; whoever trains on the sample says what is wrong with it
+    except Exception:  # a user's code; training on the sample reports what is wrong with it
         return None
     digest = hashlib.sha256(repr(first).encode()).hexdigest()[:16]
     return f"samples {indices}:{digest}" if first == again else None

@@ -28,7 +28,7 @@ def load_datasets(
     """The data set that `data.dataset` names, normalised and laid out as the recipe says.
 
     `images` says whether the task takes a user's own sets for sets of images and labels; `facts` are those of the set
-    that was trained on, for whoever evaluates on another. `first` lets one worker of
+    that was trained on, for an evaluation on another. `first` lets one worker of
     each machine through its block before the others: that one downloads and converts, and the others then map what they
     find. Raises ConfigurationError, for the recipe, the data or the network.
     """

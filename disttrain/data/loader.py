@@ -186,7 +186,7 @@ class EvalLoader:
     """A split in its own order, in batches that have the same content and shape at every world size.
 
     Batch k belongs to worker k % size; the task prepares it as not for training. All workers get equally many: a number
-    of num_batches or more is an earlier batch once more, for a model with collectives of its own.
+    of num_batches or more is an earlier batch again, for a model with collectives of its own.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def beta_quantile(u: torch.Tensor, alpha: float) -> torch.Tensor:
     """The quantile `u` (B,) of the Beta(alpha, alpha) distribution, (B,) float32: so uniform numbers become shares."""
     if alpha == 1.0:
         return u
-    from scipy.special import betaincinv  # comes with scikit-learn; nobody else waits for it
+    from scipy.special import betaincinv  # comes with scikit-learn; imported only where it is used
 
     shares = betaincinv(alpha, alpha, u.double().cpu().numpy())
     return torch.from_numpy(shares).to(device=u.device, dtype=torch.float32)

@@ -18,7 +18,7 @@ from disttrain.errors import DisttrainError
 from disttrain.recipe import DataRecipe
 
 _GRACE_S = 60
-"""How long a DataLoader worker goes on after a SIGTERM: enough for the step and the checkpoint that its parent ends."""
+"""How long a DataLoader worker continues after a SIGTERM: enough for its parent's step and checkpoint."""
 
 
 class Reader(Protocol):
@@ -173,7 +173,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; readers go on until their parent has saved."""
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; readers continue until their parent has saved."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # Not ignored: it is also how a parent that fails gets rid of its workers, and it waits until they are gone.
@@ -185,7 +185,7 @@ def _dismiss(loader: DataLoader[Any] | None) -> None:
     """Let the workers of a loader go by their own door.
 
     DataLoader does so when it is collected, but where an error's traceback kept it alive that is too late: its queues
-    may be gone, or `multiprocessing` has sent SIGTERM, and it waits in vain.
+    may be gone, or `multiprocessing` has sent SIGTERM, and it waits for nothing.
     """
     iterator = getattr(loader, "_iterator", None)
     if loader is not None and iterator is not None:

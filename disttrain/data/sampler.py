@@ -12,7 +12,7 @@ from disttrain import rng
 
 
 class StepSampler(DistributedSampler[int]):
-    """A DistributedSampler that pads nothing, thinks in steps of the global batch, and starts at any of them.
+    """A DistributedSampler that pads nothing, counts in steps of the global batch, and starts at any of them.
 
     The order of an epoch's samples is a function of (seed, epoch) alone: `rng.permutation`. Step t takes the t-th slice
     of `batch_size` samples from it, the last step what is left; the workers share each slice in contiguous parts whose

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 def reserved_port() -> Iterator[int]:
     """A free TCP port that the kernel hands to nobody else while the block runs.
 
-    Rank 0 needs seconds before it listens; closing the socket at once would leave the port to whoever asks next. On
-    Linux a socket that is bound with SO_REUSEADDR and does not listen keeps the port, and lets rank 0, which sets the
-    same option, listen on it. Elsewhere the option does not allow that, so the port is only found, not kept.
+    Rank 0 needs seconds before it listens; closing the socket at once would leave the port to any process that asks
+    next. On Linux a socket that is bound with SO_REUSEADDR and does not listen keeps the port, and lets rank 0, which
+    sets the same option, listen on it. Elsewhere the option does not allow that, so the port is only found, not kept.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

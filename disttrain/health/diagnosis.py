@@ -1,4 +1,4 @@
-"""Where a step first went wrong: this worker's part of it, computed once more under observation."""
+"""Where a step first went wrong: this worker's part of it, recomputed under observation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from disttrain.task import Task
 
 _log = logging.getLogger("disttrain")
 _TUNE = "lower optim.lr, set train.clip_norm, or add schedule.warmup_steps"
-_MEND = "mend these samples, or take them out of the training set"
+_MEND = "fix these samples, or take them out of the training set"
 _MOST_NAMED = 8
 
 
@@ -26,7 +26,7 @@ _MOST_NAMED = 8
 class Finding:
     """The first thing that is not finite in a micro-batch, the `part`-th of a slice.
 
-    `samples` are those to blame, as far as that can be told, else all of the micro-batch: places in the training set.
+    `samples` are those to blame, as far as that is known, else all of the micro-batch: places in the training set.
     """
 
     slice_index: int
@@ -73,7 +73,7 @@ class Rerun:
                 if found is not None and first is None:
                     restore_buffers()
                     first = self._narrowed(found, step)
-        except Exception:  # what was found without it is still to be told
+        except Exception:  # what was found without it is still to be reported
             _log.exception("the step could not be computed again")
         finally:
             restore_buffers()
@@ -127,7 +127,7 @@ class Rerun:
                 if nan or not finite:
                     bad.append(sample)
                 has_nan = has_nan or nan
-        except Exception:  # it is of several samples at least that something is known
+        except Exception:  # at least it is known for several samples together
             _log.exception("the samples could not be looked at one by one")
             return found
         finally:

@@ -2,7 +2,7 @@
 
 Nothing travels for it while all is well. A loss that is not finite makes every gradient of its micro-batch NaN, and the
 sum over all workers keeps a NaN: so each rank sees in its own gradients whether anything, anywhere, went wrong. Only
-then do the ranks tell each other what they know.
+then do the ranks exchange what they know.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import TrainRecipe
 from disttrain.task import Task
 
-# A scale of one leaves a gradient as it is: one that is not finite then is no doing of the scaler's.
+# A scale of one leaves a gradient as it is: one that is not finite then is not the scaler's doing.
 _NO_SCALE = 1.0
 
 
@@ -44,7 +44,7 @@ class Incident:
 
 
 class Verdict(Enum):
-    """What is to become of a step, the same on every rank."""
+    """What to do with a step, the same on every rank."""
 
     STEP = auto()
     """The optimizer steps, by way of the scaler, which leaves the step out after an overflow."""
@@ -90,7 +90,7 @@ class NonFiniteGuard:
         self._buffers.take()
 
     def check(self, step: int, batch: StepBatch, losses: torch.Tensor) -> Verdict:
-        """What is to become of the step: the gradients are summed and unscaled, and not clipped yet.
+        """What to do with the step: the gradients are summed and unscaled, and not clipped yet.
 
         `step` counts the steps done before, `losses`, (num_slices,), are this rank's. Raises DivergedError, on every
         rank alike, if the recipe says that the run ends: weights and buffers are then those before the step.
@@ -117,7 +117,7 @@ class NonFiniteGuard:
         return Verdict.STEP_WITHOUT_SCALER
 
     def take_incident(self) -> Incident | None:
-        """What was not finite in the step just made, told once."""
+        """What was not finite in the step just made, returned once."""
         incident, self._incident = self._incident, None
         return incident
 
@@ -134,7 +134,7 @@ class NonFiniteGuard:
         return self._scale() > _NO_SCALE and only_gradients
 
     def _forget_overflow(self) -> None:
-        """Have the scaler go on as if the step had not been: what it found was no overflow."""
+        """Have the scaler continue as if the step had not been: what it found was not an overflow."""
         if self._scaler.is_enabled():
             self._scaler.update(self._scaler.get_scale())
 
@@ -150,18 +150,19 @@ class NonFiniteGuard:
             (finding.slice_index, finding.part, rank) for rank, finding in enumerate(by_rank) if finding is not None
         ]
         row = "" if self._policy == "stop" else f" in {self._in_a_row + 1} steps in a row (train.non_finite_limit)"
-        hint = '; train.non_finite = "skip" goes on without such steps' if self._policy == "stop" else ""
+        hint = '; train.non_finite = "skip" continues without such steps' if self._policy == "stop" else ""
         if not found:
             return (
                 f"the gradient of the global batch is not finite at step {step + 1}{row}, though each worker's own is. "
-                f"The step was not made. To go on, lower optim.lr{hint}."
+                f"The step was not made. To continue, lower optim.lr{hint}."
             )
         rank = min(found)[-1]
         first = by_rank[rank]
         comparison = f" ({first.comparison})" if first.comparison else ""
         return (
             f"{first.what} is not finite at step {step + 1}{comparison}, first on rank {rank}, in "
-            f"{listed(first.samples)} of the training set{row}. The step was not made. To go on, {first.advice}{hint}."
+            f"{listed(first.samples)} of the training set{row}. The step was not made. To continue, "
+            f"{first.advice}{hint}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a worker's main thread is, by its own account: noted by the loop, read by the watchdog's threads."""
+"""Where a worker's main thread is, as noted by the loop, read by the watchdog's threads."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Progress:
         self.ticks += 1
 
     def tick(self) -> None:
-        """Note that the stage has come forward."""
+        """Note that the stage has made progress."""
         self.ticks += 1
 
     @contextmanager
     def patiently(self, stage: str) -> Iterator[None]:
-        """A stage that may take as long as it takes; afterwards the one before goes on."""
+        """A stage that may take as long as it takes; afterwards the previous one continues."""
         before, was_patient = self.stage, self.patient
         self.at(stage, self.step, patient=True)
         try:

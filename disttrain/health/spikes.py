@@ -41,7 +41,7 @@ class SpikeGuard:
 
     @property
     def is_on(self) -> bool:
-        """Whether anybody wants to know."""
+        """Whether it is on."""
         return self.factor > 0
 
     def normal_loss(self, loss: float) -> float | None:
@@ -58,13 +58,13 @@ class SpikeGuard:
 
 
 def read_skipped(run_dir: Path) -> frozenset[int]:
-    """The steps that the run leaves out. Raises ConfigurationError if the file that says so is damaged."""
+    """The steps that the run leaves out. Raises ConfigurationError if the file that holds them is damaged."""
     path = run_dir / SPIKES
     try:
         content: Any = parse_json(read_text(path))
         steps = content["skipped_steps"]
         if not all(isinstance(step, int) and step >= 0 for step in steps):
-            raise ValueError("its steps are no whole numbers")
+            raise ValueError("its steps are not whole numbers")
     except FileNotFoundError:
         return frozenset()
     except (OSError, ValueError, KeyError, TypeError) as error:

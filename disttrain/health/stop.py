@@ -1,4 +1,4 @@
-"""Requests to stop, and a launcher that has gone."""
+"""Requests to stop, and a launcher that is gone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOOK_EVERY_S = 1.0
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop. The loop reads it and agrees with the other ranks on a step."""
+    """Whether this process was asked to stop. The loop reads it and agrees with the other ranks on a step."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -43,13 +43,13 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def words(self) -> str:
-        """Who asked, in brackets; empty if that was our launcher, which has said who asked it."""
+        """What asked, in brackets; empty if that was our launcher, which has reported what asked it."""
         if launched_by() in OUR_LAUNCHERS and self.received == "SIGTERM":
             return ""
         return f" ({self.received or 'another worker'})"
 
     def ask(self, by: str) -> None:
-        """Note a request that came by other means than a signal; saying it again means nothing."""
+        """Note a request that came by other means than a signal; repeating it changes nothing."""
         if self.received is None:
             self.received = by
 
@@ -58,8 +58,8 @@ class StopRequest:
 def stop_file(path: Path, request: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
     """Take the file `path` for a request to stop as soon as it is there, within a second or so.
 
-    It is removed when the block ends, so that the next start goes on. One that is there already was meant for a job
-    that has ended since: it is removed, and `say` is told.
+    It is removed when the block ends, so that the next start resumes. One that is there already was meant for a job
+    that has ended since: it is removed, and `say` is called.
     """
     if path.exists():
         say(f"{path} was left from before this start, and is removed")

@@ -1,12 +1,13 @@
-"""When nothing moves any more: who stands still, where, and an end to it.
+"""When nothing moves any more: which rank is stuck, where, and an end to it.
 
-Each worker has two threads. One beats: every few seconds it tells the store that all ranks reach where its main thread
-is, its stack included, so that it is known even of a process that has been stopped or whose machine is gone. The other
-judges, from what it knows, without ever waiting for the network. It strikes when no rank has made progress for
-`train.hang_timeout_s`: names who holds up the others, writes this process's stacks to its log, and ends the process.
+Each worker has two threads. One beats: every few seconds it writes to the store that all ranks reach where its main
+thread is, its stack included, so that it is known even for a process that has been stopped or whose machine is gone.
+The other judges, from what it knows, without ever waiting for the network. It strikes when no rank has made progress
+for `train.hang_timeout_s`: names the ranks that hold up the others, writes this process's stacks to its log, and ends
+the process.
 
 A main thread that holds the interpreter in C code silences both threads: then faulthandler's own timer, which the judge
-keeps winding up, writes the stacks and ends the process, while the other ranks say whose beats have stopped.
+keeps winding up, writes the stacks and ends the process, while the other ranks report whose beats have stopped.
 """
 
 from __future__ import annotations
@@ -35,20 +36,21 @@ from disttrain.layout import LOGS, log_name
 _KEY = "disttrain/beat"
 _LONGEST_INTERVAL_S = 5.0
 _STORE_TIMEOUT_S = 2.0
-# A rank whose beats have stopped for so many intervals is not heard of any more.
+# A rank whose beats have stopped for so many intervals counts as silent.
 _SILENT_INTERVALS = 3
 _LEAST_SILENCE_S = 2.0
-# faulthandler strikes so much later than the verdict, which says more, and whose thread may be late on a busy machine.
+# faulthandler strikes so much later than the verdict, which is more specific, and whose thread may be late on a busy
+# machine.
 _LEAST_MARGIN_S = 10.0
 _MOST_FRAMES = 4
-# Who is in one of these waits for the others: it does not hold them up.
+# A rank in one of these waits for the others: it does not hold them up.
 _WAITING_FILES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "disttrain/distributed/collectives.py")
 _WAITING_FUNCTIONS = ("_engine_run_backward",)  # in DDP the gradients of all meet at its end
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank tells of itself. `still_s`: seconds since it last made progress; `stack`: innermost call first."""
+    """A rank's report about itself. `still_s`: seconds since it last made progress; `stack`: innermost call first."""
 
     rank: int
     host: str
@@ -82,7 +84,7 @@ class Watchdog:
     Args:
         world: of this worker.
         progress: of its main thread, to whose thread this object must belong.
-        timeout_s: how long nobody may make progress.
+        timeout_s: how long it may take until any rank makes progress.
         log: the file that gets the stacks.
         end: called with the verdict, on a thread of the watchdog's; it should end the process.
     """
@@ -123,7 +125,7 @@ class Watchdog:
     def _beat_on(self, store: Store | None) -> None:
         while not self._closed.wait(self._interval_s):
             if store is not None:
-                with suppress(RuntimeError):  # the store's end is gone, or stands still: silence says enough
+                with suppress(RuntimeError):  # the store's end is gone, or stands still: silence is answer enough
                     self._beat(store)
 
     def _beat(self, store: Store) -> None:
@@ -133,7 +135,7 @@ class Watchdog:
         # Rank 0's is looked at all along: where it serves the store, nothing can be learned once it stands still.
         for rank in range(self._world.size if looks else 1):
             if rank != self._world.rank:
-                with suppress(RuntimeError):  # it has not beaten yet, but for what it told at the start
+                with suppress(RuntimeError):  # it has not beaten yet, but for its report at the start
                     self._hear(_decoded(store.get(f"{_KEY}/{rank}")))
 
     def _hear(self, beat: Beat) -> None:
@@ -160,7 +162,7 @@ class Watchdog:
         )
 
     def _still_s(self) -> float:
-        """How long ago the main thread made progress, as far as anybody looked."""
+        """How long ago the main thread made progress, as far as it was checked."""
         now = time.monotonic()
         if self._ticks != self._progress.ticks:
             self._ticks, self._moved_at = self._progress.ticks, now
@@ -181,13 +183,13 @@ class Watchdog:
                 return
 
     def _verdict(self, now: float) -> str | None:
-        """What holds everybody up; None as long as somebody may not be held up."""
+        """What holds all ranks up; None as long as one may not be held up."""
         beats = {heard.beat.rank: heard.beat for heard in list(self._heard.values())}
         beats[self._world.rank] = self._own_beat()
         silence_s = {heard.beat.rank: now - heard.at for heard in list(self._heard.values())}
         limit_s = max(_LEAST_SILENCE_S, _SILENT_INTERVALS * self._interval_s)
         if self._world.size > 1 and self._still_s() < self._timeout_s / 2 + limit_s + 2 * self._interval_s:
-            return None  # the others' beats have not been looked at for long enough to tell who is silent
+            return None  # the others' beats have not been looked at for long enough to know who is silent
         silent = [rank for rank, seconds in sorted(silence_s.items()) if seconds > limit_s]
         for rank, beat in beats.items():
             still_s = beat.still_s + silence_s.get(rank, 0.0)
@@ -198,7 +200,7 @@ class Watchdog:
 
 
 def _account(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mapping[int, float], own: Beat) -> str:
-    """Who holds up the others: the silent, else those who are behind, else those who do not wait for anybody."""
+    """The ranks that hold up the others: the silent, else those behind, else those that wait for none."""
     if silent:
         words = [
             f"rank {rank} on {beats[rank].host} (process {beats[rank].pid}) has not been heard of for "
@@ -230,7 +232,7 @@ def _innermost(frame: FrameType | None) -> tuple[str, ...]:
         is_ours = f"{os.sep}disttrain{os.sep}" in path or f"{os.sep}torch{os.sep}" in path or path.startswith("<")
         (others if is_ours else users).append(f"{path}:{frame.f_lineno} in {name}")
         frame = frame.f_back
-    # What runs the worker (runpy, click) is no user's code, and stands at the outer end.
+    # What runs the worker (runpy, click) is not the user's code, and stands at the outer end.
     users = [line for line in users if f"{os.sep}click{os.sep}" not in line and "runpy" not in line]
     return tuple([*users, *others][:_MOST_FRAMES])
 

@@ -1,4 +1,4 @@
-"""A model's buffers: kept as they are while somebody else uses the model."""
+"""A model's buffers: kept as they are while other code uses the model."""
 
 from __future__ import annotations
 
@@ -102,5 +102,5 @@ class BufferCopies:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether every number in a dense tensor is finite; any type will do."""
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # float8 knows no questions
+        tensor = tensor.float()  # float8 has no comparisons
     return bool(tensor.isfinite().all())

@@ -45,7 +45,8 @@ def made_ready(
     """The model with what a constructor may leave open: lazy modules get their shapes, expanded buffers their memory.
 
     `try_out` is a forward pass in which they get them; by default one of two blank images of `sample_shape`. What they
-    draw comes from torch's global generator. Raises ConfigurationError if it fails; `name` says whose model it is.
+    draw comes from torch's global generator. Raises ConfigurationError if it fails; `name` is what messages call the
+    model.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
@@ -115,7 +116,7 @@ def _construct(name: str, make: Callable[..., Any], options: dict[str, Any], off
             and "num_classes" not in parameters
             and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         )
-        # `**kwargs` mostly go on to a constructor that has num_classes, as in timm and torchvision.
+        # `**kwargs` are mostly passed on to a constructor that has num_classes, as in timm and torchvision.
         arguments = {key: value for key, value in arguments.items() if key in parameters}
         if hands_on:
             arguments["num_classes"] = offered["num_classes"]

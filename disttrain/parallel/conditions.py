@@ -57,7 +57,7 @@ def exact_conditions(recipe: Recipe) -> Iterator[None]:
     # The machine's cores shared out among its workers would be another number at another world size.
     torch.set_num_threads(recipe.train.threads or 1)
     torch.use_deterministic_algorithms(True)
-    _debugging.fill_uninitialized_memory = False  # a help in debugging that writes all memory twice
+    _debugging.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
     torch.backends.cudnn.benchmark = False  # it would choose kernels by how fast they happen to be
     os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
     try:
@@ -94,7 +94,7 @@ def environment_fingerprint(device: torch.device) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The facts that both know and that are not the same, in words."""
+    """The facts that both have and that differ, in words."""
     unlike = [name for name, was in before.items() if name in now and now[name] != was]
     return ["{} was {}, now {}".format(name, *_apart(name, before[name], now[name])) for name in unlike]
 
@@ -134,7 +134,7 @@ def _processor() -> tuple[str, str]:
     except OSError:  # not Linux
         return platform.processor() or platform.machine(), ""
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    told = [facts[key] for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if key in facts]
+    found = [facts[key] for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if key in facts]
     flags = facts.get("flags") or facts.get("Features") or ""
     instructions = sorted(flag for flag in flags.split() if _INSTRUCTIONS.match(flag))
-    return " / ".join(told) or platform.machine(), " ".join(instructions)
+    return " / ".join(found) or platform.machine(), " ".join(instructions)

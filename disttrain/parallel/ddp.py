@@ -160,7 +160,7 @@ class Ddp(Strategy):
             names = sorted({*by_rank[0]} ^ {*by_rank[other]})
             raise ConfigurationError(
                 f"the model: {_listed(names)} can be trained on rank {0 if names[0] in by_rank[0] else other} and not "
-                f"on rank {other if names[0] in by_rank[0] else 0}: freeze and unfreeze on all alike."
+                f"on rank {other if names[0] in by_rank[0] else 0}: freeze and unfreeze the same on all."
             )
 
     def _what_is_missing(self, when: str) -> str:
@@ -208,6 +208,6 @@ def _refuse_unlike(sparse: dict[str, torch.Tensor]) -> None:
         for name in mine:
             if theirs.get(name) != by_rank[0].get(name):
                 raise ConfigurationError(
-                    f"the model: the sparse buffer '{name}' is another one on rank {rank} than on rank 0, and sparse "
+                    f"the model: the sparse buffer '{name}' differs between rank {rank} and rank 0, and sparse "
                     "ones cannot be sent: build the same everywhere, or make it dense."
                 )

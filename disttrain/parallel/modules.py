@@ -10,7 +10,7 @@ from disttrain.errors import ConfigurationError
 def refuse_renormalising(model: nn.Module, remedy: str) -> None:
     """Raise ConfigurationError, with a `remedy`, if a module of the model scales its own weight as it looks it up.
 
-    Each of several workers would scale the rows that its samples ask for, and no gradient tells the others.
+    Each of several workers would scale the rows that its samples ask for, and no gradient reaches the others.
     """
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:

@@ -1,4 +1,4 @@
-"""What the training loop asks of a way to train with several workers, and what one worker alone answers."""
+"""What the training loop needs of a way to train with several workers, and the answers of a single worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Strategy:
     """
 
     name: ClassVar[str]
-    """What the recipe and MLflow call it."""
+    """Its name in the recipe and in MLflow."""
     loss_scale: float = 1.0
     """What a loss that has been divided by the size of the global batch must be multiplied by before `backward`."""
     slices: range = range(1)
@@ -43,7 +43,7 @@ class Strategy:
         """Raise ConfigurationError if a module of the model can never be trained in this way."""
 
     def follow_unfreezing(self) -> bool:
-        """Take notice of parameters that were frozen or unfrozen since the last step.
+        """Detect parameters that were frozen or unfrozen since the last step.
 
         Returns whether a step must be rehearsed before the next one. Every rank must call it.
         """

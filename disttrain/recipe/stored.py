@@ -61,7 +61,7 @@ def recipe_of_checkpoints(run: Path) -> tuple[Path, Recipe] | None:
             state = _vouched_state(path)
             return path, parse_recipe(state["recipe"], source=f"{path}/{STATE}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RecipeError):
-            continue  # whoever reads the whole checkpoint says what is wrong with it
+            continue  # reading the whole checkpoint reports what is wrong with it
     return None
 
 

@@ -66,7 +66,7 @@ class Mirror:
         """Raises ConfigurationError or DisttrainError if the URL cannot be used now."""
         with self.run.opening():
             mark = self.folder / _OWNER
-            # The lock on the folder is ours, so whoever worked in it has ended.
+            # The lock on the folder is ours, so the previous worker there has ended.
             last = read_text(mark) if mark.exists() else ""
             self._lease.acquire(dead=last)
             try:

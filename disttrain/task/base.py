@@ -18,7 +18,7 @@ class Task:
     """What is learned. Subclass it: `loss` is all it takes, everything else has a default.
 
     Each method may use its arguments and torch's global generator, which is seeded for every slice of every step, and
-    nothing else: the same bits at every number of workers, and after a resume, rest on that. State belongs in the
+    nothing else: the same bits at every number of workers, and after a resume, depend on that. State belongs in the
     model's buffers; what `__init__` sets is configuration and must not change afterwards.
     """
 
@@ -111,7 +111,7 @@ class Task:
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of the task, as JSON can hold it: enough to refuse the checkpoint of another."""
+        """What a checkpoint holds about the task, as JSON can hold it: enough to refuse the checkpoint of another."""
         return {"name": type(self).__name__}
 
     def model_arguments(self, train_set: Any) -> dict[str, Any]:

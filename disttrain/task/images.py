@@ -50,7 +50,7 @@ class ImageClassification(Task):
         """What the images are and what is done to them follows from `train_set` and `recipe`; the rest are the options.
 
         Args:
-            train_set, recipe: the data set, or what a checkpoint says of it, and the recipe.
+            train_set, recipe: the data set, or what a checkpoint holds of it, and the recipe.
             multi_label: an image may have several labels: 0 or 1 for each class, and binary cross-entropy.
             class_weights: multiplies each class's part of the training loss, which is divided by the number of images
                 as ever; "balanced" takes N / (K * images of the class).
@@ -61,7 +61,7 @@ class ImageClassification(Task):
         """
         if len(train_set.classes) < 2:
             raise ConfigurationError(
-                f"the training set has one class only, {train_set.classes[0]!r}: there is nothing to tell apart. "
+                f"the training set has one class only, {train_set.classes[0]!r}: there is nothing to distinguish. "
                 "Give at least two; a folder needs one folder for each class."
             )
         for key, value in (("mixup", mixup), ("cutmix", cutmix)):
@@ -70,7 +70,7 @@ class ImageClassification(Task):
         if type(top_k) is not int or top_k < 0:
             raise ConfigurationError(f"task.options.top_k: {top_k!r} is not a whole number of 0 or more.")
         if type(multi_label) is not bool:
-            raise ConfigurationError(f"task.options.multi_label: {multi_label!r} is neither true nor false.")
+            raise ConfigurationError(f"task.options.multi_label: {multi_label!r} should be true or false.")
         classes = train_set.classes
         self.labels: SingleLabel | MultiLabel = MultiLabel(classes) if multi_label else SingleLabel(classes, top_k)
         self.labels.check(labels_of(train_set))
@@ -140,8 +140,8 @@ class ImageClassification(Task):
         found = f"a tensor of shape {tuple(scores.shape)}" if is_tensor else f"a {type(scores).__name__}"
         raise ConfigurationError(
             f"the model returned {found} for {len(images)} image{'s' if len(images) > 1 else ''}"
-            f"{' in training mode (model.train())' if model.training else ''}: needed is a tensor of shape {needed}, a "
-            f"score for each of the {needed[1]} classes."
+            f"{' in training mode (model.train())' if model.training else ''}: it should return a tensor of shape "
+            f"{needed}, a score for each of the {needed[1]} classes."
         )
 
     def metrics(self, sums: Mapping[str, Any], weight: int) -> dict[str, float]:
@@ -174,7 +174,7 @@ class ImageClassification(Task):
         channels, height, width = self.sample_shape
         if self.mean is None:
             raise ConfigurationError(
-                "the model was trained on floats that its data set made, and how it makes them of a picture is not "
+                "the model was trained on floats that its data set made, and how it makes them from a picture is not "
                 "known here: give them to the model from Python, or train on bytes (uint8) with data.mean and data.std."
             )
         if channels not in (1, 3):

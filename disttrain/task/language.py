@@ -49,7 +49,7 @@ class LanguageModeling(Task):
         end_of_text: int | None = None,
         document_masks: bool = True,
     ) -> None:
-        """What the data set does not say in its facts can be said here.
+        """What the data set's facts lack can be given here.
 
         With `document_masks`, a row that holds several documents, each begun by `end_of_text`, is given to the model as
         `model(tokens, documents=...)`, so that none sees the one before. It needs a model whose forward takes them;
@@ -179,7 +179,7 @@ class LanguageModeling(Task):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
             raise ConfigurationError(
                 "language-modeling: a sample has to be token ids, (n,) whole numbers, or a mapping that holds them as "
-                f"'tokens' or 'input_ids', and there is a {type(sample).__name__}."
+                f"'tokens' or 'input_ids', not a {type(sample).__name__}."
             )
         size = self.facts.get("vocab_size")
         if len(ids) and (int(ids.min()) < 0 or (size is not None and int(ids.max()) >= size)):
@@ -213,8 +213,8 @@ class LanguageModeling(Task):
         vocabulary = vocabulary_of(self.facts)
         if vocabulary is None:
             raise ConfigurationError(
-                "this run's data set does not say what its tokens mean (facts of the set 'text'), so there is no text "
-                "to read or write."
+                "this run's data set does not define what its tokens mean (facts of the set 'text'), so there is no "
+                "text to read or write."
             )
         return vocabulary
 

@@ -35,8 +35,8 @@ class Tabular(Task):
         facts = getattr(train_set, "facts", {})
         if not describe_a_table(facts):
             raise ConfigurationError(
-                'task.name = "tabular": the training set is no table. Set data.dataset = "table"; in Python, make the '
-                "sets of arrays by disttrain.data.table_sets(train, test)."
+                'task.name = "tabular": the training set is not a table. Set data.dataset = "table"; in Python, make '
+                "the sets from arrays with disttrain.data.table_sets(train, test)."
             )
         self.facts: Mapping[str, Any] = facts
         self.labels = SingleLabel(tuple(facts["classes"])) if "classes" in facts else None
@@ -135,7 +135,7 @@ class Tabular(Task):
         outputs: torch.Tensor = model(features)
         if outputs.shape != (len(features), self.facts["num_outputs"]):
             raise ConfigurationError(
-                f"the model gives {tuple(outputs.shape)} for {len(features)} rows; it should give "
+                f"the model returned {tuple(outputs.shape)} for {len(features)} rows; it should return "
                 f"({len(features)}, {self.facts['num_outputs']}), which is (rows, num_outputs)."
             )
         return outputs.squeeze(1) if self.labels is None else outputs

@@ -1,7 +1,7 @@
-"""The account of a job, and its conclusion: what comes between the last step and the prompt.
+"""The record of a job, and its conclusion: what comes between the last step and the prompt.
 
-A run is finished when its journal says so, not when its last step is done. Whatever interrupts the conclusion, the next
-start makes up for what is missing: the model, the charts, and what MLflow lacks.
+A run is finished when its journal records it, not when its last step is done. Whatever interrupts the conclusion, the
+next start makes up for what is missing: the model, the charts, and what MLflow lacks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PATIENCE_S = 120.0
 
 
 def is_concluded(job: Job, run_dir: Path) -> bool:
-    """Whether the run has nothing left to do but perhaps to bring MLflow what it lacks."""
+    """Whether the run has nothing left to do but perhaps to upload what MLflow lacks."""
     return job.is_finished and last_status(run_dir / JOURNAL) == "FINISHED"
 
 
@@ -95,7 +95,7 @@ def _conclude(
     tracker.event("finished", step=job.step)
     if tracker.uri is not None:
         console.line(f"waiting until MLflow has everything (Ctrl-C leaves the rest to `{sync_command(address)}`)")
-    # Somebody who asked for a stop before is waited for no longer than at any stop; who asks now, not at all.
+    # After an earlier request to stop, the wait is no longer than at any stop; a request now ends it.
     patience_s = _PATIENCE_S if stop.received is None else _LAST_WORDS_S
     before = stop.received
     tracker.finish("FINISHED", timeout_s=patience_s, unless=lambda: stop.received != before)

@@ -19,7 +19,7 @@ def best_metric(recipe: Recipe, task: Task) -> Best:
 
 
 class EarlyStopping:
-    """Every rank keeps it from the same metrics, so all end at the same evaluation without a word between them."""
+    """Every rank keeps it from the same metrics, so all end at the same evaluation without communicating."""
 
     def __init__(self, recipe: TrainRecipe, best: Best) -> None:
         self._patience, self._min_delta = recipe.patience, recipe.min_delta

@@ -16,7 +16,7 @@ _PARAMETERS = {"task": "task.name", "model": "model.name", "train_set": "data.da
 
 
 def describe_data(train: Split | SampleSet, digest: Digest) -> dict[str, Any]:
-    """What a checkpoint says of the training set: of one that is not of images its facts, as far as JSON holds them."""
+    """What a checkpoint holds about the training set: of one without images its facts, as far as JSON holds them."""
     if isinstance(train, SampleSet):
         facts = {key: value for key, value in train.facts.items() if _is_json(value)}
         return {"num_train": len(train), "facts": json.loads(json.dumps(facts)), **asdict(digest)}
@@ -77,9 +77,9 @@ def _preparation(split: Split | SplitOutline) -> dict[str, Any]:
 
 
 def refuse_other_preparation(data: Mapping[str, Any], split: Split | SampleSet, where: object) -> None:
-    """Raise ConfigurationError if the samples of `split` are not of the kind that `data`, of a checkpoint, knows.
+    """Raise ConfigurationError if the samples of `split` are not of the kind that `data`, of a checkpoint, describes.
 
-    An older checkpoint does not know it well enough.
+    An older checkpoint does not describe it well enough.
     """
     if isinstance(split, SampleSet):
         return
@@ -92,9 +92,9 @@ def refuse_other_preparation(data: Mapping[str, Any], split: Split | SampleSet, 
 
 
 def refuse_other_data(state: Mapping[str, Any], where: object, now: Mapping[str, Any], given: Collection[str]) -> None:
-    """Raise ConfigurationError if the training set, `now` described, is not the one that the checkpoint knows.
+    """Raise ConfigurationError if the training set, `now` described, is not the one that the checkpoint describes.
 
-    `given` are the objects that took the place of what the recipe names. What an older checkpoint does not know is not
+    `given` are the objects that took the place of what the recipe names. What an older checkpoint lacks is not
     compared.
     """
     was = state["data"]

@@ -168,7 +168,7 @@ class Job:
         return {**tensors, **(self.ema.tensors() if self.ema is not None else {})}, rest
 
     def state(self) -> dict[str, Any]:
-        """Everything besides tensors that a checkpoint holds: enough to go on, and to rebuild the model elsewhere."""
+        """Everything besides tensors that a checkpoint holds: enough to resume, and to rebuild the model elsewhere."""
         return {
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,

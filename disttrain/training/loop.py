@@ -97,7 +97,7 @@ def train(
         if error.__cause__ is None:  # it comes from a process that reads data
             error.add_note(error.trace or "")
         raise
-    except DisttrainError as error:  # its message says it all: no pages of our own calls above it
+    except DisttrainError as error:  # its message is complete: no traceback of our own calls above it
         raise error.with_traceback(None) from None
 
 
@@ -113,7 +113,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given) -> Result:
                 with open_session(recipe, world, run_dir, given, stop) as monitor:
                     metrics = fit(monitor.job, monitor)
                     return Result(monitor.run_dir, monitor.job.step, metrics)
-            except RolledBack as spike:  # as a restart would, it goes on from the newest checkpoint
+            except RolledBack as spike:  # as after a restart, it resumes from the newest checkpoint
                 run_dir = spike.address
 
 

@@ -30,7 +30,7 @@ from disttrain.training.saver import Saver
 
 
 class RunMonitor:
-    """Keeps a job's journal, checkpoints and console. Rank 0 writes; all ranks know."""
+    """Keeps a job's journal, checkpoints and console. Rank 0 writes; the decisions are those of all ranks."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class RunMonitor:
             self._look_for_a_spike(result.losses)
         incident = job.non_finite.take_incident()
         if incident is not None:
-            self._tell_of(incident)
+            self._report(incident)
         if job.hooks:
             job.hooks.after_step(self._context())
         self.saver.poll()
@@ -101,7 +101,7 @@ class RunMonitor:
         if due or time_is_up:
             self.saver.save_unless_saved()
 
-    def _tell_of(self, incident: Incident) -> None:
+    def _report(self, incident: Incident) -> None:
         """Journal a step that was not finite; warn of the first, the second, the fourth, the eighth and so on."""
         step, fields = self.job.step, asdict(incident)
         self._tracker.event("non-finite", step=step, epoch=1 + (step - 1) // self.job.steps_per_epoch, **fields)
@@ -147,7 +147,7 @@ class RunMonitor:
             )
         broadcast_from_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
         self._tracker.event("spike", step=job.step, loss=loss, usual=usual)
-        self._console.warn(f"{what}: back to the newest checkpoint, and on without that step.")
+        self._console.warn(f"{what}: back to the newest checkpoint, then on without that step.")
         raise RolledBack(self.saver.address)
 
     def _log(self, result: StepResult) -> None:
@@ -200,7 +200,7 @@ class RunMonitor:
                 self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
 
     def evaluate(self) -> None:
-        """Evaluate, save a checkpoint that knows the result, and report it. Every rank must call it."""
+        """Evaluate, save a checkpoint that holds the result, and report it. Every rank must call it."""
         job = self.job
         job.strategy.share_buffers_()
         job.progress.at("evaluating", job.step)
@@ -231,7 +231,7 @@ class RunMonitor:
             self.saver.save()
 
     def _refuse_unknown_best(self, result: Evaluation) -> None:
-        """A metric that no evaluation has would keep nothing as best, and say nothing."""
+        """A metric that no evaluation has would silently keep nothing as best."""
         job, recipe = self.job, self.job.recipe
         is_needed = recipe.checkpoint.best is not None or recipe.checkpoint.keep_best > 0 or recipe.train.patience > 0
         if job.best.metric in result.metrics or not is_needed:

@@ -1,4 +1,4 @@
-"""How a job takes up what a checkpoint holds, once it is clear that the checkpoint is its own."""
+"""How a job resumes from what a checkpoint holds, once it is clear that the checkpoint is its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     if state["step"] > job.total_steps:
         raise ConfigurationError(
             f"{checkpoint.path}: the run has {state['step']} steps already, more than the {job.total_steps} that "
-            "train.epochs and train.max_steps ask for. Raise them to go on, or start a new --run-dir."
+            "train.epochs and train.max_steps ask for. Raise them to continue, or start a new --run-dir."
         )
     refuse_other_schedule(state, checkpoint.path, job.schedule)
     _check_tensors(job, checkpoint)

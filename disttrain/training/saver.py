@@ -1,4 +1,4 @@
-"""The checkpoints of a running job: saved beside the training, told of, and where a run must not go on without one."""
+"""The checkpoints of a running job: saved beside the training, reported, and waited for where a run needs one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from disttrain.tracking import Tracker
 from disttrain.training.job import Job
 
 _WORTH_A_WORD_S = 0.5
-_PATIENCE_S = 60.0  # how long a URL that cannot be reached is tried again, with the newest checkpoint not there yet
+_PATIENCE_S = 60.0  # how long a URL that cannot be reached is retried while it lacks the newest checkpoint
 
 
 class Saver:
@@ -67,7 +67,7 @@ class Saver:
     def settle(self, patience_s: float) -> None:
         """Wait until the checkpoints are where the run lives. Raises DisttrainError, on every rank, if they cannot be.
 
-        All ranks hear of it every few seconds, so that none takes the others for dead.
+        All ranks are updated every few seconds, so that none takes the others for dead.
         """
         arrival = self._store.settle(patience_s)
         while not broadcast_from_main(self._job.world, lambda: next(arrival)):
@@ -78,7 +78,7 @@ class Saver:
         self._writer.finish_copy()
 
     def poll(self) -> None:
-        """Tell what became of the checkpoint under way, if it is done."""
+        """Report what became of the checkpoint under way, if it is done."""
         self._report(self._writer.poll())
 
     def finish(self) -> bool:
@@ -101,9 +101,9 @@ class Saver:
         return f"The newest checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
 
     def _report(self, outcome: Outcome | None) -> bool:
-        """Tell what became of a checkpoint, if anything did; return whether it is there.
+        """Report what became of a checkpoint, if anything did; return whether it is there.
 
-        A save that fails is a warning: the checkpoint before stands, and training goes on.
+        A save that fails is a warning: the previous checkpoint stands, and training continues.
         """
         if outcome is None:
             return False
@@ -113,13 +113,13 @@ class Saver:
             return False
         if not (self._run_dir / RECIPE).exists():
             self._restore_run_dir()
-        self._tell_of_waiting(outcome)
+        self._warn_of_waiting(outcome)
         path, waited_s = str(outcome.path.relative_to(self._run_dir)), round(outcome.waited_s, 3)
         self._tracker.event("checkpoint", step=outcome.step, path=path, waited_s=waited_s)
         return True
 
     def _restore_run_dir(self) -> None:
-        """The folder was moved or deleted: the save has made it anew, and here comes what makes it a run again."""
+        """The folder was moved or deleted: the save has recreated it, and this restores what makes it a run."""
         self._tracker.restore()
         try:
             store_recipe(self._run_dir, self._job.recipe)
@@ -131,11 +131,11 @@ class Saver:
             "checkpoint just saved; what else was in it is gone, or in the place that it was moved to."
         )
 
-    def _tell_of_waiting(self, outcome: Outcome) -> None:
+    def _warn_of_waiting(self, outcome: Outcome) -> None:
         if outcome.waited_s > _WORTH_A_WORD_S and not self._has_waited:
             self._has_waited = True
             self._console.warn(
-                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the checkpoint before to be written: save "
+                f"step {outcome.step} waited {outcome.waited_s:.1f} s for the previous checkpoint to be written: save "
                 "less often (checkpoint.every_steps, checkpoint.every_seconds), or to a faster disk. The journal has "
                 "each wait."
             )

@@ -88,7 +88,7 @@ def open_session(
 def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
     """The progress of this worker, with a watchdog over that of all."""
     progress = Progress()
-    if world.size == 1 and launched_by() == "python":  # nobody waits for it, and somebody may be debugging it
+    if world.size == 1 and launched_by() == "python":  # no rank waits for it, and the user may be debugging it
         yield progress
         return
     with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang):

@@ -1,4 +1,4 @@
-"""The data set, the task and the model of a job: each is made with a look at the others."""
+"""The data set, the task and the model of a job: each is built with regard to the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_sets(
         source = "the sets given" if given.train_set is not None else f"data.dataset = '{recipe.data.dataset}'"
         raise ConfigurationError(
             f"{source}: these are samples of a kind of their own, not images with labels, which the task "
-            f"'{recipe.task.name}' takes: name the task that is meant by task.name."
+            f"'{recipe.task.name}' takes: set task.name to the task that is meant."
         )
     if isinstance(data, Datasets) and not images:
         data = SampleSets(as_samples(data.train, "the training set"), as_samples(data.test, "the test set"))

@@ -1,9 +1,9 @@
 """Data sets as memory maps: converted once per machine, then shared by its workers through the page cache.
 
 One safetensors file per data set. Its name holds a digest of where the data came from, so a changed source gets a new
-file and a stale one is never read. A file is written under a temporary name and published whole; nobody ever replaces
-one that others may have mapped, which a network file system would not forgive. The folder may be deleted at any time
-when no run uses it.
+file and a stale one is never read. A file is written under a temporary name and published whole; one that others may
+have mapped is never replaced, which a network file system would not forgive. The folder may be deleted at any time when
+no run uses it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def cached(root: Path, name: str, build: Callable[[], Datasets]) -> Datasets:
 def _mapped(file: Path) -> Datasets | None:
     try:
         refuse_irregular(file, follow=True)  # a pipe, say, would be waited for
-        # A private map: pages come from the page cache, whoever read them first, and nobody can write to the file.
+        # A private map: pages come from the page cache, whoever read them first, and the file cannot be written to.
         with safe_open(file, framework="pt") as opened:
             facts = json.loads(opened.metadata()["disttrain"])
             tensors = {name: opened.get_tensor(name) for name in _TENSORS}
@@ -97,10 +97,10 @@ def _mapped(file: Path) -> Datasets | None:
             return Datasets(**splits)
     except FileNotFoundError:
         return None
-    except PermissionError:  # another user's who keeps it to himself
+    except PermissionError:  # another user's private file
         return None
     except (OSError, SafetensorError, ConfigurationError, *_OF_WRONG_FACTS) as error:
-        _log.warning("%s is damaged and is made anew: %s", file, error)
+        _log.warning("%s is damaged and is recreated: %s", file, error)
         with suppress(OSError):
             file.unlink(missing_ok=True)
         return None

@@ -91,11 +91,11 @@ def _obtain(root: Path, source: type[CIFAR10], *, download: bool) -> None:
             _move_in(Path(staging) / "unpacked" / source.base_folder, root / source.base_folder)
     except (URLError, TimeoutError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
-        if isinstance(error, RuntimeError):  # torchvision's word for a wrong md5 sum
-            reason = "what came does not have the published md5 sum"
+        if isinstance(error, RuntimeError):  # torchvision's error for a wrong md5 sum
+            reason = "the download does not have the published md5 sum"
         raise ConfigurationError(
             f"data.root: there is no {source.base_folder} in {root}, and downloading {source.url} failed: {reason}. "
-            f"Put {source.filename} into {root} yourself, or try again later."
+            f"Put {source.filename} into {root} yourself, or retry later."
         ) from error
     except OSError as error:
         raise ConfigurationError(f"data.root: {source.base_folder} cannot be unpacked in {root}: {error}.") from error

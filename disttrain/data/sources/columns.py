@@ -24,8 +24,9 @@ _MOST_CATEGORIES = 100
 class Number:
     """A column of numbers: standardised, 0 where none is given.
 
-    Its deviation is 0 where all training rows have one value, which tells nothing: the feature is then 0 everywhere.
-    `indicator`: a second feature is 1 where the number is missing, since it is missing in training rows too.
+    Its deviation is 0 where all training rows have one value, which carries no information: the feature is then 0
+    everywhere. `indicator`: a second feature is 1 where the number is missing, since it is missing in training rows
+    too.
     """
 
     name: str

@@ -60,7 +60,7 @@ def as_sample_sets(train_set: Any, test_set: Any, source: str = "") -> SampleSet
     """Two map-style data sets of samples of any kind, or pairs of tensors of as many rows, as one data set.
 
     What is a SampleSet already stays as it is; else the attribute `facts` of an object, if it has one, becomes the
-    set's. `source` says in messages where the two come from. Raises ConfigurationError for anything else.
+    set's. `source` names in messages where the two come from. Raises ConfigurationError for anything else.
     """
     of_source = f" of {source}" if source else ""
     return SampleSets(
@@ -86,7 +86,7 @@ def _sample_set(samples: Any, name: str) -> SampleSet:
 def as_datasets(train_set: Any, test_set: Any, data: DataRecipe, source: str = "") -> Datasets:
     """Two objects that `as_split` takes, as one data set; a test set without class names gets the training set's.
 
-    `source` says in messages where the two come from.
+    `source` names in messages where the two come from.
     """
     of_source = f" of {source}" if source else ""
     train = as_split(train_set, data, name=f"the training set{of_source}")

@@ -2,7 +2,7 @@
 
 What is done to one, in training and in `predict` alike: it is turned as its EXIF orientation says, as every viewer
 does; what is transparent becomes white; 16 bits a channel become 8, in proportion. 32-bit integers and floats are
-refused, because nothing says what their white is.
+refused, because their white is unknown.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _text(raw: bytes, path: Path, encoding: str) -> str:
         text = raw.decode(encoding)
     except LookupError as error:
         raise ConfigurationError(
-            f"data.options.encoding: {encoding!r} is not an encoding that Python knows."
+            f"data.options.encoding: {encoding!r} is not an encoding that Python supports."
         ) from error
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1

@@ -1,4 +1,4 @@
-"""Exact mode: a step computed slice by slice, so that neither the number of workers nor any order shows in its bits.
+"""Exact mode: a step computed slice by slice, so that neither the number of workers nor any order affects its bits.
 
 The global batch is cut into the same slices at every world size, and each worker computes a contiguous run of them, one
 by one. Every slice starts from the step's weights and buffers. The slices' gradients are summed as integers, and so is
@@ -57,7 +57,7 @@ class ExactSlices:
         sizes = [tensor.numel() for tensor in (*self._parameters.values(), *self._buffers())]
         num_integers = sum(sizes) + len(sizes) + 2  # and a counter for each tensor, see exact_sum_
         self._scratch = torch.empty(num_integers, dtype=torch.int64, device=world.device)
-        # The bits that an expectation costs would show in float64.
+        # The bits that an expectation costs would be visible in float64.
         self._expects = all(parameter.dtype != torch.float64 for parameter in self._parameters.values())
         self.expected: list[float] | None = None
         """Bounds of the next step's gradients and buffers, from those of the step before: part of the run's state."""
@@ -102,8 +102,8 @@ class ExactSlices:
             if parameter._version != version:
                 raise ConfigurationError(
                     f"the model wrote to its parameter '{name}' in a forward or backward pass, where each worker sees "
-                    "other samples, so the workers' weights would part: make it a buffer, which all workers share, or "
-                    "set parallel.exact = false."
+                    "other samples, so the workers' weights would diverge: make it a buffer, which all workers share, "
+                    "or set parallel.exact = false."
                 )
         buffers = self._buffers()
         changes = [

@@ -28,7 +28,7 @@ def try_exactness(job: Job) -> None:
 
     Raises ConfigurationError, on every rank alike, for a data set that draws from a generator of its own, an operator
     without a deterministic kernel, sparse gradients, parts of a step that are too small for the model, state that
-    changes where no checkpoint or no other worker would know of it, and results that differ from the first time to the
+    changes where no checkpoint or no other worker would see it, and results that differ from the first time to the
     second, as they do when a model keeps state or a generator of its own.
     """
     broadcast_from_main(job.world, lambda: _read_again(job))
@@ -63,7 +63,7 @@ def _read_again(job: Job) -> None:
         changed = unlike_when_read_again(split, job.task)
         if changed is not None:
             raise ConfigurationError(
-                f"{changed} of {getattr(split, 'name', '') or name} is another one when it is read again with the same "
+                f"{changed} of {getattr(split, 'name', '') or name} differs when it is read again with the same "
                 "seed, so the set draws from a generator of its own: draw from the global ones of torch, random or "
                 "NumPy, which are seeded for each sample, or seed its own in __getitem__ with torch.initial_seed(), "
                 f"{_OR_FAST}."
@@ -171,7 +171,7 @@ def generators_kept() -> Iterator[None]:
 
 @contextmanager
 def named_operators(device: torch.device) -> Iterator[None]:
-    """Turn torch's complaint about an operator without a deterministic kernel into a ConfigurationError."""
+    """Turn torch's error about an operator without a deterministic kernel into a ConfigurationError."""
     try:
         yield
     except RuntimeError as error:

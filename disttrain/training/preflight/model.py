@@ -32,7 +32,7 @@ def check_model(job: Job) -> None:
     Every rank must call it: a model may have collectives of its own. Raises ConfigurationError if that fails, or comes
     to something that a task may not return; on every rank alike, unless the ranks' models differ.
     """
-    job.strategy.check_modules()  # by its name, before it fails for a reason of its own
+    job.strategy.check_modules()  # by name, before it fails for a reason of its own
     _evaluate(job)
     rehearse(job)
     check_task(job, lambda: _quietly(job, training=True))
@@ -78,7 +78,7 @@ def _quietly(job: Job, *, training: bool) -> Iterator[None]:
             torch.set_grad_enabled(training),  # as in training: a model may hang hooks on what has a gradient
             torch.compiler.set_stance("force_eager") if job.recipe.train.compile else nullcontext(),
         ):
-            rng.seed_layers(job.world.device, 0, 0, 0)  # on all ranks alike
+            rng.seed_layers(job.world.device, 0, 0, 0)  # the same on all ranks
             yield
     finally:
         job.optimizer.zero_grad(set_to_none=True)
@@ -87,14 +87,14 @@ def _quietly(job: Job, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _explained(job: Job, method: str, data: Any, num: int, *, training: bool) -> Iterator[None]:
-    """Say of what fails in a method of the task which model it was, on which samples, and why there is only one."""
+    """Report a failure in a method of the task with the model, the samples, and why there is only one."""
     why_one = _why_one(job, training=training) if num == 1 else ""
     try:
         yield
     except ConfigurationError as error:
         if not str(error).startswith(_ANY_MODEL):
             raise
-        said = str(error).removeprefix(_ANY_MODEL)  # a task does not know where the model comes from
+        said = str(error).removeprefix(_ANY_MODEL)  # a task has no record of where the model comes from
         raise ConfigurationError(f"{_name(job)} returned{said} {why_one}".strip()) from error
     except Exception as error:
         on = _in_words(job, data, num, training=training)

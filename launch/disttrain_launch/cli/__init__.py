@@ -20,7 +20,7 @@ _COMMANDS = {
     "node": ("disttrain_launch.cli.node", "Run one machine's part of a job on several."),
     "predict": ("disttrain.commands.predict", "Predict from files with a run or a checkpoint."),
     "prove": ("disttrain_launch.cli.prove", "Prove that RECIPE gives the same bits, however it is disturbed."),
-    "recipe": ("disttrain_launch.cli.recipe", "Look at recipes."),
+    "recipe": ("disttrain_launch.cli.recipe", "Inspect recipes."),
     "runs": ("disttrain.commands.runs", "Inspect runs and their checkpoints."),
     "slurm": ("disttrain_launch.cli.slurm", "Train on a Slurm cluster."),
     "stop": ("disttrain_launch.cli.stop", "Ask a run to save and stop."),
@@ -60,7 +60,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        except BrokenPipeError:  # the reader of the output is gone, as with `head`
             from disttrain.recipe import ExitCode
 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

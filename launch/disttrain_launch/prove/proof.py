@@ -96,7 +96,7 @@ class Proof:
         return report
 
     def _first_difference(self) -> dict[str, Any] | None:
-        """Where a run first diverges from the reference: the very step, if retraining from a common checkpoint shows it.
+        """Where a run first diverges from the reference: the very step, if retraining from a checkpoint shows it.
 
         `step` and `tensor` are the first that differ, `same_until` the last step known to be the same.
         """

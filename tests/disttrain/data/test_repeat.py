@@ -54,7 +54,9 @@ def test_a_data_set_with_a_generator_of_its_own_is_refused_by_name(
         model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
         disttrain.train(recipe, run_dir=run_dir, model=model, **{"train_set": seeded, "test_set": seeded, **sets})
 
-    with pytest.raises(ConfigurationError, match=f"{what} .* of the {which} set is another one") as caught:
+    with pytest.raises(
+        ConfigurationError, match=f"{what} .* of the {which} set differs when it is read again"
+    ) as caught:
         trained(tmp_path / "own", **{"train_set" if which == "training" else "test_set": own})
     assert "seeded for each sample" in str(caught.value)
     trained(tmp_path / "seeded")

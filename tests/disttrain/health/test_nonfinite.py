@@ -229,7 +229,7 @@ def test_what_is_to_blame_is_named(tmp_path: Path) -> None:
     images[VICTIM, 0, 4, 4] = math.inf
     message = ending(tmp_path / "image", [], images=images)
     assert message.startswith(f"an image is not finite at step 3, first on rank 0, in sample {VICTIM} of the training")
-    assert "mend these samples" in message
+    assert "fix these samples" in message
     message = ending(tmp_path / "gradient", [VICTIM], backward=True)
     assert message.startswith("the gradient of 'conv.weight' is not finite at step 3 (though the loss is)")
     message = ending(tmp_path / "infinite", [VICTIM], "train.accumulate=4", bad=math.inf)

@@ -71,7 +71,7 @@ def test_the_run_goes_back_and_on_without_the_batch(guarded: Path, tmp_path: Pat
     assert json.loads((guarded / "spikes.json").read_text()) == {"skipped_steps": [POISONED]}
     log = (guarded / "logs/worker-0.log").read_text()
     assert f"the loss of step {POISONED + 1} is " in log
-    assert "back to the newest checkpoint, and on without that step" in log
+    assert "back to the newest checkpoint, then on without that step" in log
     told = tmp_path / "told"
     attempt(told, 1, injuries=(faults.terminate(0, step=2),))
     write_skipped(told, frozenset({POISONED}))

@@ -107,12 +107,12 @@ def test_a_class_is_predicted_with_the_probability_of_each() -> None:
 
 def test_what_is_no_table_and_a_model_of_another_shape_are_refused() -> None:
     sets = people("regression")
-    with pytest.raises(ConfigurationError, match=r'the training set is no table\. Set data\.dataset = "table"'):
+    with pytest.raises(ConfigurationError, match=r'the training set is not a table\. Set data\.dataset = "table"'):
         Tabular([(torch.zeros(3), torch.zeros(()))])
     for key, wrong in (("columns", [{"name": "x"}]), ("kind", "ranking"), ("num_features", 2), ("target_std", "1")):
-        with pytest.raises(ConfigurationError, match="the training set is no table"):
+        with pytest.raises(ConfigurationError, match="the training set is not a table"):
             Tabular(replace(sets.train, facts={**sets.train.facts, key: wrong}))
-    with pytest.raises(ConfigurationError, match=r"the model gives \(70,\) for 70 rows; it should give \(70, 1\)"):
+    with pytest.raises(ConfigurationError, match=r"the model returned \(70,\) for 70 rows; it should return \(70, 1\)"):
         Tabular(sets.train).loss(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), whole(sets.train))
 
 

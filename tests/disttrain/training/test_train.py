@@ -187,7 +187,7 @@ def test_a_run_that_has_more_steps_than_asked_for_is_left_as_it_is(
             r"^the model given in place of model.name = 'net' returned a tensor",
         ),
         (nn.Flatten(), 3, r"^the model given in place of model.name = 'net': it has no parameters to train"),
-        (None, 1, "^the training set has one class only, '0': there is nothing to tell apart"),
+        (None, 1, "^the training set has one class only, '0': there is nothing to distinguish"),
     ],
 )
 def test_objects_that_do_not_fit_are_called_what_they_are(
@@ -248,9 +248,18 @@ class PairInTraining(Pair):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), "a tensor of shape (2, 7) for 2 images: needed is a tensor"),
-        (Pair(64, 3), "returned a tuple for 2 images: needed is a tensor of shape (2, 3), a score for each of the 3"),
-        (PairInTraining(64, 3), "returned a tuple for 2 images in training mode (model.train()): needed is a tensor"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 7)),
+            "a tensor of shape (2, 7) for 2 images: it should return a tensor",
+        ),
+        (
+            Pair(64, 3),
+            "returned a tuple for 2 images: it should return a tensor of shape (2, 3), a score for each of the 3",
+        ),
+        (
+            PairInTraining(64, 3),
+            "returned a tuple for 2 images in training mode (model.train()): it should return a tensor",
+        ),
         (nn.Linear(99, 3), "fails on a batch of images of shape (2, 1, 8, 8): RuntimeError: mat1 and mat2"),
         (nn.Flatten(), "it has no parameters to train"),
     ],

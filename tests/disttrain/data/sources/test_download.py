@@ -92,7 +92,7 @@ def test_a_set_that_is_there_is_not_downloaded_again(
 
 def test_something_else_than_was_published(publisher: tuple[Publisher, dict[str, Any]], tmp_path: Path) -> None:
     _, facts = publisher
-    with pytest.raises(ConfigurationError, match="failed: what came does not have the published md5 sum"):
+    with pytest.raises(ConfigurationError, match="failed: the download does not have the published md5 sum"):
         train_size(tmp_path / "root", facts | {"tgz_md5": "0" * 32}, nullcontext())
     assert list((tmp_path / "root").iterdir()) == []
 

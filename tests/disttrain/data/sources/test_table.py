@@ -236,7 +236,7 @@ def test_what_only_the_test_rows_do_is_named_too(tmp_path: Path) -> None:
         ({"file": "a.csv"}, "data.options: give either file, which is split, or train_file and test_file."),
         ({"features": ["X"]}, "data.options.features: train.csv has no column 'X'; did you mean x?"),
         ({"features": ["income"]}, "data.options.features: 'income' is the target; leave it out."),
-        ({"encoding": "klingon"}, "data.options.encoding: 'klingon' is not an encoding that Python knows."),
+        ({"encoding": "klingon"}, "data.options.encoding: 'klingon' is not an encoding that Python supports."),
     ],
 )
 def test_a_wrong_option_is_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
