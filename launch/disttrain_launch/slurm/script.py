@@ -115,8 +115,8 @@ class SlurmJob:
             "# A signal ends `wait` before the step has ended.",
             'while wait "$step"; code=$?; [ "$code" -gt 128 ] && [ -n "$again" ]; do again=; done',
             "",
-            f"# {ExitCode.STOPPED}: stopped, and saved. Requeued only if it was the time limit: a job that somebody "
-            "cancels stays away.",
+            f"# {ExitCode.STOPPED}: stopped, and saved. Requeued only if it was the time limit: a job that is "
+            "cancelled stays away.",
             f'if [ "$code" -eq {ExitCode.STOPPED} ] && [ -n "$warned" ]; then',
             '    scontrol requeue "$SLURM_JOB_ID"',
             "fi",

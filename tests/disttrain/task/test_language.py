@@ -137,8 +137,8 @@ def test_samples_of_ones_own(root: Path) -> None:
         assert "bits_per_byte" not in task.metrics(task.score(Uniform(), batch), 1)
     for wrong, words in (
         ([[0.5, 1.0]], "a sample has to be token ids"),
-        ([{"text": "abc"}], "there is a NoneType"),
-        (["abc"], "there is a str"),
+        ([{"text": "abc"}], "not a NoneType"),
+        (["abc"], "not a str"),
         ([[1, 5]], "token 5 is outside the vocabulary of 5 tokens"),
         ([[-1, 0]], "token -1 is outside"),
     ):

@@ -50,7 +50,7 @@ def test_a_job_from_submit_to_its_end(desk: Desk) -> None:
     assert desk.run("logs", "digits", "--no-follow", "--node", "1").stdout == (
         "node 1 | node 1 begins\nnode 1 | node 1 ends\n"
     )
-    assert "has ended already" in desk.run("stop", "digits").stdout
+    assert "has already ended" in desk.run("stop", "digits").stdout
     again = desk.run("submit", "digits", "--image", "disttrain:test", "--nodes", "2")
     assert again.exit_code == 78
     assert "such a job has ended; remove it with `disttrain k8s stop digits --now`" in again.stderr
@@ -183,10 +183,10 @@ def test_a_token_that_expires_or_a_busy_server_leaves_the_job_alone(desk: Desk) 
     desk.cluster.wait("word of its start", lambda: "running: 2 of 2 nodes" in desk.said)
     desk.cluster.store.token = "new"
     end(follower)
-    assert desk.exit_code == 1  # and not 78, which says that trying again is useless
+    assert desk.exit_code == 1  # and not 78, which says that a retry is useless
     assert desk.said[-1] == (
-        "the cluster refused pods: Unauthorized; the job itself is not affected. `disttrain k8s status digits` tells "
-        "how it stands"
+        "the cluster refused pods: Unauthorized; the job itself is not affected. `disttrain k8s status digits` shows "
+        "its state"
     )
     desk.cluster.store.token = "secret"
     follower = desk.follow()
