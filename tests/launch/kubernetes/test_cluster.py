@@ -192,7 +192,7 @@ def test_a_token_that_expires_or_a_busy_server_leaves_the_job_alone(desk: Desk) 
     follower = desk.follow()
     desk.cluster.wait("word of its start", lambda: desk.said.count("running: 2 of 2 nodes") == 2)
     desk.cluster.store.is_overloaded = True  # which passes
-    desk.cluster.wait("word of that", lambda: desk.said[-1].endswith("handle the request; trying again"))
+    desk.cluster.wait("word of that", lambda: desk.said[-1].endswith("handle the request; retrying"))
     desk.cluster.store.is_overloaded = False
     config = desk.cluster.kubeconfig
     config.write_text(config.read_text().replace("token: secret", "token: new"))  # by whoever logs in again
