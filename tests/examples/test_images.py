@@ -38,5 +38,5 @@ def test_what_the_readme_promises(enter: Enter, promised: Promised) -> None:
     command, expected = promised("images", "recipe.toml")
     assert final_metrics(command)["accuracy"] == pytest.approx(expected["accuracy"], abs=0.04)
     assert same_bits("recipe.toml")
-    answer = shell("disttrain predict runs/whole pictures/test/0/1410.png --trust --top 1")
-    assert answer.startswith("pictures/test/0/1410.png: 0")
+    answers = shell("disttrain predict runs/whole pictures/test/0/*.png --trust --top 1").splitlines()
+    assert len([answer for answer in answers if ".png: 0 " in answer]) > 0.8 * len(answers) > 20
