@@ -28,6 +28,8 @@ DANGEROUS = {
 ALLOWED = {
     # The plugin talks to its own workers through sockets that have no name; see docs/security.md.
     "disttrain/testing": {"pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads"},
+    # With a filter that refuses whatever is not a plain file within the folder; see test_archive.py.
+    "disttrain/data/sources/archive.py": {"extractall"},
 }
 
 
