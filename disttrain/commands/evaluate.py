@@ -37,7 +37,7 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
         task_of,
         training_set_of,
     )
-    from disttrain.data import EvalLoader, SampleSet
+    from disttrain.data import EvalLoader, SampleSet, SplitOutline
     from disttrain.distributed.world import join_world, on_device
     from disttrain.errors import ConfigurationError
     from disttrain.parallel.conditions import exact_conditions
@@ -55,6 +55,10 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
         world = on_device(world, recipe.train.device)
         data, _ = load_sets(recipe, world, Given(), facts=data_of(checkpoint).get("facts"))
         train_set = data.train if isinstance(data.train, SampleSet) else training_set_of(checkpoint)
+        if isinstance(train_set, SplitOutline) and not isinstance(data.train, SampleSet):
+            # As the set has it now: an override may ask for that, and an older checkpoint does not know.
+            prepared = data.train
+            train_set = replace(train_set, dtype=prepared.dtype, mean=prepared.mean, std=prepared.std)
         task = task_of(checkpoint, recipe, train_set)
         classes = getattr(data.test, "facts", {}).get("classes", getattr(data.test, "classes", None))
         if classes is not None and list(classes) != data_of(checkpoint).get("classes", list(classes)):

@@ -229,6 +229,7 @@ def test_samples_that_are_prepared_otherwise_now_are_refused(
     disttrain.train(recipe, run_dir=tmp_path)
     command = [str(tmp_path), "--trust", "--json"]
     evaluate.command.main(command, standalone_mode=False)
+    as_trained = json.loads(capsys.readouterr().out.splitlines()[-1])["loss"]
     monkeypatch.setattr(f"{__name__}.MEAN", 0.25)
     for attempt in (
         lambda: evaluate.command.main(command, standalone_mode=False),
@@ -237,8 +238,9 @@ def test_samples_that_are_prepared_otherwise_now_are_refused(
         with pytest.raises(ConfigurationError, match=r"trained on samples with mean = \[0.5, .*\], and .* \[0.25, "):
             attempt()
     evaluate.command.main(
-        [*command, "-o", "data.mean=[0.5,0.5,0.5]", "-o", "data.std=[0.5,0.5,0.5]"], standalone_mode=False
+        [*command, "-o", "data.mean=[0.1,0.1,0.1]", "-o", "data.std=[0.5,0.5,0.5]"], standalone_mode=False
     )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] != as_trained, "as the override has it"
 
 
 MEAN = 0.5
