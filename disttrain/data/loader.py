@@ -12,6 +12,7 @@ import torch
 from disttrain import rng
 from disttrain.data.batching import Batching, Fetched
 from disttrain.data.dataset import SampleSet, Split
+from disttrain.data.generators import generators_restored
 from disttrain.data.reader import open_reader
 from disttrain.data.sampler import StepSampler
 from disttrain.distributed.collectives import sum_ahead
@@ -149,7 +150,7 @@ class Loader:
         )
 
     def _prepared(self, data: Any, epoch: int, samples: torch.Tensor) -> Any:
-        return self._task.prepare(data, _drawing(self._seed, epoch, samples, self._device), training=True)
+        return _prepared(self._task, data, self._seed, epoch, samples, self._device, training=True)
 
 
 def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBatch]:
@@ -167,6 +168,18 @@ def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBat
 def _weighed(step: StepBatch, num_workers: int) -> Callable[[], StepBatch]:
     total = sum_ahead(sum(part.weight for part in step.parts), num_workers)
     return lambda: StepBatch(step.step_in_epoch, step.parts, step.global_size, max(1, total()))
+
+
+def _prepared(
+    task: Batching, data: Any, seed: int, epoch: int, samples: torch.Tensor, device: torch.device, *, training: bool
+) -> Any:
+    """What the task makes of a batch; what it draws from the global generators follows from the samples, too."""
+    draw = _drawing(seed, epoch, samples, device)
+    if (type(task).prepare.__module__ or "").startswith("disttrain."):  # ours draw by `draw` alone: time saved
+        return task.prepare(data, draw, training=training)
+    with generators_restored():
+        rng.seed_layers(device, rng.derive(seed, epoch, *samples.tolist()), 0, 0)
+        return task.prepare(data, draw, training=training)
 
 
 def _drawing(seed: int, epoch: int, samples: torch.Tensor, device: torch.device) -> Callable[[int], torch.Tensor]:
@@ -226,7 +239,7 @@ class EvalLoader:
             yield EvalBatch(number, self._prepared(batch.data, samples), batch.weight)
 
     def _prepared(self, data: Any, samples: torch.Tensor) -> Any:
-        return self._task.prepare(data, _drawing(0, 0, samples, self.device), training=False)
+        return _prepared(self._task, data, 0, 0, samples, self.device, training=False)
 
     def _indices(self, number: int) -> torch.Tensor:
         return torch.arange(number * self._batch_size, min((number + 1) * self._batch_size, self._length))

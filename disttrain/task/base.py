@@ -17,7 +17,7 @@ Batch: TypeAlias = Any
 class Task:
     """What is learned. Subclass it: `loss` is all it takes, everything else has a default.
 
-    Each method may use its arguments and torch's global generator, which is seeded for every slice of every step, and
+    Each method may use its arguments and torch's global generator, which is seeded for every slice and batch, and
     nothing else: the same bits at every number of workers, and after a resume, depend on that. State belongs in the
     model's buffers; what `__init__` sets is configuration and must not change afterwards.
     """

@@ -17,7 +17,7 @@ from torch import nn
 
 from disttrain import rng
 from disttrain.data import EvalLoader
-from disttrain.distributed.collectives import gather_objects, sum_
+from disttrain.distributed.collectives import broadcast_object, gather_objects, sum_
 from disttrain.errors import ConfigurationError, DisttrainError, failure_in
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
@@ -69,13 +69,15 @@ def evaluate(
             on_batch()
     model.train(was_training)
     sums, total = _summed(task, scores, weight, loader.num_batches)
+    rng.seed_layers(loader.device, 0, 0, loader.num_batches)  # each rank has drawn as its own batches had it
     try:
         metrics, details = task.metrics(sums, total), task.details(sums, total)
     except DisttrainError:
         raise
     except Exception as error:  # a user's task may raise anything
         raise failure_in(f"the metrics of {type(task).__name__}", error) from error
-    return Evaluation(checked_metrics(task, metrics), details)
+    # All stop early by the same numbers: on processors of two kinds a user's arithmetic may differ in the last bit.
+    return Evaluation(broadcast_object(checked_metrics(task, metrics)), details)
 
 
 def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]:

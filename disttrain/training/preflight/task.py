@@ -151,7 +151,7 @@ def _configuration(task: Task) -> dict[str, Any]:
 def _frozen(value: Any, depth: int = 0) -> Any:
     """What can be compared later with what it is by then; other objects by which they are."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
-        return value
+        return value if value == value else "nan"  # which is unlike itself
     if isinstance(value, torch.Tensor):
         if value.numel() > _MOST_NUMBERS or value.layout != torch.strided:
             return id(value), value._version

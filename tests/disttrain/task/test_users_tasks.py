@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from disttrain.data import StepSampler
 from disttrain.errors import ConfigurationError
 from disttrain.runs.journal import read_journal
 from disttrain.testing import run_workers
-from tests.disttrain.task.users import CASES, Case, case, in_float64
+from tests.disttrain.task.users import CASES, Case, Regression, case, in_float64
 
 QUIET: dict[str, Any] = {
     "data": {"batch_size": 16},
@@ -91,6 +92,48 @@ def test_exact_mode_has_the_same_bits_and_metrics_everywhere(tmp_path: Path) -> 
         for folder in ("1", "3", "cut")
     }
     assert losses["1"] == losses["3"] == losses["cut"]
+
+
+class Noisy(Regression):
+    """It draws from the global generators wherever it may, and holds a number that is unlike itself."""
+
+    def __init__(self) -> None:
+        self.missing = math.nan
+
+    def prepare(self, batch: Any, draw: Any, *, training: bool) -> Any:
+        return batch[0] + torch.randn_like(batch[0]), batch[1]
+
+    def metrics(self, sums: Any, weight: int) -> dict[str, float]:
+        return {**super().metrics(sums, weight), "drawn": float(torch.rand(()))}
+
+
+def test_what_a_task_draws_is_the_same_everywhere(tmp_path: Path) -> None:
+    def trained(folder: Path, *overrides: str) -> tuple[str, dict[str, float]]:
+        one = case("regression")
+        result = train(folder, Case(Noisy(), one.model, one.train_set, one.test_set), *EXACT, *overrides)
+        return weights_sha256(one.model.state_dict()), result.metrics
+
+    expected = trained(tmp_path / "1")
+    assert run_workers(trained, 2, args=(tmp_path / "2",), process_group=False) == [expected] * 2
+    trained(tmp_path / "cut", "train.max_steps=4")
+    assert trained(tmp_path / "cut") == expected
+
+
+class OfRank(Regression):
+    """Its arithmetic differs from one machine to another."""
+
+    def metrics(self, sums: Any, weight: int) -> dict[str, float]:
+        return {"mae": float(torch.distributed.get_rank())}
+
+
+def test_all_ranks_have_the_metrics_of_the_first(tmp_path: Path) -> None:
+    """They decide by them when to stop early."""
+
+    def metrics(folder: Path) -> dict[str, float]:
+        one = case("regression")
+        return train(folder, Case(OfRank(), one.model, one.train_set, one.test_set), "train.max_steps=1").metrics
+
+    assert run_workers(metrics, 2, args=(tmp_path,), process_group=False) == [{"mae": 0.0}] * 2
 
 
 @pytest.mark.long
