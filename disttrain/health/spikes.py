@@ -51,8 +51,11 @@ class SpikeGuard:
         """
         if not math.isfinite(loss):
             return None
-        if len(self.recent) >= (self._window + 1) // 2 and loss > self.factor * (usual := median(self.recent)):
-            return usual
+        if len(self.recent) >= (self._window + 1) // 2:
+            usual = median(self.recent)
+            # A loss may be below zero, as that of a density: its multiple would be below every one of them.
+            if loss > (self.factor if usual >= 0 else 2 - self.factor) * usual:
+                return usual
         self.recent = [*self.recent, loss][-self._window :]
         return None
 

@@ -127,6 +127,9 @@ def test_what_is_a_spike() -> None:
     assert guard.normal_loss(3.0) is None  # of 100, 1, 1: three times the median is not above it
     assert guard.normal_loss(6.1) == 2.0  # of 100, 1, 1, 3
     assert guard.recent == [100.0, 1.0, 1.0, 3.0]
+    guard.recent = [-2.0, -2.0, -2.0]
+    assert guard.normal_loss(2.0) is None  # as far above the median as six is above two
+    assert guard.normal_loss(2.1) == -2.0
     assert not SpikeGuard(parse_recipe({}).train).is_on
 
 
