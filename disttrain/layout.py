@@ -43,9 +43,9 @@ CONTENTS = (MODEL, OPTIMIZER, STATE)
 
 # Beside the run directories.
 DATABASE = "mlflow.db"
-"""MLflow's, unless a run is told of another or of a server."""
+"""MLflow's, unless a run names another or a server."""
 
-# What a launcher tells its workers, as environment variables.
+# What a launcher passes to its workers, as environment variables.
 LAUNCHED_BY = "DISTTRAIN_LAUNCHER"
 LAUNCHER_PID = "DISTTRAIN_LAUNCHER_PID"
 LAUNCHER_OPTIONS = "DISTTRAIN_OPTIONS"

@@ -89,7 +89,7 @@ class Ending:
     def order(self) -> tuple[int, float]:
         """Sorts causes before consequences.
 
-        An explained failure is nobody's consequence, and neither is a signal from outside; an abort may be either, and
+        An explained failure is never a consequence, and neither is a signal from outside; an abort may be either, and
         there the clock decides; a lost connection comes last.
         """
         killed_from_outside = self.code < 0 and self.code != -signal.SIGABRT

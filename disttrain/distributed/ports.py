@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A free TCP port that the kernel hands to nobody else while the block runs.
+    """A free TCP port that the kernel gives to no other process while the block runs.
 
     Rank 0 needs seconds before it listens; closing the socket at once would leave the port to any process that asks
     next. On Linux a socket that is bound with SO_REUSEADDR and does not listen keeps the port, and lets rank 0, which

@@ -137,7 +137,7 @@ def _try_shapes(model: nn.Module, sample_shape: tuple[int, int, int]) -> None:
 
 
 def _fitting_options(name: str, sample_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What some models need to be told for images of this size, or to return logits alone while training."""
+    """What some models need for images of this size, or to return logits alone while training."""
     _, height, width = sample_shape
     if name.startswith("vit_"):
         return {"image_size": height}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def default_timeout_s() -> float:
-    """How long workers may take where nobody says: 60 s, or what DISTTRAIN_TEST_TIMEOUT_S says on a slow machine."""
+    """How long workers may take by default: 60 s, or DISTTRAIN_TEST_TIMEOUT_S on a slow machine."""
     text = os.environ.get("DISTTRAIN_TEST_TIMEOUT_S", "60")
     try:
         return float(text)

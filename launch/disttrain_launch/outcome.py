@@ -48,7 +48,7 @@ class LocalEnding(Ending):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The job's exit code, what to tell the user, and the traceback of an unexpected failure."""
+    """The job's exit code, the message for the user, and the traceback of an unexpected failure."""
 
     exit_code: int
     message: str = ""

@@ -17,7 +17,7 @@ _OUTLIVES_THE_JOB = {"PersistentVolumeClaim"}
 
 
 def submit(cluster: Cluster, manifests: list[Manifest]) -> None:
-    """Make the objects, all or, as far as the server can tell beforehand, none."""
+    """Make the objects, all or, as far as the server can check beforehand, none."""
     for manifest in manifests:
         # Kubeflow looks for a TrainJob's runtime, which a dry run does not make.
         if manifest["kind"] != "TrainJob":
