@@ -13,8 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from disttrain import rng
 from disttrain.data.dataset import MemorySplit, SampleSet, Split, StreamSplit
-from disttrain.data.generators import generators_restored
+from disttrain.data.generators import generators_restored, seed_generators
 from disttrain.data.labels import labels_of
 from disttrain.data.reader import read_samples
 
@@ -102,11 +103,16 @@ def _of_some_samples(split: SampleSet) -> str | None:
     indices = torch.linspace(0, len(split) - 1, min(_NUM_READ, len(split))).long().tolist()
     try:
         with generators_restored():
-            first, again = ([_what_is_exact(split.dataset[index]) for index in indices] for _ in range(2))
+            first, again = ([_what_is_exact(_read(split, index)) for index in indices] for _ in range(2))
     except Exception:  # a user's code; training on the sample reports what is wrong with it
         return None
     digest = hashlib.sha256(repr(first).encode()).hexdigest()[:16]
     return f"samples {indices}:{digest}" if first == again else None
+
+
+def _read(split: SampleSet, index: int) -> Any:
+    seed_generators(rng.derive(0, index))  # or a set that draws might be taken for steady by chance, and refused later
+    return split.dataset[index]
 
 
 def _what_is_exact(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 import disttrain
 from disttrain.checkpoint import optimizer_from_tensors, optimizer_to_tensors
 from disttrain.commands import evaluate, predict
-from disttrain.data import Digest, MemorySplit, StreamSplit, digest_of, load_datasets
+from disttrain.data import Digest, MemorySplit, SampleSet, StreamSplit, digest_of, load_datasets
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe, ScheduleRecipe, load_recipe
@@ -220,3 +220,20 @@ def test_expected_magnitudes_are_kept_by_name(tmp_path: Path) -> None:
     assert state["optimizer"]["names"] == [name for name, _ in model.named_parameters()]
     assert state["given"] == ["model", "test_set", "train_set"]
     train(network(), 2)
+
+
+class Reversing:
+    """A user's set of sequences, each turned round with probability one half."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> list[int]:
+        return [index, -index][:: random.choice((1, -1))]
+
+
+def test_a_set_that_draws_is_the_same_whenever_it_is_looked_at() -> None:
+    """Else chance might take it for one that does not, and a resume for another."""
+    found = {digest_of(SampleSet(Reversing())).contents for _ in range(8)}
+    assert len(found) == 1
+    assert found != {None}
