@@ -146,10 +146,18 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class SampleSets:
-    """A data set of samples of any kind: what is learned from, and what is held out."""
+    """A data set of samples of any kind: what is learned from, and what is held out.
+
+    Raises ConfigurationError if one of the two is empty.
+    """
 
     train: SampleSet
     test: SampleSet
+
+    def __post_init__(self) -> None:
+        for split, name in ((self.train, "the training set"), (self.test, "the test set")):
+            if len(split) == 0:
+                raise ConfigurationError(f"{split.name or name} is empty.")
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,6 @@ def _sample_set(samples: Any, name: str) -> SampleSet:
         except (AssertionError, TypeError) as error:
             raise ConfigurationError(f"{name}: its tensors are not of as many rows each.") from error
     _refuse_other_than_map_style(samples, name, "a map-style data set with a length, or tensors of as many rows")
-    if len(samples) == 0:
-        raise ConfigurationError(f"{name} is empty.")
     facts = getattr(samples, "facts", {})
     return SampleSet(samples, name, facts if isinstance(facts, Mapping) else {})
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import IterableDataset
 
 import disttrain
-from disttrain.data import tensors_in, to_device
+from disttrain.data import SampleSet, tensors_in, to_device
 from disttrain.errors import ConfigurationError, DivergedError, UserCodeError
 from disttrain.testing import run_workers
 from tests.disttrain.task.test_users_tasks import train
@@ -165,6 +165,7 @@ def test_sets_that_cannot_be_numbered_are_refused(tmp_path: Path) -> None:
         tmp_path, Case(one.task, one.model, Numbers(), one.test_set)
     )
     assert "the training set is empty" in refusal(tmp_path, Case(one.task, one.model, [], one.test_set))
+    assert "the test set is empty" in refusal(tmp_path, Case(one.task, one.model, one.train_set, SampleSet([])))
 
 
 def test_a_sample_that_makes_the_loss_nan_is_named(tmp_path: Path) -> None:
