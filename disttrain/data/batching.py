@@ -13,6 +13,8 @@ from disttrain.data.dataset import SampleSet, StreamSplit
 from disttrain.data.generators import generators_restored, seed_generators
 from disttrain.errors import ConfigurationError, DisttrainError, failure_in
 
+_MOST_ITEMS = 2**48  # the workers add their weights up as int64
+
 
 class Batching(Protocol):
     """The part of a task that makes batches; see `disttrain.task.Task`."""
@@ -128,13 +130,23 @@ class SampleSource:
         return Fetched(batch, len(indices) if weight is None else checked_weight(weight, f"{name}.weight(batch)"))
 
 
+def prepared(task: Batching, batch: Any, draw: Callable[[int], torch.Tensor], *, training: bool) -> Any:
+    """What the task's `prepare` makes of the batch. Raises UserCodeError for what it raises."""
+    try:
+        return task.prepare(batch, draw, training=training)
+    except DisttrainError:
+        raise
+    except Exception as error:  # a user's task may raise anything
+        raise failure_in(f"{type(task).__name__}.prepare", error) from error
+
+
 def checked_weight(weight: Any, what: str) -> int:
     """The weight as an int. Raises ConfigurationError, naming `what` returned it, unless it is whole and >= 0."""
     try:
         number = operator.index(weight)  # a tensor of one integer counts as one, too
     except (TypeError, ValueError):
         number = -1
-    if number < 0 or isinstance(weight, bool):
+    if not 0 <= number <= _MOST_ITEMS or isinstance(weight, bool):
         raise ConfigurationError(
             f"{what} returned {weight!r}: it has to be a whole number of at least 0, the number of items that the loss "
             "is a sum over, or None for the number of samples."

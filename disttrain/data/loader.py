@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from disttrain import rng
-from disttrain.data.batching import Batching, Fetched
+from disttrain.data.batching import Batching, Fetched, prepared
 from disttrain.data.dataset import SampleSet, Split
 from disttrain.data.generators import generators_restored
 from disttrain.data.reader import open_reader
@@ -179,7 +179,7 @@ def _prepared(
         return task.prepare(data, draw, training=training)
     with generators_restored():
         rng.seed_layers(device, rng.derive(seed, epoch, *samples.tolist()), 0, 0)
-        return task.prepare(data, draw, training=training)
+        return prepared(task, data, draw, training=training)
 
 
 def _drawing(seed: int, epoch: int, samples: torch.Tensor, device: torch.device) -> Callable[[int], torch.Tensor]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import io
+import pickle
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from disttrain.data.batching import Batching, Fetched, ImageSource, SampleSource, Source
 from disttrain.data.dataset import MemorySplit, SampleSet, Split, StreamSplit
 from disttrain.data.pytree import to_device
-from disttrain.errors import DisttrainError
+from disttrain.errors import ConfigurationError, DisttrainError, brief
 from disttrain.recipe import DataRecipe
 
 _GRACE_S = 60
@@ -154,9 +158,41 @@ class _Batches(Dataset[Any]):
 
     def __getitems__(self, request: tuple[int, list[int]]) -> Fetched | DisttrainError:
         try:
-            return self._source.fetch(*request)
+            fetched = self._source.fetch(*request)
+            if get_worker_info() is not None:
+                _check_can_be_sent(fetched)
         except DisttrainError as error:
             return error
+        return fetched
+
+
+class _Rehearsal(ForkingPickler):
+    """Pickles all of a batch but its tensors and arrays, which would be copied."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        """What is written in place of `value`. Raises ConfigurationError for a tensor that cannot be sent."""
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad and not value.is_leaf:
+                raise ConfigurationError(
+                    "the data set or the task's collate computes a tensor that has a gradient, which cannot be sent "
+                    "from the process that reads data: compute it under torch.no_grad(), or set data.workers = 0."
+                )
+            return "tensor"
+        return "array" if isinstance(value, np.ndarray) and value.dtype != object else None
+
+
+def _check_can_be_sent(fetched: Fetched) -> None:
+    """Raise ConfigurationError for a batch that a worker cannot send: its parent would wait for it without end."""
+    try:
+        _Rehearsal(io.BytesIO(), pickle.HIGHEST_PROTOCOL).dump(fetched)
+    except DisttrainError:
+        raise
+    except Exception as error:  # a user's object may raise anything
+        raise ConfigurationError(
+            f"a batch cannot be sent from the process that reads data: {type(error).__name__}: {brief(error)}. Have "
+            "the task's collate return tensors, arrays, numbers and text in tuples, lists and dicts, or set "
+            "data.workers = 0."
+        ) from error
 
 
 def read_samples(split: StreamSplit, seed: int, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

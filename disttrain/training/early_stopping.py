@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from disttrain.errors import ConfigurationError
 from disttrain.layout import EVAL, Best
 from disttrain.recipe import Recipe, TrainRecipe
 from disttrain.task import Task
 
 
 def best_metric(recipe: Recipe, task: Task) -> Best:
-    """The metric that decides which evaluation is the best: the recipe's, or else the task's."""
+    """The metric that decides which evaluation is the best: the recipe's, or else the task's.
+
+    Raises ConfigurationError for a task whose `best` does not say it.
+    """
     if recipe.checkpoint.best is None:
-        return Best(*task.best)
+        best: Any = task.best
+        if not isinstance(best, tuple | list) or len(best) != 2 or not all(isinstance(one, str) for one in best):
+            raise ConfigurationError(
+                f"{type(task).__name__}.best is {best!r}: it has to be the name of a metric and 'min' or 'max', as in "
+                "('loss', 'min')."
+            )
+        return Best(*best)
     metric, _, mode = recipe.checkpoint.best.rpartition(":")
     return Best(metric.removeprefix(EVAL), mode)
 

@@ -7,6 +7,7 @@ scores in floating point is collected first and added in the order of the set.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,7 +19,7 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import EvalLoader
 from disttrain.distributed.collectives import broadcast_object, gather_objects, sum_
-from disttrain.errors import ConfigurationError, DisttrainError, failure_in
+from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_in
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
 from disttrain.task import Task
@@ -76,6 +77,7 @@ def evaluate(
         raise
     except Exception as error:  # a user's task may raise anything
         raise failure_in(f"the metrics of {type(task).__name__}", error) from error
+    details = _checked_details(task, details)
     # All stop early by the same numbers: on processors of two kinds a user's arithmetic may differ in the last bit.
     return Evaluation(broadcast_object(checked_metrics(task, metrics)), details)
 
@@ -108,6 +110,19 @@ def checked_metrics(task: Task, metrics: Any) -> dict[str, float]:
         return {str(key): float(value) for key, value in metrics.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{name} returned something that is not a number: {error}.") from error
+
+
+def _checked_details(task: Task, details: Any) -> dict[str, Any]:
+    try:
+        json.dumps(details)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{type(task).__name__}.details returned what JSON cannot hold ({brief(error)}): give numbers, texts, "
+            "lists and dicts."
+        ) from error
+    if not isinstance(details, dict):
+        raise ConfigurationError(f"{type(task).__name__}.details returned a {type(details).__name__}, not a dict.")
+    return details
 
 
 def _summed(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,7 +66,17 @@ def _checked(groups: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Paramet
             raise ConfigurationError(
                 "the task's param_groups: a group gives 'lr_scale', relative to optim.lr, in place of 'lr'."
             )
-        members = [group["params"]] if isinstance(group["params"], nn.Parameter) else list(group["params"])
+        scale = group.get("lr_scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+            raise ConfigurationError(
+                f"the task's param_groups: lr_scale is {scale!r}, and has to be a number of 0 or more."
+            )
+        given: Any = group["params"]
+        if not isinstance(given, nn.Parameter | Iterable):
+            raise ConfigurationError(
+                f"the task's param_groups: 'params' is a {type(given).__name__}, not a parameter or several of them."
+            )
+        members = [given] if isinstance(given, nn.Parameter) else list(given)
         for parameter in members:
             if id(parameter) not in of:
                 raise ConfigurationError(

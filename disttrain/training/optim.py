@@ -44,6 +44,11 @@ def build_optimizer(
         raise ConfigurationError(
             f"optim: {kind.__name__} has no weight_decay, which a parameter group gives; leave it out there."
         )
+    for key in (key for group in params if isinstance(group, Mapping) for key in group):
+        if key not in (*allowed, "params", "lr_scale", "name"):
+            near = nearest(key, [*allowed, "lr_scale"])
+            hint = f"; did you mean '{near}'?" if near else "."
+            raise ConfigurationError(f"the task's param_groups: {kind.__name__} has no option '{key}'{hint}")
     try:
         optimizer: torch.optim.Optimizer = kind(
             params, lr=recipe.lr, **{name: _tuple(value) for name, value in recipe.options.items()}

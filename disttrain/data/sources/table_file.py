@@ -89,6 +89,8 @@ def _text(raw: bytes, path: Path, encoding: str) -> str:
             f"{path}, line {line}: not {encoding} ({error.reason}). Save the file as UTF-8, or name its "
             'encoding in data.options.encoding, such as "latin-1" or "utf-16".'
         ) from error
+    except ValueError as error:  # some of Python's encodings are not for text
+        raise ConfigurationError(f"data.options.encoding: {encoding!r} cannot read {path}: {error}.") from error
     return text.removeprefix("\ufeff")  # the byte order mark that spreadsheets put first
 
 

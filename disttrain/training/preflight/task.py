@@ -59,6 +59,11 @@ def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int, wanted
     except Exception:  # so few samples may well be too few for a metric
         return
     names = checked_metrics(task, metrics)
+    if not names:
+        raise ConfigurationError(
+            f"{type(task).__name__}.metrics returned nothing: one metric at least has to say which checkpoint is best. "
+            "By default they are made of what score returns as tensors of shape ()."
+        )
     if wanted is not None:
         if wanted.rpartition(":")[0].removeprefix(EVAL) not in names:
             raise ConfigurationError(

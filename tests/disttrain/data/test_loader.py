@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.data import (
+    EvalLoader,
     MemorySplit,
+    SampleSet,
     Split,
     StepBatch,
     StepSampler,
@@ -28,6 +30,7 @@ from disttrain.data import (
 from disttrain.data.sources.synthetic import synthetic_images
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
+from disttrain.task import Task
 from tests.disttrain.data.loaders import eval_loader, train_loader
 
 AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 4}
@@ -215,6 +218,29 @@ class Signalled(Noisy):
 def test_readers_outlive_a_stop_request_so_that_the_step_can_end() -> None:
     split = as_split(Signalled(os.getpid()), DataRecipe())
     assert sum(len(step.parts[0].data[1]) for step in epoch(split, 1, 0, workers=1)) == 20
+
+
+class Unsent(Task):
+    """Its batches cannot leave the process that reads them."""
+
+    def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
+        self.make = make
+
+    def collate(self, samples: list[Any]) -> Any:
+        return {"values": [self.make(torch.stack(samples))]}
+
+
+@pytest.mark.timeout(60)
+def test_what_a_reader_cannot_send_is_said_and_not_waited_for() -> None:
+    split, data = SampleSet([torch.zeros(2)] * 4), DataRecipe(workers=1, layout="stream")
+    for make, words in (
+        (lambda values: (value for value in values), "cannot be sent from the process that reads data: TypeError: "),
+        (lambda values: values.requires_grad_() * 2, "computes a tensor that has a gradient"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            next(iter(EvalLoader(split, data, Unsent(make), batch_size=2)))
+    sent = next(iter(EvalLoader(split, data, Unsent(lambda values: values.numpy()), batch_size=2)))
+    assert sent.data["values"][0].shape == (2, 2)
 
 
 def test_closed_readers_are_gone_and_come_back_when_needed() -> None:

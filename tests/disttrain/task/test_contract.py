@@ -101,6 +101,39 @@ class Elsewhere(Regression):
     best = ("accuracy", "max")
 
 
+class Vague(Regression):
+    def score(self, model: nn.Module, batch: Any) -> Any:
+        return {"loss": self.loss(model, batch)[None]}
+
+    def metrics(self, sums: Any, weight: int) -> dict[str, float]:
+        return disttrain.Task.metrics(self, sums, weight)
+
+
+class Best(Regression):
+    best: Any = "loss"
+
+
+class Detailed(Regression):
+    def __init__(self, details: Any) -> None:
+        self.given = details
+
+    def details(self, sums: Any, weight: int) -> Any:
+        return self.given
+
+
+class Grouped(Regression):
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def param_groups(self, model: nn.Module) -> Any:
+        return [{"params": model.parameters(), **self.options}]
+
+
+class Unprepared(Regression):
+    def prepare(self, batch: Any, draw: Any, *, training: bool) -> Any:
+        raise KeyError("mean")
+
+
 class Words(Regression):
     def score(self, model: nn.Module, batch: Any) -> Any:
         return {"loss": self.loss(model, batch), "name": "a word"}
@@ -126,6 +159,14 @@ class Words(Regression):
         (weighing(2.0), r"Weighing\.weight\(batch\) returned 2.0: it has to be a whole number"),
         (weighing(0), r"^Weighing: weight\(batch\) is 0 for the first samples and loss\(model, batch\) is not"),
         (weighing(True), r"Weighing\.weight\(batch\) returned True: it has to be a whole number"),
+        (weighing(2**63), r"Weighing\.weight\(batch\) returned 9223372036854775808: it has to be a whole number"),
+        (Vague(), r"^Vague\.metrics returned nothing: .* what score returns as tensors of shape \(\)"),
+        (Best(), r"^Best\.best is 'loss': it has to be the name of a metric and 'min' or 'max'"),
+        (Detailed({"ids": {1}}), r"^Detailed\.details returned what JSON cannot hold"),
+        (Detailed(None), r"^Detailed\.details returned a NoneType, not a dict"),
+        (Grouped(lr_scale=-1.0), r"param_groups: lr_scale is -1.0, and has to be a number of 0 or more"),
+        (Grouped(weight_decy=0.0), r"param_groups: SGD has no option 'weight_decy'; did you mean 'weight_decay'\?"),
+        (Grouped(params=None), r"param_groups: 'params' is a NoneType"),
         (Elsewhere(), r"Elsewhere\.best is \('accuracy', 'max'\): .* the metrics, which are loss, mae"),
         (Words(), r"Words\.score returned a str for 'name': tensors are added up and lists joined"),
     ],
@@ -152,6 +193,11 @@ def test_wrong_shapes_are_refused_with_the_method_the_model_and_the_place(tmp_pa
     assert "\n" not in said
     with pytest.raises(UserCodeError, match=r"^Speech cannot collate sample 0 of the test set: ValueError"):
         train(tmp_path / "2", Case(case("speech").task, one.model, [(1,)] * 9, [(1,)] * 9))
+
+
+def test_what_prepare_raises_is_said_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(UserCodeError, match=r"^Unprepared\.prepare: KeyError: 'mean' \(.*test_contract\.py:"):
+        train(tmp_path, with_task("regression", Unprepared()))
 
 
 class Numbers(IterableDataset[int]):
