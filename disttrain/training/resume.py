@@ -8,7 +8,7 @@ from disttrain.checkpoint import AVERAGE, Checkpoint, check_complete, optimizer_
 from disttrain.checkpoint.handout import hand_out
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError, brief
-from disttrain.layout import STATE
+from disttrain.layout import STATE, best_in
 from disttrain.parallel.conditions import differences
 from disttrain.training.identity import (
     describe_data,
@@ -54,7 +54,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     job.strategy.load_state(state, f"{checkpoint.path}/{STATE}")
     job.init = state.get("init")
     job.hooks.load_state(state.get("hooks", {}), checkpoint.path)
-    if "best_evaluation" in state:
+    if "best_evaluation" in state and best_in(state) == job.best:  # of another metric nothing follows for this one
         job.early_stopping.load_state(state["best_evaluation"])
     job.step = state["step"]
     job.metrics = state["metrics"] or None

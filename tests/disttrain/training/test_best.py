@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import disttrain
-from disttrain.checkpoint import CheckpointStore
+from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.commands import runs
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.recipe import load_recipe
@@ -67,6 +67,15 @@ def test_a_metric_that_there_is_not_is_refused(tmp_path: Path) -> None:
     assert disttrain.train(load_recipe("digits", [*QUIET, "checkpoint.best=loss:min"]), **late).step == 4
     with pytest.raises(RecipeError, match="should be METRIC:min or METRIC:max, as in perplexity:min, not 'perplexity'"):
         load_recipe("digits", ["checkpoint.best=perplexity"])
+
+
+def test_another_metric_begins_anew(tmp_path: Path) -> None:
+    options = ("train.epochs=2", "optim.lr=0.0", "train.patience=9")
+    train(tmp_path, *options, "train.max_steps=2", "checkpoint.best=accuracy:max")
+    result = train(tmp_path, *options, "checkpoint.best=loss:min")
+    assert result.loss > result.accuracy, "or an accuracy could not be taken for a lower loss"
+    state = read_checkpoint(CheckpointStore(tmp_path / "checkpoints").paths()[-1]).state
+    assert state["best_evaluation"] == {"value": result.loss, "step": result.step, "since": 0}
 
 
 LATE = ("train.epochs=40", "checkpoint.best=loss:min", "optim.lr=0.0", "checkpoint.keep_last=2")
