@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from disttrain.errors import ConfigurationError, brief
-from disttrain.files import parse_json, read_text, utf8_name
+from disttrain.files import parse_json, read_text, refuse_irregular, utf8_name
 from disttrain.layout import MODEL
 
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"})
@@ -33,6 +33,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in _files(path):
         try:
+            refuse_irregular(file, follow=True)  # the library would wait for the writer of a pipe
             with utf8_name(file) as name:
                 tensors |= load_file(name)
         except (OSError, SafetensorError) as error:

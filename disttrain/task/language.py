@@ -17,7 +17,7 @@ from torch.nn import functional
 from disttrain import rng
 from disttrain.data.sources.text_files import read_utf8
 from disttrain.data.vocabulary import Vocabulary, vocabulary_of
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 from disttrain.recipe.address import expanded
 from disttrain.task.base import Task
 
@@ -116,6 +116,10 @@ class LanguageModeling(Task):
         Raises ConfigurationError for what is not UTF-8 or has no tokens in the run's vocabulary.
         """
         text = read_utf8(expanded(path)).removesuffix("\n") if os.path.isfile(os.path.expanduser(path)) else path
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # an argument of the command line may hold any bytes
+            raise ConfigurationError(f"the prompt {brief(repr(path), 40)} is not UTF-8.") from error
         tokens, num_bytes = self._vocabulary().encode(text)
         begin = [self.facts["end_of_text"]]  # as in training
         total = len(tokens) if num_bytes is None else int(num_bytes.sum())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -59,8 +61,8 @@ def find_texts(root: Path, files: str | list[str] | None, test_files: str | list
 
 
 def read_utf8(path: Path) -> str:
-    """A file's text, without the byte order mark that it may begin with. Raises ConfigurationError, OSError."""
-    with open_to_read(path, follow=True) as file:
+    """A file's text, without the byte order mark that it may begin with. Raises ConfigurationError."""
+    with _opened(path) as file:
         content = file.read()
     try:
         return content.decode().removeprefix("\ufeff")
@@ -73,10 +75,19 @@ def read_utf8(path: Path) -> str:
 
 def map_bytes(path: Path) -> np.ndarray:
     """A file's bytes, (n,) uint8, as a memory map: its pages are read when they are needed, by all workers together."""
-    with open_to_read(path, follow=True) as file:
+    with _opened(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             return np.empty(0, dtype=np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open_to_read(path, follow=True) as file:
+            yield file
+    except OSError as error:
+        raise ConfigurationError(f"{brief(path)} cannot be read: {error.strerror or error}.") from error
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:

@@ -213,6 +213,8 @@ def test_a_prompt_is_continued(root: Path, tmp_path: Path) -> None:
             task.predict(model, prompts, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="character 'z'"):
         task.read("abz")
+    with pytest.raises(ConfigurationError, match=r"^the prompt 'ab.udcff' is not UTF-8"):
+        task.read("ab\udcff")
     with pytest.raises(ConfigurationError, match="does not define what its tokens mean"):
         LanguageModeling(vocab_size=4).read("ab")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("source", "classes", "message"),
     [
         ("old.pt", 3, "model.init: .*old.pt is a pickle, and reading one may run any code: save the weights"),
+        ("pipe.safetensors", 3, "pipe.safetensors cannot be read as safetensors: .*it is a named pipe, not a file"),
         ("nothing", 3, "model.init: .*nothing does not exist; give a run, a checkpoint, or a safetensors file"),
         (".", 3, "of safetensors files it has several: extra.safetensors, other.safetensors, "),
         ("other.safetensors", 3, "none of the names in .* is one of the model's: it has other; the model has body"),
@@ -132,6 +134,8 @@ def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 )
 def test_what_cannot_be_started_from_is_one_line(tmp_path: Path, source: str, classes: int, message: str) -> None:
     folder = files(tmp_path / "files")
+    if source.startswith("pipe"):
+        os.mkfifo(folder / source)
     with pytest.raises(ConfigurationError, match=message) as caught:
         train(tmp_path / "run", Net(classes), f"model.init={folder / source}")
     assert len(str(caught.value).splitlines()) == 1

@@ -187,5 +187,8 @@ def test_what_cannot_be_read_is_refused_in_one_line(
 def test_a_root_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="nowhere does not exist"):
         load(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match="pipe cannot be read: it is a named pipe, not a file"):
+        load(tmp_path / "pipe")
     with pytest.raises(ConfigurationError, match=r"give data\.root"):
         load(test_files="*")
