@@ -120,6 +120,7 @@ class ImageClassification(Task):
         images, labels = batch
         scores, weight = self._scores(model, images), None
         if self.class_weights is not None:
+            scores = scores if scores.dtype == torch.float64 else scores.float()  # half a type would round the weights
             weight = torch.tensor(self.class_weights, dtype=scores.dtype, device=scores.device)
         return self.labels.losses(
             scores, labels, weight=weight, label_smoothing=self.label_smoothing, reduction=reduction

@@ -94,6 +94,14 @@ def test_class_weights_multiply_each_class_and_the_number_of_images_divides() ->
     assert torch.equal(plain, weighted)
 
 
+def test_scores_of_half_a_type_round_no_class_weights() -> None:
+    batch, model = pictures("single"), Scores(scores(70).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = task_of().loss(model, batch).item()
+        weighted = task_of(class_weights=[1.2345] * NUM_CLASSES).loss(model, batch).item()
+    assert weighted == pytest.approx(1.2345 * plain, rel=1e-5)
+
+
 def test_the_best_k_are_a_metric_where_there_are_more_classes() -> None:
     images, labels = pictures("single")
     model = Scores(scores(70))
