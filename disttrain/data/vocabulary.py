@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -178,12 +178,18 @@ def vocabulary_of(facts: Mapping[str, Any]) -> Vocabulary | None:
         return Bytes()
     if kind == "characters":
         characters = facts.get("characters")
-        if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+        if not _is_alphabet(characters):
             raise ConfigurationError("the facts of the texts are damaged: 'characters' is not an alphabet in order.")
         return Characters(characters)
     if kind == "tokenizer":
         return TokenizerFile(str(facts.get("tokenizer")), str(facts.get("tokenizer_sha256")))
     return None
+
+
+def _is_alphabet(characters: Any) -> TypeGuard[str]:
+    if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in characters)  # halves of one, in JSON alone
 
 
 def _code_points(text: str) -> np.ndarray:

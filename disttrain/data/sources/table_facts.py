@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from disttrain.data.sources.columns import (
+    Category,
     Number,
     columns_from_json,
     columns_to_json,
@@ -59,11 +61,22 @@ def describe_a_table(facts: Mapping[str, Any]) -> bool:
         return bool(
             fits
             and isinstance(facts["target"], str)
-            and all(isinstance(one, float) for one in numbers)
+            and all(isinstance(one, float) and math.isfinite(one) for one in numbers)
+            and all(_is_column(column) for column in columns)
+            and facts["format"].keys() <= {"delimiter", "encoding"}
+            and TableOptions.model_validate({"file": "", "target": "", **facts["format"]})
             and 0 < facts["num_features"] == sum(column.num_features for column in columns)
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _is_column(column: Number | Category) -> bool:
+    if isinstance(column, Category):
+        fits = all(isinstance(category, str) for category in column.categories)
+    else:
+        fits = isinstance(column.indicator, bool)
+    return fits and isinstance(column.name, str)
 
 
 def targets_of(table: Table, facts: Mapping[str, Any]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from disttrain import rng
 from disttrain.data.dataset import SampleSet, SampleSets
 from disttrain.data.digest import Digest
 from disttrain.data.sources.columns import columns_from_json, encode
-from disttrain.data.sources.table_facts import facts_of, targets_of
+from disttrain.data.sources.table_facts import describe_a_table, facts_of, targets_of
 from disttrain.data.sources.table_file import Table, cells_of, read_table
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe
@@ -57,6 +57,8 @@ def load_table(data: DataRecipe, facts: Mapping[str, Any] | None = None) -> Samp
         options = table_options(data.options)
     except ValueError as error:
         raise ConfigurationError(f"data.{error}.") from error
+    if facts and "columns" in facts and not describe_a_table(facts):
+        raise ConfigurationError("the facts of the table that was trained on are damaged.")
     root = expanded(data.root)
     if options.file is not None:
         table = _read(options.file, "file", root, options)

@@ -29,7 +29,7 @@ def test_characters_are_numbered_in_the_order_of_unicode_and_come_back() -> None
     assert again.encode(TEXT)[0].tolist() == tokens.tolist()
 
 
-@pytest.mark.parametrize("characters", [None, "ba", "aa", ["a"]])
+@pytest.mark.parametrize("characters", [None, "ba", "aa", ["a"], "\ud800"])
 def test_a_damaged_alphabet_is_refused(characters: object) -> None:
     with pytest.raises(ConfigurationError, match="not an alphabet in order"):
         vocabulary_of({"tokens": "characters", "characters": characters})

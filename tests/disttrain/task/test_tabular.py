@@ -109,7 +109,16 @@ def test_what_is_no_table_and_a_model_of_another_shape_are_refused() -> None:
     sets = people("regression")
     with pytest.raises(ConfigurationError, match=r'the training set is not a table\. Set data\.dataset = "table"'):
         Tabular([(torch.zeros(3), torch.zeros(()))])
-    for key, wrong in (("columns", [{"name": "x"}]), ("kind", "ranking"), ("num_features", 2), ("target_std", "1")):
+    for key, wrong in (
+        ("columns", [{"name": "x"}]),
+        ("kind", "ranking"),
+        ("num_features", 2),
+        ("target_std", "1"),
+        ("target_mean", math.nan),
+        ("format", None),
+        ("format", {"delimiter": ";;"}),
+        ("format", {"path": "x"}),
+    ):
         with pytest.raises(ConfigurationError, match="the training set is not a table"):
             Tabular(replace(sets.train, facts={**sets.train.facts, key: wrong}))
     with pytest.raises(ConfigurationError, match=r"the model returned \(70,\) for 70 rows; it should return \(70, 1\)"):
