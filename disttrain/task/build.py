@@ -53,6 +53,8 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any) -> Task:
         return maker
     name = getattr(maker, "__qualname__", type(maker).__name__)
     arguments = {"train_set": train_set, "recipe": recipe}
+    for key in arguments.keys() & recipe.task.options.keys():
+        raise ConfigurationError(f"task.options.{key}: a task is given that by disttrain; leave it out.")
     try:
         signature = inspect.signature(maker)
     except ValueError:  # a callable without a signature, written in C

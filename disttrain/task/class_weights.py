@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from disttrain.data import SplitOutline, labels_of
@@ -32,7 +32,7 @@ def checked_class_weights(asked: Sequence[float] | str | None, train_set: Any) -
             )
         counts = labels.bincount(minlength=num_classes) if labels.ndim == 1 else labels.double().sum(0)
         return tuple(len(labels) / (num_classes * count) if count else 1.0 for count in counts.tolist())
-    numbers = [] if isinstance(asked, str) else list(asked)
+    numbers = list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else []
     fit = [isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < math.inf for one in numbers]
     if len(numbers) != num_classes or not all(fit) or not any(numbers):
         raise ConfigurationError(

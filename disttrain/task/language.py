@@ -59,6 +59,8 @@ class LanguageModeling(Task):
         for name, value in told.items():
             if value is not None and (type(value) is not int or value < 0):
                 raise ConfigurationError(f"task.options.{name}: {value!r} is not a whole number of 0 or more.")
+        if not isinstance(document_masks, bool):
+            raise ConfigurationError(f"task.options.document_masks: {document_masks!r} should be true or false.")
         self.facts = dict(getattr(train_set, "facts", {})) | {k: v for k, v in told.items() if v is not None}
         self.document_masks = document_masks
         self.label_smoothing = 0.0 if recipe is None else float(recipe.train.label_smoothing)
@@ -180,6 +182,8 @@ class LanguageModeling(Task):
             ids = torch.as_tensor(sample)
         except (TypeError, ValueError, RuntimeError):
             ids = torch.empty(0, 0)
+        if ids.shape == (0,):
+            ids = ids.long()  # of an empty list torch makes floats
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
             raise ConfigurationError(
                 "language-modeling: a sample has to be token ids, (n,) whole numbers, or a mapping that holds them as "
@@ -188,7 +192,8 @@ class LanguageModeling(Task):
         size = self.facts.get("vocab_size")
         if len(ids) and (int(ids.min()) < 0 or (size is not None and int(ids.max()) >= size)):
             wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise ConfigurationError(f"language-modeling: token {wrong} is outside the vocabulary of {size} tokens.")
+            of_size = "" if size is None else f" of {size} tokens"
+            raise ConfigurationError(f"language-modeling: token {wrong} is outside the vocabulary{of_size}.")
         return ids.long()
 
     def _cross_entropy(

@@ -156,6 +156,7 @@ def test_mixtures_follow_from_the_sample_and_leave_augmentation_as_it_was() -> N
         ("single", {"cutmix": True}, "task.options.cutmix: True is not a number of 0 or more."),
         ("single", {"top_k": 1.5}, "task.options.top_k: 1.5 is not a whole number of 0 or more."),
         ("single", {"class_weights": [1.0]}, "task.options.class_weights: [1.0] is neither \"balanced\" nor"),
+        ("single", {"class_weights": 3}, "task.options.class_weights: 3 is neither \"balanced\" nor a list"),
         ("single", {"class_weights": "even"}, "task.options.class_weights: 'even' is neither \"balanced\" nor a list"),
         ("single", {"multi_label": True}, "task.options.multi_label: labels are (70,), and to be (images, 7), 1 for"),
         ("soft", {"multi_label": True}, "task.options.multi_label: the labels are to be 0 or 1, and some are neither."),

@@ -18,6 +18,7 @@ from disttrain.data.sources.text import load_text
 from disttrain.errors import ConfigurationError
 from disttrain.models.gpt import GPT
 from disttrain.recipe import DataRecipe, Recipe
+from disttrain.task.build import build_task
 from disttrain.task.language import LanguageModeling
 
 DOCUMENTS = {"a.txt": "abcab", "b.txt": "ba", "c.txt": "cccabcabca", "t.txt": "ab"}
@@ -225,3 +226,14 @@ def test_what_a_checkpoint_says_tells_vocabularies_apart(root: Path) -> None:
     (root / "a.txt").write_text("d")
     assert LanguageModeling(load(root).train).describe() != task.describe()
     assert task.model_arguments(None) == {"vocab_size": 4, "context_length": 4}
+
+
+def test_an_empty_list_is_a_sample_and_a_word_is_no_yes() -> None:
+    task = LanguageModeling()
+    assert task.weight(task.collate([[], [1, 2, 3]])) == 2
+    with pytest.raises(ConfigurationError, match=r"token -5 is outside the vocabulary\.$"):
+        task.collate([[-5]])
+    with pytest.raises(ConfigurationError, match=r"task\.options\.document_masks: 'no' should be true or false"):
+        LanguageModeling(document_masks="no")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"task\.options\.train_set: .* leave it out"):
+        build_task(LanguageModeling, Recipe.model_validate({"task": {"options": {"train_set": 1}}}), [])
