@@ -6,7 +6,10 @@ import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from disttrain.data.digest import Digest
 from disttrain.data.sources.columns import columns_from_json, encode
 from disttrain.data.sources.table_facts import describe_a_table, facts_of, targets_of
 from disttrain.data.sources.table_file import Table, cells_of, read_table
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 from disttrain.recipe import DataRecipe
 from disttrain.recipe.address import expanded
 from disttrain.recipe.table import TableOptions, table_options
@@ -80,14 +83,21 @@ def table_sets(
 ) -> SampleSets:
     """Arrays as the data set of the task `tabular`: `train` and `test` are each (features, targets).
 
-    Features are an array or tensor (N, F), whose columns are called x0, x1, …, or a DataFrame; targets are (N,).
+    Features are an array or tensor (N, F), whose columns are called x0, x1, …, or a DataFrame; targets are (N,). An
+    array holds numbers or text.
     `kind` and `categorical` are as in `disttrain.recipe.table`. Raises ConfigurationError for what does not fit.
     """
     try:
         options = table_options({"file": "", "target": _TARGET, "kind": kind, "categorical": list(categorical)})
     except ValueError as error:
         raise ConfigurationError(f"{str(error).removeprefix('options.')}.") from error
-    train_table, test_table = _of_arrays(*train, "the training set"), _of_arrays(*test, "the test set")
+    train_table, test_table = _of_arrays(train, "the training set"), _of_arrays(test, "the test set")
+    widths = [len(table.columns) - 1 for table in (train_table, test_table)]
+    if widths[0] != widths[1] and not any(hasattr(features, "columns") for features, _ in (train, test)):
+        raise ConfigurationError(  # a DataFrame's columns are found by their names, and may be more
+            f"the features of the training set have {widths[0]} columns and those of the test set {widths[1]}; give "
+            "both the same columns."
+        )
     return _sets(train_table, test_table, facts_of(train_table, options))
 
 
@@ -102,15 +112,19 @@ def rows_to_predict(path: Path, facts: Mapping[str, Any]) -> torch.Tensor:
 _TARGET = "target"
 
 
-def _of_arrays(features: Any, targets: Any, name: str) -> Table:
+def _of_arrays(pair: Any, name: str) -> Table:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        given = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
+        raise ConfigurationError(f"{name}: give (features, targets), not {given}.")
+    features, targets = pair
     if hasattr(features, "columns"):  # a DataFrame of pandas or polars
         columns = {str(key): cells_of(features[key].to_list()) for key in features.columns}
     else:
-        array = np.asarray(features)
+        array = _array(features, f"{name}: features")
         if array.ndim != 2:
             raise ConfigurationError(f"{name}: features are {array.shape}; give (rows, columns).")
         columns = {f"x{number}": cells_of(array[:, number].tolist()) for number in range(array.shape[1])}
-    values = np.asarray(targets)
+    values = _array(targets, f"{name}: targets")
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     num_rows = len(next(iter(columns.values()), ()))
@@ -119,6 +133,27 @@ def _of_arrays(features: Any, targets: Any, name: str) -> Table:
     if _TARGET in columns:
         raise ConfigurationError(f"{name}: a column of the features is called {_TARGET!r}; rename it.")
     return Table({**columns, _TARGET: cells_of(values.tolist())}, name, range(num_rows))
+
+
+def _array(values: Any, what: str) -> np.ndarray:
+    """An array of numbers or text. Raises ConfigurationError for one of anything else, which `what` names."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        if values.is_floating_point():
+            values = values.double()  # the same numbers, also of a bfloat16, which NumPy does not have
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"{what} cannot be made an array: {brief(error)}.") from error
+    strange = [one for one in array.flat if not _is_cell(one)] if array.dtype == object else []
+    if strange or array.dtype.kind not in "biufUTO":
+        held = f"a {type(strange[0]).__name__}" if strange else str(array.dtype)
+        raise ConfigurationError(f"{what} hold {held}; an array has to hold numbers or text.")
+    return array
+
+
+def _is_cell(value: object) -> bool:
+    return isinstance(value, str | Real | Decimal | NoneType) or type(value).__name__ == "NAType"  # pandas.NA
 
 
 def _read(file: str, key: str, root: Path, options: TableOptions) -> Table:

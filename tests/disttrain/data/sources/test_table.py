@@ -175,6 +175,35 @@ def test_parquet_and_arrays_give_the_same_as_csv(tmp_path: Path) -> None:
         load(tmp_path, file="t.parquet")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_a_model_are_a_table(dtype: torch.dtype) -> None:
+    x, y = torch.tensor([[0.1], [0.5], [2.0]], dtype=dtype), torch.tensor([1.5, 2.5, 0.25])
+    expected = table_sets((x.double().numpy(), y), (x.double().numpy(), y)).train.dataset
+    tracked = x.clone().requires_grad_(), y.to(dtype).requires_grad_()
+    given = table_sets(tracked, tracked).train.dataset
+    assert torch.equal(given.features, expected.features)
+    assert torch.equal(given.targets, expected.targets)
+
+
+def test_arrays_that_are_no_table_are_refused_in_a_line() -> None:
+    x, y = np.zeros((3, 2)), np.arange(3) / 7
+    mixed = np.array([[1, "a"], [2.5, None], [np.int64(3), "b"]], dtype=object)
+    assert [column["name"] for column in table_sets((mixed, y), (mixed, y)).train.facts["columns"]] == ["x0", "x1"]
+    for train, test, words in (
+        ((x, y), (np.zeros((3, 5)), y), "^the features of the training set have 2 columns and those of the test set 5"),
+        ((x, y), (np.zeros((3, 1)), y), "^the features of the training set have 2 columns and those of the test set 1"),
+        ((x, y, y), (x, y), r"^the training set: give \(features, targets\), not 3 values"),
+        ((x, y), y, r"^the test set: give \(features, targets\), not a ndarray"),
+        ((x * 1j, y), (x, y), "^the training set: features hold complex128; an array has to hold numbers or text"),
+        ((x, y), (x, torch.zeros(3) * 1j), "^the test set: targets hold complex64"),
+        ((np.array([[1j, []]] * 3, dtype=object), y), (x, y), "^the training set: features hold a complex"),
+        ((x.astype("datetime64[s]"), y), (x, y), "^the training set: features hold datetime64"),
+        (([[1, 2], [1]], [1, 2]), (x, y), "^the training set: features cannot be made an array"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            table_sets(train, test)  # type: ignore[arg-type]
+
+
 def test_without_pyarrow_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
