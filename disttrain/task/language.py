@@ -189,12 +189,13 @@ class LanguageModeling(Task):
                 "language-modeling: a sample has to be token ids, (n,) whole numbers, or a mapping that holds them as "
                 f"'tokens' or 'input_ids', not a {type(sample).__name__}."
             )
+        ids = ids.long()  # torch knows no minimum of unsigned ones
         size = self.facts.get("vocab_size")
         if len(ids) and (int(ids.min()) < 0 or (size is not None and int(ids.max()) >= size)):
             wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             of_size = "" if size is None else f" of {size} tokens"
             raise ConfigurationError(f"language-modeling: token {wrong} is outside the vocabulary{of_size}.")
-        return ids.long()
+        return ids
 
     def _cross_entropy(
         self,

@@ -22,7 +22,7 @@ from disttrain.distributed.collectives import broadcast_object, gather_objects, 
 from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_in
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
-from disttrain.task import Task
+from disttrain.task import Task, has_own
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluate(
 
     `autocast` is the type to compute in, `on_batch` is called after each of this rank's batches. The model is left as
     it was, its buffers included: what a rank evaluates must not show in what it trains. Raises ConfigurationError for
-    scores or metrics that are not what the task may return.
+    scores or metrics that are not what the task may return, and for a set in which the task counts no items.
     """
     was_training = model.training
     model.eval()
@@ -70,6 +70,11 @@ def evaluate(
             on_batch()
     model.train(was_training)
     sums, total = _summed(task, scores, weight, loader.num_batches)
+    if total == 0 and has_own(task, "weight"):  # a loss of 0 would look perfect, and be kept as the best
+        raise ConfigurationError(
+            f"the test set holds no {task.items} to evaluate: {type(task).__name__}.weight(batch) is 0 for each of its "
+            "batches; give a test set that holds some."
+        )
     rng.seed_layers(loader.device, 0, 0, loader.num_batches)  # each rank has drawn as its own batches had it
     try:
         metrics, details = task.metrics(sums, total), task.details(sums, total)

@@ -112,7 +112,10 @@ def _from_files(root: str, options: TextOptions, *, as_bytes: bool) -> tuple[_Do
     found = find_texts(expanded(root), options.files, options.test_files)
 
     def documents(paths: Sequence[Path], part: str) -> _Documents:
-        of_paths: list[Any] = [map_bytes(path) if as_bytes else read_utf8(path) for path in paths]
+        otherwise = ", leave it out by data.options.files, or set data.options.tokens = 'bytes'"
+        of_paths: list[Any] = [
+            map_bytes(path) if as_bytes else read_utf8(path, "data.root", otherwise) for path in paths
+        ]
         with_text = [document for document in of_paths if len(document)]
         if len(with_text) < len(of_paths):
             _log.info("%d files are empty and left out", len(of_paths) - len(with_text))

@@ -60,16 +60,19 @@ def find_texts(root: Path, files: str | list[str] | None, test_files: str | list
     return TextFiles(train, test)
 
 
-def read_utf8(path: Path) -> str:
-    """A file's text, without the byte order mark that it may begin with. Raises ConfigurationError."""
+def read_utf8(path: Path, key: str = "", otherwise: str = "") -> str:
+    """A file's text, without the byte order mark that it may begin with. Raises ConfigurationError.
+
+    `key` names what asks for the file, `otherwise` what can be done besides converting it.
+    """
     with _opened(path) as file:
         content = file.read()
     try:
         return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            f"data.root: {brief(path)} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start:,}; "
-            "convert the file, leave it out by data.options.files, or set data.options.tokens = 'bytes'."
+            f"{f'{key}: ' if key else ''}{brief(path)} is not UTF-8: byte 0x{content[error.start]:02x} at offset "
+            f"{error.start:,}; convert the file{otherwise}."
         ) from error
 
 

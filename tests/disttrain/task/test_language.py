@@ -8,18 +8,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from disttrain.data.dataset import SampleSets
+from disttrain.data import EvalLoader
+from disttrain.data.dataset import SampleSet, SampleSets
 from disttrain.data.sources.text import load_text
+from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.models.gpt import GPT
 from disttrain.recipe import DataRecipe, Recipe
 from disttrain.task.build import build_task
 from disttrain.task.language import LanguageModeling
+from disttrain.training.evaluate import evaluate
 
 DOCUMENTS = {"a.txt": "abcab", "b.txt": "ba", "c.txt": "cccabcabca", "t.txt": "ab"}
 
@@ -216,6 +220,9 @@ def test_a_prompt_is_continued(root: Path, tmp_path: Path) -> None:
         task.read("abz")
     with pytest.raises(ConfigurationError, match=r"^the prompt 'ab.udcff' is not UTF-8"):
         task.read("ab\udcff")
+    (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ConfigurationError, match=r"^/.*prompt\.txt is not UTF-8: .* offset 2; convert the file\.$"):
+        task.read(str(tmp_path / "prompt.txt"))
     with pytest.raises(ConfigurationError, match="does not define what its tokens mean"):
         LanguageModeling(vocab_size=4).read("ab")
 
@@ -228,9 +235,27 @@ def test_what_a_checkpoint_says_tells_vocabularies_apart(root: Path) -> None:
     assert task.model_arguments(None) == {"vocab_size": 4, "context_length": 4}
 
 
+@pytest.mark.distributed(world_size=[1, 2], process_group=False)
+def test_a_set_with_nothing_to_predict_is_no_perfect_score() -> None:
+    task = LanguageModeling()
+    with join_world("cpu", threads=1) as world:
+
+        def evaluated(samples: list[list[int]]) -> dict[str, float]:
+            data, ranks = SampleSet(samples), {"rank": world.rank, "size": world.size}
+            return evaluate(Uniform(), task, EvalLoader(data, DataRecipe(), task, batch_size=1, **ranks)).metrics
+
+        assert evaluated([[1], [2], [3, 1]])["perplexity"] == pytest.approx(4), "some of it is enough"
+        with pytest.raises(ConfigurationError, match=r"^the test set holds no tokens to evaluate: LanguageModeling\."):
+            evaluated([[1], [2], []])
+
+
 def test_an_empty_list_is_a_sample_and_a_word_is_no_yes() -> None:
     task = LanguageModeling()
     assert task.weight(task.collate([[], [1, 2, 3]])) == 2
+    for dtype in (np.uint64, np.uint16, np.int8):
+        assert task.collate([np.arange(3, dtype=dtype)])["tokens"].tolist() == [[0, 1, 2]]
+    with pytest.raises(ConfigurationError, match=r"token 9 is outside the vocabulary of 9 tokens"):
+        LanguageModeling(vocab_size=9).collate([np.arange(10, dtype=np.uint64)])
     with pytest.raises(ConfigurationError, match=r"token -5 is outside the vocabulary\.$"):
         task.collate([[-5]])
     with pytest.raises(ConfigurationError, match=r"task\.options\.document_masks: 'no' should be true or false"):
