@@ -7,6 +7,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from disttrain.errors import ConfigurationError, DisttrainError, failure_in
 from disttrain.recipe import Recipe
 from disttrain.recipe.names import did_you_mean
@@ -27,6 +29,11 @@ Maker = Task | Callable[..., Any]
 def task_maker(recipe: Recipe, given: Task | Callable[..., Any] | None = None) -> Maker:
     """The task that was `given`, or what `task.name` names. Raises ConfigurationError if there is no such thing."""
     if given is not None:
+        kind = given if isinstance(given, type) else type(given)
+        if issubclass(kind, nn.Module) and not issubclass(kind, Task):
+            raise ConfigurationError(
+                f"the task given: a {kind.__name__} is a model and not a disttrain.Task; pass it as `model`."
+            )
         if not isinstance(given, Task) and not callable(given):
             raise ConfigurationError(
                 f"task: a {type(given).__name__} is neither a disttrain.Task nor a class or function that makes one; "
@@ -47,11 +54,15 @@ def takes_images(maker: Maker) -> bool:
     )
 
 
-def build_task(maker: Maker, recipe: Recipe, train_set: Any) -> Task:
-    """The task. Raises ConfigurationError for options that it does not take, UserCodeError for what it raises."""
+def build_task(maker: Maker, recipe: Recipe, train_set: Any, *, is_given: bool = False) -> Task:
+    """The task. Raises ConfigurationError for options that it does not take, UserCodeError for what it raises.
+
+    `is_given`: a program gave the maker, in place of the recipe's name.
+    """
     if isinstance(maker, Task):
         return maker
     name = getattr(maker, "__qualname__", type(maker).__name__)
+    source = "the task given" if is_given else f"task.name = '{recipe.task.name}'"
     arguments = {"train_set": train_set, "recipe": recipe}
     for key in arguments.keys() & recipe.task.options.keys():
         raise ConfigurationError(f"task.options.{key}: a task is given that by disttrain; leave it out.")
@@ -75,9 +86,9 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any) -> Task:
     except DisttrainError:
         raise
     except Exception as error:  # a user's class may raise anything
-        raise failure_in(f"task.name = '{recipe.task.name}'", error) from error
+        raise failure_in(source, error) from error
     if not isinstance(task, Task):
-        raise ConfigurationError(f"task.name: {name} returned a {type(task).__name__}, not a disttrain.Task.")
+        raise ConfigurationError(f"{source}: {name} returned a {type(task).__name__}, not a disttrain.Task.")
     return task
 
 

@@ -50,7 +50,7 @@ def load_sets(
         )
     if isinstance(data, Datasets) and not images:
         data = SampleSets(as_samples(data.train, "the training set"), as_samples(data.test, "the test set"))
-    return data, build_task(maker, recipe, data.train)
+    return data, build_task(maker, recipe, data.train, is_given=given.task is not None)
 
 
 def _load(

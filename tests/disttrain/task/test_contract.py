@@ -18,6 +18,8 @@ from torch.utils.data import IterableDataset
 import disttrain
 from disttrain.data import SampleSet, tensors_in, to_device
 from disttrain.errors import ConfigurationError, DivergedError, UserCodeError
+from disttrain.recipe import Recipe
+from disttrain.task import build_task, task_maker
 from disttrain.testing import run_workers
 from tests.disttrain.task.test_users_tasks import train
 from tests.disttrain.task.users import Case, Language, Regression, case
@@ -174,6 +176,26 @@ class Words(Regression):
 def test_what_a_task_must_not_do_is_refused(tmp_path: Path, task: disttrain.Task, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         train(tmp_path, with_task("regression", task))
+
+
+def test_a_task_given_that_is_none_is_called_so(tmp_path: Path) -> None:
+    recipe = Recipe()
+    for model in (nn.Identity(), nn.Identity):
+        with pytest.raises(ConfigurationError, match=r"^the task given: a Identity is a model and not a disttrain\.T"):
+            task_maker(recipe, model)
+
+    def fail() -> disttrain.Task:
+        raise KeyError("classes")
+
+    with pytest.raises(UserCodeError, match=r"^the task given: KeyError: 'classes' \("):
+        build_task(fail, recipe, [], is_given=True)
+    with pytest.raises(ConfigurationError, match=r"^the task given: dict returned a dict, not a disttrain\.Task"):
+        build_task(dict, recipe, [], is_given=True)
+    with pytest.raises(ConfigurationError, match=r"^task\.name = 'image-classification': dict returned a dict"):
+        build_task(dict, recipe, [])
+    one = case("regression")
+    with pytest.raises(UserCodeError, match=r"^the task given: KeyError"):
+        train(tmp_path, Case(fail, one.model, one.train_set, one.test_set))  # type: ignore[arg-type]
 
 
 def test_a_mean_over_tokens_is_refused_and_a_loss_of_none_is_not_taken_for_one(tmp_path: Path) -> None:
