@@ -20,7 +20,7 @@ class Given:
     train_set: Any = None
     test_set: Any = None
     task: Task | Callable[..., Task] | None = None
-    hooks: Sequence[Hook | Callable[[], Hook]] | None = None
+    hooks: Sequence[Hook | Callable[[], Hook]] | Hook | Callable[[], Hook] | None = None
 
     def names(self) -> frozenset[str]:
         """Which were given."""

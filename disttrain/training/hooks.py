@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,12 +121,14 @@ class Hooks:
                 self._hooks[name].load_state(state)
 
 
-def build_hooks(references: Sequence[str], given: Sequence[Any]) -> Hooks:
+def build_hooks(references: Sequence[str], given: Any) -> Hooks:
     """The hooks that `train.hooks` names, then those that were given: objects, or classes that are called.
 
-    Raises ConfigurationError for anything else.
+    `given` is a sequence of them, or a single one. Raises ConfigurationError for anything else.
     """
     made: dict[str, Hook] = {}
+    if isinstance(given, Hook) or callable(given) or not isinstance(given, Iterable):
+        given = (given,)
     for hook in (*(import_callable(reference, "train.hooks") for reference in references), *given):
         made_one = hook
         if not isinstance(hook, Hook) and callable(hook):

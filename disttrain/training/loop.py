@@ -61,7 +61,7 @@ def train(
     train_set: Any = None,
     test_set: Any = None,
     task: Task | Callable[..., Task] | None = None,
-    hooks: Sequence[Hook | Callable[[], Hook]] = (),
+    hooks: Sequence[Hook | Callable[[], Hook]] | Hook | Callable[[], Hook] = (),
     trust: bool = False,
 ) -> Result:
     """Train what `recipe` says (a Recipe, a mapping, the name of a shipped one, or a path); return how it ended.
@@ -76,7 +76,7 @@ def train(
     - a task is an object, or a class, which is called with `task.options` and, as far as it names them, `train_set` and
       `recipe`.
 
-    `hooks`, objects or classes, are called after those of `train.hooks`.
+    `hooks`, objects or classes (or a single one), are called after those of `train.hooks`.
 
     With `trust`, a run that resumes by the recipe in its own folder may name code to import, and a server to send to.
 

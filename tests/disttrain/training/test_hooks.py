@@ -13,6 +13,7 @@ from disttrain.errors import ConfigurationError, RecipeError, UserCodeError
 from disttrain.recipe import ask_before_resuming, load_recipe
 from disttrain.runs.journal import read_journal
 from disttrain.testing import run_workers
+from disttrain.training.hooks import build_hooks
 from tests.disttrain.training.test_init import IMAGES, LABELS, QUIET, Net
 
 NAME = "tests.disttrain.training.test_hooks:Notes"
@@ -79,6 +80,15 @@ def test_a_recipe_names_hooks_and_a_strangers_run_has_to_be_trusted(tmp_path: Pa
         ask_before_resuming(stored, tmp_path)
     with pytest.raises(RecipeError, match=r"train\.hooks: 'Notes' does not name a hook; write package\.module:Class"):
         load_recipe("digits", ["train.hooks=Notes"])
+
+
+def test_a_single_hook_needs_no_list() -> None:
+    for given in (Notes(), Notes, [Notes]):
+        hooks = build_hooks((), given)
+        hooks.load_state({NAME: {"seen": [1]}}, "the checkpoint")
+        assert hooks.state() == {NAME: {"seen": [1]}}
+    with pytest.raises(ConfigurationError, match=r"train\.hooks: a int is not a disttrain\.Hook; subclass it"):
+        build_hooks((), 3)
 
 
 class Broken(disttrain.Hook):
