@@ -57,7 +57,10 @@ def parameter_groups(
 
 
 def _checked(groups: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> list[Group]:
-    """A task's groups with their parameters listed: each of the model's is in one of them."""
+    """A task's groups with their parameters listed: each of the model's is in one of them.
+
+    Those that are frozen may be left out; they are in a last group without options, for a hook may unfreeze them.
+    """
     checked, of = [], {id(parameter): name for name, parameter in named.items()}
     for group in groups:
         if not isinstance(group, Mapping) or "params" not in group:
@@ -89,4 +92,5 @@ def _checked(groups: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Paramet
         raise ConfigurationError(
             f"the task's param_groups: '{left_out[0]}' is in none of the groups; freeze it if it is not to be trained."
         )
-    return checked
+    frozen = [named[name] for name in of.values()]
+    return [*checked, {"params": frozen}] if frozen else checked

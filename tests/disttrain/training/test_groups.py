@@ -107,6 +107,20 @@ def test_a_task_gives_groups_of_its_own_or_the_recipe_does() -> None:
         optimizer_of(model, groups, groups=[HEAD])
 
 
+def test_what_a_task_leaves_out_frozen_is_trained_once_it_is_unfrozen() -> None:
+    model = Net()
+    model.body.requires_grad_(False)
+    optimizer = optimizer_of(model, [{"params": model.head.parameters(), "lr_scale": 3.0}])
+    set_learning_rate(optimizer, 1.0)
+    assert by_name(model, optimizer, "lr") == {
+        name: 3.0 if name.startswith("head") else 1.0 for name, _ in model.named_parameters()
+    }
+    weight = model.body[0].weight.requires_grad_()
+    weight.grad, before = torch.ones_like(weight), weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
 def test_the_state_of_groups_is_found_by_name_in_any_order() -> None:
     """The body was built before the head, and its group came first; now it is the other way round."""
     before, after = Net("body", "head"), Net("head", "body")
