@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, weights_sha256
+from disttrain.checkpoint import Checkpoint, shared_names, weights_sha256
 from disttrain.checkpoint.handout import hand_out, read_by_main
 from disttrain.checkpoint.weights import read_weights
 from disttrain.errors import ConfigurationError, UsageError
 from disttrain.layout import MANIFEST
+from disttrain.models.buffers import same_bits
 from disttrain.models.patterns import listed, matching
 from disttrain.recipe import ModelRecipe
 from disttrain.recipe.address import is_url
@@ -61,6 +62,7 @@ def _fitting(model: nn.Module, recipe: ModelRecipe) -> Checkpoint:
             f"{tuple(wanted[name].shape)}{f' ({rest} more differ)' if rest else ''}; model.init_skip = "
             f'["{_module_of(name)}"] leaves it as the model\'s constructor made it.'
         )
+    _refuse_untied(source, wanted, fitting)
     missing = _not_loaded(wanted, fitting)
     unexpected = [name for name in weights if name not in here]
     lines = [f"starting from {source}: {len(fitting)} of {len(here)} tensors"]
@@ -89,6 +91,18 @@ def _read(address: str) -> tuple[str, dict[str, torch.Tensor]]:
     except (ConfigurationError, UsageError) as error:
         raise ConfigurationError(f"model.init: {error}") from error
     return str(checkpoint.path), checkpoint.averaged().model
+
+
+def _refuse_untied(source: str, wanted: dict[str, torch.Tensor], fitting: dict[str, torch.Tensor]) -> None:
+    """Raise ConfigurationError if the weights have two tensors for what is one in the model: the later would win."""
+    shared = shared_names({name: wanted[name] for name in wanted if name in fitting})
+    for name, first in shared.items():
+        dtype = wanted[name].dtype
+        if not same_bits(fitting[name].to(dtype), fitting[first].to(dtype)):
+            raise ConfigurationError(
+                f"model.init: '{first}' and '{name}' are one tensor in the model, and differ in {source}: start from "
+                f'the weights of a model that ties them, or choose one by model.init_skip = ["{name}"].'
+            )
 
 
 def _not_loaded(wanted: dict[str, Any], fitting: dict[str, Any]) -> list[str]:

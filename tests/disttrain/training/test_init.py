@@ -152,6 +152,17 @@ def test_tied_weights_are_not_missing_if_one_name_is_there(tmp_path: Path, capsy
     train(tmp_path / "run", Tied(1), f"model.init={tmp_path / 'one.safetensors'}", "train.max_steps=1")
     assert "missing" not in capsys.readouterr().out
 
+    two = {**Tied(7).state_dict(), "again.weight": torch.zeros(3, 8)}
+    save_file({name: tensor.clone() for name, tensor in two.items()}, tmp_path / "two.safetensors")
+    init = f"model.init={tmp_path / 'two.safetensors'}"
+    with pytest.raises(
+        ConfigurationError, match=r"'head\.weight' and 'again\.weight' are one tensor in the model, and"
+    ):
+        train(tmp_path / "refused", Tied(1), init, "train.max_steps=1")
+    model = Tied(1)
+    train(tmp_path / "chosen", model, init, "model.init_skip=again.weight", "optim.lr=0.0", "train.max_steps=1")
+    assert torch.equal(model.head.weight, Net(seed=7).head.weight)
+
 
 def test_what_is_frozen_stays_and_so_do_its_statistics(tmp_path: Path) -> None:
     def frozen(run_dir: Path, exact: str) -> dict[str, torch.Tensor]:
