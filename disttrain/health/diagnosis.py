@@ -14,7 +14,7 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import Batch, StepBatch, tensors_in
 from disttrain.recipe import TrainRecipe
-from disttrain.task import Task
+from disttrain.task import ImageClassification, Task
 
 _log = logging.getLogger("disttrain")
 _TUNE = "lower optim.lr, set train.clip_norm, or add schedule.warmup_steps"
@@ -52,6 +52,7 @@ class Rerun:
         """`read(step, samples)` gives samples of the training set as the step had them, in one batch."""
         self._model, self._task, self._recipe, self._read = model, task, recipe, read
         self._device, self._autocast = device, autocast
+        self._input = "an image" if isinstance(task, ImageClassification) else "an input"
 
     def find_first(
         self, batch: StepBatch, step: int, scale: float, restore_buffers: Callable[[], None]
@@ -89,7 +90,7 @@ class Rerun:
             torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None),
             torch.compiler.set_stance("force_eager") if self._recipe.compile else nullcontext(),
         ):
-            losses = self._task.losses(self._model, part.data)
+            losses = self._losses(part)
             loss = self._task.loss(self._model, part.data) if losses is None else losses.sum()
         parameters = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
         gradients = torch.autograd.grad(loss * scale, list(parameters.values()), allow_unused=True)
@@ -98,7 +99,7 @@ class Rerun:
         rows = None if losses is None else _finite_rows(losses.detach())
         inputs = None if losses is None else _finite_inputs(part)
         if inputs is not None and not inputs.all():
-            return finding(inputs, "an image", "", _MEND)
+            return finding(inputs, self._input, "", _MEND)
         if seen:
             return finding(rows, *seen[0])
         if not bool(loss.isfinite()):
@@ -108,13 +109,32 @@ class Rerun:
                 return finding(rows, f"the gradient of '{name}'", "though the loss is")
         return None
 
+    def _losses(self, part: Batch) -> torch.Tensor | None:
+        """Each sample's part of the loss, as far as the task gives it: a fault there must not hide what is looked for.
+
+        Without it, the generators are as they were: `loss` then draws what the step drew.
+        """
+        on_cuda = self._device.type == "cuda"
+        drawn = torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_cuda else None
+        try:
+            losses: Any = self._task.losses(self._model, part.data)
+            if losses is None or (losses.shape == (len(part.samples),) and losses.requires_grad):
+                return losses  # type: ignore[no-any-return]
+            _log.error("%s.losses: no %d losses with a gradient", type(self._task).__name__, len(part.samples))
+        except Exception:  # a user's task may raise anything, the more so for what is not finite
+            _log.exception("%s.losses fails", type(self._task).__name__)
+        torch.set_rng_state(drawn[0])
+        if drawn[1] is not None:
+            torch.cuda.set_rng_state(drawn[1], self._device)
+        return None
+
     @torch.no_grad()
     def _narrowed(self, found: Finding, step: int) -> Finding:
         """The finding with the samples to blame alone, each looked at by itself; all of them if none stands out.
 
         In evaluation mode, where layers over a batch take a single sample, and ask no other worker.
         """
-        if len(found.samples) <= 1 and found.what == "an image":
+        if len(found.samples) <= 1 and found.what == self._input:
             return found
         bad, has_nan = [], False
         self._model.eval()
@@ -132,7 +152,7 @@ class Rerun:
             return found
         finally:
             self._model.train()
-        if has_nan and found.what != "an image":
+        if has_nan and found.what != self._input:
             found = replace(found, what="an input", comparison="", advice=_MEND)
         return replace(found, samples=tuple(bad)) if bad else found
 
@@ -177,9 +197,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _finite_inputs(part: Batch) -> torch.Tensor | None:
-    """Which of a batch of images are finite, (B,)."""
-    images = next(tensors_in(part.data), None)
-    return _finite_rows(images) if images is not None and len(images) == len(part.samples) else None
+    """Which of a batch of images, or of rows, are finite, (B,)."""
+    first = next(tensors_in(part.data), None)
+    return _finite_rows(first) if first is not None and first.shape[:1] == (len(part.samples),) else None
 
 
 def _finite_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -78,10 +78,11 @@ class Strategy:
         """
 
     def rehearse(self, loss: torch.Tensor) -> None:
-        """Do with the loss of a step that is not made whatever the bits of the steps after it depend on.
+        """Compute the gradients of a step that is not made, and do whatever the bits of the steps after it depend on.
 
         Every rank must call it. Raises as `finish_step` does.
         """
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def sum_finite_parts(self, scale: float) -> None:
         """Put the sum of their finite summands in the place of the gradients that `non_finite` names.

@@ -8,6 +8,7 @@ scores in floating point is collected first and added in the order of the set.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -95,6 +96,7 @@ def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]
     checked: dict[str, torch.Tensor | list[Any]] = {}
     for key, value in score.items():
         if isinstance(value, list):
+            _refuse_unsendable(name, key, value)
             checked[key] = value
         elif isinstance(value, torch.Tensor) and not value.is_complex() and value.layout == torch.strided:
             checked[key] = value.detach().to("cpu", torch.float64 if value.is_floating_point() else torch.int64)
@@ -104,6 +106,16 @@ def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]
                 "one of them (torch.tensor(value))."
             )
     return checked
+
+
+def _refuse_unsendable(name: str, key: object, value: list[Any]) -> None:
+    try:
+        pickle.dumps(value)  # as torch sends it to the other ranks, which would wait for it
+    except Exception as error:  # whatever the class of an entry raises
+        raise ConfigurationError(
+            f"{name} returned a list for {key!r} that cannot be sent to the other workers ({brief(error)}): give "
+            "numbers, texts, tensors, and lists, tuples and dicts of these."
+        ) from error
 
 
 def checked_metrics(task: Task, metrics: Any) -> dict[str, float]:

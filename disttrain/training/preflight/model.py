@@ -43,14 +43,19 @@ def rehearse(job: Job) -> None:
 
     DistributedDataParallel arranges its sums anew after its first step. With this behind it, a step has the same bits
     whether the process has just started or not. Every rank must call it. Raises ConfigurationError as `check_model`
-    does, and for a parameter that gets no gradient although the other workers would wait for it.
+    does, for a parameter that gets no gradient although the other workers would wait for it, and if none gets one.
     """
     num = _num_samples(job, training=True)
-    data = job.loader.samples(0, torch.arange(num))
+    data, weight = job.loader.fetched(0, torch.arange(num))
     with _explained(job, "loss", data, num, training=True), _quietly(job, training=True):
         with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
             loss = job.strategy.loss(partial(checked_loss, job.task), data, num_samples=num)
         job.strategy.rehearse(loss)
+        if weight and all(one.grad is None for one in job.model.parameters() if one.requires_grad):
+            raise ConfigurationError(
+                f"{type(job.task).__name__}.loss returned a tensor that depends on no parameter of the model, so "
+                "nothing would be learned: compute it of what the model returns."
+            )
 
 
 def _evaluate(job: Job) -> None:

@@ -141,6 +141,17 @@ class Words(Regression):
         return {"loss": self.loss(model, batch), "name": "a word"}
 
 
+class Unsendable(Regression):
+    def score(self, model: nn.Module, batch: Any) -> Any:
+        return {"loss": self.loss(model, batch), "later": [lambda: 0]}
+
+
+class Apart(Regression):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = batch[0].sum().requires_grad_(torch.is_grad_enabled())
+        return loss
+
+
 @pytest.mark.parametrize(
     ("task", "words"),
     [
@@ -170,6 +181,14 @@ class Words(Regression):
         (Grouped(weight_decy=0.0), r"param_groups: SGD has no option 'weight_decy'; did you mean 'weight_decay'\?"),
         (Grouped(params=None), r"param_groups: 'params' is a NoneType"),
         (Elsewhere(), r"Elsewhere\.best is \('accuracy', 'max'\): .* the metrics, which are loss, mae"),
+        (
+            Apart(),
+            r"^Apart\.loss returned a tensor that depends on no parameter of the model, so nothing would be learn",
+        ),
+        (
+            Unsendable(),
+            r"^Unsendable\.score returned a list for 'later' that cannot be sent to the other workers \(.*lamb",
+        ),
         (Words(), r"Words\.score returned a str for 'name': tensors are added up and lists joined"),
     ],
 )
@@ -253,6 +272,33 @@ def test_a_sample_that_makes_the_loss_nan_is_named(tmp_path: Path) -> None:
     far.train_set[5] = (torch.zeros(10), torch.tensor(3e38))  # its square is not finite
     with pytest.raises(DivergedError, match=r"^the loss is not finite at step .*, in sample 5 of the training set"):
         train(tmp_path / "1", far)
+
+
+class Each(Regression):
+    """With the losses of each sample, as `change` makes them of the true ones."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
+        self.change = change
+
+    def losses(self, model: nn.Module, batch: Any) -> Any:
+        return self.change((model(batch[0]).squeeze(1) - batch[1]).square())
+
+
+def test_a_fault_in_losses_does_not_hide_what_is_not_finite(tmp_path: Path) -> None:
+    def said(folder: str, change: Callable[[torch.Tensor], Any], sample: tuple[torch.Tensor, torch.Tensor]) -> str:
+        one = with_task("regression", Each(change))
+        one.train_set[5] = sample
+        with pytest.raises(DivergedError) as caught:
+            train(tmp_path / folder, one)
+        return str(caught.value)
+
+    far = torch.zeros(10), torch.tensor(3e38)  # its square is not finite
+    faults: list[Callable[[torch.Tensor], Any]] = [lambda losses: 1 / 0, torch.mean, torch.detach, lambda losses: "all"]
+    for number, fault in enumerate(faults):
+        assert "the loss is not finite" in (message := said(str(number), fault, far))
+        assert "in sample 5 of the training set" in message
+    empty = torch.full((10,), torch.nan), torch.tensor(0.0)
+    assert said("empty", lambda losses: losses, empty).startswith("an input is not finite at step")
 
 
 class Point(NamedTuple):
