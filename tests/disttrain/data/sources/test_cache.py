@@ -73,7 +73,7 @@ def test_a_damaged_file_is_made_anew(size: int, tmp_path: Path, caplog: pytest.L
     file = tmp_path / ".disttrain" / "small.safetensors"
     os.truncate(file, size)
     assert same(cached(tmp_path, "small", made), made())
-    assert f"{file} is damaged and is made anew" in caplog.text
+    assert f"{file} is damaged and is recreated" in caplog.text
     assert same(cached(tmp_path, "small", never), made())
 
 
