@@ -18,6 +18,7 @@ from disttrain.recipe import KEYS_OF_CODE, Recipe, ask_before_importing, parse_r
 from disttrain.remote.find import find_checkpoint as find_checkpoint
 from disttrain.task import Task, build_task, takes_images, task_maker
 from disttrain.training.identity import describe_task, refuse_other_task
+from disttrain.training.sets import model_arguments
 
 
 def recipe_of(
@@ -107,8 +108,9 @@ def refuse_objects(checkpoint: Checkpoint, keys: Collection[str], overrides: Col
 
 def restore_model(checkpoint: Checkpoint, recipe: Recipe, task: Task, train_set: Any) -> nn.Module:
     """The trained model, on the CPU. Raises ConfigurationError if the recipe builds one that the weights do not fit."""
+    arguments = model_arguments(task, train_set)
     try:
-        model = build_model(recipe.model, pretrained=False, **task.model_arguments(train_set))
+        model = build_model(recipe.model, pretrained=False, **arguments)
     except ConfigurationError as error:
         raise ConfigurationError(f"{checkpoint.path}: {error}") from error
     except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:

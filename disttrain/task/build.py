@@ -60,7 +60,7 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any, *, is_given: bool =
     `is_given`: a program gave the maker, in place of the recipe's name.
     """
     if isinstance(maker, Task):
-        return maker
+        return _with_items(maker)
     name = getattr(maker, "__qualname__", type(maker).__name__)
     source = "the task given" if is_given else f"task.name = '{recipe.task.name}'"
     arguments = {"train_set": train_set, "recipe": recipe}
@@ -89,6 +89,15 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any, *, is_given: bool =
         raise failure_in(source, error) from error
     if not isinstance(task, Task):
         raise ConfigurationError(f"{source}: {name} returned a {type(task).__name__}, not a disttrain.Task.")
+    return _with_items(task)
+
+
+def _with_items(task: Task) -> Task:
+    items: Any = task.items
+    if not isinstance(items, str) or not items.strip():
+        raise ConfigurationError(
+            f'{type(task).__name__}.items is {items!r}: it has to be what `weight` counts, in the plural, as "tokens".'
+        )
     return task
 
 

@@ -17,7 +17,7 @@ from disttrain.faultpoints import reached
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import StopRequest
 from disttrain.layout import CHECKPOINTS, JOURNAL, checkpoint_name
-from disttrain.task import has_own
+from disttrain.task import has_own, named
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker, how_to_open, last_status, load_state, sync_command
 from disttrain.training.job import Job
@@ -100,7 +100,9 @@ def _conclude(
     before = stop.received
     tracker.finish("FINISHED", timeout_s=patience_s, unless=lambda: stop.received != before)
     reached("conclusion: delivered")
-    console.line(f"done in {seconds:.1f} s: {job.task.headline(job.evaluation(), {})}")
+    with named(job.task, "headline"):
+        headline = job.task.headline(job.evaluation(), {})
+    console.line(f"done in {seconds:.1f} s: {headline}")
     console.line(f"run         {address}")
     console.line(f"checkpoint  {address}/{CHECKPOINTS}/{checkpoint_name(job.step)}")
     _name_the_best(job, run_dir, address, console)

@@ -9,7 +9,7 @@ from typing import Any
 
 from disttrain.data import Digest, SampleSet, Split, SplitOutline
 from disttrain.errors import ConfigurationError, brief
-from disttrain.task import Task
+from disttrain.task import Task, named
 from disttrain.training.optim import Schedule
 
 _PARAMETERS = {"task": "task.name", "model": "model.name", "train_set": "data.dataset", "test_set": "data.dataset"}
@@ -31,7 +31,8 @@ def describe_data(train: Split | SampleSet, digest: Digest) -> dict[str, Any]:
 
 def describe_task(task: Task) -> dict[str, Any]:
     """What a checkpoint says of the task. Raises ConfigurationError if JSON cannot hold it."""
-    described = task.describe()
+    with named(task, "describe"):
+        described = task.describe()
     if not isinstance(described, dict) or not _is_json(described):
         raise ConfigurationError(
             f"{type(task).__name__}.describe returned {brief(repr(described), 80)}: it has to be a dict that JSON can "

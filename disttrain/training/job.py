@@ -37,7 +37,7 @@ from disttrain.parallel.choose import parallelize
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import Recipe
-from disttrain.task import Task, has_own
+from disttrain.task import Task, has_own, named
 from disttrain.training.early_stopping import EarlyStopping, best_metric
 from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given
@@ -231,9 +231,9 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     total_steps = recipe.train.epochs * steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
-    optimizer = build_optimizer(
-        recipe.optim, parameter_groups(recipe.optim, strategy.model, task.param_groups(strategy.model))
-    )
+    with named(task, "param_groups"):
+        groups = parameter_groups(recipe.optim, strategy.model, task.param_groups(strategy.model))
+    optimizer = build_optimizer(recipe.optim, groups)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     autocast = AUTOCAST[recipe.train.precision]
     loader = Loader(

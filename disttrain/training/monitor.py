@@ -20,6 +20,7 @@ from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
 from disttrain.layout import EVAL, EVALUATION
 from disttrain.runs.rundir import resume_command, write_evaluation
+from disttrain.task import named
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, SystemSampler, Tracker, node_metrics
 from disttrain.training.evaluate import Evaluation, evaluate
@@ -215,7 +216,9 @@ class RunMonitor:
         self._tracker.event("evaluated", step=job.step, **counts)
         self._write_evaluation(result)
         where = f"step {job.step}" if job.step % job.steps_per_epoch else f"epoch {job.epoch}/{job.num_epochs}"
-        self._console.line(f"{where}: {job.task.headline(result.metrics, result.details)}{self._pace}")
+        with named(job.task, "headline"):
+            headline = job.task.headline(result.metrics, result.details)
+        self._console.line(f"{where}: {headline}{self._pace}")
         self._pace = ""
         self._refuse_unknown_best(result)
         if job.is_at_evaluation:  # another one, where the run ends for now, would not be there if it went further

@@ -24,10 +24,10 @@ from disttrain.data import (
 )
 from disttrain.distributed.collectives import one_per_machine_first
 from disttrain.distributed.world import World
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, brief
 from disttrain.models import build_model, given_model, made_ready
 from disttrain.recipe import Recipe
-from disttrain.task import Task, build_task, has_own, takes_images, task_maker
+from disttrain.task import Task, build_task, has_own, named, takes_images, task_maker
 from disttrain.training.given import Given
 
 
@@ -73,9 +73,21 @@ def served(split: Split | SampleSet, task: Task) -> Split | SampleSet:
     return split
 
 
+def model_arguments(task: Task, train: Any) -> dict[str, Any]:
+    """What the task has for a model's constructor. Raises UserCodeError for what it raises, ConfigurationError."""
+    with named(task, "model_arguments"):
+        arguments: Any = task.model_arguments(train)
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise ConfigurationError(
+            f"{type(task).__name__}.model_arguments returned {brief(repr(arguments), 80)}: it has to be a dict of "
+            "arguments by name; {} for none."
+        )
+    return arguments
+
+
 def model_for(recipe: Recipe, given: Given, train: Split | SampleSet, task: Task) -> nn.Module:
     """The model that was given or that the recipe names, on the CPU, made for the task's data."""
-    arguments = task.model_arguments(train)
+    arguments = model_arguments(task, train)
     if given.model is None:  # not "or": a module with a length may be empty
         name, model = f"model.name: {recipe.model.name}", build_model(recipe.model, **arguments)
     else:

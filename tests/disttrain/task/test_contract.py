@@ -141,6 +141,15 @@ class Words(Regression):
         return {"loss": self.loss(model, batch), "name": "a word"}
 
 
+class Nameless(Regression):
+    items: Any = None
+
+
+class Argumentless(Regression):
+    def model_arguments(self, train_set: Any) -> Any:
+        return None
+
+
 class Unsendable(Regression):
     def score(self, model: nn.Module, batch: Any) -> Any:
         return {"loss": self.loss(model, batch), "later": [lambda: 0]}
@@ -189,6 +198,8 @@ class Apart(Regression):
             Unsendable(),
             r"^Unsendable\.score returned a list for 'later' that cannot be sent to the other workers \(.*lamb",
         ),
+        (Nameless(), r"^Nameless\.items is None: it has to be what `weight` counts, in the plural"),
+        (Argumentless(), r"^Argumentless\.model_arguments returned None: it has to be a dict of arguments by name"),
         (Words(), r"Words\.score returned a str for 'name': tensors are added up and lists joined"),
     ],
 )
@@ -239,6 +250,16 @@ def test_wrong_shapes_are_refused_with_the_method_the_model_and_the_place(tmp_pa
 def test_what_prepare_raises_is_said_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError, match=r"^Unprepared\.prepare: KeyError: 'mean' \(.*test_contract\.py:"):
         train(tmp_path, with_task("regression", Unprepared()))
+
+
+@pytest.mark.parametrize("method", ["describe", "headline", "model_arguments", "param_groups"])
+def test_what_other_methods_raise_is_said_with_the_method_and_its_place(tmp_path: Path, method: str) -> None:
+    def broken(self: Any, *arguments: Any) -> Any:
+        raise KeyError("mean")
+
+    task = type("Broken", (Regression,), {method: broken})()
+    with pytest.raises(UserCodeError, match=rf"^Broken\.{method}: KeyError: 'mean' \(.*test_contract\.py:\d+\)$"):
+        train(tmp_path, with_task("regression", task), "train.max_steps=1")
 
 
 class Numbers(IterableDataset[int]):
