@@ -36,7 +36,7 @@ class Diagnosis(Task):
             "auc": (ill[:, None] > healthy)
             .double()
             .mean()
-            .item(),  # how often the ill of a pair is told from the healthy
+            .item(),  # the share of pairs in which the malignant one scores higher
             "sensitivity": (ill > 0).double().mean().item(),
             "specificity": (healthy <= 0).double().mean().item(),
         }

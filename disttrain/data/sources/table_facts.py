@@ -82,7 +82,7 @@ def _is_column(column: Number | Category) -> bool:
 def targets_of(table: Table, facts: Mapping[str, Any]) -> torch.Tensor:
     """The targets of the rows: (N,) float32, standardised, or (N,) int64 numbers of classes.
 
-    Raises ConfigurationError for one that is missing, is no number, or is none of the classes, with the row.
+    Raises ConfigurationError, which names the row, for one that is missing, not a number, or not one of the classes.
     """
     if facts["kind"] == "regression":
         numbers = (_numbers(table, facts["target"]) - facts["target_mean"]) / facts["target_std"]
