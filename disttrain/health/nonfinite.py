@@ -154,7 +154,7 @@ class NonFiniteGuard:
         if not found:
             return (
                 f"the gradient of the global batch is not finite at step {step + 1}{row}, though each worker's own is. "
-                f"The step was not made. To continue, lower optim.lr{hint}."
+                f"The step was not made. To continue, {self._strategy.against_overflow}{hint}."
             )
         rank = min(found)[-1]
         first = by_rank[rank]

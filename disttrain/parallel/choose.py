@@ -30,7 +30,7 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
     if sync_batchnorm and world.size > 1:
         model = convert_sync_batchnorm(model, world.device)
     if strategy == "ddp":
-        return Ddp(model, reason, world, find_unused=recipe.find_unused_parameters)
+        return Ddp(model, reason, world, find_unused=recipe.find_unused_parameters, compress=recipe.compress)
     return {"dp": DataParallel, "none": Alone}[strategy](model, reason)
 
 

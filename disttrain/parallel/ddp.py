@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.distributed.collectives import broadcast_, gather_objects, sum_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.compress import DTYPES, Smaller, send_smaller
 from disttrain.parallel.modules import refuse_renormalising
 from disttrain.parallel.strategy import Strategy
 
@@ -35,10 +36,19 @@ class Ddp(Strategy):
 
     name = "ddp"
 
-    def __init__(self, model: nn.Module, reason: str, world: World, *, find_unused: bool) -> None:
-        """All start from rank 0's weights and buffers. Raises ConfigurationError for a sparse buffer that differs."""
-        super().__init__(model, reason)
+    def __init__(
+        self, model: nn.Module, reason: str, world: World, *, find_unused: bool, compress: str = "none"
+    ) -> None:
+        """All start from rank 0's weights and buffers; `compress` is what the recipe says of gradients under way.
+
+        Raises ConfigurationError for a sparse buffer that differs.
+        """
+        # Alone, nothing travels, and rounding would be for nothing.
+        self._smaller = Smaller(DTYPES[compress], world.size) if compress != "none" and world.size > 1 else None
+        super().__init__(model, f"{reason}, gradients sent as {compress}" if self._smaller is not None else reason)
         self._world, self._find_unused = world, find_unused
+        if self._smaller is not None and self._smaller.dtype == torch.float16:
+            self.against_overflow = "set parallel.compress = 'bf16', which has float32's range, or lower optim.lr"
         # DDP divides the summed gradients by the number of workers; our losses are shares of the global mean already.
         self.loss_scale = float(world.size)
         self.slices, self.num_slices = range(world.rank, world.rank + 1), world.size
@@ -149,6 +159,8 @@ class Ddp(Strategy):
             gradient_as_bucket_view=True,
             find_unused_parameters=self._find_unused,
         )
+        if self._smaller is not None:
+            self.module.register_comm_hook(self._smaller, send_smaller)
 
     def _trainable_now(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self._parameters.values()]

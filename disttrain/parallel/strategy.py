@@ -108,6 +108,8 @@ class Strategy:
         """What decides into how many slices a step is cut, in words."""
         return f"{self.num_slices} worker{'s' if self.num_slices > 1 else ''}"
 
+    against_overflow: str = "lower optim.lr"
+    """What helps when the sum over all workers is not finite, though each worker's own gradients are, in words."""
     slice_word: ClassVar[str] = "share"
     """What a slice is called in messages."""
 

@@ -105,8 +105,20 @@ class ParallelRecipe(Section):
     find_unused_parameters: bool = Field(
         default=False, description="ddp: a step may leave parameters without a gradient (LayerDrop, an unused head)"
     )
+    compress: Literal["none", "bf16", "fp16"] = Field(
+        default="none", description="ddp: gradients travel as float32, or in half the bytes as bf16 or fp16"
+    )
     exact: bool = Field(default=False, description="the same bits at every number of workers")
     slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
+
+    @model_validator(mode="after")
+    def _something_to_compress(self) -> Self:
+        if self.compress != "none" and self.strategy in ("dp", "none"):
+            raise ValueError(
+                f'compress = "{self.compress}" is for several workers, and strategy = "{self.strategy}" is for one; '
+                "leave one of the two out"
+            )
+        return self
 
 
 # For a server, whatever stands before the @ grants access; for a database, a user name alone does not.
@@ -168,6 +180,11 @@ class Recipe(Section):
                 self.parallel.strategy == "dp",
                 'parallel.strategy = "dp"',
                 "it cuts batches by the GPUs it sees",
+            ),
+            (
+                self.parallel.compress != "none",
+                f'parallel.compress = "{self.parallel.compress}"',
+                "it rounds sums that depend on the number of workers",
             ),
             (self.model.sync_batchnorm, "model.sync_batchnorm = true", "its sums depend on the number of workers"),
             (self.train.compile, "train.compile = true", "kernels are made for the shapes a worker has met before"),

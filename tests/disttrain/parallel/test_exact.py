@@ -385,6 +385,7 @@ def test_a_sync_batchnorm_is_refused_by_name(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("parallel.strategy=dp", 'parallel.strategy = "dp" cannot be exact'),
+        ("parallel.compress=bf16", 'parallel.compress = "bf16" cannot be exact'),
         ("model.sync_batchnorm=true", "model.sync_batchnorm = true cannot be exact"),
         ("train.compile=true", "train.compile = true cannot be exact"),
         ("train.device=mps", 'train.device = "mps" cannot be exact'),
