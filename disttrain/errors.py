@@ -37,7 +37,7 @@ class ExitCode(IntEnum):
 
     @classmethod
     def is_safe(cls, code: int) -> bool:
-        """Whether it is no failure: the work is done, or saved."""
+        """Whether this is not a failure: the work is done, or saved."""
         return code in (cls.DONE, cls.STOPPED)
 
     @classmethod

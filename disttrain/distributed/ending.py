@@ -20,7 +20,7 @@ class Report:
         time: when it failed, in seconds since 1970.
         traceback: of an unexpected failure.
         is_consequence: whether the worker itself takes it for another one's failure, as a lost connection is.
-        is_agreed: whether all workers fail alike, by a decision of rank 0, so that it is no rank's own.
+        is_agreed: whether all workers fail alike, by a decision of rank 0, so that no single rank is the cause.
     """
 
     message: str

@@ -278,7 +278,7 @@ def _finite(value: Any) -> Any:
 def _encode(record: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(record, default=str, allow_nan=False)
-    except (ValueError, TypeError):  # NaN, or a key that is no text: rare enough to look for only now
+    except (ValueError, TypeError):  # NaN, or a key that is not text: rare enough to look for only now
         text = json.dumps(_finite(record), default=str, allow_nan=False)
     return redact(text).encode() + b"\n"
 

@@ -228,7 +228,7 @@ def cluster(num_hosts: int) -> Iterator[Cluster]:
 
 
 def _clear_after_dead_processes() -> None:
-    """Take down what test runs left that were killed: namespaces of ours whose process is no more."""
+    """Take down what test runs left that were killed: namespaces of ours whose process has ended."""
     for line in _ip("netns", "list").splitlines():
         name = line.split()[0] if line.split() else ""
         parts = name.split("-")

@@ -66,7 +66,7 @@ def in_eight_bits(picture: Image.Image, mode: str) -> Image.Image:
 def _upright(picture: Image.Image, opened: Image.Image) -> Image.Image:
     try:
         orientation = opened.getexif().get(_ORIENTATION)
-    except Exception:  # damaged EXIF data are no reason to do without the picture
+    except Exception:  # a picture with damaged EXIF data is still usable
         return picture
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return picture if turn is None else picture.transpose(turn)

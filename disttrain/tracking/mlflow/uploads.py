@@ -81,7 +81,7 @@ def refuse_places_elsewhere(client: MlflowClient, uri: str, run_dir: Path, run_i
 
 
 def _local_folder(place: str) -> Path | None:
-    """What MLflow's client takes `place` for; None if that is no folder here."""
+    """What MLflow's client takes `place` for; None if that is not a local folder."""
     parts = urlsplit(place)
     if parts.scheme not in ("", "file") or parts.netloc or parts.query or parts.fragment:
         return None
@@ -89,7 +89,7 @@ def _local_folder(place: str) -> Path | None:
 
 
 class _NotSentError(Exception):
-    """What a record names is no file of the run; the message says what it is instead."""
+    """What a record names is not a file of the run; the message says what it is instead."""
 
 
 @contextmanager

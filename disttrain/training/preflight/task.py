@@ -88,7 +88,7 @@ def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]]) ->
         return
     before = _configuration(job.task)
     losses = []
-    for epoch in (0, 1):  # two, lest chance makes a sum look like a mean
+    for epoch in (0, 1):  # two, so that chance does not make a sum look like a mean
         losses.append(_sums(job, epoch, quietly))
     again = _sums(job, 0, quietly)
     _refuse_state(job.task, before, losses[0], again)

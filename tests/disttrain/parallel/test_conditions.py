@@ -39,7 +39,7 @@ def test_differences_in_what_the_bits_rest_on_are_told(tmp_path: Path, capsys: p
 
 
 def test_the_fingerprint_tells_processors_and_kernels_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ONEDNN_MAX_CPU_ISA=AVX2`, or a CPU without avx512_bf16, gives other bits; a first-of-its-kind key is no news."""
+    """`ONEDNN_MAX_CPU_ISA=AVX2`, or a CPU without avx512_bf16, gives other bits; a key seen first is not reported."""
     cpu = torch.device("cpu")
     for noise in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_VERBOSE"):  # they follow from the world, or say nothing
         monkeypatch.setenv(noise, "1")

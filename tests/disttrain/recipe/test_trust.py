@@ -86,7 +86,7 @@ def test_resuming_by_the_runs_own_recipe_asks(run: Path, code: Path) -> None:
 
 
 def test_the_users_own_recipe_and_a_word_of_trust_are_enough(run: Path, code: Path, tmp_path: Path) -> None:
-    """Both get as far as to build the model, whose checkpoint is no real one."""
+    """Both get as far as to build the model, whose checkpoint is not a real one."""
     (tmp_path / "mine.toml").write_text((run / "recipe.toml").read_text())
     for recipe, trust in ((tmp_path / "mine.toml", False), (run / "recipe.toml", True)):
         sys.modules.pop("nets_of_a_stranger", None)

@@ -58,7 +58,7 @@ def test_mutated_journals_and_states(run_dir: Path) -> None:
             assert load_state(run_dir).offset >= 0
             assert (run_dir / "journal.jsonl").read_bytes() == changed
             assert (run_dir / "mlflow.json").read_bytes() == before
-            journal = Journal(run_dir / "journal.jsonl")  # a restart goes on with what is whole
+            journal = Journal(run_dir / "journal.jsonl")  # a restart resumes from what is whole
             journal.metrics(100, {"not/there/before": 2.0})
             journal.close()
             last = list(read_journal(run_dir / "journal.jsonl"))[-1]

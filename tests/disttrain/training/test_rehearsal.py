@@ -311,7 +311,7 @@ def test_the_smallest_part_is_that_of_the_steps() -> None:
 
 
 class WithExtraState(Net):
-    """Its state has what is no tensor."""
+    """Its state holds something that is not a tensor."""
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": 3}

@@ -55,7 +55,7 @@ class Payload:
 
 
 def sent(run_dir: Path, kind: str, path: str) -> tuple[Mlflow, list[str]]:
-    """What MLflow gets for a record of the journal, and what the user is told."""
+    """What MLflow gets for a record of the journal, and what the user sees."""
     client, said = Mlflow(), []
     upload(client, run_dir, "r-1", {"kind": kind, "path": path}, {}, said.append)  # type: ignore[arg-type]
     return client, said
