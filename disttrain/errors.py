@@ -61,6 +61,15 @@ class UserCodeError(DisttrainError):
         self.trace = trace
 
 
+class TaskError(UserCodeError):
+    """An exception out of a method of the user's task, or of a hook: made again, the call would raise again.
+
+    The message names the method and the place in the user's code, so no traceback is shown.
+    """
+
+    exit_code = ExitCode.CONFIGURATION
+
+
 class PeerError(DisttrainError):
     """The failure of another worker, which reports it itself, in more detail."""
 
@@ -115,6 +124,26 @@ def failure_in(what: str, error: Exception) -> UserCodeError:
     """The failure `error` of the user's own code, while it did `what`, with the place in that code."""
     message = f"{what}: {type(error).__name__}: {brief(error)} ({where(error)})"
     return UserCodeError(message, "".join(traceback.format_exception(error)))
+
+
+def failure_of(method: str, error: Exception) -> TaskError:
+    """The failure `error` of a `method` of the user's task, with the place in that code."""
+    return TaskError(f"{method}: {type(error).__name__}: {brief(error)} ({where(error)})")
+
+
+def is_in_user_code(error: BaseException) -> bool:
+    """Whether `error` passed through code that is neither installed nor ours, below where it was caught."""
+    return any(not _NOT_THE_USERS.search(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
+
+
+def defined_at(kind: type) -> str:
+    """file:line of a class."""
+    import inspect  # for messages alone
+
+    try:
+        return f"{inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind)[1]}"
+    except (OSError, TypeError):  # made by exec, or in a prompt
+        return f"in {kind.__module__}"
 
 
 def where(error: BaseException) -> str:

@@ -42,6 +42,7 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
     from disttrain.errors import ConfigurationError
     from disttrain.parallel.conditions import exact_conditions
     from disttrain.recipe import KEYS_OF_CODE
+    from disttrain.task import named
     from disttrain.training.evaluate import evaluate
     from disttrain.training.given import Given
     from disttrain.training.identity import refuse_other_preparation
@@ -86,7 +87,9 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
             print(json.dumps(result.to_json()))
             return
         print(printable(f"{checkpoint.path}, {world.size} worker{'s' if world.size > 1 else ''}"))
-        for line in task.report(result.metrics, result.details):
+        with named(task, "report"):
+            lines = task.report(result.metrics, result.details)
+        for line in lines:
             print(printable(line))
 
 

@@ -46,8 +46,8 @@ def command(
         warn_of_unknown_preparation,
     )
     from disttrain.commands.predict_options import predict_options
-    from disttrain.errors import ConfigurationError
-    from disttrain.task import ImageClassification
+    from disttrain.errors import ConfigurationError, brief
+    from disttrain.task import ImageClassification, named
 
     checkpoint = find_checkpoint(address, raw=raw)
     refuse_objects(checkpoint, ("task.name", "model.name"))
@@ -58,12 +58,19 @@ def command(
     warn_of_unknown_preparation(checkpoint, recipe)
     model = restore_model(checkpoint, recipe, task, train_set).eval()
     try:
-        read = [(file, task.read(file)) for file in files]
+        with named(task, "read", NotImplementedError, OSError):
+            read = [(file, task.read(file)) for file in files]
         samples = [sample for _, of_file in read for sample in of_file]
-        batch = task.collate(samples)
+        with named(task, "collate"):
+            batch = task.collate(samples)
         with torch.no_grad():
-            prepared = task.prepare(batch, lambda num: torch.zeros(len(samples), num), training=False)
-            predictions = task.predict(model, prepared, **arguments)
+            with named(task, "prepare"):
+                prepared = task.prepare(batch, lambda num: torch.zeros(len(samples), num), training=False)
+            with named(task, "predict", NotImplementedError):
+                predictions = task.predict(model, prepared, **arguments)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        raise ConfigurationError(f"{place}{error.strerror or brief(error)}; give a file that can be read.") from error
     except NotImplementedError as error:
         raise ConfigurationError(f"{checkpoint.path}: {error}, which `disttrain predict` needs.") from error
     # The number of a sample, from 1, in a file that holds several: of a table's row.
@@ -82,7 +89,9 @@ def command(
         print(json.dumps({"checkpoint": str(checkpoint.path), "predictions": listed}))
         return
     for (file, number), prediction in answers:
-        print(printable(f"{file}{f', row {number}' if number else ''}: {task.in_words(prediction)}"))
+        with named(task, "in_words"):
+            words = task.in_words(prediction)
+        print(printable(f"{file}{f', row {number}' if number else ''}: {words}"))
 
 
 if __name__ == "__main__":

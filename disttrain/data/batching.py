@@ -11,7 +11,16 @@ import torch
 from disttrain import rng
 from disttrain.data.dataset import SampleSet, StreamSplit
 from disttrain.data.generators import generators_restored, seed_generators
-from disttrain.errors import ConfigurationError, DisttrainError, failure_in
+from disttrain.errors import (
+    ConfigurationError,
+    DisttrainError,
+    TaskError,
+    brief,
+    defined_at,
+    failure_in,
+    failure_of,
+    is_in_user_code,
+)
 
 _MOST_ITEMS = 2**48  # the workers add their weights up as int64
 
@@ -119,15 +128,33 @@ class SampleSource:
                     raise failure_in(f"sample {index}{self._of_set}", error) from error
             # Masks that are drawn here follow from the samples, too, not from what was collated before.
             seed_generators(rng.derive(seed, *indices))
+            of = f"{_first_of(indices)}{self._of_set}"
             try:
                 batch = self._task.collate(samples)
-                weight = self._task.weight(batch)
             except DisttrainError:
                 raise
             except Exception as error:  # and so may a user's task
-                what = f"{name} cannot collate {_first_of(indices)}{self._of_set}"
-                raise failure_in(what, error) from error
+                raise _uncollated(self._task, of, error) from error
+            try:
+                weight = self._task.weight(batch)
+            except DisttrainError:
+                raise
+            except Exception as error:
+                if not is_in_user_code(error):
+                    raise
+                raise failure_of(f"{name}.weight of the batch of {of}", error) from error
         return Fetched(batch, len(indices) if weight is None else checked_weight(weight, f"{name}.weight(batch)"))
+
+
+def _uncollated(task: Batching, of: str, error: Exception) -> TaskError:
+    """Why no batch of these samples could be made, and what the task should do."""
+    kind = type(task)
+    if (kind.collate.__module__ or "") != "disttrain.task.base":
+        return failure_of(f"{kind.__name__} cannot collate {of}", error)
+    return TaskError(
+        f"{kind.__name__} ({defined_at(kind)}) does not define collate(samples), and torch's default_collate cannot "
+        f"make a batch of {of}: {brief(error, 120)}. Define it; pad in it what differs in length."
+    )
 
 
 def prepared(task: Batching, batch: Any, draw: Callable[[int], torch.Tensor], *, training: bool) -> Any:
@@ -137,7 +164,9 @@ def prepared(task: Batching, batch: Any, draw: Callable[[int], torch.Tensor], *,
     except DisttrainError:
         raise
     except Exception as error:  # a user's task may raise anything
-        raise failure_in(f"{type(task).__name__}.prepare", error) from error
+        if not is_in_user_code(error):
+            raise
+        raise failure_of(f"{type(task).__name__}.prepare", error) from error
 
 
 def checked_weight(weight: Any, what: str) -> int:

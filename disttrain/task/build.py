@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from disttrain.errors import ConfigurationError, DisttrainError, failure_in
+from disttrain.errors import ConfigurationError, DisttrainError, defined_at, failure_in
 from disttrain.recipe import Recipe
-from disttrain.recipe.names import did_you_mean
+from disttrain.recipe.names import did_you_mean, nearest
 from disttrain.recipe.reference import import_callable
 from disttrain.task.base import Task
 from disttrain.task.images import ImageClassification
@@ -39,12 +39,25 @@ def task_maker(recipe: Recipe, given: Task | Callable[..., Any] | None = None) -
                 f"task: a {type(given).__name__} is neither a disttrain.Task nor a class or function that makes one; "
                 "the recipe's task.name takes names."
             )
-        return given
+        return _with_loss(given)
     if recipe.task.name in _BUILT_IN:
         module, _, name = _BUILT_IN[recipe.task.name].partition(":")
         made: Callable[..., Any] = getattr(import_module(module), name)  # where it is needed: each has its imports
         return made
-    return import_callable(recipe.task.name, "task.name")
+    return _with_loss(import_callable(recipe.task.name, "task.name"))
+
+
+def _with_loss(maker: Maker) -> Maker:
+    """Raise ConfigurationError for a task, or its class, that has no loss: before any data is read for it."""
+    kind = maker if isinstance(maker, type) else type(maker)
+    if not issubclass(kind, Task) or kind.loss is not Task.loss or "loss" in getattr(maker, "__dict__", {}):
+        return maker
+    own = {name for name in dir(kind) if callable(getattr(kind, name, None))} - set(dir(Task))
+    near = nearest("loss", own)
+    hint = f"; did you mean its method {near} to be loss?" if near else "."
+    raise ConfigurationError(
+        f"{kind.__name__} ({defined_at(kind)}) does not define loss(model, batch), which a task needs{hint}"
+    )
 
 
 def takes_images(maker: Maker) -> bool:

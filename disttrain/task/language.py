@@ -22,6 +22,7 @@ from disttrain.recipe.address import expanded
 from disttrain.task.base import Task
 
 _IGNORED = -100  # what cross_entropy ignores; as a token: padding
+_SUFFIXES = (".txt", ".md", ".rst", ".text", ".json", ".jsonl", ".csv", ".log")
 _LARGEST_EXPONENT = 709.0  # math.exp overflows above it
 
 
@@ -115,9 +116,10 @@ class LanguageModeling(Task):
     def read(self, path: str) -> list[dict[str, Any]]:
         """A prompt: what is in the file, without the newline that editors put at its end; if there is none, the words.
 
-        Raises ConfigurationError for what is not UTF-8 or has no tokens in the run's vocabulary.
+        Raises ConfigurationError for what is not UTF-8 or has no tokens in the run's vocabulary, and for what looks
+        like the name of a file that does not exist.
         """
-        text = read_utf8(expanded(path)).removesuffix("\n") if os.path.isfile(os.path.expanduser(path)) else path
+        text = read_utf8(expanded(path)).removesuffix("\n") if _is_file(path) else path
         try:
             text.encode()
         except UnicodeEncodeError as error:  # an argument of the command line may hold any bytes
@@ -227,6 +229,22 @@ class LanguageModeling(Task):
                 "text to read or write."
             )
         return vocabulary
+
+
+def _is_file(path: str) -> bool:
+    """Whether a prompt is the name of a file. Raises ConfigurationError for one that seems meant so and is not."""
+    place = os.path.expanduser(path)
+    if os.path.isfile(place):
+        return True
+    seems_meant = not any(one.isspace() for one in path) and (
+        os.sep in path or path.lower().endswith(_SUFFIXES) or (path != "" and os.path.exists(place))
+    )
+    if seems_meant:
+        what = "is not a file" if os.path.exists(place) else "does not exist"
+        raise ConfigurationError(
+            f"{brief(path)} {what}; give a file of text. If these words are the prompt themselves, add a space to them."
+        )
+    return False
 
 
 def _logits(output: Any) -> torch.Tensor:

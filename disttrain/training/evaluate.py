@@ -8,6 +8,7 @@ scores in floating point is collected first and added in the order of the set.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,10 +21,10 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import EvalLoader
 from disttrain.distributed.collectives import broadcast_object, gather_objects, sum_
-from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_in
+from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_of
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
-from disttrain.task import Task, has_own
+from disttrain.task import Task, has_own, named
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,18 @@ class Evaluation:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The evaluation as `disttrain evaluate --json` prints it."""
-        return {"metrics": self.metrics, **self.details}
+        """The evaluation as `disttrain evaluate --json` prints it; a NaN or infinite number is null."""
+        whole: dict[str, Any] = strict_json({"metrics": self.metrics, **self.details})
+        return whole
+
+
+def strict_json(value: Any) -> Any:
+    """`value`, as JSON can hold it, with null for every number that is NaN or infinite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: strict_json(one) for key, one in value.items()}
+    return [strict_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @torch.no_grad()
@@ -63,7 +74,7 @@ def evaluate(
             # A model that draws even here must know no worker either.
             rng.seed_layers(loader.device, 0, 0, batch.number)
             with torch.autocast(loader.device.type, dtype=autocast, enabled=autocast is not None):
-                score = task.score(model, batch.data)
+                score = _score(task, model, batch.data)
             if batch.number >= loader.num_batches:
                 continue  # only so that every rank makes as many forward passes
             scores[batch.number] = checked_score(task, score)
@@ -77,15 +88,22 @@ def evaluate(
             "batches; give a test set that holds some."
         )
     rng.seed_layers(loader.device, 0, 0, loader.num_batches)  # each rank has drawn as its own batches had it
-    try:
-        metrics, details = task.metrics(sums, total), task.details(sums, total)
-    except DisttrainError:
-        raise
-    except Exception as error:  # a user's task may raise anything
-        raise failure_in(f"the metrics of {type(task).__name__}", error) from error
+    with named(task, "metrics"):
+        metrics = task.metrics(sums, total)
+    with named(task, "details"):
+        details = task.details(sums, total)
     details = _checked_details(task, details)
     # All stop early by the same numbers: on processors of two kinds a user's arithmetic may differ in the last bit.
     return Evaluation(broadcast_object(checked_metrics(task, metrics)), details)
+
+
+def _score(task: Task, model: nn.Module, data: Any) -> Any:
+    try:
+        return task.score(model, data)
+    except (DisttrainError, RuntimeError):  # which may tell of a lost worker or of memory: worth a retry
+        raise
+    except Exception as error:  # a user's task may raise anything
+        raise failure_of(f"{type(task).__name__}.score", error) from error
 
 
 def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from torch.utils.data import IterableDataset
 
 import disttrain
 from disttrain.data import SampleSet, tensors_in, to_device
-from disttrain.errors import ConfigurationError, DivergedError, UserCodeError
+from disttrain.errors import ConfigurationError, DivergedError, TaskError, UserCodeError
 from disttrain.recipe import Recipe
 from disttrain.task import build_task, task_maker
 from disttrain.testing import run_workers
+from disttrain.training.evaluate import Evaluation
 from tests.disttrain.task.test_users_tasks import train
 from tests.disttrain.task.users import Case, Language, Regression, case
 
@@ -250,6 +252,52 @@ def test_wrong_shapes_are_refused_with_the_method_the_model_and_the_place(tmp_pa
 def test_what_prepare_raises_is_said_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError, match=r"^Unprepared\.prepare: KeyError: 'mean' \(.*test_contract\.py:"):
         train(tmp_path, with_task("regression", Unprepared()))
+
+
+def test_a_default_collate_that_cannot_batch_the_samples_is_explained(tmp_path: Path) -> None:
+    one = case("regression")
+    uneven = [(torch.zeros(10 + number % 3), torch.tensor(0.0)) for number in range(9)]
+    with pytest.raises(TaskError) as caught:
+        train(tmp_path, Case(type("Ragged", (Regression,), {})(), one.model, uneven, uneven))
+    said = str(caught.value)
+    assert said.startswith("Ragged (")
+    assert "does not define collate(samples)" in said
+    assert "stack expects each tensor to be equal size" in said
+    assert said.endswith("Define it; pad in it what differs in length.")
+    assert caught.value.exit_code == 78
+
+
+def test_what_json_cannot_hold_is_null() -> None:
+    one = Evaluation({"loss": math.nan, "accuracy": 0.5}, {"by_class": [1, {"far": -math.inf}]})
+    assert one.to_json() == {"metrics": {"loss": None, "accuracy": 0.5}, "by_class": [1, {"far": None}]}
+
+
+class Misspelt(disttrain.Task):
+    def losss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("task", [Misspelt, Misspelt()])
+def test_a_task_without_loss_is_refused_before_its_data_is_read(tmp_path: Path, task: Any) -> None:
+    class Unread:
+        def __len__(self) -> int:
+            raise AssertionError
+
+    said = refusal(tmp_path, Case(task, nn.Linear(1, 1), Unread(), Unread()))  # type: ignore[arg-type]
+    assert "Misspelt (" in said
+    assert "test_contract.py:" in said
+    assert said.endswith(
+        "does not define loss(model, batch), which a task needs; did you mean its method losss to be loss?"
+    )
+
+
+def test_what_metrics_raises_is_said_with_its_place(tmp_path: Path) -> None:
+    def metrics(self: Any, sums: Any, weight: int) -> Any:
+        return {"loss": sums["los"]}
+
+    task = type("Broken", (Regression,), {"metrics": metrics})()
+    with pytest.raises(TaskError, match=r"^Broken\.metrics: KeyError: 'los' \(.*test_contract\.py:\d+\)$"):
+        train(tmp_path, with_task("regression", task), "train.max_steps=1")
 
 
 @pytest.mark.parametrize("method", ["describe", "headline", "model_arguments", "param_groups"])

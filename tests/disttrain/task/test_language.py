@@ -218,6 +218,9 @@ def test_a_prompt_is_continued(root: Path, tmp_path: Path) -> None:
             task.predict(model, prompts, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="character 'z'"):
         task.read("abz")
+    for name in ("ab.txt", "b/a", str(tmp_path)):  # a mistyped name must not become a prompt
+        with pytest.raises(ConfigurationError, match=r" (does not exist|is not a file); give a file of text\."):
+            task.read(name)
     with pytest.raises(ConfigurationError, match=r"^the prompt 'ab.udcff' is not UTF-8"):
         task.read("ab\udcff")
     (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
