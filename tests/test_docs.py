@@ -104,6 +104,19 @@ def test_the_tasks_of_the_page_on_tasks_train(title: str, tmp_path: Path) -> Non
     assert (result.step, math.isfinite(result.metrics["loss"])) == (6, True)
 
 
+def test_the_task_of_the_page_on_tasks_reads_and_predicts(tmp_path: Path) -> None:
+    page = (DOCS / "tasks.md").read_text(encoding="utf-8")
+    section = page.partition("\n## `predict`, `read` and `export`\n")[2].partition("\n## ")[0]
+    names: dict[str, Any] = {"disttrain": disttrain, "F": functional}
+    exec(blocks(section, "python")[0], names)
+    (tmp_path / "new.csv").write_text("1,2\n3,4\n")
+    task, model = names["Prices"](), nn.Linear(2, 1)
+    batch = task.collate(task.read(str(tmp_path / "new.csv")))
+    expected = model(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).squeeze(1)
+    assert task.predict(model, batch) == expected.tolist()
+    assert task.loss(model, {**batch, "price": torch.zeros(2)}).item() == pytest.approx(expected.square().sum().item())
+
+
 def test_what_the_readme_points_to_is_there() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     places = re.findall(r"\]\(([^):]+)\)", readme)
