@@ -14,7 +14,6 @@ from disttrain.parallel.alone import Alone
 from disttrain.parallel.data_parallel import DataParallel
 from disttrain.parallel.ddp import Ddp
 from disttrain.parallel.exact.strategy import Exact
-from disttrain.parallel.late_dynamo import import_dynamo_late
 from disttrain.parallel.strategy import Strategy
 from disttrain.parallel.sync_batchnorm import convert_sync_batchnorm
 from disttrain.recipe import ParallelRecipe
@@ -25,7 +24,6 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
 
     Raises ConfigurationError if the strategy of the recipe does not fit this world. Every rank must call it.
     """
-    import_dynamo_late()
     if recipe.exact:
         return Exact(model, world, recipe.slices)
     strategy, reason = choose_strategy(recipe.strategy, world.size, _visible_gpus(world.device))

@@ -6,7 +6,6 @@ next start makes up for what is missing: the model, the charts, and what MLflow 
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,9 +63,6 @@ def tracked(
     tracker.start(
         resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.environment_fingerprint(), step=job.step
     )
-    if tracker.exports_models and has_own(job.task, "export"):
-        # What exporting needs, 1.3 s of work: while the sender starts rather than between the last step and the prompt.
-        importlib.import_module("torch._dynamo")
     if not job.is_finished:
         console.start_progress(job.step, job.total_steps)
     try:
