@@ -90,20 +90,29 @@ def task_of(checkpoint: Checkpoint, recipe: Recipe, train_set: Any) -> Task:
     return task
 
 
-def refuse_objects(checkpoint: Checkpoint, keys: Collection[str], overrides: Collection[str] = ()) -> None:
-    """Raise ConfigurationError if what one of the recipe's `keys` names was given in Python as an object.
+def refuse_objects(checkpoint: Checkpoint, keys: Collection[str], overrides: Collection[str] | None = None) -> None:
+    """Raise ConfigurationError if what some of the recipe's `keys` name was given in Python as objects.
 
-    The recipe then names something else; unless one of the `overrides` names it.
+    The recipe then names something else; unless the `overrides`, of a command that takes them, name it.
     """
     replaced = {"task": "task.name", "model": "model.name", "test_set": "data.dataset"}
-    named = {override.partition("=")[0].strip() for override in overrides}
-    for given in checkpoint.state.get("given", ()):
-        key = replaced.get(given)
-        if key in keys and key not in named:
-            raise ConfigurationError(
-                f"{checkpoint.path}: trained with {given}=… given in Python, and {key} of its recipe names something "
-                f"else: use it in Python (docs/python.md), or name it for `evaluate`: -o {key}=package.module:callable."
-            )
+    named = {override.partition("=")[0].strip() for override in overrides or ()}
+    missing = {
+        given: key
+        for given in checkpoint.state.get("given", ())
+        if (key := replaced.get(given)) in keys and key is not None and key not in named
+    }
+    if not missing:
+        return
+    objects, names = " and ".join(f"{given}=…" for given in missing), " and ".join(missing.values())
+    cure = "use it in Python (docs/python.md)"
+    if overrides is not None:
+        options = " ".join(f"-o {key}=package.module:callable" for key in missing.values())
+        cure += f", or name what makes it: {options} --trust"
+    raise ConfigurationError(
+        f"{checkpoint.path}: trained with {objects} given in Python, and {names} of its recipe "
+        f"name{'s' if len(missing) == 1 else ''} something else: {cure}"
+    )
 
 
 def restore_model(checkpoint: Checkpoint, recipe: Recipe, task: Task, train_set: Any) -> nn.Module:

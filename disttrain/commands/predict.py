@@ -59,7 +59,13 @@ def command(
     model = restore_model(checkpoint, recipe, task, train_set).eval()
     try:
         with named(task, "read", NotImplementedError, OSError):
-            read = [(file, task.read(file)) for file in files]
+            read: list[tuple[str, Any]] = [(file, task.read(file)) for file in files]
+        for _, of_file in read:
+            if not isinstance(of_file, list):
+                raise ConfigurationError(
+                    f"{type(task).__name__}.read returned a {type(of_file).__name__}: it has to be a list, also of one "
+                    "sample."
+                )
         samples = [sample for _, of_file in read for sample in of_file]
         with named(task, "collate"):
             batch = task.collate(samples)
@@ -67,12 +73,17 @@ def command(
             with named(task, "prepare"):
                 prepared = task.prepare(batch, lambda num: torch.zeros(len(samples), num), training=False)
             with named(task, "predict", NotImplementedError):
-                predictions = task.predict(model, prepared, **arguments)
+                predictions = list(task.predict(model, prepared, **arguments))
     except OSError as error:
         place = f"{error.filename}: " if error.filename is not None else ""
         raise ConfigurationError(f"{place}{error.strerror or brief(error)}; give a file that can be read.") from error
     except NotImplementedError as error:
         raise ConfigurationError(f"{checkpoint.path}: {error}, which `disttrain predict` needs.") from error
+    if len(predictions) != len(samples):
+        raise ConfigurationError(
+            f"{type(task).__name__}.predict returned {len(predictions)} answers for {len(samples)} samples: return one "
+            "for each."
+        )
     # The number of a sample, from 1, in a file that holds several: of a table's row.
     places = [
         (file, number if len(of_file) > 1 else None) for file, of_file in read for number in range(1, len(of_file) + 1)

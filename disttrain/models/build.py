@@ -18,7 +18,7 @@ from disttrain.models.net import Net
 from disttrain.models.packaged import build_timm, build_torchvision, is_of_timm
 from disttrain.models.resnet import resnet18
 from disttrain.recipe import ModelRecipe
-from disttrain.recipe.names import TORCHVISION
+from disttrain.recipe.names import TORCHVISION, misfit
 from disttrain.recipe.reference import import_callable
 
 _OWN: dict[str, Callable[..., nn.Module]] = {"net": Net, "resnet18": resnet18, "mlp": Mlp, "gpt": GPT}
@@ -124,9 +124,8 @@ def _construct(name: str, make: Callable[..., Any], options: dict[str, Any], off
         try:
             inspect.signature(make).bind(**arguments)
         except TypeError as error:
-            raise ConfigurationError(
-                f"model.options: {name} does not take {', '.join(arguments) or 'no arguments'}: {error}."
-            ) from error
+            known = [key for key in parameters if key not in offered]
+            raise ConfigurationError(misfit("model.options", name, options, known, error)) from error
     try:
         built = make(**(arguments | options))
     except TypeError as error:

@@ -125,9 +125,26 @@ def _what(details: ErrorDetails, path: list[str], optimizer: str) -> str:
     return f"{details['msg']}, not {_shown(value)}"
 
 
+_SYNONYMS = {
+    "learning_rate": "optim.lr",
+    "batch": "data.batch_size",
+    "batchsize": "data.batch_size",
+    "epoch": "train.epochs",
+    "num_epochs": "train.epochs",
+    "n_epochs": "train.epochs",
+    "grad_clip": "train.clip_norm",
+    "clip_grad_norm": "train.clip_norm",
+    "gradient_accumulation_steps": "train.accumulate",
+    "wd": "optim.weight_decay",
+}
+"""What other tools call a key, and its name here."""
+
+
 def unknown_key(path: list[str], optimizer: str = "sgd") -> str:
     """What to say of a key that no recipe has: the same key in another section, or the nearest one."""
     key = path[-1].replace("-", "_")
+    if key in _SYNONYMS and path[:2] != ["optim", "groups"]:
+        return f"unknown key; did you mean {_SYNONYMS[key]}?"
     if path[:2] == ["optim", "groups"]:
         own = list(GroupRecipe.model_fields)
         return f"unknown key{did_you_mean(key, own) or '; a group has ' + ', '.join(own)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from disttrain.errors import ConfigurationError
@@ -30,6 +30,15 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing where no candidate is near."""
     found = nearest(word, candidates)
     return f"; did you mean {found}?" if found else ""
+
+
+def misfit(key: str, name: str, options: Iterable[str], known: Sequence[str], error: TypeError) -> str:
+    """Why `name` cannot be called with the `options` at `key`: those that it does not know, or what Python says."""
+    unknown = [option for option in options if option not in known]
+    if not unknown:
+        return f"{key}: {name}: {error}."
+    hint = did_you_mean(unknown[0], known) or (f"; it takes {', '.join(known)}" if known else "; it takes none")
+    return f"{key}: {name} does not take {', '.join(unknown)}{hint}"
 
 
 def is_reference(name: str) -> bool:

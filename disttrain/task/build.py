@@ -11,7 +11,7 @@ from torch import nn
 
 from disttrain.errors import ConfigurationError, DisttrainError, defined_at, failure_in
 from disttrain.recipe import Recipe
-from disttrain.recipe.names import did_you_mean, nearest
+from disttrain.recipe.names import misfit, nearest
 from disttrain.recipe.reference import import_callable
 from disttrain.task.base import Task
 from disttrain.task.images import ImageClassification
@@ -88,12 +88,8 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any, *, is_given: bool =
         try:
             signature.bind(**(arguments | recipe.task.options))
         except TypeError as error:
-            taken = ", ".join(recipe.task.options) or "no options"
             known = [key for key in signature.parameters if key not in ("train_set", "recipe")]
-            hints = (did_you_mean(key, known) for key in recipe.task.options if key not in known)
-            raise ConfigurationError(
-                f"task.options: {name} does not take {taken}: {error}{next(filter(None, hints), '.')}"
-            ) from error
+            raise ConfigurationError(misfit("task.options", name, recipe.task.options, known, error)) from error
     try:
         task = maker(**(arguments | recipe.task.options))
     except DisttrainError:

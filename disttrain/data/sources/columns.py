@@ -149,7 +149,10 @@ def mean_and_std(numbers: np.ndarray[Any, Any], what: str) -> tuple[float, float
 
 
 def encode(table: Table, columns: Sequence[Column]) -> torch.Tensor:
-    """The features of the rows, (N, F) float32. Raises ConfigurationError for a missing column or a wrong cell."""
+    """The features of the rows, (N, F) float32. Raises ConfigurationError for missing columns or a wrong cell."""
+    missing = [column.name for column in columns if column.name not in table.columns]
+    if len(missing) > 1:  # of one, the table says which name is near
+        raise ConfigurationError(f"{table.name} has no columns {brief(', '.join(map(repr, missing)))}.")
     features = np.zeros((len(table), sum(column.num_features for column in columns)), dtype=np.float32)
     first = 0
     for column in columns:

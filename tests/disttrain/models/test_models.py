@@ -269,7 +269,7 @@ def test_a_model_may_be_given_as_what_makes_it() -> None:
     assert given_model(lambda num_classes: nn.Linear(1, num_classes), **given).out_features == 3
     for wrong, message in (
         ("net", "model: a str is neither a torch.nn.Module nor a class or function that makes one"),
-        (nn.Linear, "model.options: Linear does not take no arguments: missing a required argument: 'in_features'"),
+        (nn.Linear, "model.options: Linear: missing a required argument: 'in_features'"),
         (dict, "model.name: dict returned a dict, not a torch.nn.Module"),
     ):
         with pytest.raises(ConfigurationError, match=message):
@@ -287,7 +287,7 @@ def test_a_model_may_be_given_as_what_makes_it() -> None:
         ("my_models:MODULE", {}, "model.name: module 'my_models' has no 'MODULE'"),
         ("my_models:__name__", {}, "model.name: 'my_models:__name__' is a str, not something that can be called"),
         ("my_models:nonsense", {}, "model.name: my_models:nonsense returned a str, not a torch.nn.Module"),
-        ("my_models:linear", {"depth": 1}, "model.options: my_models:linear does not take num_classes, sample_shape, "),
+        ("my_models:linear", {"depth": 1}, "model.options: my_models:linear does not take depth; it takes "),
         ("my_models:hands_on", {}, "model.name: my_models:hands_on hands num_classes on to something that does not"),
         ("os:system", {"command": "true"}, "model.name: 'os:system' is of Python's standard library (os)"),
         ("torch:os.system", {"command": "true"}, "model.name: 'torch:os.system' is of Python's standard library (os)"),
@@ -296,7 +296,8 @@ def test_a_model_may_be_given_as_what_makes_it() -> None:
         ("my_models:Ordered", {}, "model.name: 'my_models:Ordered' is of Python's standard library (collections)"),
         ("broken:linear", {}, "model.name: importing 'broken' failed: ZeroDivisionError: division by zero"),
         ("needy:linear", {}, "model.name: importing 'needy' failed: No module named 'not_installed'; install what"),
-        ("net", {"depth": 1}, "model.options: net does not take num_classes, sample_shape, depth"),
+        ("mlp", {"dropout": 0.1, "width": [8]}, "model.options: mlp does not take width; did you mean widths?"),
+        ("net", {"depth": 1}, "model.options: net does not take depth; it takes none"),
     ],
 )
 def test_a_callable_that_does_not_fit(name: str, options: dict[str, int], message: str) -> None:

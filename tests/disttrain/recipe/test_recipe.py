@@ -112,6 +112,8 @@ def test_the_last_override_counts() -> None:
         ("optim.lr=-1", "-o optim.lr: should be at least 0, not -1"),
         ("optim.lr=nan", "-o optim.lr: should be a finite number, not nan"),
         ("optim.lr=", "-o optim.lr: has no value; write -o optim.lr=VALUE"),
+        ("optim.learning_rate=1", "-o optim.learning_rate: unknown key; did you mean optim.lr?"),
+        ("batchsize=8", "-o batchsize: unknown key; did you mean data.batch_size?"),
         ("optim.lrr=1", "-o optim.lrr: unknown key; did you mean optim.lr?"),
         ("optm.lr=1", "-o optm.lr: unknown section; did you mean optim?"),
         ("zzz.lr=1", "-o zzz.lr: unknown section; there are task, data, model, optim, schedule, train, parallel, "

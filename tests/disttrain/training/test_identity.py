@@ -59,9 +59,14 @@ def test_other_data_is_refused_by_what_is_other(tmp_path: Path) -> None:
 
     # Nor are they what the recipe names: a run that was trained on objects has digits' test set for no reason.
     for command, overrides, message in (
-        (evaluate.command, (), "trained with model=… given in Python, and model.name"),
+        (
+            evaluate.command,
+            (),
+            "trained with model=… and test_set=… given in Python, and model.name and data.dataset of its recipe name "
+            "something else: .*-o model.name=package.module:callable -o data.dataset=package.module:callable --trust$",
+        ),
         (evaluate.command, ("-o", "model.name=net"), "trained with test_set=… given in Python, and data.dataset"),
-        (predict.command, (__file__,), "trained with model=… given in Python, and model.name"),
+        (predict.command, (__file__,), "trained with model=… given in Python, .*: use it in Python [^,]*$"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             command.main([str(tmp_path), *overrides], standalone_mode=False)
