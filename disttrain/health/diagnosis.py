@@ -13,11 +13,12 @@ from torch import nn
 
 from disttrain import rng
 from disttrain.data import Batch, StepBatch, tensors_in
+from disttrain.errors import brief, where
 from disttrain.recipe import TrainRecipe
 from disttrain.task import ImageClassification, Task
 
 _log = logging.getLogger("disttrain")
-_TUNE = "lower optim.lr, set train.clip_norm, or add schedule.warmup_steps"
+TUNE = "lower optim.lr, set train.clip_norm, or add schedule.warmup_steps"
 _MEND = "fix these samples, or take them out of the training set"
 _MOST_NAMED = 8
 
@@ -34,7 +35,14 @@ class Finding:
     samples: tuple[int, ...]
     what: str
     comparison: str
-    advice: str = _TUNE
+    advice: str = TUNE
+
+
+@dataclass(frozen=True)
+class NotComputed:
+    """That a worker could not compute its part again, so that nothing is known of it."""
+
+    reason: str
 
 
 class Rerun:
@@ -56,7 +64,7 @@ class Rerun:
 
     def find_first(
         self, batch: StepBatch, step: int, scale: float, restore_buffers: Callable[[], None]
-    ) -> Finding | None:
+    ) -> Finding | NotComputed | None:
         """The first of this worker's micro-batches with something that is not finite; None if there is none any more.
 
         `step` counts the steps done before, `scale` is what the loss is multiplied by. Every rank must call it: a model
@@ -74,8 +82,9 @@ class Rerun:
                 if found is not None and first is None:
                     restore_buffers()
                     first = self._narrowed(found, step)
-        except Exception:  # what was found without it is still to be reported
+        except Exception as error:  # what was found without it is still to be reported
             _log.exception("the step could not be computed again")
+            return first or NotComputed(f"{type(error).__name__}: {brief(error)} ({where(error)})")
         finally:
             restore_buffers()
         return first

@@ -18,7 +18,7 @@ from disttrain.data import StepBatch
 from disttrain.distributed.collectives import gather_objects
 from disttrain.distributed.world import World
 from disttrain.errors import DivergedError
-from disttrain.health.diagnosis import Rerun, listed
+from disttrain.health.diagnosis import TUNE, Finding, NotComputed, Rerun, listed
 from disttrain.models.buffers import BufferCopies
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import TrainRecipe
@@ -146,15 +146,20 @@ class NonFiniteGuard:
     def _why_it_ends(self, step: int, batch: StepBatch) -> str:
         self._optimizer.zero_grad(set_to_none=True)
         by_rank = gather_objects(self._rerun.find_first(batch, step, self._scale(), self._buffers.restore))
-        found = [
-            (finding.slice_index, finding.part, rank) for rank, finding in enumerate(by_rank) if finding is not None
-        ]
+        found = [(one.slice_index, one.part, rank) for rank, one in enumerate(by_rank) if isinstance(one, Finding)]
         row = "" if self._policy == "stop" else f" in {self._in_a_row + 1} steps in a row (train.non_finite_limit)"
         hint = '; train.non_finite = "skip" continues without such steps' if self._policy == "stop" else ""
         if not found:
+            unknown = [(rank, one.reason) for rank, one in enumerate(by_rank) if isinstance(one, NotComputed)]
+            what = f"the gradient of the global batch is not finite at step {step + 1}{row}"
+            if unknown:
+                return (
+                    f"{what}; why is not known, since rank {unknown[0][0]} failed to compute it again: "
+                    f"{unknown[0][1]}. The step was not made. To continue, {TUNE}{hint}."
+                )
             return (
-                f"the gradient of the global batch is not finite at step {step + 1}{row}, though each worker's own is. "
-                f"The step was not made. To continue, {self._strategy.against_overflow}{hint}."
+                f"{what}, though each worker's own is. The step was not made. To continue, "
+                f"{self._strategy.against_overflow}{hint}."
             )
         rank = min(found)[-1]
         first = by_rank[rank]

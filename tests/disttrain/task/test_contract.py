@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import IterableDataset
 
 import disttrain
-from disttrain.data import SampleSet, tensors_in, to_device
+from disttrain.data import SampleSet, StepSampler, tensors_in, to_device
 from disttrain.errors import ConfigurationError, DivergedError, TaskError, UserCodeError
 from disttrain.recipe import Recipe
 from disttrain.task import build_task, task_maker
@@ -368,6 +368,35 @@ def test_a_fault_in_losses_does_not_hide_what_is_not_finite(tmp_path: Path) -> N
         assert "in sample 5 of the training set" in message
     empty = torch.full((10,), torch.nan), torch.tensor(0.0)
     assert said("empty", lambda losses: losses, empty).startswith("an input is not finite at step")
+
+
+def test_a_step_that_cannot_be_computed_again_is_not_said_to_be_finite(tmp_path: Path) -> None:
+    """What the second worker raises then is said; of the first nothing is known to be wrong."""
+
+    def diverge(folder: Path) -> str:
+        calls: list[int] = []
+
+        def loss(self: Any, model: nn.Module, batch: Any) -> torch.Tensor:
+            if not batch[0].isfinite().all():
+                calls.append(1)
+                if len(calls) > 1:
+                    raise KeyError("again")
+            return Regression.loss(self, model, batch)
+
+        one = with_task("regression", type("Once", (Regression,), {"loss": loss})())
+        one.train_set[StepSampler(38, batch_size=16).order(0).tolist()[9]] = (
+            torch.full((10,), torch.nan),
+            torch.tensor(0.0),
+        )
+        with pytest.raises(DivergedError) as caught:
+            train(folder, one)
+        return str(caught.value)
+
+    (said, other) = run_workers(diverge, 2, args=(tmp_path,), process_group=False)
+    assert said == other
+    start = "the gradient of the global batch is not finite at step 1; why is not known, since rank 1 failed to "
+    assert said.startswith(f"{start}compute it again: KeyError: 'again' (")
+    assert "each worker's own" not in said
 
 
 class Point(NamedTuple):
