@@ -44,7 +44,7 @@ class Batch:
 class StepBatch:
     """This worker's slices of a step's global batch, each in `accumulate` parts.
 
-    `global_size` counts the samples of all workers' parts, `global_weight` their items; it is at least 1.
+    `global_size` counts the samples of all workers' parts, `global_weight` their items, of which there may be none.
     """
 
     step_in_epoch: int
@@ -106,9 +106,12 @@ class Loader:
         """Dismiss the DataLoader workers; they leave by themselves at the end of the process."""
         self._reader.close()
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
-        """The steps of `epoch` from `start_step` on. Raises ConfigurationError for a sample that cannot be read."""
-        steps = self._steps(epoch, start_step)
+    def epoch(self, epoch: int, start_step: int = 0, end_step: int | None = None) -> Iterator[StepBatch]:
+        """The steps of `epoch` from `start_step` on, up to `end_step`, which is not one of them, or to the last.
+
+        No sample of later steps is read. Raises ConfigurationError for a sample that cannot be read.
+        """
+        steps = self._steps(epoch, range(start_step, len(self) if end_step is None else min(end_step, len(self))))
         return _one_ahead(steps, self._sampler.num_replicas) if self._weighs else steps
 
     def samples(self, epoch: int, samples: torch.Tensor) -> Any:
@@ -120,12 +123,12 @@ class Loader:
         fetched = self._reader.take(samples, rng.derive(self._seed, epoch))
         return Fetched(self._prepared(fetched.data, epoch, samples), fetched.weight)
 
-    def _steps(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
-        plan, ahead = tee(self._pieces(epoch, step) for step in range(start_step, len(self)))
+    def _steps(self, epoch: int, steps: range) -> Iterator[StepBatch]:
+        plan, ahead = tee(self._pieces(epoch, step) for step in steps)
         # A stream's workers read ahead of what is handed out.
         requests = (piece.samples for pieces in ahead for piece in pieces)
         fetched = self._reader.read(requests, rng.derive(self._seed, epoch))
-        for step, pieces in enumerate(plan, start=start_step):
+        for step, pieces in zip(steps, plan, strict=True):
             parts = [self._batch(epoch, piece, next(fetched)) for piece in pieces]
             size = self._sampler.global_size(step)
             yield StepBatch(step, parts, size, size)
@@ -167,7 +170,7 @@ def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBat
 
 def _weighed(step: StepBatch, num_workers: int) -> Callable[[], StepBatch]:
     total = sum_ahead(sum(part.weight for part in step.parts), num_workers)
-    return lambda: StepBatch(step.step_in_epoch, step.parts, step.global_size, max(1, total()))
+    return lambda: StepBatch(step.step_in_epoch, step.parts, step.global_size, total())
 
 
 def _prepared(

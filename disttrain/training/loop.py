@@ -131,14 +131,13 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
                 result = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
                 monitor.after_step(result, batch.global_weight)
-                if job.step >= job.total_steps:
-                    break
 
 
 def _batches(job: Job) -> Iterator[StepBatch]:
-    """The rest of the epoch; what is being done is noted for the watchdog."""
+    """The rest of the epoch, as far as the run goes; what is being done is noted for the watchdog."""
     job.progress.at("loading data", job.step)
-    for batch in job.loader.epoch(job.epoch, job.step % job.steps_per_epoch):
+    start = job.step % job.steps_per_epoch
+    for batch in job.loader.epoch(job.epoch, start, start + job.total_steps - job.step):
         job.progress.at("computing the next step", job.step)
         yield batch
         job.progress.at("loading data", job.step)
@@ -162,7 +161,7 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
             num_samples, is_last = len(part.samples), part.closes_slice
             loss = strategy.loss(job.task.loss, part.data, num_samples=num_samples, is_last=is_last)
-        share = loss / batch.global_weight * (0.0 if part.is_filler else 1.0)
+        share = loss / max(1, batch.global_weight) * (0.0 if part.is_filler else 1.0)
         job.scaler.scale(marked(share) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
         losses[part.slice_index] += share.detach()
         if part.closes_slice:

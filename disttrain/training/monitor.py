@@ -50,13 +50,11 @@ class RunMonitor:
         self.job = job
         self.run_dir = run_dir
         self.saver = Saver(job, run_dir, address, store, tracker, console)
-        self._tracker = tracker
-        self._console = console
-        self._stop = stop
+        self._tracker, self._console, self._stop, self._sampler = tracker, console, stop, sampler
         self._agreement = Agreement(num_flags=2)
-        self._sampler = sampler
         self._last_log = time.monotonic()
-        self._items_since_log = self._items_in_epoch = 0  # of all workers, as the task counts them
+        self._items_since_log = self._items_in_epoch = self._num_items = 0  # of all workers, as the task counts them
+        self._first_step = job.step
         self._is_done = is_done
         self._pace = ""
         self._has_warned = False  # that evaluation.json cannot be written
@@ -70,6 +68,7 @@ class RunMonitor:
         job, recipe = self.job, self.job.recipe
         self._items_since_log += num_items
         self._items_in_epoch += num_items
+        self._num_items += num_items
         # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
         if result is not None and job.is_logged(job.step):
             self._log(result)
@@ -192,6 +191,7 @@ class RunMonitor:
             raise self._ending(error) from None
         seconds = time.monotonic() - started
         self._act(self._agreement.finish())
+        self._refuse_no_items()
         if self.job.step % self.job.steps_per_epoch == 0:
             self.saver.save_unless_saved()
         if whole and self.job.step % self.job.steps_per_epoch == 0:
@@ -199,6 +199,15 @@ class RunMonitor:
             self._pace = f", {seconds:.1f} s, {self._items_in_epoch / seconds:,.0f} {self.job.task.items}/s"
             if not self.job.evaluation_is_due:
                 self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
+
+    def _refuse_no_items(self) -> None:
+        """A run of steps that all count nothing would learn nothing, and end as if it had."""
+        job, num_steps = self.job, self.job.step - self._first_step
+        if self._num_items == 0 and (self._first_step == 0 or num_steps >= job.steps_per_epoch):
+            raise ConfigurationError(
+                f"the training set holds no {job.task.items} to learn from: {type(job.task).__name__}.weight(batch) is "
+                f"0 for each batch of {num_steps} steps; give a training set that holds some."
+            )
 
     def evaluate(self) -> None:
         """Evaluate, save a checkpoint that holds the result, and report it. Every rank must call it."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from disttrain.data import (
     EvalLoader,
+    Loader,
     MemorySplit,
     SampleSet,
     Split,
@@ -110,6 +111,30 @@ def test_an_epoch_goes_on_from_any_step_with_the_same_bits() -> None:
     for before, after in zip(undisturbed[2:], resumed, strict=True):
         assert torch.equal(before.parts[0].data[0], after.parts[0].data[0])
         assert torch.equal(before.parts[0].data[1], after.parts[0].data[1])
+
+
+class Counted(Task):
+    """It weighs batches itself, so that their weights travel a step ahead."""
+
+    def weight(self, batch: torch.Tensor) -> int:
+        return len(batch)
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+def test_nothing_is_read_beyond_the_last_step(weighs: bool) -> None:
+    """A run may end within an epoch; the sample after it may be one that cannot be read."""
+    read: list[int] = []
+
+    class Noting(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    sampler = StepSampler(20, batch_size=4)
+    loader = Loader(SampleSet(Noting(range(20))), sampler, DataRecipe(batch_size=4), Counted(), weighs=weighs)
+    assert [batch.step_in_epoch for batch in loader.epoch(0, 1, 3)] == [1, 2]
+    assert read == sampler.order(0)[4:12].tolist()
+    assert [batch.global_weight for batch in loader.epoch(0, 3, 99)] == [4, 4]
 
 
 def test_a_batch_is_what_a_hand_written_loop_makes() -> None:

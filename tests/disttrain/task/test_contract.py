@@ -399,6 +399,28 @@ def test_a_step_that_cannot_be_computed_again_is_not_said_to_be_finite(tmp_path:
     assert "each worker's own" not in said
 
 
+@pytest.mark.parametrize("max_steps", [2, 9])
+def test_a_training_set_that_holds_nothing_to_learn_from_is_refused(tmp_path: Path, max_steps: int) -> None:
+    """Of a part of an epoch, and of two epochs; one whose first samples hold nothing is trained on."""
+    nothing = [1, -100]
+    one = case("language")
+    one.train_set[:] = [nothing] * 38
+    before = {key: value.clone() for key, value in one.model.state_dict().items()}
+    with pytest.raises(ConfigurationError) as caught:
+        train(tmp_path / "none", one, f"train.max_steps={max_steps}", "train.epochs=9")
+    num_steps = min(3, max_steps)
+    assert str(caught.value) == (
+        "the training set holds no tokens to learn from: Language.weight(batch) is 0 for each batch of "
+        f"{num_steps} steps; give a training set that holds some."
+    )
+    assert caught.value.exit_code == 78
+    for key, value in one.model.state_dict().items():
+        assert torch.equal(value, before[key])
+    some = case("language")
+    some.train_set[:37] = [nothing] * 37
+    assert train(tmp_path / "some", some, f"train.max_steps={max_steps}", "train.epochs=9").step == max_steps
+
+
 class Point(NamedTuple):
     place: torch.Tensor
     name: str
