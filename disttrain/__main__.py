@@ -18,10 +18,10 @@ from disttrain.worker import leave, worker
 @click.option("--trust", is_flag=True, help="RECIPE is that of RUN_DIR, and may name code and a server.")
 def command(recipe: str, overrides: Sequence[str], run_dir: str | None, trust: bool) -> None:
     """Train RECIPE, a shipped recipe's name or a TOML file, as one worker."""
-    from disttrain.training.loop import train
+    from disttrain.training.loop import train_as_worker
 
     with ending_undisturbed():
-        train(recipe, overrides=overrides, run_dir=run_dir, trust=trust)
+        train_as_worker(recipe, overrides=overrides, run_dir=run_dir, trust=trust)
 
 
 if __name__ == "__main__":

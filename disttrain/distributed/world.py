@@ -73,13 +73,19 @@ class World:
 
 
 @contextmanager
-def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0) -> Iterator[World]:
+def join_world(
+    device: str = "auto", threads: int = 0, timeout_s: float = 600.0, *, is_whole_process: bool = False
+) -> Iterator[World]:
     """Join the job's process group, and leave it whatever happens.
 
     `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers. A
     collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit reports first. A
     launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
     this process is the only worker.
+
+    For a process that `is_whole_process`, which has nothing left to do after the block and ends by `worker.leave`, a
+    block that fails leaves the group as it is: NCCL may never come back from saying goodbye to ranks that still wait,
+    and the failure is to be reported now.
 
     Raises ConfigurationError if the variables are incomplete, the device is not there, or there is a process group
     already, which stays as it is.
@@ -112,11 +118,25 @@ def join_world(device: str = "auto", threads: int = 0, timeout_s: float = 600.0)
                 )
             remark = why_not_gpus(device, chosen, local_size)
             yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark)
+        except BaseException:
+            if dist.is_initialized() and not is_whole_process:
+                _leave_in_failure(chosen, size)
+            raise
+        else:
+            if dist.is_initialized():
+                dist.destroy_process_group()
         finally:
             sys.excepthook = excepthook
             torch.set_num_threads(threads_before)
-            if dist.is_initialized():
-                dist.destroy_process_group()
+
+
+def _leave_in_failure(device: torch.device, size: int) -> None:
+    """Leave the group for a program that may go on: NCCL's communicators are aborted, for the others may still wait."""
+    if device.type == "cuda" and size > 1:
+        # Goodbye in order would first let all collectives that are under way end, which some ranks may never join.
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def store_for_a_thread(timeout_s: float) -> Store | None:

@@ -83,6 +83,28 @@ def train(
     Raises RecipeError, ConfigurationError, StoppedError (a checkpoint is saved) or DivergedError, and what the user's
     own code raises.
     """
+    return _run(recipe, overrides, run_dir, Given(model, train_set, test_set, task, hooks or None), trust=trust)
+
+
+def train_as_worker(
+    recipe: str, *, overrides: Sequence[str] = (), run_dir: str | None = None, trust: bool = False
+) -> None:
+    """As `train`, in a process that does nothing else: if it fails, it is still in the process group afterwards.
+
+    Then it must report the failure and end (see `join_world`).
+    """
+    _run(recipe, overrides, run_dir, Given(), trust=trust, is_whole_process=True)
+
+
+def _run(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    overrides: Sequence[str],
+    run_dir: Path | str | None,
+    given: Given,
+    *,
+    trust: bool,
+    is_whole_process: bool = False,
+) -> Result:
     try:
         with float32_by_default():
             is_own = isinstance(recipe, str | Path) and is_own_recipe(str(recipe), run_dir)
@@ -92,7 +114,7 @@ def train(
                     print(f"disttrain: {line}", file=sys.stderr)
             if is_own and run_dir is not None and not trust:
                 ask_before_resuming(settled, run_dir, overrides)
-            return _train(settled, run_dir, Given(model, train_set, test_set, task, hooks or None))
+            return _train(settled, run_dir, given, is_whole_process=is_whole_process)
     except UserCodeError as error:
         if error.__cause__ is None:  # it comes from a process that reads data
             error.add_note(error.trace or "")
@@ -101,11 +123,12 @@ def train(
         raise error.with_traceback(None) from None
 
 
-def _train(recipe: Recipe, run_dir: Path | str | None, given: Given) -> Result:
+def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole_process: bool) -> Result:
     settings = recipe.train
+    in_time = settings.hang_timeout_s
     with (
         stop_requests() as stop,
-        join_world(settings.device, settings.threads, settings.hang_timeout_s) as world,
+        join_world(settings.device, settings.threads, in_time, is_whole_process=is_whole_process) as world,
         exact_conditions(recipe),
     ):
         while True:

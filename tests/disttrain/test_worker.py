@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 import pytest
+import torch.distributed as dist
 
+from disttrain import __main__ as program
 from disttrain.distributed import report as report_module
 from disttrain.distributed.collectives import broadcast_from_main, one_per_machine_first
 from disttrain.distributed.report import says_finished
@@ -70,6 +72,22 @@ def test_torchrun_is_left_no_file_of_a_worker_that_finished(tmp_path: Path, monk
     monkeypatch.setattr(sys, "argv", ["train"])
     assert worker(click.Command("train", callback=lambda: None)) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.distributed(world_size=2, process_group=False)
+def test_a_failure_is_reported_before_the_goodbye_that_may_never_end(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's waits for what the other ranks have not joined; so it is left out."""
+    left: list[Any] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda *group: left.append(group))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "report.json"))
+    options = ["-o", "data.dataset=folder", "-o", f"data.root={tmp_path}/nowhere", "-o", "train.device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["train", "digits", *options, "--run-dir", str(tmp_path.parent / "run")])
+    assert worker(program.command) == 78
+    assert dist.is_initialized()
+    assert json.loads((tmp_path / "report.json").read_text())["rank"] == rank
+    assert () not in left, "the group of all"
 
 
 def _stumble() -> None:

@@ -51,6 +51,15 @@ def test_the_group_is_left_when_the_block_fails() -> None:
     assert not dist.is_initialized()
 
 
+def test_a_program_that_goes_on_after_a_failure_does_not_wait_for_what_ranks_have_not_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "destroy_process_group", lambda *_: pytest.fail("NCCL may wait there forever"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world_module._leave_in_failure(torch.device("cuda", 0), size=2)
+    assert not dist.is_initialized()
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted under /proc")
 def test_leaving_ends_the_groups_threads() -> None:
     """A thread of gloo's that lives on may abort the process while Python shuts down."""
