@@ -7,6 +7,7 @@ then do the ranks exchange what they know.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -183,14 +184,22 @@ def is_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
     """Whether every number in these gradients is finite. On a GPU it is one kernel for each type, and one wait."""
-    alike: dict[Any, list[torch.Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         alike.setdefault((real.device, real.dtype), []).append(real)
     found = []
-    for (device, _), group in alike.items():
-        # A gradient scaler's own operator: it multiplies by one, which leaves every number as it is.
-        is_bad = torch.zeros(1, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(group, is_bad, torch.ones(1, device=device))
-        found.append(is_bad)
-    return not any(is_bad.item() for is_bad in found)
+    for (device, dtype), group in alike.items():
+        if _has_check(device.type, dtype):
+            # A gradient scaler's own operator: it multiplies by one, which leaves every number as it is.
+            is_bad = torch.zeros(1, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, is_bad, torch.ones(1, device=device))
+            found.append(is_bad == 0)
+        elif filled := [tensor for tensor in group if tensor.numel()]:  # an empty tensor has no largest number
+            found.append(torch.stack(torch._foreach_norm(filled, math.inf)).isfinite().all())
+    return all(is_good.item() for is_good in found)
+
+
+def _has_check(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the gradient scaler's operator takes this type: on GPUs it has no kernel for bfloat16."""
+    return device_type == "cpu" or dtype in (torch.float64, torch.float32, torch.float16)

@@ -13,6 +13,7 @@ from torch import nn
 import disttrain
 from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.errors import DivergedError
+from disttrain.health import nonfinite
 from disttrain.health.nonfinite import all_finite, marked
 from disttrain.models.buffers import BufferCopies
 from disttrain.recipe import load_recipe
@@ -288,9 +289,22 @@ def test_a_loss_that_is_not_finite_marks_every_gradient_and_no_other_is_touched(
         assert str(weight.grad.tolist()) == str(expected)
 
 
-def test_all_finite_looks_at_every_kind_of_number_and_changes_none() -> None:
-    tensors = [torch.tensor([3e38, -0.0, 1e-45]), torch.tensor([1e300], dtype=torch.float64),
-               torch.tensor([1 + 2j]), torch.tensor([1.5], dtype=torch.bfloat16), torch.zeros(0)]  # fmt: skip
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_all_finite_looks_at_every_kind_of_number_and_changes_none(
+    device_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that a GPU's operator does not take, too: here it is the CPU's, which takes no more than that either."""
+    operator, has_check = torch._amp_foreach_non_finite_check_and_unscale_, nonfinite._has_check
+
+    def on_device(tensors: list[torch.Tensor], *rest: torch.Tensor) -> None:
+        assert device_type == "cpu" or tensors[0].dtype != torch.bfloat16, "not implemented for 'BFloat16'"
+        operator(tensors, *rest)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", on_device)
+    monkeypatch.setattr(nonfinite, "_has_check", lambda _, dtype: has_check(device_type, dtype))
+    tensors = [torch.tensor([3e38, -0.0, 1e-45]), torch.tensor([1e300], dtype=torch.float64), torch.tensor([1 + 2j]),
+               torch.tensor([3.3e38, 1.5], dtype=torch.bfloat16), torch.zeros(0),
+               torch.zeros(0, dtype=torch.bfloat16)]  # fmt: skip
     before = [tensor.clone() for tensor in tensors]
     assert all_finite(tensors)
     assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
