@@ -37,7 +37,7 @@ def _recipe_of_finished(run: str) -> Recipe | None:
         if _last_status(lines) != "FINISHED":
             return None
         found = None if is_url(run) else recipe_of_checkpoints(Path(run))
-        return found[1] if found is not None else load_recipe(f"{run.rstrip('/')}/{RECIPE}")
+        return found[1] if found is not None else load_recipe(f"{run.rstrip('/')}/{RECIPE}", of_run=True)
     except (OSError, DisttrainError):
         return None
 

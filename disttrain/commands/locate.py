@@ -15,6 +15,7 @@ from disttrain.errors import ConfigurationError, brief, printable
 from disttrain.layout import STATE
 from disttrain.models import build_model
 from disttrain.recipe import KEYS_OF_CODE, Recipe, ask_before_importing, parse_recipe
+from disttrain.recipe.reference import look_for_code
 from disttrain.remote.find import find_checkpoint as find_checkpoint
 from disttrain.task import Task, build_task, takes_images, task_maker
 from disttrain.training.identity import describe_task, refuse_other_task
@@ -37,6 +38,7 @@ def recipe_of(
     recipe = parse_recipe(checkpoint.state["recipe"], overrides, source=source)
     if not trust:
         ask_before_importing(recipe, source, overrides, imports)
+    look_for_code(recipe, imports)
     return recipe
 
 

@@ -11,6 +11,7 @@ from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.recipe import DataRecipe, Recipe, check_installed, load_recipe
 from disttrain.recipe.address import expanded
+from disttrain.recipe.reference import look_for_code
 
 _DOWNLOADED = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
@@ -54,6 +55,7 @@ def data(question: Question) -> Iterator[Finding]:
             "Where workers have no internet access, put it there first.",
         )
         return
+    look_for_code(found)
     yield _loaded(found.data)
 
 

@@ -31,6 +31,10 @@ _SHOULD_BE = {
 }
 
 
+AT_THE_TOP = ("name", "code")
+"""The keys that stand before the sections."""
+
+
 def section_keys(section: str, optimizer: str = "sgd") -> list[str]:
     """The keys of a section; those of `optim` depend on the optimizer."""
     if section == "optim":
@@ -42,18 +46,24 @@ def section_keys(section: str, optimizer: str = "sgd") -> list[str]:
 
 def sections() -> list[str]:
     """The names of the sections, in the order of the recipe."""
-    return [key for key in Recipe.model_fields if key != "name"]
+    return [key for key in Recipe.model_fields if key not in AT_THE_TOP]
 
 
 def known_keys() -> list[str]:
     """Every dotted key a recipe may hold."""
     dotted = [f"{section}.{key}" for section in sections() for key in section_keys(section)]
-    return ["name", *dotted, *(f"optim.{key}" for key in section_keys("optim", "adam") if f"optim.{key}" not in dotted)]
+    return [
+        *AT_THE_TOP,
+        *dotted,
+        *(f"optim.{key}" for key in section_keys("optim", "adam") if f"optim.{key}" not in dotted),
+    ]
 
 
 def wants_text(dotted: str) -> bool:
     """Whether the key takes text, so that `-o tracking.experiment=2024` means the text."""
     section, _, key = dotted.partition(".")
+    if dotted in AT_THE_TOP:
+        return True
     if section == "optim" or section not in sections() or key not in section_keys(section):
         return False
     annotation = Recipe.model_fields[section].annotation.model_fields[key].annotation  # type: ignore[union-attr]

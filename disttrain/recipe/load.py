@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from disttrain.errors import RecipeError
 from disttrain.layout import RECIPE
-from disttrain.recipe.address import is_url, read_url
+from disttrain.recipe.address import expanded, is_url, read_url, settled
 from disttrain.recipe.bounds import beyond_bounds
 from disttrain.recipe.explain import explain, place
 from disttrain.recipe.model import Recipe
@@ -22,6 +22,7 @@ from disttrain.recipe.once import kept
 from disttrain.recipe.overrides import apply_overrides
 from disttrain.recipe.renamed import mentions_of_old_names, with_current_names
 from disttrain.recipe.text import decoded
+from disttrain.recipe.trust import names_code
 
 _SHIPPED = Path(__file__).parent.parent / "recipes"
 
@@ -31,8 +32,11 @@ def shipped_recipes() -> dict[str, str]:
     return {path.stem: _description(path) for path in sorted(_SHIPPED.glob("*.toml"))}
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, of_run: bool = False) -> Recipe:
     """The recipe of that name (a shipped one), path or URL, with the overrides (`section.key=value`) in it.
+
+    Code that a file names is looked for in the file's folder, unless its key `code` names another (relative to that).
+    Not so in a recipe that a run has stored (`of_run`): it has the folder, or is from before there was one.
 
     Raises:
         RecipeError: no such recipe, not TOML, or wrong keys or values; one line per mistake.
@@ -51,7 +55,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"{source}: cannot be read: {error.strerror or error}") from None
     mapping.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem))
-    return parse_recipe(mapping, overrides, source=source)
+    if not is_file or path.parent == _SHIPPED or of_run:
+        return parse_recipe(mapping, overrides, source=source)
+    if isinstance(code := mapping.get("code"), str):
+        mapping["code"] = str(Path(settled(str(path.parent / expanded(code)))).resolve())
+    recipe = parse_recipe(mapping, overrides, source=source)
+    if recipe.code is None and names_code(recipe):
+        recipe = recipe.model_copy(update={"code": str(Path(settled(str(path.parent))).resolve())})
+    return recipe
 
 
 def as_recipe(recipe: Any, overrides: Sequence[str] = ()) -> Recipe:

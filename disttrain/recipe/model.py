@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from disttrain.errors import ConfigurationError
+from disttrain.recipe.address import settled
 from disttrain.recipe.names import check_dataset, check_model, check_task
 from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
 from disttrain.recipe.section import Count, NoneIfSaid, Patterns, Positive, Section, WholeNumber
@@ -148,11 +150,23 @@ class TrackingRecipe(Section):
     log_model: bool = Field(default=True, description="store the trained model in MLflow, ready to predict")
 
 
+def _absolute(folder: str | None) -> str | None:
+    try:
+        return folder if folder is None else settled(folder)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+
+
 class Recipe(Section):
     """One training job: everything that decides what is learned, and nothing about where it runs."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = Field(
         default="", description="what runs of this recipe are called (left out: the file's name)"
+    )
+    code: Annotated[str | None, AfterValidator(_absolute)] = Field(
+        default=None,
+        description="the folder where package.module:callable is looked for, after what is installed "
+        "(left out: that of the recipe's file)",
     )
     task: TaskRecipe = TaskRecipe()
     data: DataRecipe = DataRecipe()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from inspect import isclass, isroutine
 from pathlib import Path
@@ -12,10 +12,26 @@ from types import ModuleType
 from typing import Any
 
 from disttrain.errors import ConfigurationError
+from disttrain.recipe.model import Recipe
+from disttrain.recipe.trust import HOOKS, KEYS_OF_CODE, names_code
+
+
+def look_for_code(recipe: Recipe, keys: Sequence[str] = (*KEYS_OF_CODE, HOOKS)) -> None:
+    """Have `import_callable` find what the recipe names at one of `keys` in the recipe's folder of code, too.
+
+    To be called once the user's trust is certain (`ask_before_importing`). The folder comes last, so that a file in it
+    cannot take an installed package's place; but before the current one, which is another at each start.
+    """
+    folder = recipe.code
+    if folder is None or folder in sys.path or not names_code(recipe).keys() & set(keys):
+        return
+    sys.path.append(folder)
 
 
 def import_callable(reference: str, key: str) -> Callable[..., Any]:
     """Import `package.module:callable`, from the current folder too; `key` is the recipe's key that holds it.
+
+    Also from the folder of code of a recipe, where `look_for_code` was called for it.
 
     Raises ConfigurationError, which names the key, if the module is missing or fails to import, or if it has no such
     callable.
@@ -32,7 +48,8 @@ def import_callable(reference: str, key: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise ConfigurationError(
-                f"{key}: there is no module {error.name!r}; start in the folder that holds it, or install it."
+                f"{key}: there is no module {error.name!r}; start in the folder that holds it, give that as "
+                "`code` of the recipe, or install it."
             ) from error
         raise ConfigurationError(
             f"{key}: importing {module_name!r} failed: {error}; install what is missing."

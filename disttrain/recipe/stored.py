@@ -26,12 +26,13 @@ def load_recipe_for(name_or_path: str, run_dir: Path | str | None, overrides: Se
 
     Raises RecipeError, as `load_recipe` does.
     """
-    if run_dir is not None and not is_url(str(run_dir)) and is_own_recipe(name_or_path, run_dir):
+    is_own = is_own_recipe(name_or_path, run_dir)
+    if is_own and run_dir is not None and not is_url(str(run_dir)):
         found = recipe_of_checkpoints(Path(run_dir))
         if found is not None and damage(Path(run_dir)) is not None:
             checkpoint, recipe = found
             return parse_recipe(recipe.model_dump(mode="json"), overrides, source=f"{checkpoint}/{STATE}")
-    return load_recipe(name_or_path, overrides)
+    return load_recipe(name_or_path, overrides, of_run=is_own)
 
 
 def damage(run: Path) -> str | None:

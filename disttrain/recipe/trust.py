@@ -43,7 +43,10 @@ def ask_before_importing(
     `source` names its place in the message; a key that is among the user's own `overrides` is not questioned.
     """
     own = {override.partition("=")[0].strip() for override in overrides}
-    code = [f"{key} = '{name}'" for key, name in names_code(recipe).items() if key in keys and key not in own]
+    named = {key: name for key, name in names_code(recipe).items() if key in keys}
+    if named and recipe.code is not None:
+        named["code"] = recipe.code  # what the user names instead would be looked for there, too
+    code = [f"{key} = {name!r}" for key, name in named.items() if key not in own]
     if code:
         raise ConfigurationError(
             f"{source} names code that would be imported and run: {', '.join(code)}. Add --trust if you know where it "

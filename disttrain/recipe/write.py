@@ -22,6 +22,8 @@ def to_toml(recipe: Recipe, *, comments: bool = False) -> str:
         comments: write above each key what it means, and the keys that are left out as comments.
     """
     lines = [f"name = {_value(recipe.name)}"]
+    if recipe.code is not None:
+        lines += [f"# {Recipe.model_fields['code'].description}"] * comments + [f"code = {_value(recipe.code)}"]
     for name in sections():
         section = getattr(recipe, name)
         lines += ["", f"[{name}]"]

@@ -42,6 +42,7 @@ _FOLDERS = (CHECKPOINTS, LOGS, CHARTS, EXPORTED, f".{EXPORTED}.tmp")
 
 # What may change when a run resumes: where things are, how long, how many, how it is watched; never what is learned.
 _MAY_CHANGE = {
+    "code",
     "data.root", "data.verify", "data.download", "data.layout", "data.workers",
     "train.epochs", "train.max_steps", "train.device", "train.threads", "train.log_every_steps",
     "train.eval_every_epochs", "train.eval_batch_size", "train.hang_timeout_s", "train.compile",
@@ -153,7 +154,9 @@ def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) 
     stored, found = path / RECIPE, recipe_of_checkpoints(path)
     if found is None:
         if stored.exists():
-            refuse_other_recipe(path, load_recipe(str(stored)), recipe, "give the same recipe to resume it")
+            refuse_other_recipe(
+                path, load_recipe(str(stored), of_run=True), recipe, "give the same recipe to resume it"
+            )
         return
     checkpoint, trained_with = found
     remedy = (
@@ -197,7 +200,7 @@ def resume_command(run_dir: Path | str) -> str:
     folder = working_folder(str(run_dir)) if is_url(str(run_dir)) else Path(run_dir)
     command = " ".join(["disttrain train", *launcher_options(), f"--run-dir {shlex.quote(str(run_dir))}"])
     try:
-        ask_before_resuming(load_recipe(str(folder / RECIPE)), run_dir)
+        ask_before_resuming(load_recipe(str(folder / RECIPE), of_run=True), run_dir)
     except RecipeError:
         return command
     except ConfigurationError:

@@ -22,6 +22,7 @@ from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import stop_requests
 from disttrain.parallel.conditions import exact_conditions, float32_by_default
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for, old_names_in
+from disttrain.recipe.reference import look_for_code
 from disttrain.task import Task
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
@@ -114,6 +115,7 @@ def _run(
                     print(f"disttrain: {line}", file=sys.stderr)
             if is_own and run_dir is not None and not trust:
                 ask_before_resuming(settled, run_dir, overrides)
+            look_for_code(settled)
             return _train(settled, run_dir, given, is_whole_process=is_whole_process)
     except UserCodeError as error:
         if error.__cause__ is None:  # it comes from a process that reads data

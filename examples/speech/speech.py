@@ -37,12 +37,13 @@ def read_frames(path: Path) -> torch.Tensor:
     return spectrum.abs().square().add(1e-3).log().T
 
 
-def load(folder: str = "recordings"):
-    """(training set, test set) of a folder of WAV files with transcripts.txt; it is made if it is not there."""
-    if not Path(folder).exists():
-        record(Path(folder))
-    rows = [line.split() for line in Path(folder, "transcripts.txt").read_text().splitlines()]
-    return Recordings(Path(folder), rows[200:]), Recordings(Path(folder), rows[:200])
+def load(folder: str | None = None):
+    """(training set, test set) of a folder of WAV files with transcripts.txt; by default one beside this file."""
+    path = Path(folder) if folder is not None else Path(__file__).with_name("recordings")
+    if not path.exists():
+        record(path)
+    rows = [line.split() for line in Path(path, "transcripts.txt").read_text().splitlines()]
+    return Recordings(path, rows[200:]), Recordings(path, rows[:200])
 
 
 class Speech(Task):

@@ -212,7 +212,7 @@ def test_recipe_show_prints_a_recipe(tmp_path: Path) -> None:
 def test_recipe_schema() -> None:
     schema = json.loads(run("recipe", "schema").stdout)
     assert set(schema["properties"]) == {
-        "name", "task", "data", "model", "optim", "schedule", "train", "parallel", "checkpoint", "tracking"
+        "name", "code", "task", "data", "model", "optim", "schedule", "train", "parallel", "checkpoint", "tracking"
     }  # fmt: skip
 
 
