@@ -6,6 +6,8 @@ import os
 import re
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import ClassVar
 
@@ -129,6 +131,23 @@ def failure_in(what: str, error: Exception) -> UserCodeError:
 def failure_of(method: str, error: Exception) -> TaskError:
     """The failure `error` of a `method` of the user's task, with the place in that code."""
     return TaskError(f"{method}: {type(error).__name__}: {brief(error)} ({where(error)})")
+
+
+@contextmanager
+def failures_named(method: str, *but: type[Exception]) -> Iterator[None]:
+    """Around a call of a `method` of the user's task. Raises TaskError for what it raises, except ours and `but`.
+
+    What passed through no code of the user's is a bug of ours, and keeps its traceback.
+    """
+    kept: tuple[type[Exception], ...] = (DisttrainError, *but)
+    try:
+        yield
+    except kept:
+        raise
+    except Exception as error:  # a user's task may raise anything
+        if not is_in_user_code(error):
+            raise
+        raise failure_of(method, error) from error
 
 
 def is_in_user_code(error: BaseException) -> bool:

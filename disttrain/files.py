@@ -114,6 +114,15 @@ def replace_file(path: Path, content: str | bytes, temporary: Path | None = None
         raise
 
 
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def being_written(path: Path) -> Path:
     """The name under which `replace_file` writes."""
     return path.with_name(f".{path.name}.writing")

@@ -28,7 +28,7 @@ from disttrain.checkpoint.check import check_state, with_current_names
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
-from disttrain.files import make_folder, open_to_read, parse_json, read_text, utf8_name
+from disttrain.files import fsync, make_folder, open_to_read, parse_json, read_text, utf8_name
 from disttrain.layout import CONTENTS, MANIFEST, MODEL, OPTIMIZER, STATE
 
 _FORMAT = 1
@@ -86,7 +86,7 @@ def write_checkpoint(path: Path, model: Tensors, optimizer: Tensors, state: Mapp
         files[STATE] = _write_json(temporary / STATE, state)
         reached("checkpoint: state", step=step)
         _write_json(temporary / MANIFEST, {"format": _FORMAT, "step": step, "files": files})
-        _fsync(temporary)
+        fsync(temporary)
         reached("checkpoint: written", step=step)
         _put_in_place(temporary, path, step)
     except BaseException:
@@ -108,7 +108,7 @@ def _put_in_place(temporary: Path, path: Path, step: int) -> None:
             aside.rename(path)
         raise
     reached("checkpoint: named", step=step)
-    _fsync(path.parent)
+    fsync(path.parent)
     reached("checkpoint: durable", step=step)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -189,7 +189,7 @@ def _make_folder(path: Path) -> None:
     is_new = not path.parent.is_dir()
     make_folder(path.parent)
     if is_new:
-        _fsync(path.parent.parent)
+        fsync(path.parent.parent)
     path.mkdir()
 
 
@@ -209,11 +209,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} does not hold a JSON object.")
     return content
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

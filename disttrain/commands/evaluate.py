@@ -37,7 +37,7 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
         task_of,
         training_set_of,
     )
-    from disttrain.data import EvalLoader, SampleSet, SplitOutline
+    from disttrain.data import SampleSet, SplitOutline
     from disttrain.distributed.world import join_world, on_device
     from disttrain.errors import ConfigurationError
     from disttrain.parallel.conditions import exact_conditions
@@ -47,7 +47,7 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
     from disttrain.training.given import Given
     from disttrain.training.identity import refuse_other_preparation
     from disttrain.training.job import AUTOCAST
-    from disttrain.training.sets import load_sets, served
+    from disttrain.training.sets import eval_loader, load_sets
 
     with join_world("cpu") as world:  # what is summed is on the CPU
         checkpoint = read_by_main(world, lambda: find_checkpoint(address, raw=raw))
@@ -68,15 +68,7 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
             refuse_other_preparation(data_of(checkpoint), data.test, checkpoint.path)
         checkpoint = replace(checkpoint, model=hand_out(world, checkpoint.model))
         model = restore_model(checkpoint, recipe, task, train_set).to(world.device)
-        loader = EvalLoader(
-            served(data.test, task),
-            recipe.data,
-            task,
-            batch_size=recipe.train.eval_batch_size,
-            rank=world.rank,
-            size=world.size,
-            device=world.device,
-        )
+        loader = eval_loader(data.test, task, recipe, world)
         with exact_conditions(recipe):
             result = evaluate(model, task, loader, autocast=AUTOCAST[recipe.train.precision])
         if not world.is_main:

@@ -19,7 +19,7 @@ from disttrain.errors import (
     defined_at,
     failure_in,
     failure_of,
-    is_in_user_code,
+    failures_named,
 )
 
 _MOST_ITEMS = 2**48  # the workers add their weights up as int64
@@ -135,14 +135,8 @@ class SampleSource:
                 raise
             except Exception as error:  # and so may a user's task
                 raise _uncollated(self._task, of, error) from error
-            try:
+            with failures_named(f"{name}.weight of the batch of {of}"):
                 weight = self._task.weight(batch)
-            except DisttrainError:
-                raise
-            except Exception as error:
-                if not is_in_user_code(error):
-                    raise
-                raise failure_of(f"{name}.weight of the batch of {of}", error) from error
         return Fetched(batch, len(indices) if weight is None else checked_weight(weight, f"{name}.weight(batch)"))
 
 
@@ -159,14 +153,8 @@ def _uncollated(task: Batching, of: str, error: Exception) -> TaskError:
 
 def prepared(task: Batching, batch: Any, draw: Callable[[int], torch.Tensor], *, training: bool) -> Any:
     """What the task's `prepare` makes of the batch. Raises UserCodeError for what it raises."""
-    try:
+    with failures_named(f"{type(task).__name__}.prepare"):
         return task.prepare(batch, draw, training=training)
-    except DisttrainError:
-        raise
-    except Exception as error:  # a user's task may raise anything
-        if not is_in_user_code(error):
-            raise
-        raise failure_of(f"{type(task).__name__}.prepare", error) from error
 
 
 def checked_weight(weight: Any, what: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.doctor.isolated import CrashedError, Isolated
 from disttrain.errors import ConfigurationError
+from disttrain.files import fsync
 from disttrain.runs.lock import owned
 
 _PREFIX = ".doctor-"
@@ -82,9 +83,9 @@ def _write_durably(probe: Path) -> tuple[float, float]:
         os.fsync(file.fileno())
     changed = (writing / "file").stat().st_mtime
     latest = time.time()
-    _fsync(writing)
+    fsync(writing)
     writing.rename(named)
-    _fsync(probe)
+    fsync(probe)
     replacement = named / "replacement"
     replacement.write_bytes(content[::-1])
     os.replace(replacement, named / "file")
@@ -148,11 +149,3 @@ def _space(folder: Path, probe: Path) -> Finding:
     if free < _NO_SPACE:
         return failure("disk-space", found, remedy)
     return warning("disk-space", found, remedy) if free < _LITTLE_SPACE else ok("disk-space", found)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import threading
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 from disttrain.files import open_safely, open_to_read
 from disttrain.runs.redact import redact
+from disttrain.runs.strict_json import as_text, strict_json
 
 _VERSION = 1
 _MAX_HELD_BYTES = 16 * 2**20  # how much is held in memory on a full disk before records are dropped
@@ -90,7 +90,9 @@ class Journal:
         since its last checkpoint, and they must count once.
         """
         with self._lock:
-            news = {name: _number(value) for name, value in metrics.items() if self._is_new(name, step)}
+            news = {
+                name: strict_json(float(value), as_text) for name, value in metrics.items() if self._is_new(name, step)
+            }
             if news:
                 self._last.update(dict.fromkeys(news, int(step)))
                 self._append("metrics", step=int(step), metrics=news)
@@ -251,35 +253,16 @@ def _is_at(path: Path, descriptor: int) -> bool:
 _ABSENT = object()
 
 
-def _number(value: float) -> float | str:
-    """JSON has no notation for NaN and the infinities; Python's `float` reads these."""
-    value = float(value)
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
 def _plain(value: Any) -> Any:
     """`value` as the journal gives it back."""
-    return json.loads(redact(json.dumps(_finite(value), default=str)))
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every non-finite float in it as text."""
-    if isinstance(value, float):
-        return _number(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    return json.loads(redact(json.dumps(strict_json(value, as_text), default=str)))
 
 
 def _encode(record: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(record, default=str, allow_nan=False)
     except (ValueError, TypeError):  # NaN, or a key that is not text: rare enough to look for only now
-        text = json.dumps(_finite(record), default=str, allow_nan=False)
+        text = json.dumps(strict_json(record, as_text), default=str, allow_nan=False)
     return redact(text).encode() + b"\n"
 
 

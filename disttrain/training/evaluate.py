@@ -8,7 +8,6 @@ scores in floating point is collected first and added in the order of the set.
 from __future__ import annotations
 
 import json
-import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from disttrain.distributed.collectives import broadcast_object, gather_objects, 
 from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_of
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
+from disttrain.runs.strict_json import strict_json
 from disttrain.task import Task, has_own, named
 
 
@@ -38,15 +38,6 @@ class Evaluation:
         """The evaluation as `disttrain evaluate --json` prints it; a NaN or infinite number is null."""
         whole: dict[str, Any] = strict_json({"metrics": self.metrics, **self.details})
         return whole
-
-
-def strict_json(value: Any) -> Any:
-    """`value`, as JSON can hold it, with null for every number that is NaN or infinite, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: strict_json(one) for key, one in value.items()}
-    return [strict_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @torch.no_grad()

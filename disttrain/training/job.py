@@ -45,7 +45,7 @@ from disttrain.training.groups import parameter_groups
 from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task
 from disttrain.training.optim import Schedule, build_optimizer
-from disttrain.training.sets import load_sets, model_for, served
+from disttrain.training.sets import eval_loader, load_sets, model_for, served
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -272,15 +272,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         schedule=Schedule(recipe.schedule, recipe.optim.lr, steps_per_epoch, total_steps),
         early_stopping=EarlyStopping(recipe.train, best),
         loader=loader,
-        eval_loader=EvalLoader(
-            served(data.test, task),
-            recipe.data,
-            task,
-            batch_size=recipe.train.eval_batch_size,
-            rank=world.rank,
-            size=world.size,
-            device=world.device,
-        ),
+        eval_loader=eval_loader(data.test, task, recipe, world),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         given=given.names(),

@@ -10,6 +10,7 @@ from torch import nn
 
 from disttrain.data import (
     Datasets,
+    EvalLoader,
     Loader,
     MemorySplit,
     SampleSet,
@@ -71,6 +72,19 @@ def served(split: Split | SampleSet, task: Task) -> Split | SampleSet:
     if isinstance(split, MemorySplit | StreamSplit) and has_own(task, "collate", "weight"):
         return as_samples(split, "the data set")
     return split
+
+
+def eval_loader(test: Split | SampleSet, task: Task, recipe: Recipe, world: World) -> EvalLoader:
+    """This worker's part of the test set, in batches."""
+    return EvalLoader(
+        served(test, task),
+        recipe.data,
+        task,
+        batch_size=recipe.train.eval_batch_size,
+        rank=world.rank,
+        size=world.size,
+        device=world.device,
+    )
 
 
 def model_arguments(task: Task, train: Any) -> dict[str, Any]:
