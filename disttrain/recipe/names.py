@@ -37,8 +37,12 @@ def misfit(key: str, name: str, options: Iterable[str], known: Sequence[str], er
     unknown = [option for option in options if option not in known]
     if not unknown:
         return f"{key}: {name}: {error}."
-    hint = did_you_mean(unknown[0], known) or (f"; it takes {', '.join(known)}" if known else "; it takes none")
-    return f"{key}: {name} does not take {', '.join(unknown)}{hint}"
+    near = [found for option in unknown if (found := nearest(option, known))]
+    if len(near) == len(unknown):
+        hint = f"did you mean {' and '.join(dict.fromkeys(near))}?"
+    else:
+        hint = f"it takes {', '.join(known) or 'none'}"
+    return f"{key}: {name} does not take {', '.join(unknown)}; {hint}"
 
 
 def is_reference(name: str) -> bool:

@@ -298,6 +298,12 @@ def test_a_model_may_be_given_as_what_makes_it() -> None:
         ("needy:linear", {}, "model.name: importing 'needy' failed: No module named 'not_installed'; install what"),
         ("mlp", {"dropout": 0.1, "width": [8]}, "model.options: mlp does not take width; did you mean widths?"),
         ("net", {"depth": 1}, "model.options: net does not take depth; it takes none"),
+        (
+            "mlp",
+            {"width": [8], "drop": 0.1},
+            "model.options: mlp does not take width, drop; did you mean widths and dr",
+        ),
+        ("mlp", {"width": [8], "zzz": 1}, "model.options: mlp does not take width, zzz; it takes num_features"),
     ],
 )
 def test_a_callable_that_does_not_fit(name: str, options: dict[str, int], message: str) -> None:
