@@ -9,6 +9,7 @@ Generators", OOPSLA 2014).
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -75,3 +76,12 @@ def seed_layers(device: torch.device, seed: int, step: int, slice_index: int) ->
         torch.cuda.manual_seed(number)
     elif device.type == "mps":
         torch.mps.manual_seed(number)
+
+
+def seed_other_gpus(devices: Sequence[int]) -> None:
+    """Give the layers on further GPUs of this process numbers of their own; `seed_layers` came before, for the first.
+
+    In a thread for each GPU they draw at the same time, each from its GPU's generator.
+    """
+    for position, device in enumerate(devices, start=1):
+        torch.cuda.default_generators[device].manual_seed(derive(torch.initial_seed(), position))

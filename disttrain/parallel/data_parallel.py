@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from disttrain import rng
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.strategy import Strategy
 
@@ -24,10 +25,24 @@ class DataParallel(Strategy):
     name = "dp"
 
     def __init__(self, model: nn.Module, reason: str) -> None:
-        """Copies go to all GPUs that this process sees; without any, the model itself computes everything."""
+        """Copies go to all GPUs that this process sees; without any, the model itself computes everything.
+
+        Raises ConfigurationError for a compiled model, of which there can be no copies.
+        """
         super().__init__(model, reason)
         self._loss = _Loss(model)
         self._parallel = nn.DataParallel(self._loss)
+        num_devices = len(self._parallel.device_ids)
+        if num_devices > 1 and any(map(_is_compiled, model.modules())):
+            raise ConfigurationError(
+                f"DataParallel over {num_devices} GPUs cannot copy a compiled model: each copy's call would lead to the "
+                "first one's weights. Start a process for each GPU (-n gpu), set parallel.strategy = 'none' to use one "
+                "GPU, or train.compile = false."
+            )
+
+    def open_slice(self) -> None:
+        """Each copy draws numbers of its own, the same ones after a restart."""
+        rng.seed_other_gpus(self._parallel.device_ids[1:])
 
     def loss(
         self,
@@ -58,6 +73,10 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Any) -> torch.Tensor:
         return self.compute(self.model, batch)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")  # the latter by torch.compile(module)
 
 
 def _in_same_autocast(

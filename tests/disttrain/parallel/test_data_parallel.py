@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import scatter_gather
 
+from disttrain import rng
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.choose import parallelize
 from disttrain.parallel.strategy import Strategy
@@ -156,6 +157,40 @@ def test_a_batch_that_cannot_be_cut_by_sample_is_refused(batch: Any, holds: str)
         ConfigurationError, match=f"cannot divide a batch among 2 GPUs that holds {holds} for 2 samples"
     ):
         strategy.loss(squares, batch, num_samples=2)
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_each_gpus_layers_draw_numbers_of_their_own_that_follow_from_seed_and_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generators = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    strategy = build(Network(), "dp")
+
+    def drawn(step: int) -> tuple[list[float], list[float]]:
+        rng.seed_layers(torch.device("cpu"), 7, step, 0)
+        generators[0].manual_seed(torch.initial_seed())  # as `torch.cuda.manual_seed` does it for the first
+        strategy.open_slice()
+        first, second = (torch.rand(3, generator=generator).tolist() for generator in generators)
+        return first, second
+
+    first, second = drawn(3)
+    assert first != second
+    assert drawn(4) != (first, second)
+    assert drawn(3) == (first, second)
+    assert drawn(4)[1] != second
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize("way", ["in place", "wrapped"])
+def test_a_compiled_model_is_refused_for_several_gpus(way: str) -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    if way == "in place":
+        network[0].compile(backend="eager")
+    else:
+        network[0] = torch.compile(network[0], backend="eager")  # type: ignore[assignment]
+    with pytest.raises(ConfigurationError, match=r"^DataParallel over 2 GPUs cannot copy a compiled model: .*-n gpu"):
+        build(network, "dp")
 
 
 def test_without_gpus_the_model_itself_computes_everything() -> None:
