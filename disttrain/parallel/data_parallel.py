@@ -35,9 +35,9 @@ class DataParallel(Strategy):
         num_devices = len(self._parallel.device_ids)
         if num_devices > 1 and any(map(_is_compiled, model.modules())):
             raise ConfigurationError(
-                f"DataParallel over {num_devices} GPUs cannot copy a compiled model: each copy's call would lead to the "
-                "first one's weights. Start a process for each GPU (-n gpu), set parallel.strategy = 'none' to use one "
-                "GPU, or train.compile = false."
+                f"DataParallel over {num_devices} GPUs cannot copy a compiled model: each copy's call would lead to "
+                "the first one's weights. Start a process for each GPU (-n gpu), set parallel.strategy = 'none' to use "
+                "one GPU, or train.compile = false."
             )
 
     def open_slice(self) -> None:
