@@ -28,7 +28,7 @@ LAYERS = {
     "data": {"distributed", "recipe", "rng"},
     "models": {"recipe"},
     "task": {"data", "distributed", "models", "recipe", "rng"},
-    "parallel": {"distributed", "recipe"},
+    "parallel": {"distributed", "recipe", "rng"},
     "checkpoint": {"distributed"},
     "runs": {"distributed", "recipe"},
     "remote": {"checkpoint", "recipe", "runs"},
