@@ -26,7 +26,12 @@ _VARIABLE = re.compile(
 )
 # Instructions that oneDNN, MKL and ATen have kernels for; the other flags come and go with the kernel and its patches.
 _INSTRUCTIONS = re.compile(r"s?sse|avx|fma|f16c|amx|asimd|sve|sme(?!p)|bf16|i8mm|fphp")
-_LISTS = ("cpu_flags", "variables")  # facts of many words, of which only those that differ are worth reading
+_LISTS = (
+    "cpu_flags",
+    "variables",
+    "attention",
+    "float32_precision",
+)  # facts of many words, of which only those that differ are worth reading
 
 
 @contextmanager
@@ -53,6 +58,7 @@ def exact_conditions(recipe: Recipe) -> Iterator[None]:
     threads, workspace = torch.get_num_threads(), os.environ.get(_CUBLAS_WORKSPACE)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    _read_by_cublas_before()
     filled, benchmarked = _debugging.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     # The machine's cores shared out among its workers would be another number at another world size.
     torch.set_num_threads(recipe.train.threads or 1)
@@ -83,14 +89,48 @@ def environment_fingerprint(device: torch.device) -> dict[str, Any]:
         "variables": " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if _chooses(name)),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "attention": " ".join(_attention_kernels()),
+        "float32_precision": _float32_precision(device.type),
     }
     if device.type == "cuda":
+        workspace = [os.environ.get(_CUBLAS_WORKSPACE)]
         facts |= {
             "gpu": torch.cuda.get_device_name(device),
+            "sms": torch.cuda.get_device_properties(device).multi_processor_count,  # kernels are chosen by it
             "cuda": torch.version.cuda,
-            "cublas_workspace": os.environ.get(_CUBLAS_WORKSPACE),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "cublas_workspace": [*_read_by_cublas_before(), *workspace][0] if facts["deterministic"] else workspace[0],
         }
     return facts
+
+
+@cache
+def _read_by_cublas_before() -> tuple[str | None, ...]:
+    """The size of its workspace that cuBLAS had read when exact mode was first entered, if it had: it reads it once.
+
+    That it had is known by the GPU's memory: a program that has used some may have multiplied matrices.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+    stats = [torch.cuda.memory_stats(gpu) for gpu in range(num_gpus)]
+    was_used = any(one.get("allocation.all.allocated", 0) > 0 for one in stats)
+    return (os.environ.get(_CUBLAS_WORKSPACE),) if was_used else ()
+
+
+def _attention_kernels() -> list[str]:
+    """Among which kernels torch's attention chooses."""
+    kernels: Any = torch.backends.cuda  # these settings are those of CPUs, too
+    names = ("flash", "mem_efficient", "cudnn", "math")
+    return [name for name in names if getattr(kernels, f"{name}_sdp_enabled")()]
+
+
+def _float32_precision(device_type: str) -> str:
+    """What products of float32 numbers may be rounded to: "matmul=tf32 conv=none" and the like."""
+    backends: Any = torch.backends
+    matmul, others = (
+        (backends.cuda.matmul, backends.cudnn) if device_type == "cuda" else (backends.mkldnn.matmul, backends.mkldnn)
+    )
+    precisions = {"matmul": matmul, "conv": others.conv, "rnn": others.rnn}
+    return " ".join(f"{name}={one.fp32_precision}" for name, one in precisions.items())
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

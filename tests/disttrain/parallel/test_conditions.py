@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from disttrain.parallel import conditions
 from disttrain.parallel.conditions import differences, environment_fingerprint, exact_conditions, unlike_the_first
 from disttrain.recipe import load_recipe
 from tests.disttrain.parallel.exact_runs import train
@@ -60,3 +63,61 @@ def test_the_fingerprint_tells_processors_and_kernels_apart(monkeypatch: pytest.
     ]
     of_an_old_checkpoint = {"torch": before["torch"], "threads": before["threads"]}
     assert differences(of_an_old_checkpoint, before) == []
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Have torch describe a GPU. What it yields are its memory's numbers, which can be changed."""
+    properties, memory = SimpleNamespace(multi_processor_count=132), {"allocation.all.allocated": 0}
+    for name, value in {
+        "is_initialized": True, "device_count": 1, "get_device_name": "H100", "get_device_properties": properties,
+        "memory_stats": memory,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    conditions._read_by_cublas_before.cache_clear()
+    yield memory
+    conditions._read_by_cublas_before.cache_clear()
+
+
+def test_the_fingerprint_of_a_gpu_has_what_chooses_its_kernels(
+    a_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 0)
+    before = environment_fingerprint(gpu)
+    assert (before["gpu"], before["sms"]) == ("H100", 132)
+    assert {"cudnn", "cuda", "cublas_workspace"} <= before.keys()
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 1)
+    was_flash, was = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert differences(before, environment_fingerprint(gpu)) == [
+            "attention was with flash, now without",
+            f"float32_precision was with matmul={was}, now with matmul=tf32",
+            f"cudnn was {before['cudnn']}, now 1",
+        ]
+    finally:
+        torch.backends.cuda.enable_flash_sdp(was_flash)
+        torch.backends.cuda.matmul.fp32_precision = was
+    older = {name: before[name] for name in ("torch", "gpu", "cuda", "cublas_workspace")}
+    assert differences(older, before) == []
+
+
+def test_a_workspace_that_cublas_cannot_have_read_is_not_recorded(
+    a_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    exact = load_recipe("digits", ["parallel.exact=true"])
+
+    def recorded() -> object:
+        with exact_conditions(exact):
+            return environment_fingerprint(torch.device("cuda", 0))["cublas_workspace"]
+
+    assert recorded() == ":4096:8"
+    a_gpu["allocation.all.allocated"] = 5  # by the run before, which set it in time
+    assert recorded() == ":4096:8"
+    conditions._read_by_cublas_before.cache_clear()
+    assert recorded() is None
+    conditions._read_by_cublas_before.cache_clear()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert recorded() == ":16:8"
