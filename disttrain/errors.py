@@ -13,6 +13,13 @@ from typing import ClassVar
 
 _NOT_THE_USERS = re.compile(rf"^<|[/\\](site|dist)-packages[/\\]|^{re.escape(os.path.dirname(__file__) + os.sep)}")
 
+# What gloo, NCCL and the store report when a peer has gone: mostly the consequence of another rank's failure.
+_A_PEER_HAS_GONE = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Socket closed|failed to recv|wait timeout"
+    r"|Application timeout caused pair closure|remote process exited",
+    re.IGNORECASE,
+)
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -66,7 +73,7 @@ class UserCodeError(DisttrainError):
 class TaskError(UserCodeError):
     """An exception out of a method of the user's task, or of a hook: made again, the call would raise again.
 
-    The message names the method and the place in the user's code, so no traceback is shown.
+    The message names the method and the place in the user's code. Before training no traceback is shown.
     """
 
     exit_code = ExitCode.CONFIGURATION
@@ -122,6 +129,16 @@ def brief(text: object, limit: int = 200) -> str:
     return line if len(line) <= limit else f"{line[:limit]}…"
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` tells of another worker that has gone, wherever it was raised."""
+    return isinstance(error, RuntimeError) and _A_PEER_HAS_GONE.search(str(error)) is not None
+
+
+def is_circumstance(error: BaseException) -> bool:
+    """Whether `error` tells of another worker that has gone or of memory: no fault of the code that it comes out of."""
+    return is_lost_peer(error) or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def failure_in(what: str, error: Exception) -> UserCodeError:
     """The failure `error` of the user's own code, while it did `what`, with the place in that code."""
     message = f"{what}: {type(error).__name__}: {brief(error)} ({where(error)})"
@@ -137,7 +154,8 @@ def failure_of(method: str, error: Exception) -> TaskError:
 def failures_named(method: str, *but: type[Exception]) -> Iterator[None]:
     """Around a call of a `method` of the user's task. Raises TaskError for what it raises, except ours and `but`.
 
-    What passed through no code of the user's is a bug of ours, and keeps its traceback.
+    What passed through no code of the user's is a bug of ours, and keeps its traceback; so does what tells of a lost
+    worker or of memory.
     """
     kept: tuple[type[Exception], ...] = (DisttrainError, *but)
     try:
@@ -145,9 +163,26 @@ def failures_named(method: str, *but: type[Exception]) -> Iterator[None]:
     except kept:
         raise
     except Exception as error:  # a user's task may raise anything
-        if not is_in_user_code(error):
+        if is_circumstance(error) or not is_in_user_code(error):
             raise
         raise failure_of(method, error) from error
+
+
+@contextmanager
+def failures_named_at(method: str, place: str) -> Iterator[None]:
+    """As `failures_named`, at a `place` in the training, as " at step 3": with the traceback, since it worked before.
+
+    Raises UserCodeError, worth a retry, for RuntimeError and OSError, which may have to do with the machine.
+    """
+    try:
+        yield
+    except DisttrainError:
+        raise
+    except Exception as error:
+        if is_circumstance(error) or not is_in_user_code(error):
+            raise
+        kind = UserCodeError if isinstance(error, RuntimeError | OSError) else TaskError
+        raise kind(str(failure_of(f"{method}{place}", error)), "".join(traceback.format_exception(error))) from error
 
 
 def is_in_user_code(error: BaseException) -> bool:

@@ -16,16 +16,9 @@ from typing import NoReturn
 import click
 
 from disttrain.distributed.report import report_failure, report_finished
-from disttrain.errors import AgreedError, DisttrainError, ExitCode, PeerError, failure_time
+from disttrain.errors import AgreedError, DisttrainError, ExitCode, PeerError, failure_time, is_lost_peer
 from disttrain.health.stop import end_with_launcher
 from disttrain.terminal.output import have_standard_streams
-
-# What gloo, NCCL and the store report when a peer has gone: mostly the consequence of another rank's failure.
-_A_PEER_HAS_GONE = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Socket closed|failed to recv|wait timeout"
-    r"|Application timeout caused pair closure|remote process exited",
-    re.IGNORECASE,
-)
 
 
 def worker(command: click.Command) -> int:
@@ -71,7 +64,7 @@ def worker(command: click.Command) -> int:
             return ExitCode.UNREAD
         message = f"{type(error).__name__}: {error}"
         trace: str | None = traceback.format_exc()
-        peer_has_gone = isinstance(error, RuntimeError) and _A_PEER_HAS_GONE.search(str(error)) is not None
+        peer_has_gone = is_lost_peer(error)
         if peer_has_gone:
             message = f"lost the connection to another worker, which has died or cannot be reached: {_brief(error)}"
             trace = None  # its log has it, and it does not show the cause

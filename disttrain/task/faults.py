@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from disttrain.errors import failures_named
+from disttrain.errors import failures_named, failures_named_at
 from disttrain.task.base import Task
 
 
 def named(task: Task, method: str, *but: type[Exception]) -> AbstractContextManager[None]:
     """See `failures_named`: around a call of the task's `method`."""
     return failures_named(f"{type(task).__name__}.{method}", *but)
+
+
+def named_at(task: Task, method: str, place: str) -> AbstractContextManager[None]:
+    """See `failures_named_at`: around a call of the task's `method` in training."""
+    return failures_named_at(f"{type(task).__name__}.{method}", place)

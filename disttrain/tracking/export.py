@@ -34,7 +34,7 @@ def export_model(
     folder: Path,
     model: nn.Module,
     export: Callable[[nn.Module], tuple[nn.Module, tuple[Any, ...]] | None],
-    notes: Mapping[str, Any],
+    notes: Callable[[], Mapping[str, Any]],
 ) -> str | None:
     """Write what `export` makes of the model into `folder`, which is replaced.
 
@@ -42,7 +42,7 @@ def export_model(
         folder: gets `model.pt2` and `model.json`.
         model: left as it is: `export` gets a copy on the CPU in evaluation mode, without gradients.
         export: makes the module that is exported, with an example of its arguments: see `Task.export`.
-        notes: what `model.json` says besides the shapes.
+        notes: gives what `model.json` says besides the shapes, as JSON can hold it.
 
     Returns:
         None, or the reason why the module cannot be exported; `model.safetensors` then holds its weights instead.
@@ -54,9 +54,10 @@ def export_model(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    reason, description = None, dict(notes)
+    reason, description = None, dict[str, Any]()
     try:
         with _quiet():
+            description = json.loads(json.dumps(dict(notes())))
             made = export(_copied(model))
             assert made is not None
             served, example = made

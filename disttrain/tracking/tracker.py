@@ -129,7 +129,7 @@ class Tracker:
         self,
         module: nn.Module,
         export: Callable[[nn.Module], tuple[nn.Module, tuple[Any, ...]] | None],
-        notes: Mapping[str, Any],
+        notes: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Export the trained model into `run_dir/model` and have MLflow store it; see `disttrain.tracking.export`.
 

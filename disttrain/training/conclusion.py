@@ -7,17 +7,20 @@ next start makes up for what is missing: the model, the charts, and what MLflow 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from disttrain.distributed.launched import launched_by
-from disttrain.errors import StoppedError
+from disttrain.errors import ConfigurationError, StoppedError
 from disttrain.faultpoints import reached
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import StopRequest
 from disttrain.layout import CHECKPOINTS, JOURNAL, checkpoint_name
-from disttrain.task import has_own, named
+from disttrain.task import Task, has_own, named
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker, how_to_open, last_status, load_state, sync_command
 from disttrain.training.job import Job
@@ -90,7 +93,7 @@ def _conclude(
         if tracker.exports_models:
             console.line("exporting the model for MLflow")
         with job.as_evaluated():
-            tracker.model(job.model, job.task.export, job.task.export_notes())
+            tracker.model(job.model, exported_by(job.task), notes_of(job.task))
     reached("conclusion: exported")
     tracker.event("finished", step=job.step)
     if tracker.uri is not None:
@@ -110,6 +113,34 @@ def _conclude(
         run = load_state(run_dir)
         for label, text in zip(("MLflow", ""), how_to_open(tracker.uri, run.experiment_id, run.run_id), strict=False):
             console.line(f"{label:<10}  {text}")
+
+
+def exported_by(task: Task) -> Callable[[nn.Module], tuple[nn.Module, tuple[Any, ...]]]:
+    """What exports a model. It raises TaskError for what the task raises, ConfigurationError if it returns no pair."""
+
+    def export(model: nn.Module) -> tuple[nn.Module, tuple[Any, ...]]:
+        with named(task, "export"):
+            made: Any = task.export(model)
+        match made:
+            case (nn.Module() as module, tuple() as example):
+                return module, example
+        found = "None" if made is None else f"a {type(made).__name__}"
+        raise ConfigurationError(
+            f"{type(task).__name__}.export returned {found}: it has to be a tuple of a module and a tuple of example "
+            "arguments"
+        )
+
+    return export
+
+
+def notes_of(task: Task) -> Callable[[], dict[str, Any]]:
+    """What says what the exported module takes. It raises TaskError for what the task raises."""
+
+    def notes() -> dict[str, Any]:
+        with named(task, "export_notes"):
+            return task.export_notes()
+
+    return notes
 
 
 def _name_the_best(job: Job, run_dir: Path, address: str, console: Console) -> None:

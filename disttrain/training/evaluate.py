@@ -20,11 +20,11 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import EvalLoader
 from disttrain.distributed.collectives import broadcast_object, gather_objects, sum_
-from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_of
+from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
 from disttrain.models.buffers import buffers_kept
 from disttrain.runs.strict_json import strict_json
-from disttrain.task import Task, has_own, named
+from disttrain.task import Task, has_own, named, named_at
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ def evaluate(
     *,
     autocast: torch.dtype | None = None,
     on_batch: Callable[[], None] = lambda: None,
+    at: str = "",
 ) -> Evaluation:
     """Evaluate `model` on all of the loader's batches, shared among the ranks. Every rank must call it.
 
-    `autocast` is the type to compute in, `on_batch` is called after each of this rank's batches. The model is left as
-    it was, its buffers included: what a rank evaluates must not show in what it trains. Raises ConfigurationError for
-    scores or metrics that are not what the task may return, and for a set in which the task counts no items.
+    `autocast` is the type to compute in, `on_batch` is called after each of this rank's batches, `at` says where in the
+    training it is, for messages. The model is left as it was, its buffers included: what a rank evaluates must not show
+    in what it trains. Raises ConfigurationError for scores or metrics that are not what the task may return, and for a
+    set in which the task counts no items.
     """
     was_training = model.training
     model.eval()
@@ -64,8 +66,12 @@ def evaluate(
             reached("evaluation", batch=batch.number)
             # A model that draws even here must know no worker either.
             rng.seed_layers(loader.device, 0, 0, batch.number)
-            with torch.autocast(loader.device.type, dtype=autocast, enabled=autocast is not None):
-                score = _score(task, model, batch.data)
+            place = f"{at}, batch {batch.number % loader.num_batches + 1} of {loader.num_batches}"
+            with (
+                named_at(task, "score", place),
+                torch.autocast(loader.device.type, dtype=autocast, enabled=autocast is not None),
+            ):
+                score = task.score(model, batch.data)
             if batch.number >= loader.num_batches:
                 continue  # only so that every rank makes as many forward passes
             scores[batch.number] = checked_score(task, score)
@@ -86,15 +92,6 @@ def evaluate(
     details = _checked_details(task, details)
     # All stop early by the same numbers: on processors of two kinds a user's arithmetic may differ in the last bit.
     return Evaluation(broadcast_object(checked_metrics(task, metrics)), details)
-
-
-def _score(task: Task, model: nn.Module, data: Any) -> Any:
-    try:
-        return task.score(model, data)
-    except (DisttrainError, RuntimeError):  # which may tell of a lost worker or of memory: worth a retry
-        raise
-    except Exception as error:  # a user's task may raise anything
-        raise failure_of(f"{type(task).__name__}.score", error) from error
 
 
 def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_of
+from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_of, is_circumstance
 from disttrain.recipe.reference import import_callable
 
 
@@ -152,4 +152,6 @@ def _named(name: str, what: str) -> Iterator[None]:
     except DisttrainError:
         raise
     except Exception as error:
+        if is_circumstance(error):  # a hook may have collectives of its own
+            raise
         raise failure_of(f"the hook {name}, {what}", error) from error

@@ -23,7 +23,7 @@ from disttrain.health.stop import stop_requests
 from disttrain.parallel.conditions import exact_conditions, float32_by_default
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for, old_names_in
 from disttrain.recipe.reference import look_for_code
-from disttrain.task import Task
+from disttrain.task import Task, named_at
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
 from disttrain.training.job import Job, StepResult
@@ -118,8 +118,8 @@ def _run(
             look_for_code(settled)
             return _train(settled, run_dir, given, is_whole_process=is_whole_process)
     except UserCodeError as error:
-        if error.__cause__ is None:  # it comes from a process that reads data
-            error.add_note(error.trace or "")
+        if error.__cause__ is None and error.trace is not None:  # it comes from a process that reads data
+            error.add_note(error.trace)
         raise
     except DisttrainError as error:  # its message is complete: no traceback of our own calls above it
         raise error.with_traceback(None) from None
@@ -183,7 +183,10 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         if part.opens_slice:
             rng.seed_layers(job.world.device, settings.seed, job.step, part.slice_index)
             strategy.open_slice()
-        with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+        with (
+            named_at(job.task, "loss", f" at step {job.step + 1}"),
+            torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None),
+        ):
             num_samples, is_last = len(part.samples), part.closes_slice
             loss = strategy.loss(job.task.loss, part.data, num_samples=num_samples, is_last=is_last)
         share = loss / max(1, batch.global_weight) * (0.0 if part.is_filler else 1.0)

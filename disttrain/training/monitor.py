@@ -216,9 +216,8 @@ class RunMonitor:
         job.progress.at("evaluating", job.step)
         self.saver.finish_copy()
         with job.as_evaluated():
-            result = evaluate(
-                job.model, job.task, job.eval_loader, autocast=job.autocast, on_batch=self._evaluated_some
-            )
+            at, tick = f" at step {job.step}", self._evaluated_some
+            result = evaluate(job.model, job.task, job.eval_loader, autocast=job.autocast, on_batch=tick, at=at)
         job.metrics = {f"{EVAL}{name}": value for name, value in result.metrics.items()}
         self._tracker.metrics(job.step, job.metrics)
         counts = {key: result.details[key] for key in ("correct", "total") if key in result.details}

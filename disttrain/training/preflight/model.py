@@ -13,7 +13,7 @@ from torch import nn
 
 from disttrain import rng
 from disttrain.data import batch_sizes_without_single_samples, smallest_batch, smallest_part, tensors_in
-from disttrain.errors import ConfigurationError, where
+from disttrain.errors import ConfigurationError, is_lost_peer, where
 from disttrain.models.buffers import buffers_kept, same_bits
 from disttrain.task import ImageClassification
 from disttrain.training.evaluate import checked_score
@@ -102,6 +102,8 @@ def _explained(job: Job, method: str, data: Any, num: int, *, training: bool) ->
         said = str(error).removeprefix(_ANY_MODEL)  # a task has no record of where the model comes from
         raise ConfigurationError(f"{_name(job)} returned{said} {why_one}".strip()) from error
     except Exception as error:
+        if is_lost_peer(error):  # its own failure says why
+            raise
         on = _in_words(job, data, num, training=training)
         _log.exception("%s fails on %s", _name(job), on)
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]

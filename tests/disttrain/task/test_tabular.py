@@ -139,7 +139,7 @@ def test_the_exported_program_takes_raw_rows_and_gives_what_predict_gives(tmp_pa
     torch.manual_seed(0)
     model = Mlp(arguments["num_features"], arguments["num_outputs"], widths=(8,)).eval().requires_grad_(False)
 
-    assert export_model(tmp_path / "model", model, task.export, task.export_notes()) is None
+    assert export_model(tmp_path / "model", model, task.export, task.export_notes) is None
     program = torch.export.load(tmp_path / "model" / EXPORT_FILE).module()
     described = json.loads((tmp_path / "model" / DESCRIPTION_FILE).read_text())
     assert described["columns"][:2] == [{"name": "word", "categories": ["a", "b", "c"]}, {"name": "same"}]

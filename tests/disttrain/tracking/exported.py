@@ -32,4 +32,4 @@ def export_images(
 ) -> str | None:
     """`export_model` of a classifier."""
     task = image_task(mean, std, classes, shape)
-    return export_model(folder, module, task.export, task.export_notes())
+    return export_model(folder, module, task.export, task.export_notes)

@@ -72,7 +72,7 @@ def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -
         if resumed:
             tracker.metrics(9, {"eval/accuracy": 0.8, "eval/loss": 0.5})
             task = image_task((0.5,) * 3, (0.25,) * 3, EVALUATION["classes"], (3, 8, 8))
-            tracker.model(module, task.export, task.export_notes())
+            tracker.model(module, task.export, task.export_notes)
         assert not tracker.finish("FINISHED" if resumed else "KILLED", timeout_s=480)
         run_ids.append(load_state(run_dir).run_id)
     assert said == []
@@ -320,7 +320,7 @@ def test_without_mlflow_the_journal_is_written(run_dir: Path, recipe: Any) -> No
     assert tracker.uri is None
     tracker.start(False, {"lr": 0.1}, {})
     tracker.metrics(1, {"a": 1.0})
-    tracker.model(nn.Linear(1, 1), lambda model: None, {})
+    tracker.model(nn.Linear(1, 1), lambda model: None, dict)
     assert not tracker.finish("FINISHED")
     assert kinds(run_dir) == ["journal", "event", "params", "tags", "status", "metrics", "status"]
     assert os.listdir(run_dir) == ["journal.jsonl"]
@@ -332,6 +332,6 @@ def test_a_disabled_tracker_does_nothing(run_dir: Path, recipe: Any) -> None:
     tracker.metrics(1, {"a": 1.0})
     tracker.event("x")
     tracker.artifact("x")
-    tracker.model(nn.Linear(1, 1), lambda model: None, {})
+    tracker.model(nn.Linear(1, 1), lambda model: None, dict)
     assert not tracker.finish("FINISHED")
     assert os.listdir(run_dir) == []
