@@ -181,8 +181,8 @@ class RunMonitor:
 
     @contextmanager
     def epoch(self) -> Iterator[None]:
-        """Around the steps of an epoch: its time is logged if it was run from its first step to its last."""
-        whole = self.job.step % self.job.steps_per_epoch == 0
+        """Around the steps of an epoch, or the rest of one: its pace is shown, and its time logged if it is whole."""
+        first_step = self.job.step
         self._last_log, self._items_since_log, self._items_in_epoch = time.monotonic(), 0, 0
         started = time.monotonic()
         try:
@@ -194,11 +194,14 @@ class RunMonitor:
         self._refuse_no_items()
         if self.job.step % self.job.steps_per_epoch == 0:
             self.saver.save_unless_saved()
-        if whole and self.job.step % self.job.steps_per_epoch == 0:
+        num_steps, of = self.job.step - first_step, self.job.steps_per_epoch
+        is_whole = num_steps == of
+        if is_whole:
             self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
-            self._pace = f", {seconds:.1f} s, {self._items_in_epoch / seconds:,.0f} {self.job.task.items}/s"
-            if not self.job.evaluation_is_due:
-                self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
+        extent = "" if is_whole else f" for {num_steps} of {of} steps"
+        self._pace = f", {seconds:.1f} s{extent}, {self._items_in_epoch / seconds:,.0f} {self.job.task.items}/s"
+        if self.job.step % of == 0 and not self.job.evaluation_is_due:
+            self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
 
     def _refuse_no_items(self) -> None:
         """A run of steps that all count nothing would learn nothing, and end as if it had."""

@@ -154,6 +154,16 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pyte
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == before
 
 
+def test_a_resumed_epoch_shows_the_pace_of_what_was_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for last_step in (2, 5):
+        train(tmp_path, f"train.max_steps={last_step}", "schedule.name=constant")
+    said = capsys.readouterr().out
+    assert re.search(r"^step 2: accuracy .*, [\d.]+ s for 2 of 5 steps, [\d,]+ images/s$", said, re.MULTILINE)
+    assert re.search(r"^epoch 1/1: accuracy .*, [\d.]+ s for 3 of 5 steps, [\d,]+ images/s$", said, re.MULTILINE)
+
+
 def test_a_finished_run_can_be_given_more_epochs(tmp_path: Path) -> None:
     train(tmp_path, "train.epochs=1", "schedule.name=constant")
     assert train(tmp_path, "train.epochs=2", "schedule.name=constant").step == 10
