@@ -139,6 +139,15 @@ def is_circumstance(error: BaseException) -> bool:
     return is_lost_peer(error) or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def in_digits(value: float, digits: int = 4) -> str:
+    """A number for people: with so many significant digits at least, and an exponent only below 1e-4 and above 1e7.
+
+    180,843 and 0.01235, not 1.808e+05. With six digits the exponent begins at 1e9.
+    """
+    is_whole = 10 ** (digits - 1) - 0.5 <= abs(value) < 10 ** (digits + 3)
+    return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"
+
+
 def failure_in(what: str, error: Exception) -> UserCodeError:
     """The failure `error` of the user's own code, while it did `what`, with the place in that code."""
     message = f"{what}: {type(error).__name__}: {brief(error)} ({where(error)})"

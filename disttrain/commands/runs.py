@@ -12,7 +12,7 @@ import click
 
 from disttrain.commands.arguments import RUN
 from disttrain.commands.options import json_option
-from disttrain.errors import brief, printable
+from disttrain.errors import brief, in_digits, printable
 from disttrain.worker import leave, worker
 
 
@@ -195,7 +195,7 @@ def _value(name: str, metrics: dict[str, float]) -> str:
     """A metric in words, if it was measured."""
     if name not in metrics:
         return ""
-    return f"{name} {metrics[name]:.2%}" if name == "accuracy" else f"{name} {metrics[name]:.4g}"
+    return f"{name} {metrics[name]:.2%}" if name == "accuracy" else f"{name} {in_digits(metrics[name])}"
 
 
 if __name__ == "__main__":

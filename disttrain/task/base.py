@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from disttrain.errors import in_digits
+
 Batch: TypeAlias = Any
 """Any pytree: tensors in tuples, lists and dicts, as deep as you like. The trainer moves its tensors to the device."""
 
@@ -77,7 +79,7 @@ class Task:
 
         The line at the end of a run has no details.
         """
-        return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        return ", ".join(f"{name} {in_digits(value)}" for name, value in metrics.items())
 
     def report(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
         """An evaluation in full, as `disttrain evaluate` prints it. By default the headline."""

@@ -17,7 +17,7 @@ from torch.nn import functional
 from disttrain import rng
 from disttrain.data.sources.text_files import read_utf8
 from disttrain.data.vocabulary import Vocabulary, vocabulary_of
-from disttrain.errors import ConfigurationError, brief
+from disttrain.errors import ConfigurationError, brief, in_digits
 from disttrain.recipe.address import expanded
 from disttrain.task.base import Task
 
@@ -111,7 +111,7 @@ class LanguageModeling(Task):
     def headline(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
         """The perplexity first."""
         bits = f", {metrics['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in metrics else ""
-        return f"perplexity {metrics['perplexity']:.4g}, loss {metrics['loss']:.4f}{bits}"
+        return f"perplexity {in_digits(metrics['perplexity'])}, loss {metrics['loss']:.4f}{bits}"
 
     def read(self, path: str) -> list[dict[str, Any]]:
         """A prompt: what is in the file, without the newline that editors put at its end; if there is none, the words.

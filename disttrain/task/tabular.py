@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from disttrain.data.sources.table_facts import describe_a_table
 from disttrain.data.sources.tabular import rows_to_predict
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, in_digits
 from disttrain.task.base import Task
 from disttrain.task.served_table import ServedTable, example_rows
 from disttrain.task.single_label import SingleLabel, most_probable, probable_in_words
@@ -103,7 +103,7 @@ class Tabular(Task):
 
     def in_words(self, prediction: Any) -> str:
         """The quantity, or the classes with their probabilities."""
-        return f"{prediction:g}" if self.labels is None else probable_in_words(prediction)
+        return in_digits(prediction, 6) if self.labels is None else probable_in_words(prediction)
 
     def read(self, path: str) -> list[torch.Tensor]:
         """The features (F,) of each row of a file; of its columns the target and others may be missing."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from disttrain.errors import in_digits
 from disttrain.tracking.chart_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, new_figure, set_title, tidy
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _metric(axes: Axes, *, name: str, curves: Mapping[str, Curve]) -> None:
         _plot_evaluation(axes, evaluated)
     title = _in_words(name)
     if trained is None and evaluated is not None and name != "loss":
-        title = f"{title}: {evaluated[1][-1]:.4g} at step {evaluated[0][-1]:,}"
+        title = f"{title}: {in_digits(evaluated[1][-1])} at step {evaluated[0][-1]:,}"
     set_title(axes, title)
     _legend(axes)
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from disttrain.distributed.launched import launched_by
-from disttrain.errors import ConfigurationError, StoppedError
+from disttrain.errors import ConfigurationError, StoppedError, in_digits
 from disttrain.faultpoints import reached
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import StopRequest
@@ -151,4 +151,4 @@ def _name_the_best(job: Job, run_dir: Path, address: str, console: Console) -> N
     # The last evaluation need not be one that early stopping looked at.
     scores = [job.best.score(metrics) for metrics in (job.evaluation(), {job.best.metric: found.value})]
     if scores[0] is None or scores[1] is None or scores[0] < scores[1]:
-        console.line(f"best        {address}/{CHECKPOINTS}/{name} ({job.best.metric} {found.value:.6g})")
+        console.line(f"best        {address}/{CHECKPOINTS}/{name} ({job.best.metric} {in_digits(found.value, 6)})")

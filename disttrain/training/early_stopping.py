@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, in_digits
 from disttrain.layout import EVAL, Best
 from disttrain.recipe import Recipe, TrainRecipe
 from disttrain.task import Task
@@ -60,7 +60,7 @@ class EarlyStopping:
         what = f"no evaluation of the last {self.since} was better"
         if self.value is None:
             return f"{what}: none had a {self._best.metric} that is a number (train.patience)"
-        return f"{what} than {self._best.metric} {self.value:.6g} at step {self.step} (train.patience)"
+        return f"{what} than {self._best.metric} {in_digits(self.value, 6)} at step {self.step} (train.patience)"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it."""
