@@ -29,6 +29,10 @@ _COMMANDS = {
 }
 
 
+# What `prove` and other launchers call their number of workers.
+_LIKE_N = ("--workers", "--nproc", "--nproc-per-node", "--nproc_per_node", "--num-processes", "--num_processes")
+
+
 class _Commands(click.Group):
     """A group whose commands may raise the errors of disttrain."""
 
@@ -58,6 +62,12 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            known = {name for one in (error.ctx or ctx).command.params for name in one.opts}
+            if error.option_name in _LIKE_N and "--num-workers" in known:
+                hint = f"{error.message} Did you mean -n (--num-workers)?"
+                raise click.NoSuchOption(error.option_name, hint, ctx=error.ctx) from None
+            raise
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:  # the reader of the output is gone, as with `head`

@@ -57,6 +57,7 @@ def run(*arguments: str) -> Result:
         (["train", "digits", "--rundir", "x"], "No such option '--rundir'"),
         (["train", "digits", "cifar10-net"], "unexpected extra argument"),
         (["trian"], "No such command 'trian'"),
+        (["train", "digits", "--workers", "2"], "No such option '--workers'. Did you mean -n (--num-workers)?"),
         (["evaluate"], "Missing argument 'RUN|CHECKPOINT'"),
         (["evaluate", "nowhere"], "'nowhere' does not exist"),
         (["evaluate", ".", "-n", "none"], "'none' is not a valid number of workers"),
