@@ -49,12 +49,18 @@ def build_optimizer(
             near = nearest(key, [*allowed, "lr_scale"])
             hint = f"; did you mean '{near}'?" if near else "."
             raise ConfigurationError(f"the task's param_groups: {kind.__name__} has no option '{key}'{hint}")
+    options = {name: _tuple(value) for name, value in recipe.options.items()}
+    # Before the optimizer writes what all groups share into each.
+    own = [{key: group[key] for key in allowed if key in group} for group in params if isinstance(group, Mapping)]
     try:
-        optimizer: torch.optim.Optimizer = kind(
-            params, lr=recipe.lr, **{name: _tuple(value) for name, value in recipe.options.items()}
-        )
+        optimizer: torch.optim.Optimizer = kind(params, lr=recipe.lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"optim: {kind.__name__} refuses these options: {error}") from error
+    for of_group in own:
+        try:  # torch looks at what all groups share, and not at what a group has of its own
+            kind([nn.Parameter(torch.zeros(1))], lr=recipe.lr, **options | of_group)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"the task's param_groups: {kind.__name__} refuses {of_group}: {error}") from error
     return optimizer
 
 

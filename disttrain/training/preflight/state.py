@@ -31,14 +31,12 @@ def check_state(job: Job) -> None:
 
 
 def _try_optimizer(job: Job) -> None:
-    """A step, and its state taken out and put back, with a corner of one parameter of each kind."""
-    recipe = job.recipe.optim
-    parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
-    kinds = {(one.dtype, one.device, one.ndim, one.layout): one for one in parameters if one.requires_grad}
-    corners = [nn.Parameter(one.detach()[(slice(2),) * one.ndim].clone()) for one in kinds.values()]
-    for corner in corners:
-        corner.grad = torch.zeros_like(corner)
-    optimizer = build_optimizer(recipe, corners)
+    """A step, and its state taken out and put back, with a corner of one parameter of each kind in each group."""
+    corners = [_corners(group["params"]) for group in job.optimizer.param_groups]
+    optimizer = _optimizer_of(job, corners)
+    tried = (group for group, some in zip(job.optimizer.param_groups, corners, strict=True) if some)
+    for ours, group in zip(optimizer.param_groups, tried, strict=True):
+        ours.update({key: value for key, value in group.items() if key != "params"})
     try:
         optimizer.step()
     except Exception as error:  # torch's optimizers refuse by whatever exception comes first
@@ -54,4 +52,16 @@ def _try_optimizer(job: Job) -> None:
                 f"optim: the state '{name.partition('.')[2]}' of {type(optimizer).__name__} {why}, which a "
                 "checkpoint cannot hold: choose other options, or another optimizer."
             )
-    optimizer_from_tensors(build_optimizer(recipe, corners), tensors, json.loads(json.dumps(rest)))
+    optimizer_from_tensors(_optimizer_of(job, corners), tensors, json.loads(json.dumps(rest)))
+
+
+def _optimizer_of(job: Job, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
+    return build_optimizer(job.recipe.optim, [{"params": group} for group in groups if group])
+
+
+def _corners(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    kinds = {(one.dtype, one.device, one.ndim, one.layout): one for one in parameters if one.requires_grad}
+    corners = [nn.Parameter(one.detach()[(slice(2),) * one.ndim].clone()) for one in kinds.values()]
+    for corner in corners:
+        corner.grad = torch.zeros_like(corner)
+    return corners

@@ -190,6 +190,9 @@ class Apart(Regression):
         (Detailed(None), r"^Detailed\.details returned a NoneType, not a dict"),
         (Grouped(lr_scale=-1.0), r"param_groups: lr_scale is -1.0, and has to be a number of 0 or more"),
         (Grouped(weight_decy=0.0), r"param_groups: SGD has no option 'weight_decy'; did you mean 'weight_decay'\?"),
+        (Grouped(momentum=-1.0), r"param_groups: SGD refuses \{'momentum': -1\.0\}: Invalid momentum value: -1\.0"),
+        (Grouped(weight_decay="0"), r"param_groups: SGD refuses \{'weight_decay': '0'\}: .*not supported between"),
+        (Grouped(dampening="a"), r"optimizer option 'dampening' cannot be 'a'"),
         (Grouped(params=None), r"param_groups: 'params' is a NoneType"),
         (Elsewhere(), r"Elsewhere\.best is \('accuracy', 'max'\): .* the metrics, which are loss, mae"),
         (
