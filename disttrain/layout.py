@@ -49,6 +49,8 @@ DATABASE = "mlflow.db"
 LAUNCHED_BY = "DISTTRAIN_LAUNCHER"
 LAUNCHER_PID = "DISTTRAIN_LAUNCHER_PID"
 LAUNCHER_OPTIONS = "DISTTRAIN_OPTIONS"
+DEVICE = "DISTTRAIN_DEVICE"
+"""What `train.device = "auto"` stands for: cuda where GPUs were asked for, so that none trains on a CPU unnoticed."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """torchrun's name for the file in which a worker says how it ended."""
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from disttrain.distributed.cores import usable_cores
-from disttrain.distributed.gpus import count_gpus
+from disttrain.distributed.gpus import OnePerGpu, count_gpus
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,7 +26,7 @@ def _num_workers(ctx: click.Context, parameter: click.Parameter, value: str) -> 
         count = count_gpus()
         if not count:
             raise click.BadParameter("this machine shows no NVIDIA GPU; give a number of workers.", ctx, parameter)
-        return count
+        return OnePerGpu(count)
     try:
         count = int(value)
     except ValueError:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from disttrain.errors import ConfigurationError
+from disttrain.layout import DEVICE
 
 
-def choose_device(name: str, local_rank: int, local_size: int, size: int) -> torch.device:
+def choose_device(
+    name: str, local_rank: int, local_size: int, size: int, environment: Mapping[str, str] = os.environ
+) -> torch.device:
     """The device for "auto", "cpu", "cuda" or "mps"; `cuda` is bound to the local rank, `mps` serves a lone worker.
 
-    "auto" takes GPUs only where each of the machine's `local_size` workers has its own. Raises ConfigurationError if
-    the device is not there.
+    "auto" is what the variable `layout.DEVICE` says, which launchers set that were asked for GPUs; without it, it takes
+    GPUs only where each of the machine's `local_size` workers has its own. Raises ConfigurationError if the device is
+    not there.
     """
+    said = f"train.device = {name!r}"
+    if name == "auto" and (wanted := environment.get(DEVICE, "auto")) != "auto":
+        if wanted not in ("cpu", "cuda", "mps"):
+            raise ConfigurationError(f"{DEVICE}={wanted!r} is not a valid device: set it to auto, cpu, cuda or mps.")
+        name, said = wanted, f"{DEVICE}={wanted}, as -n gpu and --gpus have it"
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
@@ -25,9 +35,12 @@ def choose_device(name: str, local_rank: int, local_size: int, size: int) -> tor
         raise ConfigurationError("train.device = 'mps' serves one worker only: use -n 1, or train.device = 'cpu'.")
     if name != "cuda":
         return torch.device(name)
-    num_gpus = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver too old still shows them
     if num_gpus == 0:
-        raise ConfigurationError("train.device = 'cuda': PyTorch sees no GPU here; use 'auto' or 'cpu'.")
+        why = "is built without CUDA" if torch.version.cuda is None else "sees no driver that fits"
+        raise ConfigurationError(
+            f"{said}: PyTorch sees no GPU here (torch {torch.__version__} {why}): see `disttrain doctor`, or use 'cpu'."
+        )
     if local_rank >= num_gpus:
         raise ConfigurationError(
             f"worker {local_rank} of this machine has no GPU of its own: PyTorch sees {num_gpus}. "

@@ -7,6 +7,10 @@ import subprocess
 from collections.abc import Mapping
 
 
+class OnePerGpu(int):
+    """As many workers as there are GPUs, because one for each was asked for: none may end up on the CPU."""
+
+
 def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """The number of NVIDIA GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else those of the machine."""
     installed = installed_gpus()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -113,18 +114,43 @@ class _Gpus:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            self._handles = _visible(pynvml, os.environ)
 
     def sample(self) -> tuple[float, float]:
         """Mean utilisation in percent and total memory used in GiB."""
-        if self._handles:
+        busy, used = [], []
+        for handle in self._handles:
             with contextlib.suppress(Exception):
-                busy = [float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu) for handle in self._handles]
-                used = [float(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles]
-                return sum(busy) / len(busy), sum(used) / _GIB
-        return math.nan, math.nan
+                used.append(float(self._nvml.nvmlDeviceGetMemoryInfo(handle).used))
+            with contextlib.suppress(Exception):  # a part of a GPU (MIG) does not have it
+                busy.append(float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu))
+        return sum(busy) / len(busy) if busy else math.nan, sum(used) / _GIB if used else math.nan
 
     def close(self) -> None:
         if self._nvml is not None:
             with contextlib.suppress(Exception):
                 self._nvml.nvmlShutdown()
+
+
+def _visible(nvml: Any, environment: Mapping[str, str]) -> list[Any]:
+    """The GPUs that CUDA shows to this process, or parts of GPUs: a machine may have others, for other jobs."""
+    installed = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    text = environment.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return installed
+    found = []
+    for name in (part.strip() for part in text.split(",")):
+        if name.isdecimal() and int(name) < len(installed):
+            found.append(installed[int(name)])
+        elif name.startswith("MIG-"):
+            found.append(nvml.nvmlDeviceGetHandleByUUID(name))
+        elif name.startswith("GPU-"):  # CUDA takes the beginning of one
+            found += [handle for handle in installed if _uuid(nvml, handle).startswith(name)][:1]
+        else:  # CUDA reads the list up to the first device that does not exist
+            break
+    return found
+
+
+def _uuid(nvml: Any, handle: Any) -> str:
+    uuid = nvml.nvmlDeviceGetUUID(handle)
+    return uuid.decode() if isinstance(uuid, bytes) else str(uuid)  # bytes in older versions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from disttrain.layout import DEVICE
 from disttrain_launch.kubernetes import kinds, source
 from disttrain_launch.kubernetes.places import HOME, PORT, RECIPES
 from disttrain_launch.kubernetes.spec import JobRequest, Manifest
@@ -116,7 +117,8 @@ def _set_container(container: dict[str, Any], request: JobRequest) -> None:
     container["args"] = _arguments(request)
     environment = {entry["name"]: entry for entry in container["env"]}
     threads = max(1, int(cores(resources.cpu)) // resources.workers)
-    for name, value in ({"OMP_NUM_THREADS": str(threads)} | request.environment).items():
+    device = {DEVICE: "cuda"} if resources.gpus else {}
+    for name, value in ({"OMP_NUM_THREADS": str(threads)} | device | request.environment).items():
         environment[name] = {"name": name, "value": value}
     container["env"] = list(environment.values())
     if request.secrets:

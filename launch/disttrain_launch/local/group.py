@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disttrain.distributed.cores import usable_cores
+from disttrain.distributed.gpus import OnePerGpu
 from disttrain.distributed.launched import LAUNCHER
-from disttrain.layout import LAUNCHED_BY, LAUNCHER_OPTIONS, LAUNCHER_PID, log_name
+from disttrain.layout import DEVICE, LAUNCHED_BY, LAUNCHER_OPTIONS, LAUNCHER_PID, log_name
 
 
 def module_arguments(module: str, *arguments: str) -> tuple[str, ...]:
@@ -27,7 +28,7 @@ class WorkerGroup:
 
     Args:
         arguments: what follows the interpreter on each worker's command line.
-        size: how many workers.
+        size: how many workers; an `OnePerGpu` has each use its GPU.
         log_dir: where workers other than rank 0 write what they would print; None: only shown if they die of it.
         grace_s: seconds between SIGTERM and SIGKILL, when one worker's failure ends the others.
         options: the launcher's own options, as a shell takes them, for the command that resumes the run.
@@ -66,6 +67,7 @@ class WorkerGroup:
             "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log
             "PYTHONUNBUFFERED": "1",  # the log of a killed worker is complete
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a peer that is gone or hangs, it warns again and again
+            **({DEVICE: "cuda"} if isinstance(self.size, OnePerGpu) else {}),
         }
         contract = {
             "RANK": str(rank),

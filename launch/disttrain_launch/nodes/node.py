@@ -10,8 +10,9 @@ import sys
 from dataclasses import dataclass
 
 from disttrain.distributed.cores import usable_cores
+from disttrain.distributed.gpus import OnePerGpu
 from disttrain.distributed.launched import NODE_LAUNCHER
-from disttrain.layout import LAUNCHED_BY
+from disttrain.layout import DEVICE, LAUNCHED_BY
 from disttrain_launch.local.group import module_arguments
 
 DEFAULT_PORT = 29400
@@ -25,7 +26,7 @@ class Node:
         arguments: what follows the interpreter on each worker's command line.
         nodes: the minimum and maximum number of machines.
         host, port: where they meet.
-        workers: how many workers this one runs.
+        workers: how many workers this one runs; an `OnePerGpu` has each use its GPU.
         run_dir: where the run lives.
         serves: whether the store of the rendezvous is on this machine; None where that is unknown.
         address: by which the others reach this one.
@@ -75,10 +76,12 @@ class Node:
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
+            **({DEVICE: "cuda"} if isinstance(self.workers, OnePerGpu) else {}),
         }
         interface = interface_of(self.address) if self.address else None
         if interface is not None:
-            defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+            # NCCL takes a bare name for the beginning of one: eth1 would be eth10, too.
+            defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
         unset = {name: value for name, value in defaults.items() if name not in os.environ}
         return {**unset, LAUNCHED_BY: NODE_LAUNCHER}
 

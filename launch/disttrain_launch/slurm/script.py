@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass
 
 from disttrain.errors import ExitCode
+from disttrain.layout import DEVICE
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ports that systems hand out by themselves
 
@@ -54,6 +55,10 @@ class SlurmJob:
         axes = [[f"{key}={value}" for value in values] for key, values in self.sweep]
         return list(itertools.product(*axes))
 
+    @property
+    def _asks_for_gpus(self) -> bool:
+        return any(name == "gpus-per-node" for name, _ in self.directives)
+
     def text(self) -> str:
         """The script that `sbatch` takes."""
         return "\n".join([*self._head(), "", *self._choice(), *self._body()]) + "\n"
@@ -99,6 +104,7 @@ class SlurmJob:
             *([self.prologue.rstrip("\n"), ""] if self.prologue.strip() else []),
             'host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             f"port=$(({_FIRST_PORT} + SLURM_JOB_ID % {_NUM_PORTS}))",
+            *([f"export {DEVICE}=${{{DEVICE}:-cuda}}"] if self._asks_for_gpus else []),
             "node=(",
             f"    disttrain node {' '.join(words)}".rstrip(),
             '    "${overrides[@]}" --run-dir "$run_dir"',

@@ -41,6 +41,23 @@ def test_each_worker_has_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPat
         choose_device("cuda", 2, 3, 3)
 
 
+def test_where_gpus_were_asked_for_none_trains_on_a_cpu_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-n gpu` and `--gpus` have launchers say so; what the recipe itself says comes first."""
+    wanted = {"DISTTRAIN_DEVICE": "cuda"}
+    pretend(monkeypatch, gpus=0)
+    with pytest.raises(
+        ConfigurationError, match=r"^DISTTRAIN_DEVICE=cuda, as -n gpu .*: PyTorch sees no GPU here"
+    ) as no:
+        choose_device("auto", 0, 1, 1, wanted)
+    assert no.value.exit_code == 78
+    assert choose_device("cpu", 0, 1, 1, wanted) == CPU
+    pretend(monkeypatch, gpus=1)
+    with pytest.raises(ConfigurationError, match="worker 1 of this machine has no GPU of its own"):
+        choose_device("auto", 1, 2, 2, wanted)
+    with pytest.raises(ConfigurationError, match="DISTTRAIN_DEVICE='tpu' is not a valid device"):
+        choose_device("auto", 0, 1, 1, {"DISTTRAIN_DEVICE": "tpu"})
+
+
 @pytest.mark.parametrize(("gpus", "workers"), [(1, 2), (2, 3)])
 def test_gpus_are_for_machines_that_have_one_for_each_worker(
     monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int

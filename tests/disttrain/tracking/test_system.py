@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from disttrain.tracking import system
 from disttrain.tracking.system import SYSTEM_METRICS, SystemSampler, node_metrics
 
 
@@ -26,6 +27,7 @@ def test_samples_this_machine() -> None:
 
 
 def test_gpus_are_sampled_where_nvidias_module_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # tests hide all GPUs
     nvml = ModuleType("pynvml")
     answers = {
         "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 2,
@@ -42,6 +44,28 @@ def test_gpus_are_sampled_where_nvidias_module_is_there(monkeypatch: pytest.Monk
             time.sleep(0.02)
         values = dict(zip(sampler.names, sampler.latest(), strict=True))
     assert (values["gpu_percent"], values["gpu_memory_used_gib"]) == (50, 2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("2,0", [2, 0]),
+        ("GPU-b, GPU-a1", [1, 0]),
+        ("MIG-part,1", ["MIG-part", 1]),
+        ("1,7,0", [1]),
+        ("-1", []),
+    ],
+)
+def test_only_gpus_that_cuda_shows_are_sampled(visible: str | None, expected: list[int | str]) -> None:
+    nvml = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetUUID=lambda index: ["GPU-a1b2", b"GPU-b3c4", "GPU-c5d6"][index],
+    )
+    assert system._visible(nvml, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
 
 
 def test_closing_does_not_wait_for_the_next_sample() -> None:

@@ -193,6 +193,17 @@ def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "this machine shows no NVIDIA GPU; give a number of workers." in result.stderr
 
 
+def test_one_worker_per_gpu_may_use_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of workers may: it says nothing of GPUs."""
+    monkeypatch.setattr("disttrain.commands.options.count_gpus", lambda: 2)
+    several = ["--nodes", "1", "--rendezvous", "127.0.0.1:29400", "--run-dir", "run"]
+    for options in ([], several):
+        assert "DISTTRAIN_DEVICE=cuda" in run("train", "digits", "-n", "gpu", "--dry-run", *options).stdout
+        assert "DISTTRAIN_DEVICE" not in run("train", "digits", "-n", "2", "--dry-run", *options).stdout
+    monkeypatch.setenv("DISTTRAIN_DEVICE", "cpu")  # the user's own, which workers inherit
+    assert "DISTTRAIN_DEVICE" not in run("train", "digits", "-n", "gpu", "--dry-run").stdout
+
+
 def test_recipe_list() -> None:
     lines = run("recipe", "list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == RECIPES

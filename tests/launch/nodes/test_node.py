@@ -209,7 +209,7 @@ def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(tmp_path: Path, mon
     more = subprocess.run([*command, *several], capture_output=True, text=True, check=True, timeout=240).stdout
     assert [line.count("RANK=") for line in one.splitlines()] == [2, 2]
     assert f"-P -m disttrain digits --run-dir {tmp_path}/runs/digits-" in one
-    assert "GLOO_SOCKET_IFNAME=lo" in more
+    assert "GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME==lo" in more, "NCCL takes a bare name for that of lo0, too"
     assert "--nodes 1 4 --rendezvous 127.0.0.1:29400 --serves true" in more
     assert "--recipe digits --override=optim.lr=0.5 -- " in more
     assert more.rstrip().endswith(f"-- -P -m disttrain digits --run-dir '{tmp_path}/a folder' -o optim.lr=0.5")

@@ -16,6 +16,7 @@ overrides=()
 
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
+export DISTTRAIN_DEVICE=${DISTTRAIN_DEVICE:-cuda}
 node=(
     disttrain node cifar10-net
     "${overrides[@]}" --run-dir "$run_dir"
