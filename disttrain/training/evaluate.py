@@ -26,6 +26,9 @@ from disttrain.models.buffers import buffers_kept
 from disttrain.runs.strict_json import strict_json
 from disttrain.task import Task, has_own, named, named_at
 
+_TAKEN = {"metrics", "step", "epoch"}
+"""What evaluation.json holds besides a task's details."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -145,6 +148,11 @@ def _checked_details(task: Task, details: Any) -> dict[str, Any]:
         ) from error
     if not isinstance(details, dict):
         raise ConfigurationError(f"{type(task).__name__}.details returned a {type(details).__name__}, not a dict.")
+    taken = details.keys() & _TAKEN
+    if taken:
+        raise ConfigurationError(
+            f"{type(task).__name__}.details returned {min(taken)!r}, which evaluation.json has already: rename it."
+        )
     return details
 
 

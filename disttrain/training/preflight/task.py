@@ -17,6 +17,7 @@ from disttrain import rng
 from disttrain.errors import ConfigurationError
 from disttrain.layout import EVAL
 from disttrain.task import Task
+from disttrain.tracking.mlflow.limits import metric_key
 from disttrain.training.evaluate import checked_metrics
 from disttrain.training.job import Job
 
@@ -48,7 +49,7 @@ def checked_loss(task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int, wanted: str | None) -> None:
-    """Raise ConfigurationError if the metrics of a score are not numbers, or do not have the one that is best.
+    """Raise ConfigurationError for metrics that are not numbers, share a name, or do not have the one that is best.
 
     `wanted` is `checkpoint.best`; without it the task's own decides.
     """
@@ -64,6 +65,14 @@ def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int, wanted
             f"{type(task).__name__}.metrics returned nothing: one metric at least has to say which checkpoint is best. "
             "By default they are made of what score returns as tensors of shape ()."
         )
+    by_key: dict[str, str] = {}
+    for name in names:
+        other = by_key.setdefault(metric_key(f"{EVAL}{name}"), name)
+        if other != name:
+            raise ConfigurationError(
+                f"{type(task).__name__}.metrics: MLflow takes {other!r} and {name!r} for one metric, "
+                f"{metric_key(EVAL + name)!r}: rename one (letters, digits, and _ - . / and spaces are told apart)."
+            )
     if wanted is not None:
         if wanted.rpartition(":")[0].removeprefix(EVAL) not in names:
             raise ConfigurationError(

@@ -125,6 +125,16 @@ class Detailed(Regression):
         return self.given
 
 
+class Named(Regression):
+    """With metrics of these names."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def metrics(self, sums: Any, weight: int) -> dict[str, float]:
+        return {**super().metrics(sums, weight), **dict.fromkeys(self.names, 0.5)}
+
+
 class Grouped(Regression):
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -185,6 +195,12 @@ class Apart(Regression):
         (weighing(True), r"Weighing\.weight\(batch\) returned True: it has to be a whole number"),
         (weighing(2**63), r"Weighing\.weight\(batch\) returned 9223372036854775808: it has to be a whole number"),
         (Vague(), r"^Vague\.metrics returned nothing: .* what score returns as tensors of shape \(\)"),
+        (
+            Named("recall a:b", "recall a_b"),
+            r"^Named\.metrics: MLflow takes 'recall a:b' and 'recall a_b' for one metric, 'eval/recall a_b': rename",
+        ),
+        (Named("a/../b", "b"), r"MLflow takes 'a/../b' and 'b' for one metric, 'eval/b'"),
+        (Detailed({"step": 3}), r"^Detailed\.details returned 'step', which evaluation\.json has already: rename it"),
         (Best(), r"^Best\.best is 'loss': it has to be the name of a metric and 'min' or 'max'"),
         (Detailed({"ids": {1}}), r"^Detailed\.details returned what JSON cannot hold"),
         (Detailed(None), r"^Detailed\.details returned a NoneType, not a dict"),
