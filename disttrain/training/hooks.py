@@ -56,7 +56,11 @@ class Hook:
         """Once the run is finished: after its last evaluation, or when it is started again before it was concluded."""
 
     def state(self) -> Any:
-        """What a checkpoint has of it, as JSON can hold it; rank 0's counts. None (the default): nothing."""
+        """What a checkpoint has of it, as JSON can hold it; rank 0's counts. None (the default): nothing.
+
+        A hook that keeps anything returns it each time, also while it is empty: what is not in a checkpoint is not put
+        back, and an object that was given stays as it is when the run goes back to one after a spike.
+        """
         return None
 
     def load_state(self, state: Any) -> None:

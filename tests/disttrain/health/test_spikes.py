@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ POISONED = 12  # the step, counted from 0, whose batch is absurd
 GUARD = ("train.spike_factor=4", "train.spike_window=8", "checkpoint.every_steps=5")
 
 
-def job(run_dir: Path, *overrides: str, poisoned: tuple[int, ...] = (POISONED,)) -> None:
+def job(run_dir: Path, *overrides: str, poisoned: tuple[int, ...] = (POISONED,), hooks: Any = ()) -> None:
     """One epoch, so that each sample is met once."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(NUM_SAMPLES, 3, 32, 32, generator=generator)
@@ -36,7 +37,8 @@ def job(run_dir: Path, *overrides: str, poisoned: tuple[int, ...] = (POISONED,))
         images[order[step * BATCH : (step + 1) * BATCH]] *= 300
     small = [*SMALL, "model.name=net", "train.epochs=1", *GUARD, *overrides]
     train_set, test_set = (images, labels), (images[:31].clamp(-3, 3), labels[:31])
-    disttrain.train(load_recipe("digits", small), run_dir=run_dir, train_set=train_set, test_set=test_set)
+    recipe = load_recipe("digits", small)
+    disttrain.train(recipe, run_dir=run_dir, train_set=train_set, test_set=test_set, hooks=hooks)
 
 
 def attempt(
@@ -107,6 +109,31 @@ def test_a_kill_after_going_back_changes_nothing(guarded: Path, tmp_path: Path, 
         (run_dir / "spikes.json").unlink()
     assert [ended.state for ended in attempt(run_dir, 2)] == ["returned"] * 2
     assert bits(run_dir) == bits(guarded)
+
+
+class Sees(disttrain.Hook):
+    """It has no state, and keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def after_step(self, context: disttrain.HookContext) -> None:
+        self.seen.append(context.step)
+
+
+class Remembers(Sees):
+    def state(self) -> Any:
+        return self.seen
+
+    def load_state(self, state: Any) -> None:
+        self.seen = state
+
+
+def test_a_hooks_state_goes_back_with_the_run_and_what_has_none_stays(tmp_path: Path) -> None:
+    remembers, sees = Remembers(), Sees()
+    job(tmp_path / "run", hooks=[remembers, sees])
+    assert remembers.seen == list(range(1, 21))
+    assert sees.seen == [*range(1, POISONED + 1), *range(11, 21)]
 
 
 def test_too_many_spikes_end_the_run(tmp_path: Path) -> None:
