@@ -190,8 +190,8 @@ class Tracker:
                 missing = sender.finish(timeout_s, unless)
                 if missing:
                     self._warn(
-                        f"MLflow at {redact(self.uri or '')} still lacks {missing} of this run; the journal has "
-                        f"everything. `{sync_command(self._run_dir)}` uploads the rest."
+                        f"MLflow at {redact(self.uri or '')} still lacks {missing} of this run. Nothing is lost: "
+                        f"`{sync_command(self._run_dir)}` uploads the rest, and so does resuming the run."
                     )
         return missing
 

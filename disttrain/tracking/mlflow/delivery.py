@@ -92,6 +92,8 @@ class Delivery:
                 self._deliver_chunk(client, [record for record, _ in chunk if record is not None])
                 self._state.offset = chunk[-1][1]
                 self._state.save(self.run_dir)
+            if self._state.status is not None and self._state.status.get("status") != "FINISHED":
+                self._send_status(client)  # a stop leaves seconds: the charts, which take some, can wait for a resume
             try:
                 self._upload(client)
             finally:

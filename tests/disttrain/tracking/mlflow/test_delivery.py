@@ -271,6 +271,22 @@ def test_files_that_cannot_be_stored_hold_up_no_metrics(
     assert not backlog_of(run_dir)
 
 
+def test_a_stopped_run_does_not_seem_to_run_while_its_charts_are_drawn(
+    server: Any, run_dir: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.metrics(1, {"train/loss": 1.0})
+    journal.append("status", status="KILLED")
+    seen: list[str] = []
+
+    def draw(*_: object) -> dict[str, str]:
+        seen.append(the_run(server.uri, run_dir).info.status)
+        return {}
+
+    monkeypatch.setattr("disttrain.tracking.mlflow.delivery.upload", draw)
+    delivery(run_dir, server.uri).deliver()
+    assert seen == ["KILLED"]
+
+
 @pytest.mark.parametrize("path", ["../../secret.txt", "/etc/passwd", "gone.txt"])
 def test_a_journal_cannot_send_files_from_elsewhere(server: Any, run_dir: Path, journal: Journal, path: str) -> None:
     (run_dir.parent.parent / "secret.txt").write_text("secret")
