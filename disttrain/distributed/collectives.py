@@ -130,6 +130,18 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return values
 
 
+def num_issued(device: torch.device) -> int:
+    """How many collectives this rank has begun in the group of all, finished or not; any thread may ask.
+
+    All ranks begin the same ones in the same order: one that has begun fewer than another is behind it.
+    """
+    group: Any = dist.group.WORLD
+    if group is None:
+        return 0
+    places = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
+    return sum(group._get_backend(place)._get_sequence_number_for_group() for place in places)
+
+
 @contextmanager
 def one_per_machine_first(world: World) -> Iterator[None]:
     """Let one worker of each machine through the block before the others: it prepares files that they then find.

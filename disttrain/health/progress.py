@@ -27,8 +27,9 @@ class Progress:
         self.ticks += 1
 
     def tick(self) -> None:
-        """Note that the stage has made progress."""
+        """Note that the stage has made progress; what may take long, such as compiling, is then over."""
         self.ticks += 1
+        self.patient = False
 
     @contextmanager
     def patiently(self, stage: str) -> Iterator[None]:

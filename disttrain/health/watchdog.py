@@ -27,7 +27,7 @@ from typing import IO, Any, Self
 
 from torch._C._distributed_c10d import Store
 
-from disttrain.distributed.collectives import gather_objects
+from disttrain.distributed.collectives import gather_objects, num_issued
 from disttrain.distributed.world import World, store_for_a_thread
 from disttrain.files import open_to_append
 from disttrain.health.progress import Progress
@@ -43,14 +43,23 @@ _LEAST_SILENCE_S = 2.0
 # machine.
 _LEAST_MARGIN_S = 10.0
 _MOST_FRAMES = 4
-# A rank in one of these waits for the others: it does not hold them up.
-_WAITING_FILES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "disttrain/distributed/collectives.py")
+# A rank in one of these waits for the others: it does not hold them up. On a GPU that is where it waits for the step.
+_WAITING_FILES = (
+    "torch/distributed/",
+    "torch/nn/parallel/distributed.py",
+    "disttrain/distributed/collectives.py",
+    "disttrain/health/nonfinite.py",
+)
 _WAITING_FUNCTIONS = ("_engine_run_backward",)  # in DDP the gradients of all meet at its end
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's report about itself. `still_s`: seconds since it last made progress; `stack`: innermost call first."""
+    """A rank's report about itself.
+
+    `issued`: how many collectives it has begun; `still_s`: seconds since it last made progress; `stack`: innermost call
+    first.
+    """
 
     rank: int
     host: str
@@ -59,6 +68,7 @@ class Beat:
     stage: str
     step: int
     place: int
+    issued: int
     patient: bool
     still_s: float
     waits: bool
@@ -155,6 +165,7 @@ class Watchdog:
             stage=progress.stage,
             step=progress.step,
             place=progress.place,
+            issued=num_issued(self._world.device),
             patient=progress.patient,
             still_s=round(self._still_s(), 1),
             waits=_waits(frame),
@@ -209,8 +220,8 @@ def _account(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mappin
             for rank in silent
         ]
         return f"{'; '.join(words)}. Rank {own.rank} waits for it {own.where()}."
-    first = min(beat.place for beat in beats.values())
-    culprits = [beat for beat in beats.values() if beat.place == first]
+    first = min((beat.place, beat.issued) for beat in beats.values())
+    culprits = [beat for beat in beats.values() if (beat.place, beat.issued) == first]
     if len(culprits) == len(beats):
         culprits = [beat for beat in beats.values() if not beat.waits] or culprits
     words = [f"rank {beat.rank} on {beat.host} (process {beat.pid}) stands still {beat.where()}" for beat in culprits]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -91,6 +91,7 @@ class Job:
     ema: WeightAverage | None = None
     hooks: Hooks = field(default_factory=lambda: Hooks({}))
     best: Best = field(default_factory=Best)  # the metric that decides which checkpoints are kept as best
+    compiled: set[tuple[str, int]] = field(default_factory=set)  # for which stages and sizes of batches the model is
     digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
 
     @property
@@ -138,6 +139,13 @@ class Job:
         """Whether every run of the recipe evaluates at this step, however far it goes."""
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         return rest == 0 and epoch > 0 and epoch % self.recipe.train.eval_every_epochs == 0
+
+    def compiles_in(self, stage: str, sizes: Iterable[int]) -> bool:
+        """Whether the model is now compiled for batches of these sizes, which may take minutes: true once for each."""
+        wanted = {(stage, size) for size in sizes} if self.recipe.train.compile else set()
+        is_new = not wanted <= self.compiled
+        self.compiled |= wanted
+        return is_new
 
     def as_evaluated(self) -> AbstractContextManager[None]:
         """The context in which the model has the weights that are evaluated: their averages, if there are any."""

@@ -163,7 +163,8 @@ def _batches(job: Job) -> Iterator[StepBatch]:
     job.progress.at("loading data", job.step)
     start = job.step % job.steps_per_epoch
     for batch in job.loader.epoch(job.epoch, start, start + job.total_steps - job.step):
-        job.progress.at("computing the next step", job.step)
+        compiles = job.compiles_in("training", (len(part.samples) for part in batch.parts))
+        job.progress.at("computing the next step", job.step, patient=compiles)
         yield batch
         job.progress.at("loading data", job.step)
 

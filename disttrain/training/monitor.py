@@ -216,7 +216,8 @@ class RunMonitor:
         """Evaluate, save a checkpoint that holds the result, and report it. Every rank must call it."""
         job = self.job
         job.strategy.share_buffers_()
-        job.progress.at("evaluating", job.step)
+        compiles = job.compiles_in("evaluating", [job.recipe.train.eval_batch_size])
+        job.progress.at("evaluating", job.step, patient=compiles)
         self.saver.finish_copy()
         with job.as_evaluated():
             at, tick = f" at step {job.step}", self._evaluated_some

@@ -9,13 +9,21 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from disttrain.distributed.collectives import num_issued
+from disttrain.health import watchdog
+from disttrain.health.progress import Progress
+from disttrain.recipe import load_recipe
 from disttrain.testing import WorkerFailed, cluster, faults, hosts, workers
 from disttrain.testing.faults import Fault
+from disttrain.training.job import Job
 from tests.disttrain.parallel.exact_runs import build, train
 
 HANG_TIMEOUT_S = 2.0
@@ -75,6 +83,45 @@ def test_a_rank_that_sleeps_in_python_is_named_with_the_line_it_is_in(tmp_path: 
     assert any(of_rank)
     log = (tmp_path / "run/logs/worker-0.log").read_text()
     assert "Current thread" in log, "no stacks"
+
+
+@pytest.mark.distributed(world_size=2, check_collectives=False)
+def test_collectives_begun_are_counted_on_each_rank(rank: int) -> None:
+    before = num_issued(torch.device("cpu"))
+    work = [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(3 if rank == 0 else 1)]
+    assert num_issued(torch.device("cpu")) - before == len(work), "of those that never end, too"
+    work += [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(0 if rank == 0 else 2)]
+    assert all(one.wait() for one in work)
+
+
+def beat(rank: int, *, place: int = 7, issued: int, waits: bool) -> watchdog.Beat:
+    return watchdog.Beat(rank, "box", 100 + rank, 1, "computing the next step", 3, place, issued, False, 9.0, waits, ())
+
+
+def test_who_has_begun_fewer_collectives_holds_up_the_others() -> None:
+    """Wherever they wait: on a GPU that is any line that wants a number of it."""
+    beats = [beat(0, issued=12, waits=False), beat(1, issued=10, waits=True), beat(2, issued=12, waits=False)]
+
+    def named(beats: list[watchdog.Beat]) -> set[int]:
+        said = watchdog._account({one.rank: one for one in beats}, [], {}, beats[0])
+        return {rank for rank in range(3) if f"rank {rank} on box" in said}
+
+    assert named(beats) == {1}
+    assert named([beat(rank, issued=12, waits=rank != 1) for rank in range(3)]) == {1}, "where none is behind"
+    assert named([beat(0, place=8, issued=12, waits=False), beat(1, issued=12, waits=True), beats[2]]) == {1, 2}
+
+
+def test_compiling_may_take_as_long_as_it_takes() -> None:
+    """The first time for each size of a batch, until it has made progress."""
+    job: Any = SimpleNamespace(recipe=load_recipe("digits", ["train.compile=true"]), compiled=set())
+    stages = [("training", [64]), ("training", [64, 64]), ("training", [30]), ("evaluating", [64]), ("training", [30])]
+    assert [Job.compiles_in(job, *stage) for stage in stages] == [True, False, True, True, False]
+    progress = Progress()
+    progress.at("evaluating", 3, patient=True)
+    progress.tick()
+    assert not progress.patient
+    job.recipe = load_recipe("digits")
+    assert not Job.compiles_in(job, "training", [1])
 
 
 def test_a_rank_that_holds_the_interpreter_in_c_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
