@@ -14,7 +14,7 @@ from disttrain.worker import leave, worker
 @click.command(name="python -m disttrain")
 @click.argument("recipe")
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
-@click.option("--run-dir", type=click.Path(file_okay=False), help="Where the run lives; one that is there is resumed.")
+@click.option("--run-dir", type=click.Path(file_okay=False), help="Where the run lives; an existing one is resumed.")
 @click.option("--trust", is_flag=True, help="RECIPE is that of RUN_DIR, and may name code and a server.")
 def command(recipe: str, overrides: Sequence[str], run_dir: str | None, trust: bool) -> None:
     """Train RECIPE, a shipped recipe's name or a TOML file, as one worker."""

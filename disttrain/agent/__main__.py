@@ -188,7 +188,7 @@ def _run(agent: Agent, handler: RendezvousHandler, *, serves: bool) -> None:
         end = stopped.end
     else:
         if result is None:  # more nodes joined than there was room for, and the others have ended
-            raise RendezvousClosedError("the others ended while this node waited for a place among them")
+            raise RendezvousClosedError("the other nodes finished while this one was waiting to join")
         end = agent.cause if result.is_failed() else None
     ignore_requests()
     if end is None:

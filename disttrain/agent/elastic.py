@@ -210,7 +210,7 @@ class Agent(LocalElasticAgent):
         before, now = self._failed_at, self._newest_step()
         self._failed_at = now
         if before is not None and before == now and self._remaining_restarts > 0:
-            self._say(f"it failed again without making a step since the restart (step {now}): giving up")
+            self._say(f"it failed again without completing a step since the restart (step {now}): giving up")
             self._remaining_restarts = 0
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:

@@ -60,7 +60,7 @@ class Checkpoint:
         model = dict(self.model)
         for name, average in self.averages.items():
             if name not in model or model[name].shape != average.shape:
-                raise ConfigurationError(f"{self.path}: the average {brief(repr(name))} fits none of the weights.")
+                raise ConfigurationError(f"{self.path}: the average {brief(repr(name))} matches none of the weights.")
             model[name] = average.to(model[name].dtype)
         return replace(self, model=_with_shared(model, self.state, self.path))
 
@@ -152,7 +152,7 @@ def _with_shared(model: dict[str, torch.Tensor], state: Mapping[str, Any], path:
     shared: dict[str, str] = state.get("shared", {})
     lost = next((first for first in shared.values() if first not in model), None)
     if lost is not None:
-        raise ConfigurationError(f"{path}: the tensor {brief(repr(lost))} is not there, and others share it.")
+        raise ConfigurationError(f"{path}: the tensor {brief(repr(lost))} is missing, and others share it.")
     return {**model, **{name: model[first] for name, first in shared.items()}}
 
 

@@ -51,7 +51,9 @@ def optimizer_from_tensors(
     for key, value in [*tensors.items(), *rest["values"].items()]:
         index, _, name = key.partition(".")
         if not index.isdecimal() or not name or int(index) >= len(parameters):
-            raise ConfigurationError(f"the checkpoint's optimizer state has {brief(repr(key))}, of no parameter.")
+            raise ConfigurationError(
+                f"the checkpoint's optimizer state has {brief(repr(key))}, which belongs to no parameter."
+            )
         if isinstance(value, torch.Tensor) and not _fits(value, parameters[int(index)]):
             raise ConfigurationError(
                 f"the checkpoint's optimizer state {brief(repr(key))} is {tuple(value.shape)} {value.dtype}, and its "
@@ -71,8 +73,8 @@ def optimizer_from_tensors(
     numbers = [number for group in groups for number in group["params"]]
     if numbers != list(range(len(parameters))):
         raise ConfigurationError(
-            f"the checkpoint's optimizer state does not fit this optimizer: it is of {len(numbers)} parameters, "
-            f"and this one has {len(parameters)}, or their order differs."
+            f"the checkpoint's optimizer state does not fit this optimizer: it has {len(numbers)} "
+            f"parameters and this one {len(parameters)}, or their order differs."
         )
     for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
         for name, value in ours.items():  # another version of torch may not have had an option yet
@@ -140,8 +142,8 @@ def _refuse_other_options(name: str, was: dict[str, Any], now: dict[str, Any]) -
         before, after = was.get(key, default), now.get(key, default)
         if before != after:
             raise ConfigurationError(
-                f"the checkpoint's optimizer has trained {brief(repr(name))} with {key} = {brief(repr(before))}, and "
-                f"its parameter group says {after!r} now: give the same groups, or start a new --run-dir."
+                f"the checkpoint's optimizer trained {brief(repr(name))} with {key} = {brief(repr(before))}, but its "
+                f"parameter group now has {after!r}: give the same groups, or start a new --run-dir."
             )
 
 

@@ -64,7 +64,7 @@ class CheckpointStore:
             except ConfigurationError as error:
                 quarantined = _quarantine(path)
                 others = path != oldest_first[0]
-                what = "the previous checkpoint is used" if others else "no other is left, so training starts over"
+                what = "the previous checkpoint is used" if others else "there is no other, so training starts over"
                 warn(f"{error} Quarantined as {quarantined.name}; {what}.")
             else:
                 self._known_good.add(path.name)

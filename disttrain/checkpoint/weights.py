@@ -27,7 +27,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.suffix.lower() in _PICKLES:
         raise ConfigurationError(
-            f"{path} is a pickle, and reading one may run any code: save the weights with "
+            f"{path} is a pickle, and loading one can run arbitrary code: save the weights with "
             "safetensors.torch.save_file, and name that file."
         )
     tensors: dict[str, torch.Tensor] = {}
@@ -60,8 +60,8 @@ def _files(path: Path) -> list[Path]:
     pickles = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in _PICKLES)
     if pickles and not found:
         raise ConfigurationError(
-            f"{path} holds no {MODEL}, and {pickles[0]} is a pickle, which may run any code when it is read: save the "
-            "weights with safetensors.torch.save_file."
+            f"{path} holds no {MODEL}, and {pickles[0]} is a pickle, which can run arbitrary code when it is loaded: "
+            "save the weights with safetensors.torch.save_file."
         )
     what = f"several: {', '.join(file.name for file in found[:4])}; name one" if found else "none"
     raise ConfigurationError(f"{path} should hold a run, a checkpoint, or {MODEL}; of safetensors files it has {what}.")

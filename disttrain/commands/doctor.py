@@ -48,13 +48,13 @@ def _needed_by_overrides(ctx: click.Context, _parameter: click.Parameter, value:
     default="runs",
     show_default=True,
     metavar="DIR|URL",
-    help="The folder, or the URL, in which runs are to live; what the check creates there is removed.",
+    help="The folder or URL where runs will live; whatever the check creates there is removed.",
 )
 @click.option(
     "--rendezvous",
     metavar="HOST:PORT",
     callback=_host_and_port,
-    help="Where the workers of several machines are to meet.",
+    help="Where the workers of several machines will meet.",
 )
 @click.option(
     "--timeout",
@@ -64,8 +64,8 @@ def _needed_by_overrides(ctx: click.Context, _parameter: click.Parameter, value:
     show_default=True,
     help="Seconds after which a check without an answer counts as a failure.",
 )
-@click.option("--kubernetes", is_flag=True, help="Check, too, whether the cluster allows what `disttrain k8s` does.")
-@click.option("--context", help="Of the kubeconfig, for --kubernetes.")
+@click.option("--kubernetes", is_flag=True, help="Also check whether the cluster allows what `disttrain k8s` does.")
+@click.option("--context", help="The kubeconfig context, for --kubernetes.")
 @click.option("--namespace", help="For --kubernetes.")
 @click.option("--found", metavar="JSON", default="[]", hidden=True, help="Findings of the launcher's own.")
 @json_option
@@ -83,7 +83,7 @@ def command(
 ) -> None:
     """Try for real what breaks in practice: libraries, GPUs, collectives, network, files, the tracking server.
 
-    With RECIPE, a shipped one or a TOML file, its data set and tracking server, too. Exit code 78 if something cannot
+    With RECIPE (a shipped one or a TOML file), also its data set and tracking server. Exit code 78 if something cannot
     work, with the remedy.
     """
     from disttrain.doctor import Finding, Question, checks_for, examine

@@ -21,7 +21,7 @@ from disttrain.worker import leave, worker
 @raw_option
 @trust_option
 def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json: bool, raw: bool, trust: bool) -> None:
-    """Measure a run's newest checkpoint, or the one given, on the held-out set: each metric of its task.
+    """Evaluate a run's newest checkpoint, or the one given, on the test set, by the metrics of its task.
 
     The numbers are the same with any number of workers.
     """

@@ -73,8 +73,8 @@ def warn_of_unknown_preparation(checkpoint: Checkpoint, recipe: Recipe) -> None:
     data = data_of(checkpoint)
     if "facts" not in data and "dtype" not in data and set(data["mean"]) == {0.5} and recipe.data.mean is None:
         print(
-            f"warning: {printable(str(checkpoint.path))} is of an earlier version, which did not note whether the data "
-            "set gave bytes or floats; if it gave floats, the answers are wrong.",
+            f"warning: {printable(str(checkpoint.path))} is of an earlier version, which did not record whether the "
+            "data set gave bytes or floats; if it gave floats, the predictions are wrong.",
             file=sys.stderr,
         )
 
@@ -83,7 +83,7 @@ def task_of(checkpoint: Checkpoint, recipe: Recipe, train_set: Any) -> Task:
     """The task that the model was trained for. Raises ConfigurationError if the recipe makes another one."""
     maker = task_maker(recipe)
     if takes_images(maker) is isinstance(train_set, SampleSet):
-        kind = "samples of a kind of their own" if isinstance(train_set, SampleSet) else "images with labels"
+        kind = "samples of another kind" if isinstance(train_set, SampleSet) else "images with labels"
         raise ConfigurationError(
             f"{checkpoint.path}: trained on {kind}, and task.name = '{recipe.task.name}' does not take these."
         )

@@ -25,7 +25,9 @@ def _num_workers(ctx: click.Context, parameter: click.Parameter, value: str) -> 
     if value == "gpu":
         count = count_gpus()
         if not count:
-            raise click.BadParameter("this machine shows no NVIDIA GPU; give a number of workers.", ctx, parameter)
+            raise click.BadParameter(
+                "no NVIDIA GPU is visible on this machine; give a number of workers.", ctx, parameter
+            )
         return OnePerGpu(count)
     try:
         count = int(value)
@@ -34,7 +36,7 @@ def _num_workers(ctx: click.Context, parameter: click.Parameter, value: str) -> 
             f"{value!r} is not a valid number of workers; give a whole number, gpu or auto.", ctx, parameter
         ) from None
     if count < 1:
-        raise click.BadParameter(f"{count} workers cannot work; give 1 or more.", ctx, parameter)
+        raise click.BadParameter(f"{count} workers cannot train; give 1 or more.", ctx, parameter)
     if count > most_workers():
         raise click.BadParameter(
             f"{count} workers are too many for {usable_cores()} cores; give at most {most_workers()}.", ctx, parameter
@@ -81,7 +83,7 @@ def trust_option(function: _Function) -> _Function:
 
 def raw_option(function: _Function) -> _Function:
     """`--raw`."""
-    return click.option("--raw", is_flag=True, help="Use the weights themselves, not their averages.")(function)
+    return click.option("--raw", is_flag=True, help="Use the raw weights, not their moving average.")(function)
 
 
 def max_restarts_option(function: _Function) -> _Function:
@@ -91,7 +93,7 @@ def max_restarts_option(function: _Function) -> _Function:
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Restart the workers up to this often after failures that are worth a retry.",
+        help="Restart the workers at most this many times after failures that are worth a retry.",
     )(function)
 
 

@@ -16,8 +16,10 @@ from disttrain.worker import leave, worker
 @click.command(name="disttrain predict")
 @click.argument("address", metavar="RUN|CHECKPOINT", type=RUN)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@click.option("--top", type=click.IntRange(min=1), help="Of an image, how many classes to name (3 if not given).")
-@click.option("-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the task's predict.")
+@click.option("--top", type=click.IntRange(min=1), help="How many classes to show for an image (default: 3).")
+@click.option(
+    "-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option for the task's predict method."
+)
 @json_option
 @raw_option
 @trust_option
@@ -32,7 +34,7 @@ def command(
 ) -> None:
     """Predict what each FILE holds: an image's most probable classes, or whatever the run's task predicts.
 
-    Pictures are read as the data set `folder` reads them, which serves runs that were trained on bytes.
+    Pictures are decoded as by the data set `folder`, which works for runs trained on uint8 images.
     """
     import torch
 
@@ -63,8 +65,8 @@ def command(
         for _, of_file in read:
             if not isinstance(of_file, list):
                 raise ConfigurationError(
-                    f"{type(task).__name__}.read returned a {type(of_file).__name__}: it has to be a list, also of one "
-                    "sample."
+                    f"{type(task).__name__}.read returned a {type(of_file).__name__}: it has to return a list, even "
+                    "for one sample."
                 )
         samples = [sample for _, of_file in read for sample in of_file]
         with named(task, "collate"):

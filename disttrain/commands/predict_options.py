@@ -25,7 +25,7 @@ def predict_options(task: Task, words: Sequence[str]) -> dict[str, Any]:
         if not equals or name not in known:
             there_are = f"it has {', '.join(known)}" if known else "it has none"
             hint = did_you_mean(name, known) or f"; {there_are}"
-            raise UsageError(f"-o {word}: the predict of {type(task).__name__} has no such option{hint}")
+            raise UsageError(f"-o {word}: {type(task).__name__}.predict has no such option{hint}")
         try:
             options[name] = json.loads(value)
         except ValueError:

@@ -122,7 +122,7 @@ def show(run: str, as_json: bool) -> None:
 def verify(run: str, as_json: bool) -> None:
     """Check each file of the checkpoints of RUN against its manifest; exit 78 if one is damaged.
 
-    Names quarantined ones, which are damaged, too, and what is unfinished: being written, or left by a killed job.
+    Also lists quarantined checkpoints, and unfinished ones: still being written, or left behind by a killed job.
     """
     from disttrain.errors import ConfigurationError
     from disttrain.recipe.address import is_url

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @click.command(name="disttrain sync")
 @click.argument("run", type=RUN)
-@click.option("--uri", help="Upload to this MLflow server, not to the run's own.")
+@click.option("--uri", help="Upload to this MLflow server instead of the run's own.")
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=1),
     default=60.0,
     show_default=True,
-    help="Seconds to try for.",
+    help="Seconds to keep trying.",
 )
 @json_option
 def command(run: str, uri: str | None, timeout_s: float, as_json: bool) -> None:

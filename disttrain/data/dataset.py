@@ -171,7 +171,7 @@ class Datasets:
         if self.train.sample_shape != self.test.sample_shape:
             raise ConfigurationError(
                 f"training images are {self.train.sample_shape} (channels, height, width) and test images "
-                f"{self.test.sample_shape}; make them equal."
+                f"{self.test.sample_shape}; make them the same."
             )
         if self.train.classes != self.test.classes:
             raise ConfigurationError(

@@ -92,7 +92,7 @@ def join_world(
     """
     if dist.is_initialized():
         raise ConfigurationError(
-            "this process has a process group already, and disttrain makes one of its own: leave "
+            "this process already has a process group, and disttrain creates its own: leave "
             "out init_process_group, or call torch.distributed.destroy_process_group() before."
         )
     excepthook = sys.excepthook  # torch's own puts "[rank0]:" before each line, and stays for good

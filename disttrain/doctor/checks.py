@@ -48,7 +48,7 @@ class Check:
 
     name: str
     find: Callable[[], Iterable[Finding]]
-    if_it_hangs: str = "Look at what else the machine is doing; --timeout gives the checks more time."
+    if_it_hangs: str = "Check what else is running on this machine; --timeout gives the checks more time."
     if_it_crashes: str = "This should not happen: please report it."
 
     def look(self) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Fin
         yield warning(
             "memory",
             found,
-            "Each worker takes about 0.4 GiB before its model: end other programs, use fewer "
+            "Each worker takes about 0.4 GiB before its model: close other programs, use fewer "
             "workers, or raise the container's memory limit.",
         )
     else:

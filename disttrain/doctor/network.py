@@ -113,7 +113,7 @@ def rendezvous(address: str) -> Iterator[Finding]:
             yield warning(
                 "rendezvous",
                 f"{host} answers, but nothing listens on port {port}",
-                "No harm before rank 0 has started; afterwards: the port is wrong, or a firewall refuses it.",
+                "Fine if rank 0 has not started yet; otherwise the port is wrong, or a firewall blocks it.",
             )
     except OSError as error:
         why = "no answer" if isinstance(error, TimeoutError) else str(error)

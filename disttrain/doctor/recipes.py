@@ -52,7 +52,7 @@ def data(question: Question) -> Iterator[Finding]:
         yield warning(
             "data",
             f"{found.data.dataset} is not in {found.data.root}; the first start downloads it",
-            "Where workers have no internet access, put it there first.",
+            "If the workers have no internet access, download it there first.",
         )
         return
     look_for_code(found)
@@ -77,7 +77,7 @@ def _loaded(data: DataRecipe) -> Finding:
     try:
         sets = load_datasets(data.model_copy(update={"download": False}), alone, nullcontext)
     except ConfigurationError as error:
-        return failure("data", str(error), "Put whole files there, or point data.root to another folder.")
+        return failure("data", str(error), "Put complete files there, or point data.root to another folder.")
     finally:
         logging.disable(before)
     return ok("data", f"{data.dataset}: {len(sets.train):,} training and {len(sets.test):,} test samples")

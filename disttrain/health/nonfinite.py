@@ -156,10 +156,10 @@ class NonFiniteGuard:
             if unknown:
                 return (
                     f"{what}; why is not known, since rank {unknown[0][0]} failed to compute it again: "
-                    f"{unknown[0][1]}. The step was not made. To continue, {TUNE}{hint}."
+                    f"{unknown[0][1]}. The step was not taken. To continue, {TUNE}{hint}."
                 )
             return (
-                f"{what}, though each worker's own is. The step was not made. To continue, "
+                f"{what}, though each worker's own is. The step was not taken. To continue, "
                 f"{self._strategy.against_overflow}{hint}."
             )
         rank = min(found)[-1]
@@ -167,7 +167,7 @@ class NonFiniteGuard:
         comparison = f" ({first.comparison})" if first.comparison else ""
         return (
             f"{first.what} is not finite at step {step + 1}{comparison}, first on rank {rank}, in "
-            f"{listed(first.samples)} of the training set{row}. The step was not made. To continue, "
+            f"{listed(first.samples)} of the training set{row}. The step was not taken. To continue, "
             f"{first.advice}{hint}."
         )
 

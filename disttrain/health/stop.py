@@ -62,7 +62,7 @@ def stop_file(path: Path, request: StopRequest, say: Callable[[str], None]) -> I
     that has ended since: it is removed, and `say` is called.
     """
     if path.exists():
-        say(f"{path} was left from before this start, and is removed")
+        say(f"{path} was left over from an earlier start and is removed")
     with suppress(OSError):
         path.unlink(missing_ok=True)
     ended = threading.Event()

@@ -214,7 +214,7 @@ def _account(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mappin
     """The ranks that hold up the others: the silent, else those behind, else those that wait for none."""
     if silent:
         words = [
-            f"rank {rank} on {beats[rank].host} (process {beats[rank].pid}) has not been heard of for "
+            f"rank {rank} on {beats[rank].host} (process {beats[rank].pid}) has not been heard from for "
             f"{silence_s[rank]:.0f} s, last {beats[rank].where()}: it was stopped or is stuck in C code, or its "
             "machine is gone or cut off"
             for rank in silent
@@ -224,7 +224,7 @@ def _account(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mappin
     culprits = [beat for beat in beats.values() if (beat.place, beat.issued) == first]
     if len(culprits) == len(beats):
         culprits = [beat for beat in beats.values() if not beat.waits] or culprits
-    words = [f"rank {beat.rank} on {beat.host} (process {beat.pid}) stands still {beat.where()}" for beat in culprits]
+    words = [f"rank {beat.rank} on {beat.host} (process {beat.pid}) is stuck {beat.where()}" for beat in culprits]
     rest = "" if len(culprits) == len(beats) else "; the other ranks wait for it"
     return "; ".join(words) + f"{rest}. The stacks of all are in the run's {LOGS}/{log_name('RANK')}."
 

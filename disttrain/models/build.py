@@ -132,7 +132,7 @@ def _construct(name: str, make: Callable[..., Any], options: dict[str, Any], off
         if not hands_on or "num_classes" not in str(error):
             raise
         raise ConfigurationError(
-            f"model.name: {name} hands num_classes on to something that does not take it: {error}. Name num_classes "
+            f"model.name: {name} passes num_classes on to something that does not take it: {error}. Name num_classes "
             "among its arguments."
         ) from error
     if not isinstance(built, nn.Module):

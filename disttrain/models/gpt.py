@@ -181,7 +181,7 @@ def _check_sizes(
         if type(size) is not int or size < 1:
             raise ConfigurationError(f"model.options.{name}: {size!r} is not a whole number of 1 or more.")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ConfigurationError(f"model.options.dropout: {dropout!r} is not a number from 0 up to, but not, 1.")
+        raise ConfigurationError(f"model.options.dropout: {dropout!r} is not a number of at least 0 and below 1.")
     if positions not in ("rotary", "learned"):
         raise ConfigurationError(f'model.options.positions: {positions!r} is neither "rotary" nor "learned".')
     if dim % num_heads or (positions == "rotary" and dim // num_heads % 2):

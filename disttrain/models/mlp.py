@@ -31,7 +31,7 @@ class Mlp(nn.Sequential):
                 f"model.options.activation: {activation!r} is not one of {', '.join(_ACTIVATIONS)}."
             )
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ConfigurationError(f"model.options.dropout: {dropout!r} is not a share from 0 to below 1.")
+            raise ConfigurationError(f"model.options.dropout: {dropout!r} is not a number of at least 0 and below 1.")
         if not isinstance(widths, Sequence) or not all(type(width) is int and width >= 1 for width in widths):
             raise ConfigurationError(f"model.options.widths: {widths!r} is not a list of whole numbers of 1 or more.")
         layers: list[nn.Module] = []

@@ -59,7 +59,7 @@ def build_timm(
     name, (channels, height, width) = model.name.removeprefix(TIMM), sample_shape
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3)
-        hint = f"near ones: {', '.join(near)}." if near else "timm.list_models() names those it has."
+        hint = f"did you mean one of {', '.join(near)}?" if near else "timm.list_models() names those it has."
         raise ConfigurationError(f"model.name: timm has no model {name!r}; {hint}")
     options = {"num_classes": num_classes, "in_chans": channels} | model.options
     if not pretrained:
@@ -106,8 +106,8 @@ def _torchvision_weights(name: str, weights: Any) -> tuple[dict[str, torch.Tenso
         state: dict[str, torch.Tensor] = known[weights].get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, a full disk, a file that was cut off
         raise ConfigurationError(
-            f"model.options.weights: {weights} of torchvision:{name} cannot be downloaded: {brief(error)}. The file "
-            f"{known[weights].url} may be put into {torch.hub.get_dir()}/checkpoints."
+            f"model.options.weights: {weights} of torchvision:{name} cannot be downloaded: {brief(error)}. Retry, or "
+            f"put {known[weights].url} into {torch.hub.get_dir()}/checkpoints yourself."
         ) from error
     return state, len(known[weights].meta["categories"])
 

@@ -76,7 +76,7 @@ def file_system(url: str) -> tuple[AbstractFileSystem, str]:
         urlsplit(url)  # some libraries notice only at the first request that it is not a URL
         opened, path = url_to_fs(url)
     except ImportError as error:
-        raise ConfigurationError(f"{url}: {error}: it is a package of its own, to be installed with pip.") from error
+        raise ConfigurationError(f"{url}: {error}: it is a separate package; install it with pip.") from error
     except ValueError as error:
         raise ConfigurationError(
             f"{url}: {error}. A run lives in a folder, or behind a URL that fsspec can open: s3://, gs://, az://, …"

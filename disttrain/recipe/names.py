@@ -95,5 +95,5 @@ def check_torchvision_model(name: str, names: Iterable[str]) -> None:
     names = list(names)
     if name not in names:
         near = get_close_matches(name, names, n=3)
-        hint = f"near ones: {', '.join(near)}." if near else "it has resnet18, vit_b_16 and many others."
+        hint = f"did you mean one of {', '.join(near)}?" if near else "it has resnet18, vit_b_16 and many others."
         raise ConfigurationError(f"model.name: torchvision has no classification model {name!r}; {hint}")

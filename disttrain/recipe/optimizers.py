@@ -48,7 +48,7 @@ class _Common(OptimRecipe):
     weight_decay: NonNegative | None = Field(
         default=None, description="the weight decay (torch's default when left out)"
     )
-    maximize: bool | None = Field(default=None, description="climb instead of descend")
+    maximize: bool | None = Field(default=None, description="maximize the loss instead of minimizing it")
     foreach: bool | None = Field(default=None, description="torch's multi-tensor implementation")
     fused: bool | None = Field(default=None, description="torch's fused implementation")
     differentiable: bool | None = Field(default=None, description="let autograd see the optimizer's step")

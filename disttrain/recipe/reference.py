@@ -94,6 +94,6 @@ def _is_of_python(module_name: str) -> bool:
 
 def _refusal(reference: str, key: str, module_name: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{key}: {reference!r} is of Python's standard library ({module_name}), where neither models nor data sets "
-        "live; name your own, in a module of another name."
+        f"{key}: {reference!r} is part of Python's standard library ({module_name}), which holds neither models nor "
+        "data sets; name your own, in a module with another name."
     )

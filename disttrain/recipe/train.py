@@ -14,7 +14,7 @@ class ScheduleRecipe(Section):
     """The learning rate as a function of the step."""
 
     name: Literal["constant", "step", "cosine"] = Field(default="constant", description="constant, step or cosine")
-    warmup_steps: WholeNumber = Field(default=0, description="climb linearly to optim.lr over this many steps")
+    warmup_steps: WholeNumber = Field(default=0, description="increase linearly to optim.lr over this many steps")
     warmup_epochs: NonNegative = Field(default=0.0, description="the same in epochs; give one of the two")
     step_epochs: Count = Field(default=30, description="step: multiply by gamma each time this many epochs have passed")
     gamma: Positive = Field(default=0.1, description="step: the factor")
@@ -37,9 +37,9 @@ def _are_references(names: list[str]) -> list[str]:
 class TrainRecipe(Section):
     """How long to train, and how."""
 
-    epochs: Count = Field(default=1, description="how many times the training set is gone through")
+    epochs: Count = Field(default=1, description="how many passes over the training set")
     max_steps: Annotated[Count | None, NoneIfSaid] = Field(
-        default=None, description="end after this many steps at the latest"
+        default=None, description="stop after at most this many steps"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="weights, order and augmentation follow from it"
@@ -71,9 +71,9 @@ class TrainRecipe(Section):
     eval_every_epochs: Count = Field(default=1, description="epochs between two evaluations")
     eval_batch_size: Count = Field(default=500, description="samples per evaluation batch")
     patience: WholeNumber = Field(
-        default=0, description="end after this many evaluations without a better one, by checkpoint.best (0: off)"
+        default=0, description="stop after this many evaluations without a better one, by checkpoint.best (0: off)"
     )
-    min_delta: NonNegative = Field(default=0.0, description="by more than this an evaluation has to be better")
+    min_delta: NonNegative = Field(default=0.0, description="how much better an evaluation has to be to count")
     hang_timeout_s: Positive = Field(
         default=600.0, description="seconds without progress after which a worker counts as hung"
     )

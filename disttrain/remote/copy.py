@@ -81,7 +81,7 @@ def _fetch(run: RemoteRun, path: Path, checkpoints: Wanted) -> None:
         except ConfigurationError as error:
             if name == names[0]:
                 raise
-            print(f"warning: {error} The checkpoint before it is used.", file=sys.stderr)
+            print(f"warning: {error} The previous checkpoint is used.", file=sys.stderr)
             continue
         if checkpoints == "newest":
             return

@@ -40,7 +40,7 @@ def _find(path: Path) -> Checkpoint:
         except ConfigurationError as error:
             if candidate == oldest_first[0]:
                 raise
-            print(printable(f"warning: {error} The checkpoint before it is used."), file=sys.stderr)
+            print(printable(f"warning: {error} The previous checkpoint is used."), file=sys.stderr)
     raise UsageError(f"{path} has no good checkpoint yet.")
 
 

@@ -237,7 +237,8 @@ class Mirror:
         found = recipe_of_checkpoints(self.folder)
         if found is None:
             raise ConfigurationError(
-                f"{self.run.url} holds checkpoints but no {RECIPE}, and neither do they: choose another --run-dir."
+                f"{self.run.url} holds checkpoints but no {RECIPE}, and none of them has the recipe: "
+                "choose another --run-dir."
             )
         self._warn(f"{self.run.url}/{RECIPE} is lost; it is restored from {CHECKPOINTS}/{found[0].name}.")
         return to_toml(found[1])
@@ -251,7 +252,7 @@ class Mirror:
             except ConfigurationError as error:
                 self.run.quarantine(name, str(error))
                 others = name != names[0]
-                what = "the previous checkpoint is used" if others else "no other is left, so training starts over"
+                what = "the previous checkpoint is used" if others else "there is no other, so training starts over"
                 self._warn(f"{error} Quarantined; {what}.")
 
 

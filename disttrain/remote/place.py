@@ -120,7 +120,7 @@ class RemoteRun:
                 self._files.put_file(str(folder / file), f"{place}/{file}")
                 self._files.invalidate_cache()
                 if self._files.info(f"{place}/{file}")["size"] != (folder / file).stat().st_size:
-                    raise OSError(f"{file} of {name} did not arrive whole")
+                    raise OSError(f"{file} of {name} arrived incomplete")
         reached("mirror: tensors", checkpoint=name)
         self.write(f"checkpoints/{name}/{MANIFEST}", manifest)
         reached("mirror: committed", checkpoint=name)

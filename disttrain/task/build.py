@@ -78,7 +78,7 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any, *, is_given: bool =
     source = "the task given" if is_given else f"task.name = '{recipe.task.name}'"
     arguments = {"train_set": train_set, "recipe": recipe}
     for key in arguments.keys() & recipe.task.options.keys():
-        raise ConfigurationError(f"task.options.{key}: a task is given that by disttrain; leave it out.")
+        raise ConfigurationError(f"task.options.{key}: disttrain passes that itself; leave it out.")
     try:
         signature = inspect.signature(maker)
     except ValueError:  # a callable without a signature, written in C

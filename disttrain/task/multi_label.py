@@ -31,7 +31,7 @@ class MultiLabel:
         if labels is not None and labels.ndim == 1:
             raise self._not_several(labels)
         if labels is not None and not torch.equal(labels, labels.round()):
-            raise ConfigurationError("task.options.multi_label: the labels are to be 0 or 1, and some are neither.")
+            raise ConfigurationError("task.options.multi_label: labels have to be 0 or 1, and some are neither.")
 
     def losses(
         self,
@@ -97,7 +97,7 @@ class MultiLabel:
         """Each class below the means of all."""
         width = max(len(name) for name in self.classes)
         return [
-            f"{self.headline(metrics, details)}, {metrics['subset_accuracy']:.2%} wholly right",
+            f"{self.headline(metrics, details)}, {metrics['subset_accuracy']:.2%} exactly right",
             *(
                 f"  {name:<{width}}  "
                 + ("no samples" if found is None else f"AP {found:7.2%}  F1 {details['f1_per_class'][name]:7.2%}")
@@ -107,8 +107,8 @@ class MultiLabel:
 
     def _not_several(self, labels: torch.Tensor) -> ConfigurationError:
         return ConfigurationError(
-            f"task.options.multi_label: labels are {tuple(labels.shape)}, and to be (images, {len(self.classes)}), 1 "
-            "for each class that is there and 0 for each other."
+            f"task.options.multi_label: labels are {tuple(labels.shape)}, and should be (images, {len(self.classes)}), "
+            "1 for each class that is there and 0 for each other."
         )
 
     def _precisions(self, sums: Mapping[str, Any]) -> list[float | None]:

@@ -31,8 +31,8 @@ class SingleLabel:
             wrong = ((labels.sum(1) - 1).abs() > 1e-3).nonzero()
             if len(wrong):
                 raise ConfigurationError(
-                    f"label {int(wrong[0])} adds up to {labels[wrong[0]].sum():.4g}: the probabilities of the classes "
-                    "have the sum 1. For several labels to an image set task.options.multi_label = true."
+                    f"label {int(wrong[0])} adds up to {labels[wrong[0]].sum():.4g}: class probabilities have to "
+                    "add up to 1. For several labels per image set task.options.multi_label = true."
                 )
 
     def losses(

@@ -145,7 +145,7 @@ class Tracker:
             reason = export_model(self._run_dir / EXPORTED, module, export, notes)
             if reason is not None:
                 self._warn(
-                    f"the model cannot be exported, so MLflow gets its weights alone ({reason}). "
+                    f"the model cannot be exported, so MLflow gets only its weights ({reason}). "
                     "The checkpoints are not affected."
                 )
             self._journal.append("model", path=EXPORTED, step=self._step)

@@ -38,8 +38,8 @@ def parameter_groups(
         found = [name for name in matching(group.match, named, key) if name not in options]
         if not found:
             raise ConfigurationError(
-                f"{key}: groups before it have every parameter that it matches; the first match counts, so put the "
-                "narrower pattern first."
+                f"{key}: earlier groups already have every parameter that it matches; the first match counts, so put "
+                "the narrower pattern first."
             )
         options |= dict.fromkeys(found, (group.weight_decay, group.lr_scale))
     members: dict[tuple[float | None, float], list[nn.Parameter]] = {}

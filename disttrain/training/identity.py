@@ -152,7 +152,7 @@ def refuse_other_schedule(state: Mapping[str, Any], where: object, schedule: Sch
         raise ConfigurationError(
             f"{where}: the {schedule.recipe.name} schedule of the {step} steps made so far was to end at step {total}, "
             f"and train.epochs and train.max_steps now make it {schedule.total_steps}: the result would be that of "
-            "neither. Leave both as they were, or start a new --run-dir."
+            "neither schedule. Leave both as they were, or start a new --run-dir."
         )
 
 

@@ -142,12 +142,12 @@ class RunMonitor:
         what = f"the loss of step {job.step} is {loss:.4g}, more than {spikes.factor:g} times the usual {usual:.4g}"
         if len(spikes.skipped) >= spikes.limit:
             raise DivergedError(
-                f"{what}, and {spikes.limit} steps are left out already (train.spike_limit): lower optim.lr, set "
+                f"{what}, and {spikes.limit} steps have been left out already (train.spike_limit): lower optim.lr, set "
                 "train.clip_norm, or look at the data."
             )
         broadcast_from_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
         self._tracker.event("spike", step=job.step, loss=loss, usual=usual)
-        self._console.warn(f"{what}: back to the newest checkpoint, then on without that step.")
+        self._console.warn(f"{what}: returning to the newest checkpoint, and continuing without that step.")
         raise RolledBack(self.saver.address)
 
     def _log(self, result: StepResult) -> None:

@@ -138,7 +138,7 @@ def _session_in(
             check_model(job)
         if not job.strategy.bits_depend_on_world_size and not job.is_finished:
             for difference in unlike_the_first(gather_objects(job.environment_fingerprint())):
-                console.warn(f"the workers are not alike: {difference}; the bits may differ from other runs'.")
+                console.warn(f"the workers differ: {difference}; the bits may differ from other runs'.")
             try_exactness(job)
         broadcast_from_main(world, lambda: store_recipe(path, recipe))
         is_done = broadcast_from_main(world, lambda: is_concluded(job, path))

@@ -46,7 +46,7 @@ def load_sets(
     if isinstance(data, SampleSets) and images:
         source = "the sets given" if given.train_set is not None else f"data.dataset = '{recipe.data.dataset}'"
         raise ConfigurationError(
-            f"{source}: these are samples of a kind of their own, not images with labels, which the task "
+            f"{source}: these are samples of another kind, not images with labels, which the task "
             f"'{recipe.task.name}' takes: set task.name to the task that is meant."
         )
     if isinstance(data, Datasets) and not images:

@@ -30,7 +30,7 @@ class Restarts:
             return False
         before, self._failed_at = self._failed_at, (self._run_dir and newest_step(self._run_dir)) or 0
         if before is not None and self._failed_at == before:  # not <=: a damaged line may have shown too many
-            self.gave_up = f"it failed again without making a step since the restart (step {before}): giving up"
+            self.gave_up = f"it failed again without completing a step since the restart (step {before}): giving up"
             return False
         self.made += 1
         return True

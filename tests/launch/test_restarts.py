@@ -66,7 +66,7 @@ def test_a_failure_at_the_same_step_is_given_up_with_its_cause(start_launcher: S
         "disttrain: it always fails here",
         "disttrain: restart 1 of 9 from the latest checkpoint",
         "disttrain: it always fails here",
-        "disttrain: it failed again without making a step since the restart (step 0): giving up",
+        "disttrain: it failed again without completing a step since the restart (step 0): giving up",
     ]
 
 

@@ -26,7 +26,7 @@ def unpack(archive: Path, folder: Path) -> None:
             "Nothing was unpacked; do not trust this file."
         ) from error
     except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
-        raise ConfigurationError(f"{archive}: not a whole archive ({error}); replace it by a whole one.") from error
+        raise ConfigurationError(f"{archive}: not a complete archive ({error}); replace it.") from error
 
 
 def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

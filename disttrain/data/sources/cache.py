@@ -69,7 +69,9 @@ def cached(root: Path, name: str, build: Callable[[], Datasets]) -> Datasets:
             reasons.append(f"{file.parent}: {error}")
             continue
         return _mapped(file) or built
-    _log.warning("The converted data set is not kept, and each worker holds its own copy: %s", "; ".join(reasons))
+    _log.warning(
+        "The converted data set could not be cached, so each worker holds its own copy: %s", "; ".join(reasons)
+    )
     return built
 
 

@@ -89,7 +89,7 @@ def _fit(table: Table, name: str, *, is_code: bool) -> Column:
         raise ConfigurationError(
             f"{table.name}: column {name!r} holds {len(categories):,} different texts, such as "
             f"{brief(repr(str(cells[strange[0]])), 40)}. Leave it out (data.options.exclude), or put it into "
-            "data.options.categorical to have a feature of each."
+            "data.options.categorical to make each of them a feature."
         )
     return Category(name, categories)
 

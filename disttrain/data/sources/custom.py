@@ -75,8 +75,10 @@ def _sample_set(samples: Any, name: str) -> SampleSet:
         try:
             samples = TensorDataset(*(torch.as_tensor(part) for part in samples))
         except (AssertionError, TypeError) as error:
-            raise ConfigurationError(f"{name}: its tensors are not of as many rows each.") from error
-    _refuse_other_than_map_style(samples, name, "a map-style data set with a length, or tensors of as many rows")
+            raise ConfigurationError(f"{name}: its tensors have different numbers of rows.") from error
+    _refuse_other_than_map_style(
+        samples, name, "a map-style data set with a length, or tensors with the same number of rows"
+    )
     facts = getattr(samples, "facts", {})
     return SampleSet(samples, name, facts if isinstance(facts, Mapping) else {})
 
@@ -122,13 +124,13 @@ def as_split(samples: Any, data: DataRecipe, classes: tuple[str, ...] | None = N
 def _refuse_other_than_map_style(samples: Any, name: str, wanted: str) -> None:
     if isinstance(samples, IterableDataset):
         raise ConfigurationError(
-            f"{name}: a {type(samples).__name__} is an iterable data set, whose samples have no number: a step's share "
-            f"for each worker, and where to resume, follow from numbers. Give {wanted}."
+            f"{name}: a {type(samples).__name__} is an iterable data set, whose samples have no index: a step's share "
+            f"for each worker, and where to resume, depend on indices. Give {wanted}."
         )
     if isinstance(samples, DataLoader):
         raise ConfigurationError(
-            f"{name}: a DataLoader makes batches, which are made here, of data.batch_size samples; give its data set "
-            "(loader.dataset)."
+            f"{name}: a DataLoader makes batches, but disttrain makes its own, of data.batch_size samples; give its "
+            "data set (loader.dataset)."
         )
     if isinstance(samples, type) or inspect.isroutine(samples):
         raise ConfigurationError(f"{name}: {samples.__qualname__} makes a data set, but is not one; call it.")

@@ -62,7 +62,7 @@ def load_folder(data: DataRecipe) -> Datasets:
     root = expanded(data.root)
     if not root.is_dir():
         raise ConfigurationError(
-            f"data.root: the folder {root.absolute()} does not exist; it is to hold train/ and test/ (or val/)."
+            f"data.root: the folder {root.absolute()} does not exist; it should hold train/ and test/ (or val/)."
         )
     train_folder = _split_folder(root, "train")
     test_folder = _split_folder(root, "test", "val")
@@ -147,7 +147,7 @@ def _leads_back(folder: Path, split: str, above: tuple[str, ...]) -> bool:
     real = os.path.realpath(folder)
     back = any(_is_within(one, real) for one in (split, *above)) or (bool(above) and _is_within(real, split))
     if back:
-        _log.warning("%s is a link to %s, whose pictures count already; it is left out.", folder, real)
+        _log.warning("%s is a link to %s, whose pictures are already counted; it is skipped.", folder, real)
     return back
 
 

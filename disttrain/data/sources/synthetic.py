@@ -17,9 +17,7 @@ def load_synthetic(data: DataRecipe) -> Datasets:
     known = inspect.signature(synthetic_images).parameters
     for name, value in data.options.items():
         if name not in known:
-            raise ConfigurationError(
-                f"data.options.{name}: no such option of 'synthetic'; there are {', '.join(known)}."
-            )
+            raise ConfigurationError(f"data.options.{name}: 'synthetic' has no such option; it has {', '.join(known)}.")
         least = 0 if name == "seed" else 1
         if type(value) is not int or value < least:
             raise ConfigurationError(f"data.options.{name}: {value!r} is not a whole number of {least} or more.")

@@ -121,7 +121,7 @@ def _csv(text: str, path: Path, delimiter: str) -> Table:
     finally:
         csv.field_size_limit(before)
     if not names:
-        raise ConfigurationError(f"{path}: the file is empty; its first line is to name the columns.")
+        raise ConfigurationError(f"{path}: the file is empty; its first line should name the columns.")
     columns = zip(*rows, strict=True) if rows else [()] * len(names)
     return Table(
         {name: [cell.strip() for cell in cells] for name, cells in zip(names, columns, strict=True)},
@@ -165,7 +165,7 @@ def _checked_names(names: list[str], path: Path) -> list[str]:
     """The names of the columns. Raises ConfigurationError for one that is missing or there twice."""
     if len(names) > 1 and all(_NUMBER.fullmatch(name) for name in names):
         raise ConfigurationError(
-            f"{path}: the first line holds numbers ({brief(', '.join(names), 60)}); it is to name the columns."
+            f"{path}: the first line holds numbers ({brief(', '.join(names), 60)}); it should name the columns."
         )
     for number, name in enumerate(names, start=1):
         if not name:
@@ -175,5 +175,5 @@ def _checked_names(names: list[str], path: Path) -> list[str]:
             )
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise ConfigurationError(f"{path}: {count} columns are named {name!r}; give each a name of its own.")
+        raise ConfigurationError(f"{path}: {count} columns are named {name!r}; give each a different name.")
     return names

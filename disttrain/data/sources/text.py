@@ -118,7 +118,7 @@ def _from_files(root: str, options: TextOptions, *, as_bytes: bool) -> tuple[_Do
         ]
         with_text = [document for document in of_paths if len(document)]
         if len(with_text) < len(of_paths):
-            _log.info("%d files are empty and left out", len(of_paths) - len(with_text))
+            _log.info("%d files are empty and skipped", len(of_paths) - len(with_text))
         if not with_text:
             raise ConfigurationError(f"data.root: all {len(paths)} {part}files in {root} are empty.")
         return with_text
@@ -149,7 +149,7 @@ def _hold_out(documents: _Documents, fraction: float) -> tuple[_Documents, _Docu
     if not train or not test:
         raise ConfigurationError(
             f"data.options.test_fraction: {fraction} of {sum(map(len, documents)):,} characters in {len(documents)} "
-            "documents leaves nothing for one of the parts; give another one, or more text."
+            "documents leaves one of the parts empty; give another fraction, or more text."
         )
     return train, test
 
@@ -160,7 +160,7 @@ def _alphabet(train: _Documents, test: _Documents) -> Characters:
     if known.size < alphabet.size:
         only = sorted(set(alphabet.facts()["characters"]) - set(known.facts()["characters"]))
         _log.info(
-            "characters that occur in the test part alone, where no model can have learned them: %s%s",
+            "characters that occur only in the test part, so no model can have learned them: %s%s",
             ", ".join(map(repr, only[:5])),
             ", …" if len(only) > 5 else "",
         )

@@ -29,12 +29,12 @@ def read_pickle(path: Path) -> Any:
             return _arrays_built(_Unpickler(file, encoding="latin1").load())
     except _Refused as error:
         raise ConfigurationError(
-            f"{path}: refused: the file asks for {error}, and only NumPy arrays and plain values are let in. "
+            f"{path}: refused: the file asks for {error}, and only NumPy arrays and plain values are allowed. "
             "Nothing was run; do not trust this file."
         ) from None
     except Exception as error:  # a damaged pickle may raise anything
         raise ConfigurationError(
-            f"{path}: not a readable pickle ({type(error).__name__}: {error}); replace the file by a whole one."
+            f"{path}: not a readable pickle ({type(error).__name__}: {error}); replace the file."
         ) from error
 
 

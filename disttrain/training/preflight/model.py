@@ -54,7 +54,7 @@ def rehearse(job: Job) -> None:
         if weight and all(one.grad is None for one in job.model.parameters() if one.requires_grad):
             raise ConfigurationError(
                 f"{type(job.task).__name__}.loss returned a tensor that depends on no parameter of the model, so "
-                "nothing would be learned: compute it of what the model returns."
+                "nothing would be learned: compute it from what the model returns."
             )
 
 
@@ -144,8 +144,8 @@ def _why_one(job: Job, *, training: bool) -> str:
     recipe = job.recipe
     if not training:
         return (
-            f"So small is the last of the batches of train.eval_batch_size = {recipe.train.eval_batch_size} that the "
-            f"{len(job.data.test):,} test samples are evaluated in: choose another size. "
+            f"The last evaluation batch is that small: {len(job.data.test):,} test samples in batches of "
+            f"train.eval_batch_size = {recipe.train.eval_batch_size}; choose another size. "
         )
     others = batch_sizes_without_single_samples(*_sizes(job))
     such_as = f" such as {' or '.join(map(str, others))}" if others else " with a larger last batch"

@@ -42,7 +42,7 @@ def checked_loss(task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
         )
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ConfigurationError(
-            f"{name} returned a tensor without a gradient: compute it of what the model returns, without detach(), "
+            f"{name} returned a tensor without a gradient: compute it from what the model returns, without detach(), "
             ".item() or torch.no_grad()."
         )
     return loss
@@ -62,8 +62,8 @@ def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int, wanted
     names = checked_metrics(task, metrics)
     if not names:
         raise ConfigurationError(
-            f"{type(task).__name__}.metrics returned nothing: one metric at least has to say which checkpoint is best. "
-            "By default they are made of what score returns as tensors of shape ()."
+            f"{type(task).__name__}.metrics returned nothing: at least one metric has to decide which checkpoint is "
+            "best. By default metrics are made from what score returns as tensors of shape ()."
         )
     by_key: dict[str, str] = {}
     for name in names:
@@ -111,7 +111,7 @@ def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]]) ->
             f"{type(job.task).__name__}.loss returns a mean: it is {losses[0][0][0]:.4g} for two samples and "
             f"{losses[0][1][0]:.4g} for the same two twice over. It has to be the sum over the batch's items, which "
             'the trainer divides by the global weight: reduction="sum" in place of "mean", or the mean times how many '
-            "items (and a penalty that no item adds to belongs into optim.weight_decay)."
+            "items (and a penalty that no item adds to belongs in optim.weight_decay)."
         )
 
 

@@ -14,10 +14,10 @@ from disttrain_launch.messages import complain
 
 # What there is: the module, which is imported when the command is called for, and what `--help` says of it.
 _COMMANDS = {
-    "doctor": ("disttrain.commands.doctor", "Try what training needs here."),
-    "evaluate": ("disttrain.commands.evaluate", "Measure a run or a checkpoint on the held-out set."),
+    "doctor": ("disttrain.commands.doctor", "Check this machine for what training needs."),
+    "evaluate": ("disttrain.commands.evaluate", "Evaluate a run or a checkpoint on the test set."),
     "k8s": ("disttrain_launch.cli.k8s", "Train on a Kubernetes cluster."),
-    "node": ("disttrain_launch.cli.node", "Run one machine's part of a job on several."),
+    "node": ("disttrain_launch.cli.node", "Run this machine's part of a multi-machine job."),
     "predict": ("disttrain.commands.predict", "Predict from files with a run or a checkpoint."),
     "prove": ("disttrain_launch.cli.prove", "Prove that RECIPE gives the same bits, however it is disturbed."),
     "recipe": ("disttrain_launch.cli.recipe", "Inspect recipes."),
@@ -97,7 +97,7 @@ def _show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool)
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
 )
 def main() -> None:
-    """Distributed training on PyTorch that people can trust.
+    """Distributed training for PyTorch: the same bits anywhere, and nothing lost.
 
-    The first command to try is `disttrain train digits -n 2`.
+    Try `disttrain train digits -n 2` first.
     """

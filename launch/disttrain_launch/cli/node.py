@@ -51,9 +51,9 @@ def node(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Run this machine's part of training RECIPE on several machines; to be started on each.
+    """Run this machine's part of training RECIPE on several machines; start it on each.
 
-    Exits with the workers' own code. `disttrain train --nodes` comes to the same.
+    Exits with the workers' own code. `disttrain train --nodes` does the same.
     """
     run_node(
         recipe, num_workers, run_dir, overrides, NodeOptions(**options), max_restarts, dry_run=dry_run, trust=trust

@@ -30,13 +30,13 @@ def node_options(function: _Function) -> _Function:
     """`--nodes` and what belongs to it; passed as the fields of NodeOptions."""
     for option in reversed(
         (
-            click.option(
-                "--nodes", metavar="N|MIN:MAX", help="Machines that take part; from MIN to MAX, as many as join."
-            ),
+            click.option("--nodes", metavar="N|MIN:MAX", help="Number of machines, or the fewest and the most."),
             click.option(
                 "--rendezvous", metavar="HOST:PORT", help="Where the machines meet: the address of one of them."
             ),
-            click.option("--job-id", default="disttrain", show_default=True, help="The same on all machines of a job."),
+            click.option(
+                "--job-id", default="disttrain", show_default=True, help="A name that all machines of a job share."
+            ),
             click.option(
                 "--node-rank",
                 type=click.IntRange(min=0),

@@ -41,7 +41,7 @@ def _worker_counts(ctx: click.Context, parameter: click.Parameter, value: str | 
     callback=_worker_counts,
     help="Numbers of workers to start and to resume with. [default: 1,2,3,4; fast mode: 2]",
 )
-@click.option("--kills", type=click.IntRange(min=0), default=5, show_default=True, help="SIGKILLs for each run.")
+@click.option("--kills", type=click.IntRange(min=0), default=5, show_default=True, help="SIGKILLs per disturbed run.")
 @click.option(
     "--steps", type=click.IntRange(min=1), default=100, show_default=True, help="Train this many steps at most."
 )

@@ -22,7 +22,7 @@ _LOOK_EVERY_S = 0.2
 def stop(run: str, wait: bool, timeout: float) -> None:
     """Ask the job that trains in RUN to save a checkpoint and stop; it then ends with exit code 75.
 
-    Makes the file RUN/stop, which all workers obey at the same step, and which is gone once they have.
+    Creates the file RUN/stop. All workers stop at the same step, and the file is removed.
     """
     from disttrain.recipe import ConfigurationError, DisttrainError, UsageError, open_to_append
 

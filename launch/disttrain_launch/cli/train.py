@@ -44,7 +44,7 @@ _OF_A_KILLED_START = {layout.LOGS, layout.LOCK, being_written(Path(layout.RECIPE
     "--run-dir",
     callback=run_dir_callback,
     metavar="DIR|URL",
-    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give that of a run to resume it.",
+    help="Where the run lives: a folder or a URL (default: runs/RECIPE-TIME). Give an existing one to resume it.",
 )
 @overrides_option
 @trust_option

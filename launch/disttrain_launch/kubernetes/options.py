@@ -50,7 +50,7 @@ _OPTIONS = (
     click.option("--workers", type=click.IntRange(1, 64), help="Workers per node (default: one per GPU, else one)."),
     click.option("--cpu", help="Cores per node (default: 4 per GPU, else 2)."),
     click.option("--memory", help="Memory per node (default: 32Gi per GPU, else 4Gi)."),
-    click.option("--shm-size", help="Of /dev/shm, in memory (default: 2Gi per GPU, else 1Gi)."),
+    click.option("--shm-size", help="Size of /dev/shm, which is in memory (default: 2Gi per GPU, else 1Gi)."),
     click.option(
         "--rdma", multiple=True, metavar="RESOURCE=N", callback=_pairs, help="RDMA devices, as in rdma/hca=1."
     ),
@@ -66,11 +66,20 @@ _OPTIONS = (
     ),
     click.option("--storage-class", help="Class of the claim that is created (default: the cluster's)."),
     click.option("--queue", help="The Kueue LocalQueue that starts the job when there is room."),
-    click.option("--secret", "secrets", multiple=True, help="A Secret whose keys become variables: MLflow, S3, …"),
     click.option(
-        "--env", "environment", multiple=True, metavar=_PAIR, callback=_pairs, help="A variable for the pods."
+        "--secret", "secrets", multiple=True, help="A Secret whose keys become variables of the pods: MLflow, S3, …"
     ),
-    click.option("--node-selector", multiple=True, metavar="LABEL=VALUE", callback=_pairs, help="Machines to use."),
+    click.option(
+        "--env",
+        "environment",
+        multiple=True,
+        metavar=_PAIR,
+        callback=_pairs,
+        help="An environment variable for the pods.",
+    ),
+    click.option(
+        "--node-selector", multiple=True, metavar="LABEL=VALUE", callback=_pairs, help="Only machines with this label."
+    ),
     click.option(
         "--placement",
         type=click.Choice(["spread", "one-host", "any"]),
@@ -86,7 +95,7 @@ _OPTIONS = (
         type=click.IntRange(0, 1000),
         default=3,
         show_default=True,
-        help="Per node; disruptions are free.",
+        help="Restarts per node; disruptions do not count.",
     ),
     click.option(
         "--stop-grace",

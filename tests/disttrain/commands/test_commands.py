@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_found_and_nothing_is_changed(run: Path, tmp_pat
     assert "model.safetensors is not what was written" in verified.stdout
     evaluated = disttrain("evaluate", copy)
     assert evaluated.returncode == 0
-    assert "The checkpoint before it is used" in evaluated.stderr
+    assert "The previous checkpoint is used" in evaluated.stderr
     assert newest(copy).is_dir()
 
 
@@ -154,7 +154,7 @@ def test_damage_is_named_where_no_other_checkpoint_is_left(run: Path, tmp_path: 
     going_on = disttrain("train", "--run-dir", copy, "-o", "train.max_steps=2")
     assert going_on.returncode == 0
     assert going_on.stderr.count("the previous checkpoint is used") == going_on.stderr.count("\n") - 1
-    assert going_on.stderr.endswith("no other is left, so training starts over.\n")
+    assert going_on.stderr.endswith("there is no other, so training starts over.\n")
 
 
 def test_the_weights_load_in_plain_pytorch(run: Path) -> None:

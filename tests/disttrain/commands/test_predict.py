@@ -69,7 +69,7 @@ def test_what_a_task_answers_and_what_it_does_wrong(
         answer(two, tmp_path / "nothing.json")
     for mistake, error, words in (
         ("read", TaskError, r"^Answering\.read: KeyError: 'features' \(.*test_predict\.py:\d+\)$"),
-        ("tuple", ConfigurationError, r"^Answering\.read returned a tuple: it has to be a list"),
+        ("tuple", ConfigurationError, r"^Answering\.read returned a tuple: it has to return a list"),
         ("too few", ConfigurationError, r"^Answering\.predict returned 1 answers for 2 samples"),
     ):
         monkeypatch.setattr(Answering, "mistake", mistake)

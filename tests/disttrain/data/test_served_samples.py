@@ -198,7 +198,7 @@ def test_predict_of_other_than_pictures(
     del checkpoint.state["data"]["dtype"]
     monkeypatch.setattr("disttrain.commands.locate.find_checkpoint", lambda _, raw: checkpoint)
     predict.command.main([str(tmp_path / "old"), str(file)], standalone_mode=False)
-    assert "did not note whether the data set gave bytes or floats" in capsys.readouterr().err
+    assert "did not record whether the data set gave bytes or floats" in capsys.readouterr().err
 
 
 def test_a_model_without_a_length_to_speak_of_is_still_the_model(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_synthetic_is_fixed_of_the_size_asked_for_and_learnable(load: Load) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 3}, "data.options.size: no such option of 'synthetic'; there are num_train, num_test"),
+        ({"size": 3}, "data.options.size: 'synthetic' has no such option; it has num_train, num_test"),
         ({"num_train": 0}, "data.options.num_train: 0 is not a whole number of 1 or more"),
         ({"channels": 1.5}, "data.options.channels: 1.5 is not a whole number"),
     ],
@@ -232,7 +232,10 @@ def test_a_test_set_takes_its_names_from_the_training_set() -> None:
         ((BYTES[:0], LABELS[:0]), "the data set is empty"),
         ("a folder", "a str is not a data set"),
         ({"images": BYTES}, "a dict is not a data set"),
-        (DataLoader([(BYTES[0], 0)]), "a DataLoader makes batches, which are made here, of data.batch_size samples"),
+        (
+            DataLoader([(BYTES[0], 0)]),
+            "a DataLoader makes batches, but disttrain makes its own, of data.batch_size samples",
+        ),
         (list, "list makes a data set, but is not one; call it"),
         ([(BYTES[0], 0.5)], "sample 0 of the data set is not a pair .*the label 0.5 is not a whole number"),
         ([(BYTES[0], "0")], "sample 0 of the data set is not a pair .*the label '0' is not a whole number"),

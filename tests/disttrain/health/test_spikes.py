@@ -73,7 +73,7 @@ def test_the_run_goes_back_and_on_without_the_batch(guarded: Path, tmp_path: Pat
     assert json.loads((guarded / "spikes.json").read_text()) == {"skipped_steps": [POISONED]}
     log = (guarded / "logs/worker-0.log").read_text()
     assert f"the loss of step {POISONED + 1} is " in log
-    assert "back to the newest checkpoint, then on without that step" in log
+    assert "returning to the newest checkpoint, and continuing without that step" in log
     told = tmp_path / "told"
     attempt(told, 1, injuries=(faults.terminate(0, step=2),))
     write_skipped(told, frozenset({POISONED}))
@@ -140,7 +140,7 @@ def test_too_many_spikes_end_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for ended in attempt(run_dir, 2, "train.spike_limit=1", poisoned=(POISONED, POISONED + 3)):
         assert isinstance(ended.error, DivergedError), ended.text
-        assert "1 steps are left out already (train.spike_limit)" in str(ended.error)
+        assert "1 steps have been left out already (train.spike_limit)" in str(ended.error)
     assert read_skipped(run_dir) == {POISONED}
 
 

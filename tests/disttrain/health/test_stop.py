@@ -117,7 +117,7 @@ def test_a_stop_file_from_before_the_start_stops_nothing(tmp_path: Path) -> None
     words_of_all(attempt(run_dir, 1, faults.terminate(0, step=2)))
     (run_dir / "stop").touch()
     assert [of_rank.state for of_rank in attempt(run_dir, 1)] == ["returned"]
-    assert "was left from before this start, and is removed" in (run_dir / "logs/worker-0.log").read_text()
+    assert "was left over from an earlier start and is removed" in (run_dir / "logs/worker-0.log").read_text()
 
 
 def stop(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -68,7 +68,7 @@ def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, stopped: int) -> 
         f"no worker has made progress for {HANG_TIMEOUT_S:g} s (train.hang_timeout_s): rank {stopped} "
     )
     assert f"on {socket.gethostname()} (process " in said
-    assert "has not been heard of for" in said
+    assert "has not been heard from for" in said
     assert f"Rank {1 - stopped} waits for it at step 5, computing the next step (" in said
     assert of_rank[stopped] == ""
 
@@ -77,7 +77,7 @@ def test_a_rank_that_sleeps_in_python_is_named_with_the_line_it_is_in(tmp_path: 
     of_rank = verdicts(tmp_path / "run", 3, faults.slow(1, 600, step=4))
     for said in filter(None, of_rank):
         assert "rank 1 on " in said
-        assert "stands still at step 4, computing the next step (" in said
+        assert "is stuck at step 4, computing the next step (" in said
         assert "faultpoints.py:" in said
         assert said.endswith("the other ranks wait for it. The stacks of all are in the run's logs/worker-RANK.log.")
     assert any(of_rank)
@@ -138,7 +138,7 @@ def test_a_rank_that_holds_the_interpreter_in_c_is_named(tmp_path: Path, monkeyp
     threading.Thread(target=stick, daemon=True).start()
     said, _ = verdicts(tmp_path / "run", 2, model=HoldsTheInterpreter())
     assert "rank 1 on " in said
-    assert "has not been heard of for" in said
+    assert "has not been heard from for" in said
     assert "stuck in C code" in said
 
 
@@ -173,4 +173,4 @@ def test_a_machine_that_is_cut_off_is_named(tmp_path: Path) -> None:
     said = (run_dir / "logs/worker-0.log").read_text()
     assert "no worker has made progress" in said
     assert "rank 1 on host-1 (process " in said
-    assert "has not been heard of for" in said
+    assert "has not been heard from for" in said

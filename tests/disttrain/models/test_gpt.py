@@ -105,7 +105,7 @@ def test_dropout_draws_in_training_alone(tokens: torch.Tensor) -> None:
         ({"dim": 6}, "heads of an even size each"),
         ({"num_layers": 0}, "num_layers: 0 is not a whole number of 1 or more"),
         ({"num_heads": True}, "num_heads: True is not a whole number"),
-        ({"dropout": 1}, "dropout: 1 is not a number from 0"),
+        ({"dropout": 1}, "dropout: 1 is not a number of at least 0"),
         ({"positions": "alibi"}, '\'alibi\' is neither "rotary" nor "learned"'),
     ],
 )

@@ -26,7 +26,7 @@ def test_layers_follow_from_the_widths() -> None:
     ("options", "message"),
     [
         ({"activation": "rlu"}, r"model\.options\.activation: 'rlu' is not one of relu, gelu"),
-        ({"dropout": 1.0}, r"model\.options\.dropout: 1\.0 is not a share"),
+        ({"dropout": 1.0}, r"model\.options\.dropout: 1\.0 is not a number of at least 0"),
         ({"widths": 64}, r"model\.options\.widths: 64 is not a list of whole numbers"),
         ({"widths": [64, 0]}, r"model\.options\.widths: \[64, 0\] is not a list"),
     ],

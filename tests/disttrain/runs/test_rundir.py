@@ -57,7 +57,7 @@ def test_a_request_to_stop_a_run_that_never_began_is_no_obstacle(
     result = disttrain.train(recipe, run_dir=tmp_path, model=network(), train_set=samples(70), test_set=samples(31, 1))
     assert result.step == 1
     assert not (tmp_path / "stop").exists()
-    assert f"{tmp_path}/stop was left from before this start, and is removed" in capsys.readouterr().out
+    assert f"{tmp_path}/stop was left over from an earlier start and is removed" in capsys.readouterr().out
 
 
 class Wanderer(torch.nn.Sequential):

@@ -336,7 +336,7 @@ class Numbers(IterableDataset[int]):
 
 def test_sets_that_cannot_be_numbered_are_refused(tmp_path: Path) -> None:
     one = case("regression")
-    assert "a Numbers is an iterable data set, whose samples have no number" in refusal(
+    assert "a Numbers is an iterable data set, whose samples have no index" in refusal(
         tmp_path, Case(one.task, one.model, Numbers(), one.test_set)
     )
     assert "the training set is empty" in refusal(tmp_path, Case(one.task, one.model, [], one.test_set))

@@ -158,8 +158,8 @@ def test_mixtures_follow_from_the_sample_and_leave_augmentation_as_it_was() -> N
         ("single", {"class_weights": [1.0]}, "task.options.class_weights: [1.0] is neither \"balanced\" nor"),
         ("single", {"class_weights": 3}, "task.options.class_weights: 3 is neither \"balanced\" nor a list"),
         ("single", {"class_weights": "even"}, "task.options.class_weights: 'even' is neither \"balanced\" nor a list"),
-        ("single", {"multi_label": True}, "task.options.multi_label: labels are (70,), and to be (images, 7), 1 for"),
-        ("soft", {"multi_label": True}, "task.options.multi_label: the labels are to be 0 or 1, and some are neither."),
+        ("single", {"multi_label": True}, "task.options.multi_label: labels are (70,), and should be (images, 7), 1"),
+        ("soft", {"multi_label": True}, "task.options.multi_label: labels have to be 0 or 1, and some are neither."),
         ("multi", {}, "label 0 adds up to "),
     ],
 )  # fmt: skip

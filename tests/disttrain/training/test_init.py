@@ -119,7 +119,7 @@ def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("source", "classes", "message"),
     [
-        ("old.pt", 3, "model.init: .*old.pt is a pickle, and reading one may run any code: save the weights"),
+        ("old.pt", 3, "model.init: .*old.pt is a pickle, and loading one can run arbitrary code: save the weights"),
         ("pipe.safetensors", 3, "pipe.safetensors cannot be read as safetensors: .*it is a named pipe, not a file"),
         ("nothing", 3, "model.init: .*nothing does not exist; give a run, a checkpoint, or a safetensors file"),
         (".", 3, "of safetensors files it has several: extra.safetensors, other.safetensors, "),

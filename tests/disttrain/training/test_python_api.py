@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_one_line_and_few_frames(tmp_path: Path, objects: d
 def test_a_process_group_of_the_program_is_left_alone(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ConfigurationError, match="this process has a process group already"):
+        with pytest.raises(ConfigurationError, match="this process already has a process group"):
             train(tmp_path)
         dist.barrier()
     finally:

@@ -279,9 +279,7 @@ def test_a_part_of_a_single_sample_is_refused_before_training_with_sizes_that_do
     )
     assert "a smaller train.accumulate." in refusal(tmp_path, normalising(), "train.accumulate=12")
     assert "(1, 3), a score" in refusal(tmp_path, Squeezes(), num=37)
-    assert "of train.eval_batch_size = 3 that the 7 test samples are evaluated in" in refusal(
-        tmp_path, Squeezes(), num_test=7
-    )
+    assert "7 test samples in batches of train.eval_batch_size = 3" in refusal(tmp_path, Squeezes(), num_test=7)
     train(tmp_path / "alone", normalising(), num=39)  # the last batch has 3
 
     def shared() -> None:

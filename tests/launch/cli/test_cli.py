@@ -46,8 +46,8 @@ def run(*arguments: str) -> Result:
     ("arguments", "words"),
     [
         (["train"], "Missing argument 'RECIPE'. Give one of cifar10-net, "),
-        (["train", "digits", "-n", "0"], "0 workers cannot work; give 1 or more."),
-        (["train", "digits", "-n", "-3"], "-3 workers cannot work; give 1 or more."),
+        (["train", "digits", "-n", "0"], "0 workers cannot train; give 1 or more."),
+        (["train", "digits", "-n", "-3"], "-3 workers cannot train; give 1 or more."),
         (["train", "digits", "-n", "1000000"], "1000000 workers are too many for"),
         (
             ["train", "digits", "-n", "banana"],
@@ -190,7 +190,7 @@ def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disttrain.commands.options.count_gpus", lambda: 0)
     result = run("train", "digits", "-n", "gpu")
     assert result.exit_code == 2
-    assert "this machine shows no NVIDIA GPU; give a number of workers." in result.stderr
+    assert "no NVIDIA GPU is visible on this machine; give a number of workers." in result.stderr
 
 
 def test_one_worker_per_gpu_may_use_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

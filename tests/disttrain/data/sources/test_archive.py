@@ -73,7 +73,7 @@ def test_files_get_the_users_own_permissions(tmp_path: Path) -> None:
 def test_damaged_archives(tmp_path: Path, injury: Callable[[bytes], bytes]) -> None:
     path = archive(tmp_path / "a.tar.gz", ("a", tarfile.REGTYPE, "fine" * 999))
     path.write_bytes(injury(path.read_bytes()))
-    with pytest.raises(ConfigurationError, match=r"a\.tar\.gz: not a whole archive"):
+    with pytest.raises(ConfigurationError, match=r"a\.tar\.gz: not a complete archive"):
         unpack(path, tmp_path / "folder")
 
 

@@ -214,7 +214,7 @@ def test_without_pyarrow_the_message_says_what_to_install(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "train.csv: the file is empty; its first line is to name the columns."),
+        ("", "train.csv: the file is empty; its first line should name the columns."),
         ("x,income\n", "train.csv: the table has no rows."),
         ("x,income\n1,2\n\n3\n", "train.csv, line 4: 1 values, and the first line names 2 columns."),
         ("x,income\n1,2\n1,2,3\n", "train.csv, line 3: 3 values, and the first line names 2 columns."),
@@ -222,9 +222,9 @@ def test_without_pyarrow_the_message_says_what_to_install(tmp_path: Path, monkey
         ("x;income\n1,5;2\n", "train.csv, line 2: 2 values, and the first line names 1 columns."),
         ('x,income\n"1,2\n', "train.csv, line 2: not valid CSV: unexpected end of data."),
         (b"x,income\n\xfc,2\n", "train.csv, line 2: not utf-8 (invalid start byte). Save the file as UTF-8, or name"),
-        ("x,x,income\n1,2,3\n", "train.csv: 2 columns are named 'x'; give each a name of its own."),
+        ("x,x,income\n1,2,3\n", "train.csv: 2 columns are named 'x'; give each a different name."),
         (",x,income\n1,2,3\n", "train.csv: column 1 has no name in the first line; name it, or leave it out (pandas:"),
-        ("5.1,3.5\n4.9,3.0\n", "train.csv: the first line holds numbers (5.1, 3.5); it is to name the columns."),
+        ("5.1,3.5\n4.9,3.0\n", "train.csv: the first line holds numbers (5.1, 3.5); it should name the columns."),
         ("x,incme\n1,2\n", "data.options.target: train.csv has no column 'income'; did you mean incme?"),
         ("income\n1\n", "train.csv: there is no column besides 'income' to predict it from."),
         ("x,income\n1,2\n1,3\n?,x\n", "train.csv, line 4: the target 'income' is 'x', not a finite number. Correct or"),

@@ -168,7 +168,7 @@ def test_the_digest_shows_another_text(tmp_path: Path) -> None:
         ),
         ({"a.txt": ""}, {}, "all 1 files in .* are empty"),
         ({"a.pdf": "x"}, {}, r"matches \*.txt or \*.md or \*.rst; set data.options.files"),
-        ({"a.txt": "x"}, {}, "0.1 of 1 characters in 1 documents leaves nothing"),
+        ({"a.txt": "x"}, {}, "0.1 of 1 characters in 1 documents leaves one of the parts empty"),
         ({"a.txt": "x"}, {"test_files": "b*"}, "matches none of the 1 files"),
         ({"a.txt": "x"}, {"test_files": ["*"]}, "matches all of the 1 files"),
         ({"a.txt": "x"}, {"contextlength": 3}, "no such option of 'text'; did you mean context_length?"),

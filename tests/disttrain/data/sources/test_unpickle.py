@@ -109,7 +109,7 @@ def test_the_message_names_the_file_and_what_it_asked_for(tmp_path: Path) -> Non
         read_pickle(path)
     assert str(caught.value) == (
         f"{path}: refused: the file asks for {os.system.__module__}.system, and only NumPy arrays and plain values "
-        "are let in. Nothing was run; do not trust this file."
+        "are allowed. Nothing was run; do not trust this file."
     )
 
 
