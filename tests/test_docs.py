@@ -32,7 +32,7 @@ def test_the_program_of_the_python_page_trains(tmp_path: Path) -> None:
     program = blocks((DOCS / "python.md").read_text(encoding="utf-8"), "python")[0]
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr
-    assert "Sequential (650 parameters) on the sets given (1,400 training, 397 test samples)" in done.stdout
+    assert "digits: Sequential (650 parameters) on 1,400 training and 397 test samples" in done.stdout
     accuracy, run_dir = done.stdout.splitlines()[-1].split()
     assert (float(accuracy) > 0.5, run_dir) == (True, str(tmp_path / "runs/mine"))
 

@@ -73,7 +73,7 @@ def as_recipe(recipe: Any, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe if not overrides else parse_recipe(recipe.model_dump(mode="json"), overrides)
     if isinstance(recipe, Mapping):
-        return parse_recipe({"name": "recipe", **recipe}, overrides)
+        return parse_recipe(recipe, overrides)
     if isinstance(recipe, str | os.PathLike):
         return load_recipe(os.fspath(recipe), overrides)
     kind = type(recipe).__name__

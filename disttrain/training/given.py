@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
+from disttrain.recipe import Recipe
 from disttrain.task import Task
 from disttrain.training.hooks import Hook
 
@@ -25,3 +27,23 @@ class Given:
     def names(self) -> frozenset[str]:
         """Which were given."""
         return frozenset(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    @property
+    def data_name(self) -> str:
+        """What the class of the training set is called, without torch's wrappers; empty if that says nothing."""
+        found = self.train_set
+        while type(found).__module__.startswith("torch.utils.data") and hasattr(found, "dataset"):
+            found = found.dataset
+        kind = type(found)
+        is_telling = kind.__module__.partition(".")[0] not in ("builtins", "torch", "numpy", "disttrain")
+        return kind.__name__ if is_telling else ""
+
+    def run_name(self, recipe: Recipe) -> str:
+        """What runs are called of a recipe without a name: after the model and the data set, given or named."""
+        model, data = recipe.model.name, recipe.data.dataset
+        if self.model is not None:
+            model = getattr(self.model, "__name__", type(self.model).__name__)  # a class or a function has one
+        if self.train_set is not None:
+            data = self.data_name
+        words = (re.sub(r"[^\w.]+", "-", name.rpartition(":")[2]).strip("-").lower() for name in (model, data))
+        return "-".join(word for word in words if word)

@@ -86,6 +86,7 @@ class Job:
     step: int = 0
     metrics: dict[str, float] | None = None
     progress: Progress = field(default_factory=Progress)
+    data_name: str = ""  # empty for sets that have none
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
     init: dict[str, str] | None = None  # the weights it started from, and their SHA-256
     ema: WeightAverage | None = None
@@ -100,9 +101,11 @@ class Job:
         return type(self.model).__name__ if "model" in self.given else self.recipe.model.name
 
     @property
-    def data_name(self) -> str:
-        """What the data set is called."""
-        return "the sets given" if "train_set" in self.given else self.recipe.data.dataset
+    def data_words(self) -> str:
+        """What the data set is called, and how large it is."""
+        name = self.data_name
+        num_train, num_test = f"{len(self.data.train):,} training", f"{len(self.data.test):,} test samples"
+        return f"{name} ({num_train}, {num_test})" if name else f"{num_train} and {num_test}"
 
     @property
     def model(self) -> nn.Module:
@@ -283,6 +286,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         eval_loader=eval_loader(data.test, task, recipe, world),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
+        data_name=given.data_name if given.train_set is not None else recipe.data.dataset,
         given=given.names(),
         ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
         hooks=build_hooks(recipe.train.hooks, given.hooks or ()),

@@ -115,6 +115,8 @@ def _run(
                     print(f"disttrain: {line}", file=sys.stderr)
             if is_own and run_dir is not None and not trust:
                 ask_before_resuming(settled, run_dir, overrides)
+            if not settled.name:
+                settled = settled.model_copy(update={"name": given.run_name(settled)})
             look_for_code(settled)
             return _train(settled, run_dir, given, is_whole_process=is_whole_process)
     except UserCodeError as error:

@@ -173,14 +173,11 @@ def _session_in(
 
 
 def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> None:
-    world, data = job.world, job.data
+    world = job.world
     num_parameters = sum(parameter.numel() for parameter in job.model.parameters())
     num_frozen = sum(parameter.numel() for parameter in job.model.parameters() if not parameter.requires_grad)
     frozen = f", {num_frozen:,} frozen" if num_frozen else ""
-    console.line(
-        f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_name} "
-        f"({len(data.train):,} training, {len(data.test):,} test samples)"
-    )
+    console.line(f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_words}")
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
     if world.remark:
         console.line(world.remark)
