@@ -61,6 +61,12 @@ class TrainRecipe(Section):
         default=[], description="your own code at agreed points, subclasses of disttrain.Hook: package.module:Class"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+        default="default", description="torch.compile's mode: how long to look for faster kernels"
+    )
+    compile_any_shape: bool = Field(
+        default=False, description="compile once for batches of any shape, not for each: for texts of many lengths"
+    )
     threads: WholeNumber = Field(
         default=0, description="CPU threads per worker (0: OMP_NUM_THREADS, or the usable cores shared out)"
     )

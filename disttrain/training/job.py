@@ -38,6 +38,7 @@ from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import Recipe
 from disttrain.task import Task, has_own, named
+from disttrain.training.compiled import compile_model
 from disttrain.training.early_stopping import EarlyStopping, best_metric
 from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given
@@ -235,7 +236,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     freeze(model, recipe.model.freeze)
     model = model.to(world.device)
     if recipe.train.compile:
-        model.compile()
+        compile_model(model, recipe.train, world.device)
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
     hold_statistics(strategy.model, recipe.model.freeze)
     steps_per_epoch = train_sampler.steps_per_epoch
