@@ -126,7 +126,7 @@ def test_each_absurd_value_in_each_place(place: Path) -> None:
             ["evaluate", value],
             ["predict", value, "empty"],
             ["predict", "run", value],
-            ["runs", "list", "--runs-dir", value],
+            ["runs", "list", value],
             ["runs", "verify", value],
             ["sync", value],
             ["sync", "run", "--uri", value],

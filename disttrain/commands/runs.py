@@ -13,6 +13,7 @@ import click
 from disttrain.commands.arguments import RUN
 from disttrain.commands.options import json_option
 from disttrain.errors import brief, in_digits, printable
+from disttrain.layout import LOGS, RECIPE
 from disttrain.worker import leave, worker
 
 
@@ -22,10 +23,12 @@ def command() -> None:
 
 
 @command.command(name="list")
-@click.option("--runs-dir", default="runs", show_default=True, help="The folder of runs, or a URL.")
+@click.argument("folder", metavar="[DIR|URL]", required=False)
+@click.option("--runs-dir", default="runs", hidden=True)  # its name before there was an argument
 @json_option
-def list_runs(runs_dir: str, as_json: bool) -> None:
-    """List the runs, newest last."""
+def list_runs(folder: str | None, runs_dir: str, as_json: bool) -> None:
+    """List the runs in a folder or behind a URL (by default in ./runs), newest last."""
+    runs_dir = folder if folder is not None else runs_dir
     summaries = [_summary_or_reason(run) for run in _runs_in(os.path.expanduser(runs_dir))]
     if as_json:
         print(json.dumps({"runs": summaries}))
@@ -51,12 +54,21 @@ def _runs_in(runs_dir: str) -> list[str]:
     folder = Path(runs_dir)
     if not os.path.isdir(folder):  # False also for names that no folder can have
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise UsageError(f"--runs-dir: {folder} {what}; give the folder that holds the runs.")
+        raise UsageError(f"{folder} {what}; give the folder that holds the runs.")
+    if os.path.isfile(folder / RECIPE):
+        return [str(folder)]  # it is a run itself
     try:
-        runs = [path for path in folder.iterdir() if is_run(path) or not _is_readable(path)]
+        runs = [path for path in folder.iterdir() if is_run(path) or _has_not_begun(path) or not _is_readable(path)]
     except OSError as error:
-        raise UsageError(f"--runs-dir: {folder} cannot be read: {error.strerror}.") from None
+        raise UsageError(f"{folder} cannot be read: {error.strerror}.") from None
     return [str(path) for path in sorted(runs, key=_last_change)]
+
+
+def _has_not_begun(path: Path) -> bool:
+    """True for a folder in which workers were started, and ended before there was a run."""
+    from disttrain.runs.rundir import is_run
+
+    return os.path.isdir(path / LOGS) and not is_run(path)
 
 
 def _is_readable(path: Path) -> bool:
@@ -76,6 +88,9 @@ def _summary_or_reason(run: str) -> dict[str, Any]:
     try:
         if not _is_readable(Path(run)):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if _has_not_begun(Path(run)):
+            words = f"it is starting, or was refused or killed before its first step: see {Path(run) / LOGS}"
+            return {"name": Path(run).name, "state": "not begun", "error": words}
         return _summary(run)
     except Exception as error:  # whatever a damaged file brings about
         reason = (error.strerror if isinstance(error, OSError) else None) or brief(error) or type(error).__name__

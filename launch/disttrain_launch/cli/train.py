@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from disttrain.commands.options import (
     overrides_option,
     trust_option,
 )
+from disttrain.errors import ExitCode
 from disttrain.files import being_written
 from disttrain_launch.cli.node import run_node
 from disttrain_launch.cli.node_options import NodeOptions, node_options
@@ -77,6 +80,7 @@ def train(
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
     mention_old_names(recipe, run_dir, overrides)
     refuse_more_workers_than_slices(checked, num_workers, f"-n {num_workers}")
+    is_named = run_dir is not None
     if dry_run:
         run_dir = run_dir or str(Path("runs", _new_name(checked)).absolute())
         folder = _working_folder(run_dir)
@@ -96,7 +100,19 @@ def train(
         click.echo(group.described())
         return
     say(f"starting {num_workers} worker{'s' if num_workers > 1 else ''}…")
-    run_workers(group, Restarts(max_restarts, folder))
+    try:
+        run_workers(group, Restarts(max_restarts, folder))
+    except SystemExit as ending:
+        if not is_named and ExitCode.explains(int(ending.code or 0)):
+            _remove_unused(folder)
+        raise
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder made for a run that was refused before it began, and has said why."""
+    with suppress(OSError):
+        if {entry.name for entry in folder.iterdir()} <= _OF_A_KILLED_START:
+            shutil.rmtree(folder)
 
 
 def _opened_run_dir(run_dir: str | None, recipe: Recipe) -> tuple[str, Path]:

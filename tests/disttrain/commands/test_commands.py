@@ -111,7 +111,7 @@ def test_predict_names_what_is_in_a_picture(run: Path, tmp_path: Path) -> None:
 
 
 def test_runs_are_listed_shown_verified_and_hashed(run: Path) -> None:
-    listed = disttrain("runs", "list", "--runs-dir", run.parent)
+    listed = disttrain("runs", "list", run.parent)
     assert "digits" in listed.stdout
     assert "finished" in listed.stdout
     shown = json.loads(disttrain("runs", "show", run, "--json").stdout)
@@ -192,6 +192,19 @@ def test_bad_input_gets_one_clear_message(run: Path, tmp_path: Path, arguments: 
     assert done.stdout == ""
 
 
+def test_what_was_refused_before_it_began_is_listed_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net-1" / "logs").mkdir(parents=True)
+    (tmp_path / "holiday").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for words in (["list", "."], ["list", "--runs-dir", "."]):
+        runs.command(words, standalone_mode=False)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("net-1  not begun  it is starting, or was refused or killed before its first step: see")
+        assert line.endswith("net-1/logs")
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "code", "message"),
     [
@@ -199,7 +212,7 @@ def test_bad_input_gets_one_clear_message(run: Path, tmp_path: Path, arguments: 
         (evaluate.command, ["EMPTY"], 2, "has no good checkpoint yet"),
         (evaluate.command, ["RUN", "-o", "train.device=cuda"], 78, "train.device = 'cuda': PyTorch sees no GPU here"),
         (predict.command, ["RUN", "TEXT"], 78, "cannot be read as a picture"),
-        (runs.command, ["list", "--runs-dir", "TEXT"], 2, "is not a folder"),
+        (runs.command, ["list", "TEXT"], 2, "is not a folder"),
         (runs.command, ["list", "--runs-dir", "nowhere"], 2, "nowhere does not exist; give the folder that holds"),
         (runs.command, ["hash", "."], 2, "neither a run directory"),
         (runs.command, ["verify", "."], 2, "not a run directory"),

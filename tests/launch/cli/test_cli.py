@@ -131,6 +131,21 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert os.listdir("holiday") == ["photo.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("code", "words", "left"),
+    [(78, [], []), (1, [], ["logs"]), (78, ["--run-dir", "runs/mine"], ["logs"])],
+)
+def test_a_start_that_is_refused_leaves_no_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, code: int, words: list[str], left: list[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(local, "run_workers", refused)
+    assert run("train", "digits", *words).exit_code == code
+    assert [entry.name for folder in Path("runs").iterdir() for entry in folder.iterdir()] == left
+
+
 def test_logs_are_not_written_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
