@@ -18,6 +18,7 @@ from disttrain.recipe import Recipe
 
 _debugging: Any = torch.utils.deterministic
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_NCCL_NVLS = "NCCL_NVLS_ENABLE"
 # What chooses among kernels, or among orders of summation; threads are a fact of their own.
 _VARIABLE = re.compile(
     r"(?!.*(_NUM_THREADS|VERBOSE|CACHE_CAPACITY)$)"
@@ -46,13 +47,29 @@ def float32_by_default() -> Iterator[None]:
 
 
 @contextmanager
+def sums_in_fixed_order(recipe: Recipe) -> Iterator[None]:
+    """With `train.deterministic`, have NCCL sum in an order that it fixes. To be entered before the group is joined.
+
+    NVLink's switches (NVLS) sum in the order in which numbers arrive. The user's own setting wins.
+    """
+    if not recipe.train.deterministic or _NCCL_NVLS in os.environ:
+        yield
+        return
+    os.environ[_NCCL_NVLS] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_NCCL_NVLS, None)
+
+
+@contextmanager
 def exact_conditions(recipe: Recipe) -> Iterator[None]:
     """In exact mode: `train.threads` threads (0: one), and deterministic kernels only; all as before afterwards.
 
-    In fast mode it changes nothing. To be entered before the first kernel runs on a GPU: cuBLAS reads its workspace's
-    size once.
+    In fast mode it changes nothing, or with `train.deterministic` all but the threads. To be entered before the
+    first kernel runs on a GPU: cuBLAS reads its workspace's size once.
     """
-    if not recipe.parallel.exact:
+    if not (recipe.parallel.exact or recipe.train.deterministic):
         yield
         return
     threads, workspace = torch.get_num_threads(), os.environ.get(_CUBLAS_WORKSPACE)
@@ -61,7 +78,8 @@ def exact_conditions(recipe: Recipe) -> Iterator[None]:
     _read_by_cublas_before()
     filled, benchmarked = _debugging.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     # The machine's cores shared out among its workers would be another number at another world size.
-    torch.set_num_threads(recipe.train.threads or 1)
+    if recipe.parallel.exact:
+        torch.set_num_threads(recipe.train.threads or 1)
     torch.use_deterministic_algorithms(True)
     _debugging.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
     torch.backends.cudnn.benchmark = False  # it would choose kernels by how fast they happen to be

@@ -67,6 +67,9 @@ class TrainRecipe(Section):
     compile_any_shape: bool = Field(
         default=False, description="compile once for batches of any shape, not for each: for texts of many lengths"
     )
+    deterministic: bool = Field(
+        default=False, description="kernels and sums of fixed order only, for the same bits on GPUs each time; slower"
+    )
     threads: WholeNumber = Field(
         default=0, description="CPU threads per worker (0: OMP_NUM_THREADS, or the usable cores shared out)"
     )

@@ -46,7 +46,7 @@ _MAY_CHANGE = {
     "data.root", "data.verify", "data.download", "data.layout", "data.workers",
     "train.epochs", "train.max_steps", "train.device", "train.threads", "train.log_every_steps",
     "train.eval_every_epochs", "train.eval_batch_size", "train.hang_timeout_s", "train.compile",
-    "train.compile_mode", "train.compile_any_shape",
+    "train.deterministic", "train.compile_mode", "train.compile_any_shape",
     "train.patience", "train.min_delta",
     "train.non_finite", "train.non_finite_limit",  # or a run that ended because of them could never be resumed
     "parallel.strategy", "parallel.find_unused_parameters",

@@ -20,7 +20,7 @@ from disttrain.faultpoints import reached
 from disttrain.health.nonfinite import Verdict, marked
 from disttrain.health.spikes import RolledBack
 from disttrain.health.stop import stop_requests
-from disttrain.parallel.conditions import exact_conditions, float32_by_default
+from disttrain.parallel.conditions import exact_conditions, float32_by_default, sums_in_fixed_order
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for, old_names_in
 from disttrain.recipe.reference import look_for_code
 from disttrain.task import Task, named_at
@@ -132,6 +132,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
     in_time = settings.hang_timeout_s
     with (
         stop_requests() as stop,
+        sums_in_fixed_order(recipe),
         join_world(settings.device, settings.threads, in_time, is_whole_process=is_whole_process) as world,
         exact_conditions(recipe),
     ):

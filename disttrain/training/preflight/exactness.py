@@ -170,7 +170,7 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
-def named_operators(device: torch.device) -> Iterator[None]:
+def named_operators(device: torch.device, instead: str = _OR_FAST) -> Iterator[None]:
     """Turn torch's error about an operator without a deterministic kernel into a ConfigurationError."""
     try:
         yield
@@ -179,6 +179,5 @@ def named_operators(device: torch.device) -> Iterator[None]:
         if found is None:
             raise
         raise ConfigurationError(
-            f"the operator {found[1]} has no deterministic kernel on {device.type}: replace it in the model, "
-            f"{_OR_FAST}."
+            f"the operator {found[1]} has no deterministic kernel on {device.type}: replace it in the model, {instead}."
         ) from error

@@ -9,9 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from disttrain.errors import ConfigurationError
 from disttrain.parallel import conditions
-from disttrain.parallel.conditions import differences, environment_fingerprint, exact_conditions, unlike_the_first
+from disttrain.parallel.conditions import (
+    differences,
+    environment_fingerprint,
+    exact_conditions,
+    sums_in_fixed_order,
+    unlike_the_first,
+)
 from disttrain.recipe import load_recipe
 from tests.disttrain.parallel.exact_runs import train
 
@@ -29,6 +37,37 @@ def test_the_conditions_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) ->
     assert environment_fingerprint(torch.device("cpu")) == before
     assert torch.get_num_threads() == threads
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_fast_mode_can_be_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    threads = torch.get_num_threads()
+    recipe = load_recipe("digits", ["train.deterministic=true"])
+    with sums_in_fixed_order(recipe), exact_conditions(recipe):
+        inside = environment_fingerprint(torch.device("cpu"))
+        assert (inside["deterministic"], inside["threads"]) == (True, threads), "of threads only the number matters"
+        assert os.environ["NCCL_NVLS_ENABLE"] == "0"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "NCCL_NVLS_ENABLE" not in os.environ
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    with sums_in_fixed_order(recipe):
+        assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+    plain = ("parallel.exact=false", "train.deterministic=true", "train.max_steps=1")
+    with pytest.raises(ConfigurationError, match=r"has no deterministic kernel on cpu: .* train.deterministic = false"):
+        train(tmp_path, *plain, model=Unpools())
+
+
+class Unpools(nn.Module):
+    """What has no deterministic kernel even on CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled, places = nn.functional.max_pool2d(images, 2, return_indices=True)
+        scores: torch.Tensor = self.linear(nn.functional.max_unpool2d(pooled, places, 2).flatten(1))
+        return scores
 
 
 def test_differences_in_what_the_bits_rest_on_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
