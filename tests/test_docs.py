@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 import disttrain
+from disttrain.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -115,6 +117,14 @@ def test_the_task_of_the_page_on_tasks_reads_and_predicts(tmp_path: Path) -> Non
     expected = model(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).squeeze(1)
     assert task.predict(model, batch) == expected.tolist()
     assert task.loss(model, {**batch, "price": torch.zeros(2)}).item() == pytest.approx(expected.square().sum().item())
+
+
+def test_the_recipes_of_the_pages_are_valid() -> None:
+    pages = [ROOT / "README.md", *DOCS.glob("*.md")]
+    recipes = [block for page in pages for block in blocks(page.read_text(encoding="utf-8"), "toml")]
+    assert len(recipes) > 5
+    for recipe in recipes:
+        parse_recipe(tomllib.loads(recipe))
 
 
 def test_what_the_readme_points_to_is_there() -> None:
