@@ -19,6 +19,8 @@ from disttrain.recipe import load_recipe
 from disttrain.runs.journal import read_journal
 from disttrain.runs.summary import summarise
 from disttrain.testing import run_workers
+from tests.disttrain.task.test_users_tasks import QUIET as USERS
+from tests.disttrain.task.users import Regression, case
 from tests.disttrain.training.test_init import IMAGES, LABELS, QUIET, Net
 
 
@@ -111,3 +113,49 @@ def test_a_run_ends_when_no_evaluation_was_better_for_a_while(
     for outcome in run_workers(train, 2, args=(parts, *options, "train.max_steps=70"), process_group=False):
         assert outcome.step >= last
     assert train(parts, *LATE, "train.patience=99", "train.max_steps=70").step == 70
+
+
+QUALITY = {1: float("nan"), 2: 2.0, 3: float("nan"), 4: 3.0, 5: 1.0}
+
+
+class Measured(Regression):
+    """Its quality, of which less is better, is that of the epoch, and is now and then not a number."""
+
+    best = ("quality", "min")
+
+    def score(self, model: nn.Module, batch: Any) -> Any:
+        norm: Any = model.get_submodule("0")
+        return {**super().score(model, batch), "epoch": [int(norm.num_batches_tracked) // 3]}
+
+    def metrics(self, sums: Any, weight: int) -> dict[str, float]:
+        return {"loss": sums["loss"].item() / weight, "quality": QUALITY.get(sums["epoch"][0], 9.0)}
+
+
+def test_what_is_not_a_number_is_never_best_and_an_average_is_resumed_with_it(tmp_path: Path) -> None:
+    """Epochs of three steps, of which the second is the best; two later ones are no better, so the fourth is last."""
+
+    def run(folder: Path, *overrides: str) -> disttrain.Result:
+        torch.manual_seed(0)
+        one, model = case("regression"), nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 1))
+        every = ["train.epochs=9", "train.patience=2", "train.ema_decay=0.9", "checkpoint.keep_last=1", *overrides]
+        sets = {"train_set": one.train_set, "test_set": one.test_set}
+        return disttrain.train(USERS, overrides=every, run_dir=folder, task=Measured(), model=model, **sets)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(whole).step == 12
+    for end in (1, 6, 10):
+        run(parts, f"train.max_steps={end}")
+    assert run(parts).step == 12
+    for folder in (whole, parts):
+        kept = CheckpointStore(folder / "checkpoints").paths()
+        assert [path.name for path in kept] == ["step-00000006", "step-00000012"]
+        assert summarise(folder)["best"] == {"metric": "quality", "mode": "min", "step": 6}
+    for before, after in zip(
+        *(CheckpointStore(folder / "checkpoints").paths() for folder in (whole, parts)), strict=True
+    ):
+        expected, found = read_checkpoint(before), read_checkpoint(after)
+        assert found.state["best_evaluation"] == expected.state["best_evaluation"]
+        assert found.averages.keys() == {"1.weight", "1.bias", "0.weight", "0.bias"}
+        for name, value in expected.averages.items():
+            assert torch.equal(found.averages[name], value)
+            assert not torch.equal(found.model[name], value)
