@@ -66,7 +66,18 @@ def made_ready(
     return model
 
 
+# Of the models here, which one is for what else than images a task offers.
+_FITTING = (("vocab_size", "text", "gpt"), ("num_outputs", "rows of numbers", "mlp"))
+
+
 def _build(model: ModelRecipe, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    is_of_images = model.name in ("net", "resnet18") or model.name.startswith(TORCHVISION) or is_of_timm(model.name)
+    for argument, samples, fitting in _FITTING:
+        if is_of_images and argument in arguments and "sample_shape" not in arguments:
+            raise ConfigurationError(
+                f"model.name = '{model.name}' is for images, and the samples are {samples}: set it to '{fitting}', or "
+                "to a model of yours."
+            )
     if model.name in _OWN:
         return _construct(model.name, _OWN[model.name], model.options, arguments)
     if model.name.startswith(TORCHVISION):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from disttrain.data import (
     as_sample_sets,
     as_samples,
     load_datasets,
+    table_sets,
 )
 from disttrain.distributed.collectives import one_per_machine_first
 from disttrain.distributed.world import World
@@ -29,6 +31,7 @@ from disttrain.errors import ConfigurationError, brief
 from disttrain.models import build_model, given_model, made_ready
 from disttrain.recipe import Recipe
 from disttrain.task import Task, build_task, has_own, named, takes_images, task_maker
+from disttrain.task.tabular import Tabular
 from disttrain.training.given import Given
 
 
@@ -42,6 +45,7 @@ def load_sets(
     """
     maker = task_maker(recipe, given.task)
     images = takes_images(maker)
+    given = _with_tables(given) if isinstance(maker, type) and issubclass(maker, Tabular) else given
     data = _load(recipe, world, given, images=images, facts=facts)
     if isinstance(data, SampleSets) and images:
         source = "the sets given" if given.train_set is not None else f"data.dataset = '{recipe.data.dataset}'"
@@ -52,6 +56,15 @@ def load_sets(
     if isinstance(data, Datasets) and not images:
         data = SampleSets(as_samples(data.train, "the training set"), as_samples(data.test, "the test set"))
     return data, build_task(maker, recipe, data.train, is_given=given.task is not None)
+
+
+def _with_tables(given: Given) -> Given:
+    """With tables in place of the two pairs (features, targets), if that is what was given."""
+    pairs = (given.train_set, given.test_set)
+    if not all(isinstance(pair, tuple | list) for pair in pairs):
+        return given
+    sets = table_sets(*pairs)
+    return replace(given, train_set=sets.train, test_set=sets.test)
 
 
 def _load(

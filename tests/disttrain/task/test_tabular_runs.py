@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import disttrain
 from disttrain.commands import evaluate, predict
+from disttrain.errors import ConfigurationError
 from disttrain.testing import run_workers
 from tests.disttrain.parallel.exact_runs import outcome
 from tests.disttrain.task.test_tabular import people
@@ -55,6 +57,22 @@ def test_every_number_of_workers_gives_the_same_bits_also_across_a_resume(tmp_pa
     run_workers(train, 3, args=(tmp_path / "2", job), process_group=False)
     alone, resumed = outcome(tmp_path / "1"), outcome(tmp_path / "2")
     assert (resumed.weights, resumed.evaluation) == (alone.weights, alone.evaluation)
+
+
+def test_arrays_are_taken_as_they_are(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {
+        "task": {"name": "tabular"},
+        "train": {"max_steps": 1, "device": "cpu", "threads": 1},
+        "tracking": {"uri": "none", "system_metrics": False},
+    }
+    features = np.arange(80.0).reshape(20, 4)
+    sets = {"train_set": (features, features.sum(1)), "test_set": [features[:5], features[:5].sum(1)]}
+    with pytest.raises(ConfigurationError, match="'net' is for images, and the samples are rows of numbers: set it to"):
+        disttrain.train(recipe, run_dir=tmp_path / "run", **sets)
+    result = disttrain.train(recipe, overrides=["model.name=mlp"], run_dir=tmp_path / "run", **sets)
+    assert set(result.metrics) == {"rmse", "mae", "r2", "loss"}
+    with pytest.raises(ConfigurationError, match=r"the test set: give \(features, targets\), not 1 values"):
+        disttrain.train(recipe, train_set=sets["train_set"], test_set=(features,), run_dir=tmp_path / "other")
 
 
 def test_a_checkpoint_alone_predicts_the_rows_of_a_file_and_is_evaluated_on_another_table(tmp_path: Path) -> None:
