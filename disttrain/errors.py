@@ -20,6 +20,8 @@ _A_PEER_HAS_GONE = re.compile(
     re.IGNORECASE,
 )
 
+# What torch raises besides its OutOfMemoryError, which is that of its own allocator of a GPU's memory.
+_NO_MEMORY = re.compile(r"can't allocate memory|CUDA error: out of memory|STATUS_ALLOC_FAILED")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -134,9 +136,15 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _A_PEER_HAS_GONE.search(str(error)) is not None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` tells of memory that is not there, a GPU's or the machine's."""
+    is_torchs = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    return is_torchs or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def is_circumstance(error: BaseException) -> bool:
     """Whether `error` tells of another worker that has gone or of memory: no fault of the code that it comes out of."""
-    return is_lost_peer(error) or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_lost_peer(error) or is_out_of_memory(error)
 
 
 def in_digits(value: float, digits: int = 4) -> str:

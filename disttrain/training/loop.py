@@ -31,6 +31,7 @@ from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rate
 from disttrain.training.preflight.model import rehearse
 from disttrain.training.session import open_session
+from disttrain.training.shortage import shortage_in_evaluation, shortage_in_step
 
 
 @dataclass(frozen=True)
@@ -147,16 +148,19 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
 
 def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
     """Train from where `job` stands to its last step; return the last evaluation's metrics."""
+    started_at = job.step
     while True:
         if job.evaluation_is_due:
-            monitor.evaluate()
+            with shortage_in_evaluation(job):
+                monitor.evaluate()
         if job.is_finished:
             monitor.at_end()
             return monitor.last_evaluation()
         with monitor.epoch():
             for batch in _batches(job):
                 reached("step", step=job.step)
-                result = None if job.step in job.spikes.skipped else train_step(job, batch)
+                with shortage_in_step(job, batch, started_at):
+                    result = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
                 monitor.after_step(result, batch.global_weight)
 

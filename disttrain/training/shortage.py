@@ -1,0 +1,63 @@
+"""Memory that is not there: which allocation failed, for which batch, and what makes it smaller."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from disttrain.data import StepBatch
+from disttrain.errors import ConfigurationError, DisttrainError, is_out_of_memory
+from disttrain.training.job import Job
+
+_ASKED = re.compile(r"tried to allocate ([\d.]+) (\w+)", re.IGNORECASE)
+_GIB = 2.0**30
+_log = logging.getLogger("disttrain")
+
+
+@contextmanager
+def shortage_in_step(job: Job, batch: StepBatch, started_at: int) -> Iterator[None]:
+    """Name a failed allocation in the block, a step, with the `train.accumulate` that asks for half as much.
+
+    Raises ConfigurationError at the first step of this start, `started_at`, which would fail again; later a
+    DisttrainError, which is worth a retry: memory was enough before.
+    """
+    size, accumulate = max(len(part.samples) for part in batch.parts), job.recipe.train.accumulate
+    if size > 1:
+        advice = f"begin a new run with train.accumulate = {2 * accumulate}, which computes {-(-size // 2)} at once"
+    else:
+        advice = "take a smaller model, smaller samples, or train.precision = 'bf16'"
+    what = f"step {job.step + 1}, with {size} sample{'s' if size > 1 else ''} computed at once"
+    with _named(job, what, advice, is_final=job.step == started_at):
+        yield
+
+
+@contextmanager
+def shortage_in_evaluation(job: Job) -> Iterator[None]:
+    """The same for an evaluation, whose batches may be of any size."""
+    size = job.recipe.train.eval_batch_size
+    what = f"the evaluation at step {job.step}, with train.eval_batch_size = {size}"
+    with _named(job, what, f"resume with train.eval_batch_size = {max(1, size // 2)}", is_final=False):
+        yield
+
+
+@contextmanager
+def _named(job: Job, what: str, advice: str, *, is_final: bool) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _log.exception("out of memory")
+        kind = ConfigurationError if is_final else DisttrainError
+        raise kind(f"out of memory in {what}: {_asked(error)} on {job.world.device}; {advice}.") from error
+
+
+def _asked(error: BaseException) -> str:
+    """What could not be had, in GiB, as torch says it: "2.00 GiB" of a GPU's memory, or bytes."""
+    found = _ASKED.search(str(error))
+    if found is None:
+        return "an allocation failed"
+    size = f"{float(found[1]) / _GIB:,.2f} GiB" if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    return f"{size} could not be allocated"
