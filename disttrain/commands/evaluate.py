@@ -81,6 +81,10 @@ def command(address: str, num_workers: int, overrides: tuple[str, ...], as_json:
         print(printable(f"{checkpoint.path}, {world.size} worker{'s' if world.size > 1 else ''}"))
         with named(task, "report"):
             lines = task.report(result.metrics, result.details)
+        if not isinstance(lines, list | tuple):
+            raise ConfigurationError(
+                f"{type(task).__name__}.report returned a {type(lines).__name__}: it has to be a list of lines."
+            )
         for line in lines:
             print(printable(line))
 

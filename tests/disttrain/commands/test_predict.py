@@ -32,7 +32,10 @@ class Answering(Regression):
 
     def predict(self, model: nn.Module, batch: torch.Tensor) -> list[float]:
         answers: list[float] = model(batch).squeeze(1).tolist()
-        return answers[1:] if self.mistake == "too few" else answers
+        return {"too few": answers[1:], "too many": [*answers, 0.0]}.get(self.mistake, answers)
+
+    def in_words(self, prediction: float) -> str:
+        return str({"in_words": {}}.get(self.mistake, {0: "a number"})[0])
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,8 @@ def test_what_a_task_answers_and_what_it_does_wrong(
     for mistake, error, words in (
         ("read", TaskError, r"^Answering\.read: KeyError: 'features' \(.*test_predict\.py:\d+\)$"),
         ("tuple", ConfigurationError, r"^Answering\.read returned a tuple: it has to return a list"),
+        ("in_words", TaskError, r"^Answering\.in_words: KeyError: 0 \(.*test_predict\.py:\d+\)$"),
+        ("too many", ConfigurationError, r"^Answering\.predict returned 3 answers for 2 samples"),
         ("too few", ConfigurationError, r"^Answering\.predict returned 1 answers for 2 samples"),
     ):
         monkeypatch.setattr(Answering, "mistake", mistake)

@@ -319,7 +319,7 @@ def test_what_metrics_raises_is_said_with_its_place(tmp_path: Path) -> None:
         train(tmp_path, with_task("regression", task), "train.max_steps=1")
 
 
-@pytest.mark.parametrize("method", ["describe", "headline", "model_arguments", "param_groups"])
+@pytest.mark.parametrize("method", ["describe", "details", "headline", "model_arguments", "param_groups"])
 def test_what_other_methods_raise_is_said_with_the_method_and_its_place(tmp_path: Path, method: str) -> None:
     def broken(self: Any, *arguments: Any) -> Any:
         raise KeyError("mean")

@@ -15,7 +15,7 @@ import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.commands import evaluate
 from disttrain.data import StepSampler
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, TaskError
 from disttrain.runs.journal import read_journal
 from disttrain.testing import run_workers
 from tests.disttrain.task.users import CASES, Case, Regression, case, in_float64
@@ -181,7 +181,9 @@ def test_batches_that_weigh_nothing_count_for_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(one.model.state_dict()[key], value, rtol=1e-12, atol=1e-14)
 
 
-def test_a_task_of_a_recipe_is_evaluated_and_no_other_resumes_it(tmp_path: Path) -> None:
+def test_a_task_of_a_recipe_is_evaluated_and_no_other_resumes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     users = "tests.disttrain.task.users"
     recipe = QUIET | {
         "task": {"name": f"{users}:Regression"},
@@ -192,6 +194,13 @@ def test_a_task_of_a_recipe_is_evaluated_and_no_other_resumes_it(tmp_path: Path)
     assert result.loss == result.metrics["loss"]
     shown = CliRunner().invoke(evaluate.command, [str(tmp_path / "run"), "--json", "--trust"], catch_exceptions=False)
     assert json.loads(shown.stdout) == {"metrics": result.metrics}
+    for report, kind, words in (
+        (lambda *_: {}["gone"], TaskError, r"^Regression\.report: KeyError: 'gone' \(.*test_users_tasks\.py:\d+\)$"),
+        (lambda *_: "fine", ConfigurationError, r"^Regression\.report returned a str: it has to be a list of lines"),
+    ):
+        monkeypatch.setattr(Regression, "report", report)
+        with pytest.raises(kind, match=words):
+            evaluate.command.main([str(tmp_path / "run"), "--trust"], standalone_mode=False)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"] == result.metrics
     checkpoint = read_checkpoint(CheckpointStore(tmp_path / "run" / "checkpoints").paths()[-1])
     assert checkpoint.state["task"] == {"name": "Regression"}
