@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import disttrain
+from disttrain.checkpoint import weights_sha256
 from disttrain.data import StepSampler
 from disttrain.data.sources.text import load_text
 from disttrain.models.gpt import GPT
@@ -30,14 +32,14 @@ WHOLE = {"data": {"batch_size": 16, "crop_padding": 0, "flip": False}}
 
 
 class InDouble(nn.Module):
-    """Computes in float64 whatever it is given."""
+    """Computes in the type of its weights, at first float64, whatever it is given."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body.double()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.body(inputs.double())
+        outputs: torch.Tensor = self.body(inputs.to(next(self.parameters()).dtype))
         return outputs
 
 
@@ -153,3 +155,26 @@ def test_weights_are_those_of_one_process_and_metrics_the_same_everywhere(root: 
                 )
             assert measured == metrics.setdefault(name, measured), f"{name}, {size} workers"
             assert all(of_rank[name][1] == measured for of_rank in everyones)
+
+
+def test_half_precision_has_the_same_bits_everywhere(root: Path, tmp_path: Path) -> None:
+    """In float16, with its scaled gradients, and bfloat16: text of unequal numbers of tokens, and rows."""
+
+    def bits(folder: Path) -> dict[tuple[str, str], tuple[str, dict[str, float]]]:
+        found = {}
+        for name in ("padded-text", "classes"):
+            for precision in ("fp32", "fp16", "bf16"):
+                one, run_dir = made(root, name), folder / f"{name}-{precision}"
+                objects = {"task": one.task, "train_set": one.train_set, "test_set": one.test_set}
+                overrides = [f"train.precision={precision}", "parallel.exact=true", "train.max_steps=3"]
+                model = one.model.float()
+                result = disttrain.train(QUIET, overrides=overrides, run_dir=run_dir, model=model, **objects)
+                found[name, precision] = weights_sha256(model.state_dict()), result.metrics
+        return found
+
+    expected, other = run_workers(bits, 2, args=(tmp_path / "2",), process_group=False)
+    assert other == expected
+    assert bits(tmp_path / "1") == expected
+    assert len({weights for weights, _ in expected.values()}) == len(expected)
+    for _, metrics in expected.values():
+        assert all(math.isfinite(value) for value in metrics.values())
