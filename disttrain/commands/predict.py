@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -11,6 +15,19 @@ from disttrain.commands.arguments import RUN
 from disttrain.commands.options import json_option, raw_option, trust_option
 from disttrain.errors import printable
 from disttrain.worker import leave, worker
+
+
+@contextmanager
+def _warnings_of_data() -> Iterator[None]:
+    """Show on standard error what is remarkable about the files that are read."""
+    relay = logging.StreamHandler()
+    relay.setLevel(logging.WARNING)
+    relay.setFormatter(logging.Formatter("warning: %(message)s"))
+    logging.getLogger("disttrain.data").addHandler(relay)
+    try:
+        yield
+    finally:
+        logging.getLogger("disttrain.data").removeHandler(relay)
 
 
 @click.command(name="disttrain predict")
@@ -60,7 +77,7 @@ def command(
     warn_of_unknown_preparation(checkpoint, recipe)
     model = restore_model(checkpoint, recipe, task, train_set).eval()
     try:
-        with named(task, "read", NotImplementedError, OSError):
+        with _warnings_of_data(), named(task, "read", NotImplementedError, OSError):
             read: list[tuple[str, Any]] = [(file, task.read(file)) for file in files]
         for _, of_file in read:
             if not isinstance(of_file, list):
@@ -104,7 +121,9 @@ def command(
     for (file, number), prediction in answers:
         with named(task, "in_words"):
             words = task.in_words(prediction)
-        print(printable(f"{file}{f', row {number}' if number else ''}: {words}"))
+        # What is no file, a prompt for instance, is quoted: it may be several words, and end anywhere.
+        place = file if os.path.isfile(os.path.expanduser(file)) else repr(file)
+        print(printable(f"{place}{f', row {number}' if number else ''}: {words}"))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,10 @@ class LanguageModeling(Task):
             answers.append(vocabulary.decode(tokens[begin:].tolist()))
         return answers
 
+    def in_words(self, prediction: Any) -> str:
+        """The continuation, on lines of its own: it may begin with a space, and hold several lines."""
+        return f"continued as\n{prediction}"
+
     def describe(self) -> dict[str, Any]:
         """The task's name, and a digest of what the model's tokens mean."""
         meaning = {name: value for name, value in self.facts.items() if name not in ("context_length", "tokenizer")}

@@ -180,6 +180,19 @@ def _encode(table: Table, column: Column, into: np.ndarray[Any, Any]) -> None:
         into[:, 1] = missing
 
 
+def unseen(table: Table, columns: Iterable[Column]) -> str:
+    """Which categories of the rows no training row had, in words; empty if there are none."""
+    found = []
+    for column in columns:
+        if isinstance(column, Category):
+            known = set(column.categories)
+            strange = [name for cell in table.column(column.name) if (name := word(cell)) not in known]
+            if strange:
+                examples = brief(", ".join(map(repr, dict.fromkeys(strange))), 60)
+                found.append(f"{len(strange):,} of {len(table):,} rows in column {column.name!r} ({examples})")
+    return "; ".join(found)
+
+
 def _not_a_number(table: Table, name: str, row: int, rest: str) -> ConfigurationError:
     shown = brief(repr(str(table.columns[name][row])), 40)
     return ConfigurationError(f"{table.at(row)}, column {name!r}: {shown} is not a finite number{rest}")

@@ -18,10 +18,10 @@ import torch
 from disttrain import rng
 from disttrain.data.dataset import SampleSet, SampleSets
 from disttrain.data.digest import Digest
-from disttrain.data.sources.columns import columns_from_json, encode
+from disttrain.data.sources.columns import columns_from_json, encode, unseen
 from disttrain.data.sources.table_facts import describe_a_table, facts_of, targets_of
 from disttrain.data.sources.table_file import Table, cells_of, read_table
-from disttrain.errors import ConfigurationError, brief
+from disttrain.errors import ConfigurationError, brief, printable
 from disttrain.recipe import DataRecipe
 from disttrain.recipe.address import expanded
 from disttrain.recipe.table import TableOptions, table_options
@@ -104,9 +104,15 @@ def table_sets(
 def rows_to_predict(path: Path, facts: Mapping[str, Any]) -> torch.Tensor:
     """The features of each row of a file, (N, F) float32, by the `facts` of the set that was trained on.
 
-    It needs the columns of the features and no others, in any order. Raises ConfigurationError for a wrong file.
+    It needs the columns of the features and no others, in any order. Warns of categories that training never saw.
+    Raises ConfigurationError for a wrong file.
     """
-    return encode(read_table(path, **facts["format"]), columns_from_json(facts["columns"]))
+    table, columns = read_table(path, **facts["format"]), columns_from_json(facts["columns"])
+    features = encode(table, columns)
+    if strange := unseen(table, columns):
+        place = printable(str(path))
+        _log.warning("%s: categories that training never saw count as none of those that it saw: %s.", place, strange)
+    return features
 
 
 _TARGET = "target"

@@ -21,6 +21,7 @@ from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.commands.predict import command as predict
 from disttrain.data.dataset import SampleSet
 from disttrain.data.sources.text import load_text
+from disttrain.errors import printable
 from disttrain.recipe import load_recipe
 from disttrain.testing import WorkerFailed, faults, run_workers, workers
 from tests.disttrain.parallel.exact_runs import outcome
@@ -89,6 +90,8 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bits(tmp_path: Path, job
     texts = [json.loads(answer)["predictions"][0]["prediction"] for answer in answers]
     assert texts[0] == texts[1] == texts[2]
     assert 0 < len(texts[0]) <= 9
+    shown = CliRunner().invoke(predict, [str(tmp_path / "1"), *words[:-1]]).stdout
+    assert shown == f"'The c': continued as\n{printable(texts[0])}\n"
 
 
 def disttrain_command(cwd: Path, *words: str) -> Any:

@@ -97,14 +97,20 @@ def test_a_checkpoint_alone_predicts_the_rows_of_a_file_and_is_evaluated_on_anot
 
     def run(command: click.Command, *words: str) -> Any:
         done = CliRunner().invoke(command, [str(tmp_path / "run"), "--json", *words], catch_exceptions=False)
+        said.append(done.stderr)
         return json.loads(done.stdout)
 
+    said: list[str] = []
     assert run(evaluate.command)["metrics"] == result.metrics
     few = [f"{number},{word},0" for number, word in ((30, "b"), (1, "a"), (2, "zebra"))]
     (tmp_path / "few.csv").write_text("\n".join(["number,word,y", *few]))
     other = run(evaluate.command, "-o", "data.options={train_file='few.csv', test_file='few.csv', target='y'}")
     (tmp_path / "all.csv").unlink()
     answers = run(predict.command, str(tmp_path / "few.csv"))["predictions"]
+    assert said[-1] == (
+        f"warning: {tmp_path}/few.csv: categories that training never saw count as none of those that it saw: "
+        "1 of 3 rows in column 'word' ('zebra').\n"
+    )
     assert [(one["file"], one["row"]) for one in answers] == [(str(tmp_path / "few.csv"), row) for row in (1, 2, 3)]
     found = [one["prediction"] for one in answers]
     assert found[:2] == [pytest.approx(95, abs=5), pytest.approx(3, abs=5)]
