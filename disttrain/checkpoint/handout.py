@@ -10,6 +10,7 @@ import torch
 
 from disttrain.checkpoint import Checkpoint
 from disttrain.distributed.collectives import broadcast_, broadcast_from_main
+from disttrain.distributed.sharded import part_of
 from disttrain.distributed.world import World
 
 Found = TypeVar("Found", bound=Checkpoint | None)
@@ -52,6 +53,21 @@ def hand_out(
             fits = place is not None and _fits(place, tensor)
             room = place.detach() if place is not None and fits else torch.empty_like(tensor, device="cpu")
         received[name] = broadcast_(room)
+    return received
+
+
+def hand_out_parts(
+    world: World, tensors: dict[str, torch.Tensor], like: Callable[[str], torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
+    """As `hand_out`, but each rank keeps only its part of a tensor for whose name `like` returns a sharded one.
+
+    A rank has one whole tensor at a time, and rank 0 those that it has read. Every rank must call it.
+    """
+    received = {}
+    for name, tensor in tensors.items():
+        room = broadcast_(tensor if world.is_main else torch.empty_like(tensor, device="cpu"))
+        place = like(name)
+        received[name] = room if place is None or place.shape != room.shape else part_of(room, place).to(room.dtype)
     return received
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from disttrain.distributed.sharded import is_sharded, local
 from disttrain.errors import ConfigurationError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -64,12 +65,19 @@ def shared_names(tensors: Tensors) -> dict[str, str]:
     shared = {}
     for name, tensor in tensors.items():
         if tensor.layout == torch.strided and tensor.numel():
-            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            place = (tensor.device, _address(tensor), tensor.dtype, tensor.shape, tensor.stride())
             if place in first:
                 shared[name] = first[place]
             else:
                 first[place] = name
     return shared
+
+
+def _address(tensor: torch.Tensor) -> int:
+    if not is_sharded(tensor):
+        return tensor.data_ptr()
+    mine = local(tensor)  # which may be empty, without an address; but it has memory, and all ranks must find the same
+    return int(mine.untyped_storage().data_ptr() + mine.storage_offset() * mine.element_size())
 
 
 def why_not_held(value: object) -> str | None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from disttrain.data import StepBatch
-from disttrain.distributed.collectives import gather_objects
+from disttrain.distributed.collectives import gather_objects, max_
+from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World
 from disttrain.errors import DivergedError
 from disttrain.health.diagnosis import TUNE, Finding, NotComputed, Rerun, listed
@@ -96,7 +97,7 @@ class NonFiniteGuard:
         `step` counts the steps done before, `losses`, (num_slices,), are this rank's. Raises DivergedError, on every
         rank alike, if the recipe says that the run ends: weights and buffers are then those before the step.
         """
-        if not self._strategy.non_finite and all_finite(self._gradients()):
+        if not self._strategy.non_finite and self._all_finite():
             self._in_a_row = 0
             return Verdict.STEP
         bad = {slice_index for slice_index, finite in enumerate(losses.isfinite().tolist()) if not finite}
@@ -122,8 +123,14 @@ class NonFiniteGuard:
         incident, self._incident = self._incident, None
         return incident
 
+    def _all_finite(self) -> bool:
+        finite = all_finite(self._gradients())
+        if self._strategy.is_sharded:  # each rank has looked at its shards alone
+            finite = not max_(torch.tensor(0.0 if finite else 1.0))
+        return finite
+
     def _gradients(self) -> list[torch.Tensor]:
-        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self._parameters.values() if parameter.grad is not None]
         return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
 
     def _scale(self) -> float:
@@ -146,7 +153,9 @@ class NonFiniteGuard:
 
     def _why_it_ends(self, step: int, batch: StepBatch) -> str:
         self._optimizer.zero_grad(set_to_none=True)
-        by_rank = gather_objects(self._rerun.find_first(batch, step, self._scale(), self._buffers.restore))
+        with self._strategy.made_whole():
+            mine = self._rerun.find_first(batch, step, self._scale(), self._buffers.restore)
+        by_rank = gather_objects(mine)
         found = [(one.slice_index, one.part, rank) for rank, one in enumerate(by_rank) if isinstance(one, Finding)]
         row = "" if self._policy == "stop" else f" in {self._in_a_row + 1} steps in a row (train.non_finite_limit)"
         hint = '; train.non_finite = "skip" continues without such steps' if self._policy == "stop" else ""

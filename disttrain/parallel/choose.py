@@ -1,4 +1,4 @@
-"""Which strategy a run is trained by: DistributedDataParallel, exact mode, DataParallel, or one worker alone.
+"""Which strategy a run is trained by: DistributedDataParallel, FSDP, exact mode, DataParallel, or one worker alone.
 
 The gradient is always the mean over the samples of the global batch, however unevenly the workers share it.
 """
@@ -24,18 +24,33 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
 
     Raises ConfigurationError if the strategy of the recipe does not fit this world. Every rank must call it.
     """
+    if recipe.strategy == "fsdp" and recipe.exact:
+        raise ConfigurationError(
+            "parallel.strategy = 'fsdp' has no exact mode yet: set parallel.exact = false, or "
+            "parallel.strategy = 'ddp'."
+        )
     if recipe.exact:
         return Exact(model, world, recipe.slices)
     strategy, reason = choose_strategy(recipe.strategy, world.size, _visible_gpus(world.device))
     if sync_batchnorm and world.size > 1:
         model = convert_sync_batchnorm(model, world.device)
+    if strategy == "fsdp":
+        from disttrain.parallel.fsdp import Fsdp  # only now: it takes a while to import
+
+        for key, is_set in (
+            ("find_unused_parameters", recipe.find_unused_parameters),
+            ("compress", recipe.compress != "none"),
+        ):
+            if is_set:
+                raise ConfigurationError(f"parallel.{key} is for parallel.strategy = 'ddp': with 'fsdp' leave it out.")
+        return Fsdp(model, world, recipe.shard_modules)
     if strategy == "ddp":
         return Ddp(model, reason, world, find_unused=recipe.find_unused_parameters, compress=recipe.compress)
     return {"dp": DataParallel, "none": Alone}[strategy](model, reason)
 
 
 def choose_strategy(wanted: str, num_workers: int, num_gpus: int) -> tuple[str, str]:
-    """The strategy ("ddp", "dp" or "none") and the reason for it; `num_gpus` are those that this process sees.
+    """The strategy ("ddp", "fsdp", "dp" or "none") and the reason for it; `num_gpus` are those that this process sees.
 
     Raises ConfigurationError for a strategy that cannot train with so many workers.
     """
@@ -43,6 +58,10 @@ def choose_strategy(wanted: str, num_workers: int, num_gpus: int) -> tuple[str, 
         raise ConfigurationError(
             f"parallel.strategy = '{wanted}' is for one process, and {num_workers} workers were started: "
             "use 'auto' or 'ddp', or start one worker (-n 1)."
+        )
+    if wanted == "fsdp":
+        return (
+            ("fsdp", "") if num_workers > 1 else ("none", "one worker, which holds the whole model: nothing to shard")
         )
     if wanted == "ddp" or num_workers > 1:
         return "ddp", f"DistributedDataParallel: {num_workers} worker{'s' if num_workers > 1 else ''}"

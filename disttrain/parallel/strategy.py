@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ class Strategy:
     """Whether a slice without samples has a backward pass all the same, because the other workers wait for it."""
     bits_depend_on_world_size: bool = True
     """Whether another number of workers gives other bits."""
+    is_sharded: bool = False
+    """Whether a worker holds only a part of the parameters, their gradients and the optimizer's state."""
     non_finite: Collection[str] = ()
     """The parameters and buffers that are known not to have had finite summands in the step that was finished last:
     the same on every rank. What is not known here shows in the gradients."""
@@ -66,6 +69,17 @@ class Strategy:
         the last micro-batch of a slice (`is_last`). Every rank must call it equally often.
         """
         return compute(self.model, batch)
+
+    def score(self, compute: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """`compute(model, batch)` where no gradient is asked for. Every rank must call it equally often."""
+        return compute(self.model, batch)
+
+    def made_whole(self) -> AbstractContextManager[None]:
+        """A context in which this worker may compute with the bare model alone, gradients too, and has all of it.
+
+        Every rank must call it. In it no step can be made.
+        """
+        return nullcontext()
 
     def close_slice(self, slice_index: int) -> None:
         """To be called after the backward pass of a slice's last micro-batch."""

@@ -100,9 +100,10 @@ class ModelRecipe(Section):
 class ParallelRecipe(Section):
     """How the workers' gradients meet."""
 
-    strategy: Literal["auto", "ddp", "dp", "none"] = Field(
+    strategy: Literal["auto", "ddp", "fsdp", "dp", "none"] = Field(
         default="auto",
-        description="auto: ddp with several workers, dp for one process that sees several GPUs, else none",
+        description="auto: ddp with several workers, dp for one process that sees several GPUs, else none; fsdp: each "
+        "worker holds a part of the model and of the optimizer's state",
     )
     find_unused_parameters: bool = Field(
         default=False, description="ddp: a step may leave parameters without a gradient (LayerDrop, an unused head)"
@@ -112,6 +113,10 @@ class ParallelRecipe(Section):
     )
     exact: bool = Field(default=False, description="the same bits at every number of workers")
     slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
+    shard_modules: Patterns = Field(
+        default=[],
+        description="fsdp: the classes of the blocks that are gathered as one (left out: as the model has them)",
+    )
 
     @model_validator(mode="after")
     def _something_to_compress(self) -> Self:

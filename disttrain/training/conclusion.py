@@ -89,7 +89,9 @@ def _conclude(
 ) -> None:
     assert job.metrics is not None
     reached("conclusion: begun")
-    if has_own(job.task, "export"):
+    if job.strategy.is_sharded and has_own(job.task, "export") and tracker.exports_models:
+        console.line("MLflow gets no model from a sharded run: no worker has all of it")
+    elif has_own(job.task, "export"):
         if tracker.exports_models:
             console.line("exporting the model for MLflow")
         with job.as_evaluated():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from disttrain.checkpoint import AVERAGE
+from disttrain.distributed.sharded import is_sharded, local, part_of
 from disttrain.errors import ConfigurationError, brief
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -17,8 +18,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 class WeightAverage:
     """The average of each floating-point parameter over the steps: the newest weighs most.
 
-    Every rank keeps the same one, since all have the same weights after each step. Buffers have no average: an
-    evaluation uses those of the model.
+    Every rank keeps the same one, since all have the same weights after each step; of sharded weights, that of its
+    part. Buffers have no average: an evaluation uses those of the model.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -46,9 +47,9 @@ class WeightAverage:
         Early averages keep less of themselves, (1 + step) / (10 + step) at most: the first weights are random ones.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = list(self._averages.values())
+        averages = [local(average) for average in self._averages.values()]
         weights = [
-            parameter.detach() if parameter.dtype == average.dtype else parameter.detach().to(average.dtype)
+            local(parameter.detach()).to(average.dtype)
             for parameter, average in zip(self._parameters.values(), averages, strict=True)
         ]
         torch._foreach_lerp_(averages, weights, 1 - decay)
@@ -86,4 +87,4 @@ class WeightAverage:
                     f"the checkpoint's average of {brief(repr(name))} is {what}, and the parameter is "
                     f"{tuple(average.shape)} (train.ema_decay)."
                 )
-            average.copy_(found)
+            average.copy_(found if is_sharded(found) else part_of(found, average))

@@ -52,13 +52,15 @@ def evaluate(
     autocast: torch.dtype | None = None,
     on_batch: Callable[[], None] = lambda: None,
     at: str = "",
+    compute: Callable[[Callable[[nn.Module, Any], Any], Any], Any] | None = None,
 ) -> Evaluation:
     """Evaluate `model` on all of the loader's batches, shared among the ranks. Every rank must call it.
 
     `autocast` is the type to compute in, `on_batch` is called after each of this rank's batches, `at` says where in the
-    training it is, for messages. The model is left as it was, its buffers included: what a rank evaluates must not show
-    in what it trains. Raises ConfigurationError for scores or metrics that are not what the task may return, and for a
-    set in which the task counts no items.
+    training it is, for messages, and `compute(task.score, data)` does the work where the model alone cannot. The model
+    is left as it was, its buffers included: what a rank evaluates must not show in what it trains. Raises
+    ConfigurationError for scores or metrics that are not what the task may return, and for a set in which the task
+    counts no items.
     """
     was_training = model.training
     model.eval()
@@ -74,7 +76,7 @@ def evaluate(
                 named_at(task, "score", place),
                 torch.autocast(loader.device.type, dtype=autocast, enabled=autocast is not None),
             ):
-                score = task.score(model, batch.data)
+                score = task.score(model, batch.data) if compute is None else compute(task.score, batch.data)
             if batch.number >= loader.num_batches:
                 continue  # only so that every rank makes as many forward passes
             scores[batch.number] = checked_score(task, score)

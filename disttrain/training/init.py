@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from disttrain.checkpoint import Checkpoint, shared_names, weights_sha256
-from disttrain.checkpoint.handout import hand_out, read_by_main
+from disttrain.checkpoint.handout import hand_out, hand_out_parts, read_by_main
 from disttrain.checkpoint.weights import read_weights
+from disttrain.distributed.sharded import local
 from disttrain.errors import ConfigurationError, UsageError
 from disttrain.layout import MANIFEST
 from disttrain.models.buffers import same_bits
@@ -33,7 +34,11 @@ def start_from_weights(job: Job) -> list[str]:
     """
     found = read_by_main(job.world, lambda: _fitting(job.model, job.recipe.model))
     job.init = found.state["init"]
-    weights = hand_out(job.world, found.model, job.model.state_dict())
+    here = job.model.state_dict()
+    if job.strategy.is_sharded:
+        weights = hand_out_parts(job.world, found.model, here.get)
+    else:
+        weights = hand_out(job.world, found.model, here)
     job.model.load_state_dict(weights, strict=False)
     if job.ema is not None:
         job.ema.restart()
@@ -107,8 +112,8 @@ def _refuse_untied(source: str, wanted: dict[str, torch.Tensor], fitting: dict[s
 
 def _not_loaded(wanted: dict[str, Any], fitting: dict[str, Any]) -> list[str]:
     """What keeps the constructor's numbers: a name that shares its memory with one that is loaded does not."""
-    loaded = {wanted[name].data_ptr() for name in fitting}
-    return [name for name, tensor in wanted.items() if name not in fitting and tensor.data_ptr() not in loaded]
+    loaded = {local(wanted[name]).data_ptr() for name in fitting}
+    return [name for name, tensor in wanted.items() if name not in fitting and local(tensor).data_ptr() not in loaded]
 
 
 def _module_of(name: str) -> str:

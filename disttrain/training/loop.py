@@ -14,6 +14,7 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import StepBatch
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
+from disttrain.distributed.sharded import whole
 from disttrain.distributed.world import join_world
 from disttrain.errors import DisttrainError, UserCodeError
 from disttrain.faultpoints import reached
@@ -207,9 +208,10 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
     verdict = job.non_finite.check(job.step, batch, losses)
     grad_norm = None
     if verdict is not Verdict.SKIP and settings.clip_norm is not None:
-        grad_norm = nn.utils.clip_grad_norm_(job.model.parameters(), settings.clip_norm)
+        grad_norm = whole(nn.utils.clip_grad_norm_(job.model.parameters(), settings.clip_norm))
     elif verdict is not Verdict.SKIP and job.is_logged(job.step + 1):
-        grad_norm = nn.utils.get_total_norm([one.grad for one in job.model.parameters() if one.grad is not None])
+        gradients = [one.grad for one in job.model.parameters() if one.grad is not None]
+        grad_norm = whole(nn.utils.get_total_norm(gradients))
     if verdict is Verdict.STEP:
         job.scaler.step(job.optimizer)
         job.scaler.update()

@@ -15,7 +15,7 @@ from disttrain.checkpoint import CheckpointStore
 from disttrain.distributed.collectives import Agreement, broadcast_from_main, sum_
 from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.health.diagnosis import listed
-from disttrain.health.nonfinite import Incident, is_finite
+from disttrain.health.nonfinite import Incident
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
 from disttrain.layout import EVAL, EVALUATION
@@ -121,12 +121,7 @@ class RunMonitor:
         A state that a step before has spoilt already (a finite gradient times a huge rate) is not worth saving.
         """
         self._agreement.finish()
-        self.saver.finish()
-        newest = self.saver.newest_step()
-        is_new = newest is None or newest < self.job.step
-        if self.job.world.is_main and is_new and is_finite(self.job.model_tensors().values()):
-            self.saver.save()
-            self.saver.finish()
+        self.saver.save_unless_spoilt()
         self._tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))
         words = broadcast_from_main(self.job.world, self.saver.words)
         return DivergedError(f"{error} {words}")
@@ -220,8 +215,9 @@ class RunMonitor:
         job.progress.at("evaluating", job.step, patient=compiles)
         self.saver.finish_copy()
         with job.as_evaluated():
-            at, tick = f" at step {job.step}", self._evaluated_some
-            result = evaluate(job.model, job.task, job.eval_loader, autocast=job.autocast, on_batch=tick, at=at)
+            at, tick, score = f" at step {job.step}", self._evaluated_some, job.strategy.score
+            loader = job.eval_loader
+            result = evaluate(job.model, job.task, loader, autocast=job.autocast, on_batch=tick, at=at, compute=score)
         job.metrics = {f"{EVAL}{name}": value for name, value in result.metrics.items()}
         self._tracker.metrics(job.step, job.metrics)
         counts = {key: result.details[key] for key in ("correct", "total") if key in result.details}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from disttrain.checkpoint import AVERAGE, Checkpoint, check_complete, optimizer_from_tensors
-from disttrain.checkpoint.handout import hand_out
+from disttrain.checkpoint.handout import hand_out, hand_out_parts
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError, brief
 from disttrain.layout import STATE, best_in
@@ -40,8 +43,13 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
         )
     refuse_other_schedule(state, checkpoint.path, job.schedule)
     _check_tensors(job, checkpoint)
-    job.model.load_state_dict(hand_out(job.world, checkpoint.model, job.model.state_dict()))
-    handed = replace(checkpoint, optimizer=hand_out(job.world, checkpoint.optimizer))
+    if job.strategy.is_sharded:
+        job.model.load_state_dict(hand_out_parts(job.world, checkpoint.model, job.model.state_dict().get))
+        of = _parameter_of(job, state["optimizer"].get("names", []))
+        handed = replace(checkpoint, optimizer=hand_out_parts(job.world, checkpoint.optimizer, of))
+    else:
+        job.model.load_state_dict(hand_out(job.world, checkpoint.model, job.model.state_dict()))
+        handed = replace(checkpoint, optimizer=hand_out(job.world, checkpoint.optimizer))
     tensors = {name: tensor for name, tensor in handed.optimizer.items() if not name.startswith(AVERAGE)}
     optimizer_from_tensors(job.optimizer, tensors, state["optimizer"], job.model)
     if job.ema is not None:
@@ -59,6 +67,22 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     job.step = state["step"]
     job.metrics = state["metrics"] or None
     return differences(state["environment_fingerprint"], job.environment_fingerprint())
+
+
+def _parameter_of(job: Job, names: list[str]) -> Callable[[str], torch.Tensor | None]:
+    """Which parameter a tensor of the optimizer's belongs to, by its name in a checkpoint that numbers `names`."""
+    parameters = dict(job.model.named_parameters())
+    if not names:  # an older checkpoint counts the optimizer's own
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        names = [name_of[id(one)] for group in job.optimizer.param_groups for one in group["params"]]
+
+    def find(key: str) -> torch.Tensor | None:
+        number = key.partition(".")[0]
+        if not number.isdecimal() or int(number) >= len(names):
+            return None
+        return parameters.get(names[int(number)])
+
+    return find
 
 
 def _restore_scaler(job: Job, checkpoint: Checkpoint) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
-from disttrain.distributed.collectives import broadcast_from_main
+from disttrain.distributed.collectives import broadcast_from_main, max_
+from disttrain.distributed.sharded import gathered, local
 from disttrain.errors import AgreedError, ConfigurationError
+from disttrain.health.nonfinite import is_finite
 from disttrain.layout import RECIPE, step_of
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
@@ -35,7 +39,8 @@ class Saver:
         self.last_save = time.monotonic()
         """When a checkpoint was last begun, by time.monotonic()."""
         self._job, self._run_dir, self._store = job, run_dir, store
-        self._writer = CheckpointWriter(store, job.optimizer)
+        # What is gathered from shards is a copy already.
+        self._writer = CheckpointWriter(store, None if job.strategy.is_sharded else job.optimizer)
         self._tracker, self._console = tracker, console
         self._saved_step = job.step
         self._has_waited = False
@@ -44,13 +49,26 @@ class Saver:
         """Save beside the training; a save that fails is a warning."""
         job = self._job
         self.last_save, self._saved_step = time.monotonic(), job.step
+        model, optimizer = job.model_tensors(), job.optimizer_tensors()[0]
+        if job.strategy.is_sharded:
+            model, optimizer = gathered(job.world, model), gathered(job.world, optimizer)
         if job.world.is_main:
-            self._report(self._writer.save(job.model_tensors(), job.optimizer_tensors()[0], job.state()))
+            self._report(self._writer.save(model, optimizer, job.state()))
 
     def save_unless_saved(self) -> None:
         """Save, but for a step that is saved, or will be with its evaluation."""
         if self._saved_step != self._job.step and not self._job.evaluation_is_due:
             self.save()
+
+    def save_unless_spoilt(self) -> None:
+        """Save where the job stands, and wait, unless it is saved or has a number that is not finite."""
+        job = self._job
+        self.finish()
+        newest = broadcast_from_main(job.world, self.newest_step)
+        is_finite_here = is_finite(local(tensor) for tensor in job.model_tensors().values())
+        if (newest is None or newest < job.step) and not max_(torch.tensor(0.0 if is_finite_here else 1.0)):
+            self.save()
+            self.finish()
 
     def save_or_fail(self) -> None:
         """Save, and wait until the checkpoint is where the run lives. Raises AgreedError if it cannot be."""

@@ -45,6 +45,7 @@ from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
 from disttrain.training.preflight.state import check_state
 from disttrain.training.resume import resume
+from disttrain.training.sharding import refuse_unshardable
 
 _log = logging.getLogger("disttrain")
 
@@ -118,6 +119,7 @@ def _session_in(
         if world.is_main:
             store.clear_unfinished()
         checkpoint = newest_checkpoint(store, world, console.warn)
+        refuse_unshardable(recipe, world, given)
         with console.relaying("disttrain.data"):
             job = build_job(recipe, world, given)
         store.rank_by(job.best)

@@ -13,6 +13,7 @@ from torch import nn
 
 from disttrain import rng
 from disttrain.data import batch_sizes_without_single_samples, smallest_batch, smallest_part, tensors_in
+from disttrain.distributed.sharded import local
 from disttrain.errors import ConfigurationError, is_lost_peer, where
 from disttrain.models.buffers import buffers_kept, same_bits
 from disttrain.task import ImageClassification
@@ -66,7 +67,7 @@ def _evaluate(job: Job) -> None:
         _quietly(job, training=False),
         torch.autocast(job.world.device.type, job.autocast, job.autocast is not None),
     ):
-        score = checked_score(job.task, job.task.score(job.model, data))
+        score = checked_score(job.task, job.strategy.score(job.task.score, data))
     check_metrics(job.task, score, num, job.recipe.checkpoint.best)
 
 
@@ -168,5 +169,5 @@ def _weights_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for parameter, copy in copies.items():
-                if not same_bits(parameter, copy):
+                if not same_bits(local(parameter), local(copy)):
                     parameter.copy_(copy)

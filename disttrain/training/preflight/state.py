@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from disttrain.checkpoint import optimizer_from_tensors, optimizer_to_tensors, why_not_held
+from disttrain.distributed.sharded import is_sharded
 from disttrain.errors import ConfigurationError, brief
 from disttrain.training.job import Job
 from disttrain.training.optim import build_optimizer
@@ -61,7 +62,13 @@ def _optimizer_of(job: Job, groups: list[list[nn.Parameter]]) -> torch.optim.Opt
 
 def _corners(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     kinds = {(one.dtype, one.device, one.ndim, one.layout): one for one in parameters if one.requires_grad}
-    corners = [nn.Parameter(one.detach()[(slice(2),) * one.ndim].clone()) for one in kinds.values()]
+    corners = [nn.Parameter(_corner(one.detach())) for one in kinds.values()]
     for corner in corners:
         corner.grad = torch.zeros_like(corner)
     return corners
+
+
+def _corner(tensor: torch.Tensor) -> torch.Tensor:
+    if is_sharded(tensor):  # whoever has the corner, the optimizer does not look at its numbers
+        return torch.ones([min(2, side) for side in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+    return tensor[(slice(2),) * tensor.ndim].clone()

@@ -131,7 +131,7 @@ def _sums(job: Job, epoch: int, quietly: Callable[[], AbstractContextManager[Non
                     module.eval()
             rng.seed_layers(job.world.device, 0, epoch, 0)
             with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
-                found.append((float(job.task.loss(job.model, fetched.data)), fetched.weight))
+                found.append((float(job.strategy.score(job.task.loss, fetched.data)), fetched.weight))
     return found[0], found[1]
 
 

@@ -23,6 +23,8 @@ from tests.disttrain.parallel.gradients import ALONE, network
         ("auto", 1, 4, "dp"),
         ("auto", 4, 4, "ddp"),
         ("ddp", 1, 0, "ddp"),
+        ("fsdp", 3, 0, "fsdp"),
+        ("fsdp", 1, 0, "none"),
         ("dp", 1, 2, "dp"),
         ("none", 1, 4, "none"),
     ],

@@ -1,0 +1,224 @@
+"""FSDP2: weights, gradients and the optimizer's state in shards, a part on each worker.
+
+What is sharded is a module around the whole loss: its weights, which are those of the model outside the blocks, are
+gathered for the length of a loss, which may then call any method of the bare model. A block's are gathered for the
+length of the block's own `forward`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from disttrain.distributed.collectives import broadcast_, gather_objects, max_
+from disttrain.distributed.world import World
+from disttrain.errors import ConfigurationError
+from disttrain.parallel.modules import refuse_renormalising
+from disttrain.parallel.strategy import Strategy
+
+
+class Fsdp(Strategy):
+    """Each parameter is cut among the workers along its first dimension. Every rank must call each method alike."""
+
+    name = "fsdp"
+    is_sharded = True
+
+    def __init__(self, model: nn.Module, world: World, shard_modules: Sequence[str] = ()) -> None:
+        """All start from rank 0's weights and buffers; `shard_modules` are names of classes, empty: see `blocks_of`.
+
+        Raises ConfigurationError for a model that cannot be sharded.
+        """
+        _refuse(model, world)
+        blocks = blocks_of(model, shard_modules)
+        super().__init__(model, f"FSDP2: {world.size} workers, each with its part of the model ({_words(blocks)})")
+        self._world = world
+        self.slices, self.num_slices = range(world.rank, world.rank + 1), world.size
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                broadcast_(tensor.detach())
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        self._called = 0  # a checksum of which blocks this step has called, in their order
+        for number, block in enumerate(blocks.values()):
+            block.register_forward_pre_hook(partial(self._note, number))
+            fully_shard(block, mesh=mesh)
+        self._call = _Call(model)
+        self._root: Any = fully_shard(self._call, mesh=mesh)
+        self._modules: list[Any] = [module for module in self._call.modules() if isinstance(module, FSDPModule)]
+        for module in self._modules:
+            # A loss is divided by the size of the global batch already, and gloo cannot scale while it sums.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        self._parameters = dict(model.named_parameters())
+        self._trainable = self._trainable_now()
+
+    def check_modules(self) -> None:
+        """As `Strategy` has it."""
+        refuse_renormalising(self.model, "or start one worker (-n 1)")
+
+    def follow_unfreezing(self) -> bool:
+        """As `Strategy` has it. Raises ConfigurationError: what is frozen was cut as such."""
+        if self._trainable_now() == self._trainable:
+            return False
+        raise ConfigurationError(
+            "parallel.strategy = 'fsdp': a parameter was frozen or unfrozen after the start, which sharded parameters "
+            "cannot follow: use model.freeze, or parallel.strategy = 'ddp'."
+        )
+
+    def open_slice(self) -> None:
+        """As `Strategy` has it: the step starts from rank 0's buffers."""
+        self._called = 0
+        self.share_buffers_()
+
+    def loss(
+        self,
+        compute: Callable[[nn.Module, Any], torch.Tensor],
+        batch: Any,
+        *,
+        num_samples: int,
+        is_last: bool = True,
+    ) -> torch.Tensor:
+        """As `Strategy` has it. Until the last micro-batch, gradients stay on this worker, whole."""
+        self._root.set_requires_gradient_sync(is_last)
+        loss: torch.Tensor = self._call(compute, batch)
+        return loss
+
+    def finish_step(self, global_size: int, step: int) -> None:
+        """As `Strategy` has it. Raises ConfigurationError, on every rank, if the ranks computed different blocks.
+
+        Shards are gathered and summed by position: a block would have had the weights or gradients of another.
+        """
+        trained = bytes(parameter.grad is not None for parameter in self._parameters.values())
+        mine = float(zlib.crc32(trained, self._called))
+        most, least = max_(torch.tensor([mine, -mine], dtype=torch.float64)).tolist()
+        if most != -least:
+            raise ConfigurationError(
+                f"the model: in step {step + 1} not all workers called the same blocks and gave gradients to the same "
+                "parameters, as parallel.strategy = 'fsdp' needs: do not choose them by sample or by chance, or set "
+                "parallel.strategy = 'ddp' and parallel.find_unused_parameters = true."
+            )
+
+    @torch.no_grad()
+    def score(self, compute: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """As `Strategy` has it."""
+        try:
+            return self._call(compute, batch)
+        finally:
+            self._root.reshard()  # what a backward pass does otherwise
+
+    @torch.no_grad()
+    def share_buffers_(self) -> None:
+        """As `Strategy` has it."""
+        for buffer in self.model.buffers():
+            broadcast_(buffer)
+
+    @contextmanager
+    def made_whole(self) -> Iterator[None]:
+        """As `Strategy` has it."""
+        for module in self._modules:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        self._root.set_reshard_after_backward(False)
+        self._root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._root.set_requires_gradient_sync(True)
+            self._root.set_reshard_after_backward(True)
+            for module in self._modules:
+                module.set_reshard_after_forward(module is not self._root, recurse=False)
+                module.reshard()
+
+    def _note(self, block: int, *_: Any) -> None:
+        self._called = zlib.crc32(block.to_bytes(4, "little"), self._called)
+
+    def _trainable_now(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._parameters.values()]
+
+
+class _Call(nn.Module):
+    """A computation with the model as a module, which is what can be sharded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        return compute(self.model, batch)
+
+
+def blocks_of(model: nn.Module, class_names: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """The modules whose weights are gathered together, for the length of their `forward`, by name.
+
+    They are those of the classes that are named; without any, what a ModuleList or a Sequential holds, if it is made of
+    modules itself: the blocks of transformers and ResNets. A block within a block belongs to the outer one, and one
+    that shares a weight with another, or has none, is left out.
+
+    Raises ConfigurationError for a name that no module's class has.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found) or not name:
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        is_element = isinstance(parent, nn.ModuleList | nn.Sequential) and any(True for _ in module.children())
+        is_wanted = type(module).__name__ in class_names if class_names else is_element
+        if is_wanted and not isinstance(module, nn.ModuleList | nn.ModuleDict):  # these are never called
+            found[name] = module
+    for wanted in class_names:
+        if not any(type(module).__name__ == wanted for module in model.modules()):
+            raise ConfigurationError(f"parallel.shard_modules: the model has no module of class {wanted!r}.")
+    users: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[parameter] = users.get(parameter, 0) + 1
+    return {
+        name: module
+        for name, module in found.items()
+        if any(True for _ in module.parameters()) and all(users[one] == 1 for one in module.parameters())
+    }
+
+
+def _words(blocks: dict[str, nn.Module]) -> str:
+    kinds = sorted({type(block).__name__ for block in blocks.values()})
+    return f"{len(blocks)} blocks: {', '.join(kinds)}" if blocks else "gathered as one: it has no blocks"
+
+
+def _refuse(model: nn.Module, world: World) -> None:
+    if world.device.type == "mps":
+        raise ConfigurationError("parallel.strategy = 'fsdp': an Apple GPU serves one worker only.")
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ConfigurationError(
+            "parallel.strategy = 'fsdp': the model given is sharded already: give a function that makes it, anew "
+            "for each start."
+        )
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ConfigurationError(
+                f"the model: '{name}' is sparse, which parallel.strategy = 'fsdp' cannot shard or send: make it dense, "
+                "or use parallel.strategy = 'ddp'."
+            )
+    kinds = {one.dtype: name for name, one in model.named_parameters()}
+    if len(kinds) > 1 or any(kind.is_complex for kind in kinds):
+        listed = ", ".join(f"'{name}' {dtype}" for dtype, name in kinds.items())
+        raise ConfigurationError(
+            f"the model: parallel.strategy = 'fsdp' shards parameters of one real type, and it has {listed}: make "
+            "them one, or use parallel.strategy = 'ddp'."
+        )
+    scalar = next((name for name, one in model.named_parameters() if one.ndim == 0), None)
+    if scalar is not None:
+        raise ConfigurationError(
+            f"the model: the parameter '{scalar}' is a scalar, which parallel.strategy = 'fsdp' cannot cut: give it "
+            "the shape (1,), or use parallel.strategy = 'ddp'."
+        )
+    by_rank = gather_objects(mine := [(name, tuple(one.shape)) for name, one in tensors.items()])
+    if any(theirs != mine for theirs in by_rank):
+        raise ConfigurationError("the model: its parameters or buffers are not the same on all workers.")

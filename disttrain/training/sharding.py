@@ -1,0 +1,32 @@
+"""What a run whose model is sharded cannot do, refused by name before anything is built."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from disttrain.distributed.world import World
+from disttrain.errors import ConfigurationError
+from disttrain.recipe import Recipe
+from disttrain.training.given import Given
+
+# Each number of a parameter is changed by its own gradient and state alone, so a part of them can be changed by itself.
+_ELEMENTWISE = frozenset(
+    {"sgd", "adam", "adamw", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"}
+)
+
+
+def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
+    """Raise ConfigurationError for settings that `parallel.strategy = "fsdp"` cannot be combined with."""
+    if recipe.parallel.strategy != "fsdp" or world.size == 1:
+        return
+    why: dict[str, bool] = {
+        f"optim.name = '{recipe.optim.name}', which needs whole tensors or is not tried with shards: use "
+        "'sgd', 'adam' or 'adamw'": recipe.optim.name not in _ELEMENTWISE,
+        "train.precision = 'fp16': use 'bf16' or 'fp32'": recipe.train.precision == "fp16",
+        "train.compile = true: set it to false": recipe.train.compile,
+        "train.spike_factor and a model given as an object, since the run begins anew after a spike: give a function "
+        "that makes it": recipe.train.spike_factor > 0 and isinstance(given.model, nn.Module),
+    }
+    for reason, applies in why.items():
+        if applies:
+            raise ConfigurationError(f"parallel.strategy = 'fsdp' cannot be combined with {reason}.")
