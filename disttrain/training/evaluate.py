@@ -22,12 +22,13 @@ from disttrain.data import EvalLoader
 from disttrain.distributed.collectives import broadcast_object, gather_objects, sum_
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
+from disttrain.layout import EVALUATION
 from disttrain.models.buffers import buffers_kept
 from disttrain.runs.strict_json import strict_json
 from disttrain.task import Task, has_own, named, named_at
 
 _TAKEN = {"metrics", "step", "epoch"}
-"""What evaluation.json holds besides a task's details."""
+"""What the file of an evaluation holds besides a task's details."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _checked_details(task: Task, details: Any) -> dict[str, Any]:
     taken = details.keys() & _TAKEN
     if taken:
         raise ConfigurationError(
-            f"{type(task).__name__}.details returned {min(taken)!r}, which evaluation.json has already: rename it."
+            f"{type(task).__name__}.details returned {min(taken)!r}, which {EVALUATION} has already: rename it."
         )
     return details
 
