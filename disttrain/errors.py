@@ -73,9 +73,9 @@ class UserCodeError(DisttrainError):
 
 
 class TaskError(UserCodeError):
-    """An exception out of a method of the user's task, or of a hook: made again, the call would raise again.
+    """An exception out of a user's task, hook or model constructor: made again, the call would raise again.
 
-    The message names the method and the place in the user's code. Before training no traceback is shown.
+    The message names what was called and the place in the user's code. Before training no traceback is shown.
     """
 
     exit_code = ExitCode.CONFIGURATION

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, failures_named
 from disttrain.models.buffers import own_memory
 from disttrain.models.gpt import GPT
 from disttrain.models.mlp import Mlp
@@ -29,7 +29,8 @@ def build_model(model: ModelRecipe, *, pretrained: bool = True, **arguments: Any
 
     `arguments` are what a task offers: of images `num_classes` and `sample_shape`, (C, H, W). A constructor gets those
     that it names, beside `model.options`. Without `pretrained`, weights that the options ask for are left out, for
-    whoever has others to load. Raises ConfigurationError for a name, an option or a sample shape that does not fit.
+    whoever has others to load. Raises ConfigurationError for a name, an option or a sample shape that does not fit,
+    and TaskError for what a constructor of the user's raises.
     """
     built = _build(model, arguments, pretrained)
     shape = arguments.get("sample_shape")
@@ -137,15 +138,16 @@ def _construct(name: str, make: Callable[..., Any], options: dict[str, Any], off
         except TypeError as error:
             known = [key for key in parameters if key not in offered]
             raise ConfigurationError(misfit("model.options", name, options, known, error)) from error
-    try:
-        built = make(**(arguments | options))
-    except TypeError as error:
-        if not hands_on or "num_classes" not in str(error):
-            raise
-        raise ConfigurationError(
-            f"model.name: {name} passes num_classes on to something that does not take it: {error}. Name num_classes "
-            "among its arguments."
-        ) from error
+    with failures_named(f"model.name: {name}", OSError):  # a download of weights may succeed the next time
+        try:
+            built = make(**(arguments | options))
+        except TypeError as error:
+            if not hands_on or "num_classes" not in str(error):
+                raise
+            raise ConfigurationError(
+                f"model.name: {name} passes num_classes on to something that does not take it: {error}. Name "
+                "num_classes among its arguments."
+            ) from error
     if not isinstance(built, nn.Module):
         raise ConfigurationError(f"model.name: {name} returned a {type(built).__name__}, not a torch.nn.Module.")
     return built

@@ -19,6 +19,7 @@ from disttrain.data.sources.classes import class_names, counted_classes
 from disttrain.data.sources.pixels import as_tensor, channels_first
 from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_in
 from disttrain.recipe import DataRecipe
+from disttrain.recipe.names import misfit
 from disttrain.recipe.reference import import_callable
 
 _log = logging.getLogger(__name__)
@@ -33,10 +34,12 @@ def load_callable(data: DataRecipe, *, images: bool = True) -> Datasets | Sample
     """
     make = import_callable(data.dataset, "data.dataset")
     with suppress(ValueError):  # a callable without a signature, written in C
+        signature = inspect.signature(make)
         try:
-            inspect.signature(make).bind(**data.options)
+            signature.bind(**data.options)
         except TypeError as error:
-            raise ConfigurationError(f"data.options: {data.dataset} refuses them: {error}.") from error
+            known = list(signature.parameters)
+            raise ConfigurationError(misfit("data.options", data.dataset, data.options, known, error)) from error
     try:
         made = make(**data.options)
     except DisttrainError:

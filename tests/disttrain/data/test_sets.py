@@ -322,7 +322,7 @@ def test_a_callable_makes_the_set(load: Load) -> None:
         ("my_sets:tensor", {}, "data.dataset: module 'my_sets' has no 'tensor'; did you mean 'tensors'?"),
         ("my_set:tensors", {}, "data.dataset: there is no module 'my_set'; start in the folder that holds it"),
         ("my_sets:nonsense", {}, r"my_sets:nonsense returned a int; it should return \(train_set, test_set\)"),
-        ("my_sets:tensors", {"n": 4}, "data.options: my_sets:tensors refuses them: .* 'n'"),
+        ("my_sets:tensors", {"n": 4}, r"data.options: my_sets:tensors does not take n; it takes num"),
         ("my_sets:bad_test_set", {}, r"^the test set of data.dataset = 'my_sets:bad_test_set': labels must be \(2,\)"),
         ("my_sets:other_shapes", {}, r"^data.dataset = 'my_sets:other_shapes': training images are \(1, 4, 4\)"),
         ("my_sets:broken_train_set", {}, r"^sample 0 of the training set of data.dataset = 'my_sets:broken_train_set'"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from disttrain.errors import ConfigurationError, ExitCode
+from disttrain.errors import ConfigurationError, ExitCode, TaskError
 from disttrain.models import Net, build_model, given_model
 from disttrain.recipe import ModelRecipe, Recipe, check_installed
 
@@ -316,3 +316,9 @@ def test_a_model_may_be_given_as_what_makes_it() -> None:
 )
 def test_a_callable_that_does_not_fit(name: str, options: dict[str, int], message: str) -> None:
     assert refusal(name, **options).startswith(message)
+
+
+@pytest.mark.usefixtures("my_models")
+def test_what_a_constructor_raises_is_named_with_its_place() -> None:
+    with pytest.raises(TaskError, match=r"^model.name: my_models:of_classes_alone: RuntimeError: .*my_models.py:17\)$"):
+        build("my_models:of_classes_alone", 2, width=-1)
