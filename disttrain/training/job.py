@@ -10,22 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from disttrain.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    optimizer_to_tensors,
-    shared_names,
-)
+from disttrain.checkpoint import Checkpoint, CheckpointStore, optimizer_to_tensors, shared_names
 from disttrain.checkpoint.handout import read_by_main
-from disttrain.data import (
-    Datasets,
-    Digest,
-    EvalLoader,
-    Loader,
-    SampleSets,
-    StepSampler,
-    digest_of,
-)
+from disttrain.data import Datasets, Digest, EvalLoader, Loader, SampleSets, StepSampler, digest_of
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.health.nonfinite import NonFiniteGuard

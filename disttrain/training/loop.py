@@ -156,7 +156,7 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
                 monitor.evaluate()
         if job.is_finished:
             monitor.at_end()
-            return monitor.last_evaluation()
+            return job.evaluation()
         with monitor.epoch():
             for batch in _batches(job):
                 reached("step", step=job.step)

@@ -290,10 +290,6 @@ class RunMonitor:
                 self._has_warned = True
                 self._console.warn(f"{self.run_dir / EVALUATION} could not be written: {error}")
 
-    def last_evaluation(self) -> dict[str, float]:
-        """The metrics where the job stands, measured just now or found in the checkpoint."""
-        return self.job.evaluation()
-
     def close(self) -> None:
         """Finish the checkpoint that is being written."""
         self.saver.close()
