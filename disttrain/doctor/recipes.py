@@ -56,7 +56,7 @@ def data(question: Question) -> Iterator[Finding]:
         )
         return
     look_for_code(found)
-    yield _loaded(found.data)
+    yield _loaded(found.data, images=found.task.name == "image-classification")
 
 
 def _will_be_downloaded(data: DataRecipe) -> bool:
@@ -65,7 +65,7 @@ def _will_be_downloaded(data: DataRecipe) -> bool:
     return names is not None and data.download and not any((root / name).exists() for name in names)
 
 
-def _loaded(data: DataRecipe) -> Finding:
+def _loaded(data: DataRecipe, *, images: bool) -> Finding:
     import torch
 
     from disttrain.data import load_datasets
@@ -75,7 +75,7 @@ def _loaded(data: DataRecipe) -> Finding:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        sets = load_datasets(data.model_copy(update={"download": False}), alone, nullcontext)
+        sets = load_datasets(data.model_copy(update={"download": False}), alone, nullcontext, images=images)
     except ConfigurationError as error:
         return failure("data", str(error), "Put complete files there, or point data.root to another folder.")
     finally:

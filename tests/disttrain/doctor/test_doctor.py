@@ -432,6 +432,14 @@ def test_a_wrong_recipe_is_one_of_the_findings() -> None:
     assert only(server.tracking(question)).status == "failure"
 
 
+def test_data_of_ones_own_task_are_tried_as_that_task_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    example = Path(__file__).parents[3] / "examples/biology/nuclei.toml"
+    found = only(recipes.data(Question(recipe=str(example))))
+    sys.modules.pop("nuclei", None)
+    assert (found.status, found.detail) == ("ok", "nuclei:load: 455 training and 114 test samples")
+
+
 def test_data_that_are_missing_or_damaged(tmp_path: Path) -> None:
     def found(*overrides: str) -> Finding:
         return only(recipes.data(Question(recipe="cifar10-net", overrides=(f"data.root={tmp_path}/data", *overrides))))
