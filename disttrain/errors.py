@@ -6,7 +6,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import ClassVar
@@ -207,13 +207,13 @@ def is_in_user_code(error: BaseException) -> bool:
     return any(not _NOT_THE_USERS.search(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
 
 
-def defined_at(kind: type) -> str:
-    """file:line of a class."""
+def defined_at(kind: Callable[..., object]) -> str:
+    """file:line of a class or a function."""
     import inspect  # for messages alone
 
     try:
         return f"{inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind)[1]}"
-    except (OSError, TypeError):  # made by exec, or in a prompt
+    except (OSError, TypeError):  # made by exec, or in a prompt; an object that can be called
         return f"in {kind.__module__}"
 
 

@@ -15,12 +15,16 @@ from disttrain.recipe.names import misfit, nearest
 from disttrain.recipe.reference import import_callable
 from disttrain.task.base import Task
 from disttrain.task.images import ImageClassification
+from disttrain.task.signatures import check_signatures
 
 _BUILT_IN = {
     "image-classification": "disttrain.task.images:ImageClassification",
     "language-modeling": "disttrain.task.language:LanguageModeling",
     "tabular": "disttrain.task.tabular:Tabular",
 }
+
+_NOT_ALWAYS_CALLED = ("losses", "report", "predict", "in_words", "read", "export", "export_notes")
+"""A task that has data under these names trains all the same."""
 
 Maker = Task | Callable[..., Any]
 """A task, or what makes one of `task.options`, `train_set` and `recipe`."""
@@ -68,12 +72,14 @@ def takes_images(maker: Maker) -> bool:
 
 
 def build_task(maker: Maker, recipe: Recipe, train_set: Any, *, is_given: bool = False) -> Task:
-    """The task. Raises ConfigurationError for options that it does not take, UserCodeError for what it raises.
+    """The task. Raises ConfigurationError for options that it does not take, and for a method with other arguments.
+
+    Raises UserCodeError for what its constructor raises.
 
     `is_given`: a program gave the maker, in place of the recipe's name.
     """
     if isinstance(maker, Task):
-        return _with_items(maker)
+        return _checked(maker)
     name = getattr(maker, "__qualname__", type(maker).__name__)
     source = "the task given" if is_given else f"task.name = '{recipe.task.name}'"
     arguments = {"train_set": train_set, "recipe": recipe}
@@ -98,10 +104,11 @@ def build_task(maker: Maker, recipe: Recipe, train_set: Any, *, is_given: bool =
         raise failure_in(source, error) from error
     if not isinstance(task, Task):
         raise ConfigurationError(f"{source}: {name} returned a {type(task).__name__}, not a disttrain.Task.")
-    return _with_items(task)
+    return _checked(task)
 
 
-def _with_items(task: Task) -> Task:
+def _checked(task: Task) -> Task:
+    check_signatures(task, Task, type(task).__name__, may_be_data=_NOT_ALWAYS_CALLED)
     items: Any = task.items
     if not isinstance(items, str) or not items.strip():
         raise ConfigurationError(

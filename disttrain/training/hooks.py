@@ -14,6 +14,7 @@ from torch import nn
 
 from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_of, is_circumstance
 from disttrain.recipe.reference import import_callable
+from disttrain.task.signatures import check_signatures
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def build_hooks(references: Sequence[str], given: Any) -> Hooks:
         if not isinstance(made_one, Hook):
             raise ConfigurationError(f"train.hooks: a {type(made_one).__name__} is not a disttrain.Hook; subclass it.")
         stem = f"{type(made_one).__module__}:{type(made_one).__qualname__}"
+        check_signatures(made_one, Hook, f"the hook {stem}")
         name, number = stem, 1
         while name in made:
             number += 1
