@@ -231,7 +231,12 @@ class EvalLoader:
 
     def samples(self, samples: torch.Tensor) -> Any:
         """These samples of the split, (b,) int64, in one batch; read in this process."""
-        return self._prepared(self._reader.take(samples, 0).data, samples)
+        return self.fetched(samples).data
+
+    def fetched(self, samples: torch.Tensor) -> Fetched:
+        """As `samples`, with the batch's weight."""
+        fetched = self._reader.take(samples, 0)
+        return Fetched(self._prepared(fetched.data, samples), fetched.weight)
 
     def __iter__(self) -> Iterator[EvalBatch]:
         rounds = -(-self.num_batches // self._size)

@@ -20,6 +20,7 @@ from disttrain.task import ImageClassification
 from disttrain.training.evaluate import checked_score
 from disttrain.training.job import Job
 from disttrain.training.preflight.exactness import generators_kept, named_operators
+from disttrain.training.preflight.score import check_score
 from disttrain.training.preflight.task import check_metrics, check_task, checked_loss
 
 _log = logging.getLogger("disttrain")
@@ -37,6 +38,7 @@ def check_model(job: Job) -> None:
     _evaluate(job)
     rehearse(job)
     check_task(job, lambda: _quietly(job, training=True))
+    check_score(job, _num_samples(job, training=False), lambda: _quietly(job, training=False))
 
 
 def rehearse(job: Job) -> None:
