@@ -137,7 +137,7 @@ def _session_in(
                 console.line(line)
         checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
         if not job.is_finished:
-            check_model(job)
+            check_model(job, console.warn)
         if not job.strategy.bits_depend_on_world_size and not job.is_finished:
             for difference in unlike_the_first(gather_objects(job.environment_fingerprint())):
                 console.warn(f"the workers differ: {difference}; the bits may differ from other runs'.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,8 +28,8 @@ _ANY_MODEL = "the model returned"
 _NUM_SAMPLES = 2  # or one, if training or evaluation will come upon a single one
 
 
-def check_model(job: Job) -> None:
-    """Have the task compute a loss and a score of real samples; leave the model as it was.
+def check_model(job: Job, warn: Callable[[str], None]) -> None:
+    """Have the task compute a loss and a score of real samples; leave the model as it was, and `warn` of what is odd.
 
     Every rank must call it: a model may have collectives of its own. Raises ConfigurationError if that fails, or comes
     to something that a task may not return; on every rank alike, unless the ranks' models differ.
@@ -37,7 +37,7 @@ def check_model(job: Job) -> None:
     job.strategy.check_modules()  # by name, before it fails for a reason of its own
     _evaluate(job)
     rehearse(job)
-    check_task(job, lambda: _quietly(job, training=True))
+    check_task(job, lambda: _quietly(job, training=True), warn)
     check_score(job, _num_samples(job, training=False), lambda: _quietly(job, training=False))
 
 

@@ -13,9 +13,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.task import has_own, named
 from disttrain.training.evaluate import checked_score
 from disttrain.training.job import Job
-
-CLOSE = 0.05
-"""How near to each other two values are, of a batch and of twice as many samples, that are taken for means."""
+from disttrain.training.preflight.task import CLOSE
 
 
 def check_score(job: Job, num: int, quietly: Callable[[], AbstractContextManager[None]]) -> None:

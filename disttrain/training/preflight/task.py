@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from disttrain import rng
+from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError
 from disttrain.layout import EVAL
 from disttrain.task import Task
@@ -21,8 +22,8 @@ from disttrain.tracking.mlflow.limits import metric_key
 from disttrain.training.evaluate import checked_metrics
 from disttrain.training.job import Job
 
-_CLOSE = 0.05
-"""How near to each other two losses are that are meant to differ by a factor of two."""
+CLOSE = 0.05
+"""How near to each other two values are, of a batch and of the same one twice over, that are taken for one."""
 _MOST_ITEMS, _MOST_NUMBERS = 1000, 2**20  # of a container, of a tensor: what is larger is not compared
 
 
@@ -88,10 +89,11 @@ def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int, wanted
         )
 
 
-def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]]) -> None:
+def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]], warn: Callable[[str], None]) -> None:
     """Refuse a task of the user's own whose loss is a mean, or that keeps state. Every rank must call it.
 
-    `quietly` makes a context to compute a step in that leaves no trace. Raises ConfigurationError.
+    `quietly` makes a context to compute a step in that leaves no trace; a loss that grows with the square of the batch
+    may be meant so, and `warn` tells of it. Raises ConfigurationError.
     """
     if (type(job.task).loss.__module__ or "").startswith("disttrain."):  # None: made by exec
         return
@@ -113,17 +115,29 @@ def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]]) ->
             'the trainer divides by the global weight: reduction="sum" in place of "mean", or the mean times how many '
             "items (and a penalty that no item adds to belongs in optim.weight_decay)."
         )
+    is_square = all(_is_square(once, twice, 2) for once, twice in losses)
+    if broadcast_from_main(job.world, lambda: is_square):  # of all alike: a model may have collectives
+        first, second, third = _sums(job, 0, quietly, times=(1, 2, 3))
+        if _is_square(first, third, 3):  # not so if each item is told from all others: a log of their number
+            warn(
+                f"{type(job.task).__name__}.loss grows with the square of the batch: it is {first[0]:.4g} for two "
+                f"samples and {second[0]:.4g} for the same two twice over, so what is learned depends on how many "
+                "workers share a batch. Shapes such as (B, 1) and (B,) broadcast to (B, B): does one lack a "
+                "squeeze(1)? If the loss compares all pairs of samples, that is as meant (docs/tasks.md)."
+            )
 
 
 Sum = tuple[float, int]
 """A loss, and the weight of its batch."""
 
 
-def _sums(job: Job, epoch: int, quietly: Callable[[], AbstractContextManager[None]]) -> tuple[Sum, Sum]:
-    """The loss and the weight of two samples, and of the same two twice over."""
+def _sums(
+    job: Job, epoch: int, quietly: Callable[[], AbstractContextManager[None]], times: Sequence[int] = (1, 2)
+) -> list[Sum]:
+    """The loss and the weight of two samples, and of the same two so many times over."""
     few = torch.arange(min(2, len(job.data.train)))
     found = []
-    for samples in (few, few.repeat(2)):
+    for samples in map(few.repeat, times):
         fetched = job.loader.fetched(epoch, samples)
         with quietly(), torch.no_grad():
             for module in job.model.modules():
@@ -132,16 +146,22 @@ def _sums(job: Job, epoch: int, quietly: Callable[[], AbstractContextManager[Non
             rng.seed_layers(job.world.device, 0, epoch, 0)
             with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
                 found.append((float(job.strategy.score(job.task.loss, fetched.data)), fetched.weight))
-    return found[0], found[1]
+    return found
 
 
 def _is_mean(one: Sum, twice: Sum) -> bool:
     (loss, weight), (loss_of_twice, weight_of_twice) = one, twice
     grows = weight_of_twice >= 1.5 * max(1, weight)
-    return grows and loss != 0 and abs(loss_of_twice - loss) <= _CLOSE * abs(loss)  # which NaN never is
+    return grows and loss != 0 and abs(loss_of_twice - loss) <= CLOSE * abs(loss)  # which NaN never is
 
 
-def _refuse_state(task: Task, before: Mapping[str, Any], first: tuple[Sum, Sum], again: tuple[Sum, Sum]) -> None:
+def _is_square(one: Sum, other: Sum, times: int) -> bool:
+    (loss, weight), (loss_of_other, weight_of_other) = one, other
+    square = times**2 * loss
+    return loss != 0 and weight_of_other == times * weight and abs(loss_of_other - square) <= CLOSE * abs(square)
+
+
+def _refuse_state(task: Task, before: Mapping[str, Any], first: list[Sum], again: list[Sum]) -> None:
     name, now = type(task).__name__, _configuration(task)
     for key, value in before.items():
         if now.get(key) != value:

@@ -63,3 +63,32 @@ def test_a_score_that_is_a_mean_is_refused_where_it_would_be_divided_again(tmp_p
     allowed = [(MetricsOfMeans(),), (Retrieval(),), (MeanScore(), "train.eval_batch_size=1")]
     for number, (task, *overrides) in enumerate(allowed):
         assert train(tmp_path / str(number), with_task(task), "train.max_steps=1", *overrides).step == 1
+
+
+class Broadcast(Regression):
+    """(B, 1) against (B,): all pairs of the batch."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        features, values = batch
+        return (model(features) - values).abs().sum()
+
+
+class Contrast(Retrieval):
+    """At the start it tells nothing from anything: the loss of each of B samples is log(B)."""
+
+    def _similarities(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return super()._similarities(model, batch) * 1e-6
+
+
+class Nothing(Regression):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return super().loss(model, batch) * 0
+
+
+def test_a_loss_of_all_pairs_of_the_batch_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, and trained on; a loss that is 0, and one of each sample against all others, are no such thing."""
+    for task in (Broadcast(), Contrast(), Nothing()):
+        assert train(tmp_path / type(task).__name__, with_task(task), "train.max_steps=1").step == 1
+        said = capsys.readouterr().err
+        assert said.count("Broadcast.loss grows with the square of the batch") == (type(task) is Broadcast)
+        assert said.count("grows with") == (type(task) is Broadcast)
