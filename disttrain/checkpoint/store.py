@@ -123,9 +123,12 @@ class CheckpointStore:
 
 
 def to_keep(checkpoints: Sequence[tuple[Name, Any, float | None]], keep_last: int, keep_best: int) -> set[Name]:
-    """Which to keep of checkpoints given by name, step (oldest first) and score: the newest, and the highest."""
-    scored = [(score, step, name) for name, step, score in checkpoints if score is not None]
-    best = sorted(scored, key=lambda one: one[:2], reverse=True)[:keep_best]
+    """Which to keep of checkpoints given by name, step (oldest first) and score: the newest, and the highest.
+
+    Of equal scores the older: a later one is no better, which early stopping counts, too.
+    """
+    scored = [(-score, step, name) for name, step, score in checkpoints if score is not None]
+    best = sorted(scored, key=lambda one: one[:2])[:keep_best]
     return {*(name for name, _, _ in checkpoints[-keep_last:]), *(name for _, _, name in best)}
 
 

@@ -56,9 +56,12 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _best(best: Best, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
-    """The metric that decides, and the step of the best checkpoint there is; None if none was evaluated."""
-    scored = [(score, one["step"]) for one in checkpoints if (score := best.score(one["metrics"])) is not None]
-    return {"metric": best.metric, "mode": best.mode, "step": max(scored)[1] if scored else None}
+    """The metric that decides, and the step of the best checkpoint there is, of equal ones the first.
+
+    None if none was evaluated.
+    """
+    scored = [(-score, one["step"]) for one in checkpoints if (score := best.score(one["metrics"])) is not None]
+    return {"metric": best.metric, "mode": best.mode, "step": min(scored)[1] if scored else None}
 
 
 def newest_step(run: Path) -> int | None:

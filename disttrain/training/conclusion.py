@@ -152,5 +152,5 @@ def _name_the_best(job: Job, run_dir: Path, address: str, console: Console) -> N
         return
     # The last evaluation need not be one that early stopping looked at.
     scores = [job.best.score(metrics) for metrics in (job.evaluation(), {job.best.metric: found.value})]
-    if scores[0] is None or scores[1] is None or scores[0] < scores[1]:
+    if scores[0] is None or scores[1] is None or scores[0] <= scores[1]:
         console.line(f"best        {address}/{CHECKPOINTS}/{name} ({job.best.metric} {in_digits(found.value, 6)})")

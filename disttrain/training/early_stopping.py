@@ -60,7 +60,10 @@ class EarlyStopping:
         what = f"no evaluation of the last {self.since} was better"
         if self.value is None:
             return f"{what}: none had a {self._best.metric} that is a number (train.patience)"
-        return f"{what} than {self._best.metric} {in_digits(self.value, 6)} at step {self.step} (train.patience)"
+        what += f" than {self._best.metric} {in_digits(self.value, 6)} at step {self.step}"
+        if self._min_delta == 0:
+            return f"{what} (train.patience)"
+        return f"{what} by more than {self._min_delta:g} (train.patience, train.min_delta)"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it."""

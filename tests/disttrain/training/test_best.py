@@ -104,6 +104,7 @@ def test_a_run_ends_when_no_evaluation_was_better_for_a_while(
     assert summarise(tmp_path / "whole")["state"] == "finished"
     said = capsys.readouterr().out
     assert f"stopping early: no evaluation of the last 2 was better than loss {losses[best]:.6g} at step {best}" in said
+    assert "by more than 0.01 (train.patience, train.min_delta)" in said
     assert train(tmp_path / "whole", *options).step == result.step
     assert "is already finished" in capsys.readouterr().out
 
@@ -129,6 +130,27 @@ class Measured(Regression):
 
     def metrics(self, sums: Any, weight: int) -> dict[str, float]:
         return {"loss": sums["loss"].item() / weight, "quality": QUALITY.get(sums["epoch"][0], 9.0)}
+
+
+class Unchanged(Measured):
+    def metrics(self, sums: Any, weight: int) -> dict[str, float]:
+        return {"quality": 0.25}
+
+
+def test_of_equals_the_first_is_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In what is kept, listed and said at the end, as where it is counted how long none was better."""
+    one = case("regression")
+    model, every = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 1)), ["checkpoint.keep_last=1", "train.epochs=9"]
+    sets = {"train_set": one.train_set, "test_set": one.test_set}
+    disttrain.train(
+        USERS, overrides=[*every, "train.patience=2"], run_dir=tmp_path, task=Unchanged(), model=model, **sets
+    )
+    kept = [path.name for path in CheckpointStore(tmp_path / "checkpoints").paths()]
+    assert kept == ["step-00000003", "step-00000009"]
+    assert summarise(tmp_path)["best"]["step"] == 3
+    said = capsys.readouterr().out
+    assert "no evaluation of the last 2 was better than quality 0.25 at step 3 (train.patience)" in said
+    assert f"best        {tmp_path}/checkpoints/step-00000003 (quality 0.25)" in said
 
 
 def test_what_is_not_a_number_is_never_best_and_an_average_is_resumed_with_it(tmp_path: Path) -> None:
