@@ -113,6 +113,10 @@ class ConfigurationError(DisttrainError):
     exit_code = ExitCode.CONFIGURATION
 
 
+class NotImagesError(ConfigurationError):
+    """A user's samples are not taken for images with labels, whatever they are."""
+
+
 class RecipeError(ConfigurationError):
     """The recipe is wrong: each line of the message names one key and what it should be."""
 

@@ -27,9 +27,9 @@ from disttrain.data import (
 )
 from disttrain.distributed.collectives import one_per_machine_first
 from disttrain.distributed.world import World
-from disttrain.errors import ConfigurationError, brief
+from disttrain.errors import ConfigurationError, NotImagesError, brief
 from disttrain.models import build_model, given_model, made_ready
-from disttrain.recipe import Recipe
+from disttrain.recipe import Recipe, TaskRecipe
 from disttrain.task import Task, build_task, has_own, named, takes_images, task_maker
 from disttrain.task.tabular import Tabular
 from disttrain.training.given import Given
@@ -46,12 +46,19 @@ def load_sets(
     maker = task_maker(recipe, given.task)
     images = takes_images(maker)
     given = _with_tables(given) if isinstance(maker, type) and issubclass(maker, Tabular) else given
-    data = _load(recipe, world, given, images=images, facts=facts)
+    try:
+        data = _load(recipe, world, given, images=images, facts=facts)
+    except NotImagesError as error:
+        if given.task is not None or recipe.task.name != TaskRecipe().name:
+            raise
+        raise NotImagesError(
+            f"{error} The task is '{recipe.task.name}', the default: for other samples give task=…, or set task.name."
+        ) from error
     if isinstance(data, SampleSets) and images:
         source = "the sets given" if given.train_set is not None else f"data.dataset = '{recipe.data.dataset}'"
         raise ConfigurationError(
             f"{source}: these are samples of another kind, not images with labels, which the task "
-            f"'{recipe.task.name}' takes: set task.name to the task that is meant."
+            f"'{recipe.task.name}' takes: give the task that is meant as task=…, or set task.name."
         )
     if isinstance(data, Datasets) and not images:
         data = SampleSets(as_samples(data.train, "the training set"), as_samples(data.test, "the test set"))

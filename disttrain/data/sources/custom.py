@@ -17,7 +17,7 @@ from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets,
 from disttrain.data.generators import generators_restored
 from disttrain.data.sources.classes import class_names, counted_classes
 from disttrain.data.sources.pixels import as_tensor, channels_first
-from disttrain.errors import ConfigurationError, DisttrainError, brief, failure_in
+from disttrain.errors import ConfigurationError, DisttrainError, NotImagesError, brief, failure_in
 from disttrain.recipe import DataRecipe
 from disttrain.recipe.names import misfit
 from disttrain.recipe.reference import import_callable
@@ -89,11 +89,14 @@ def _sample_set(samples: Any, name: str) -> SampleSet:
 def as_datasets(train_set: Any, test_set: Any, data: DataRecipe, source: str = "") -> Datasets:
     """Two objects that `as_split` takes, as one data set; a test set without class names gets the training set's.
 
-    `source` names in messages where the two come from.
+    `source` names in messages where the two come from. Raises NotImagesError for what `as_split` refuses.
     """
     of_source = f" of {source}" if source else ""
-    train = as_split(train_set, data, name=f"the training set{of_source}")
-    test = as_split(test_set, data, train.classes, name=f"the test set{of_source}")
+    try:
+        train = as_split(train_set, data, name=f"the training set{of_source}")
+        test = as_split(test_set, data, train.classes, name=f"the test set{of_source}")
+    except ConfigurationError as error:
+        raise NotImagesError(str(error)) from error
     if train.mean is None and data.mean is not None:
         _log.warning("data.mean and data.std are for bytes: the training set gives floats, which are used as they are.")
     with _said_of(source):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset, Subset
 
 import disttrain
+from disttrain.data import SampleSet
+from disttrain.errors import ConfigurationError
 from disttrain.models.net import Net
 from disttrain.recipe import Recipe, parse_recipe
 from disttrain.training.given import Given
@@ -28,6 +31,16 @@ class Cells(Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.images[index], int(self.labels[index])
+
+
+ROWS = [(torch.ones(3), torch.tensor(0.5))] * 6
+AS_DICTS = [{"text": "a", "label": 1}] * 6
+
+
+@pytest.mark.parametrize("found", [ROWS, AS_DICTS, (torch.ones(6, 3), torch.rand(6)), SampleSet(ROWS)])
+def test_samples_of_another_kind_without_a_task_have_the_default_named(tmp_path: Path, found: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"'image-classification'.* task=…, or set task\.name\.$"):
+        disttrain.train(SHORT, run_dir=tmp_path, model=Net, train_set=found, test_set=found)
 
 
 @pytest.mark.parametrize(
