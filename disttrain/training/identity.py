@@ -42,14 +42,19 @@ def describe_task(task: Task) -> dict[str, Any]:
     return plain
 
 
-def refuse_other_task(state: Mapping[str, Any], where: object, now: Mapping[str, Any]) -> None:
+def refuse_other_task(
+    state: Mapping[str, Any], where: object, now: Mapping[str, Any], given: Collection[str] = ()
+) -> None:
     """Raise ConfigurationError if the checkpoint is of another task than `now` describes.
 
-    Checkpoints from before there were tasks are of image classification.
+    Checkpoints from before there were tasks are of image classification. `given` are the objects that took the place
+    of what the recipe names.
     """
     was = state.get("task", _FIRST_TASK)
     for key in ("name", *sorted(was.keys() | now.keys())):
         if was.get(key) != now.get(key):
+            if "task" in state.get("given", ()) and "task" not in given:  # the recipe's own is another one, of course
+                refuse_missing_objects(state, where, given)
             raise ConfigurationError(
                 f"{where}: trained for a task with {key} = {brief(repr(was.get(key)), 80)}, and task.name and "
                 f"task.options now make one with {brief(repr(now.get(key)), 80)}: give the same, or start a new "
@@ -135,10 +140,11 @@ def refuse_missing_objects(state: Mapping[str, Any], where: object, given: Colle
     """Raise ConfigurationError if the run was trained on objects, and these are not among what is `given` now."""
     missing = [name for name in state.get("given", ()) if name in _PARAMETERS and name not in given]
     if missing:
-        keys = " and ".join(dict.fromkeys(_PARAMETERS[name] for name in missing))
+        keys = list(dict.fromkeys(_PARAMETERS[name] for name in missing))
         raise ConfigurationError(
-            f"{where}: trained with {' and '.join(f'{name}=…' for name in missing)} given in Python, which {keys} of "
-            f"the recipe does not name: give the same to disttrain.train(…), or start a new run."
+            f"{where}: trained with {' and '.join(f'{name}=…' for name in missing)} given in Python, which "
+            f"{' and '.join(keys)} of the recipe do{'es' if len(keys) == 1 else ''} not name: resume it in Python, "
+            "with the same given to disttrain.train(…) (docs/python.md), or start a new --run-dir."
         )
 
 

@@ -32,7 +32,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     """
     state = checkpoint.state
     check_complete(state, f"{checkpoint.path}/{STATE}")
-    refuse_other_task(state, checkpoint.path, describe_task(job.task))
+    refuse_other_task(state, checkpoint.path, describe_task(job.task), job.given)
     now = describe_data(job.data.train, job.digest)
     broadcast_from_main(job.world, lambda: refuse_other_data(state, checkpoint.path, now, job.given))
     refuse_other_preparation(state["data"], job.data.train, checkpoint.path)

@@ -19,7 +19,13 @@ from disttrain.data import Digest, MemorySplit, SampleSet, StreamSplit, digest_o
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import DataRecipe, ScheduleRecipe, load_recipe
-from disttrain.training.identity import describe_data, refuse_missing_objects, refuse_other_data, refuse_other_schedule
+from disttrain.training.identity import (
+    describe_data,
+    refuse_missing_objects,
+    refuse_other_data,
+    refuse_other_schedule,
+    refuse_other_task,
+)
 from disttrain.training.optim import Schedule
 from tests.disttrain.training.test_train import QUIET, network, samples
 
@@ -155,6 +161,21 @@ def test_the_same_data_may_come_as_an_object_or_not_but_a_model_may_not() -> Non
         refuse_missing_objects({"given": ["model"]}, "step-1", ("train_set",))
     refuse_missing_objects({"given": ["model"]}, "step-1", ("model",))
     refuse_missing_objects({}, "step-1", ())
+
+
+def test_a_run_of_a_task_given_in_python_is_resumed_there() -> None:
+    """Not by task.name, which never named it; a task of another name is still another where one is given."""
+    state, default = {"task": {"name": "Named"}, "given": ["model", "task"]}, {"name": "image-classification"}
+    in_python = (
+        r"trained with model=… and task=… given in Python, which model\.name and task\.name .* do not name: resume"
+    )
+    with pytest.raises(ConfigurationError, match=in_python):
+        refuse_other_task(state, "step-1", default)
+    for given in ("task",), ("model", "task"):
+        with pytest.raises(ConfigurationError, match="trained for a task with name = 'Named', and"):
+            refuse_other_task(state, "step-1", {"name": "Other"}, given)
+    with pytest.raises(ConfigurationError, match="trained for a task with name = 'Named', and"):
+        refuse_other_task({**state, "given": ["model"]}, "step-1", default)
 
 
 def test_a_cosine_schedule_cannot_end_elsewhere_once_it_falls() -> None:
