@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import date, time
 from typing import Any
 
-from disttrain.errors import RecipeError
+from disttrain.errors import RecipeError, brief
 from disttrain.recipe.address import is_text
 from disttrain.recipe.explain import sections, unknown_key, wants_text
 from disttrain.recipe.optimizers import OPTIONS_OF_ALL
@@ -22,8 +22,12 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
     """The mapping with the overrides in it, and for each key they set the words that name it in a message.
 
     Raises:
-        RecipeError: an override that is not `key=value`, or whose key goes through something that is not a table.
+        RecipeError: an override that is not `key=value`, or whose key goes through something that is not a table;
+            overrides that are no list of them.
     """
+    given: Any = overrides
+    if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(one, str) for one in given):
+        raise RecipeError(f"overrides: should be a list of texts, as in ['optim.lr=0.1'], not {brief(repr(given), 80)}")
     merged = _copy(mapping)
     places: dict[str, str] = {}
     for override in overrides:

@@ -166,6 +166,13 @@ def test_wrong_overrides(override: str, message: str) -> None:
     assert refusal(override) == message
 
 
+@pytest.mark.parametrize("overrides", ["optim.lr=0.1", {"optim.lr": 0.1}, [("optim.lr", 0.1)], 0.1])
+def test_overrides_are_a_list_of_texts(overrides: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("digits", overrides)
+    assert str(caught.value) == f"overrides: should be a list of texts, as in ['optim.lr=0.1'], not {overrides!r}"
+
+
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('[optim]\nlr = "fast"\nmomentun = 0.9\n\n[tran]\nepochs = 3\n')
