@@ -70,13 +70,15 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
 
 
 def _parameter_of(job: Job, names: list[str]) -> Callable[[str], torch.Tensor | None]:
-    """Which parameter a tensor of the optimizer's belongs to, by its name in a checkpoint that numbers `names`."""
+    """Which parameter a tensor of the optimizer's, or an average, belongs to, in a checkpoint that numbers `names`."""
     parameters = dict(job.model.named_parameters())
     if not names:  # an older checkpoint counts the optimizer's own
         name_of = {id(parameter): name for name, parameter in parameters.items()}
         names = [name_of[id(one)] for group in job.optimizer.param_groups for one in group["params"]]
 
     def find(key: str) -> torch.Tensor | None:
+        if key.startswith(AVERAGE):
+            return parameters.get(key.removeprefix(AVERAGE))
         number = key.partition(".")[0]
         if not number.isdecimal() or int(number) >= len(names):
             return None

@@ -109,9 +109,10 @@ def train(
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove the folder made for a run that was refused before it began, and has said why."""
+    """Remove the folder made for a run that was refused before it began, and has said why; not if it logged more."""
     with suppress(OSError):
-        if {entry.name for entry in folder.iterdir()} <= _OF_A_KILLED_START:
+        has_logged = any(log.stat().st_size for log in (folder / layout.LOGS).iterdir())
+        if not has_logged and {entry.name for entry in folder.iterdir()} <= _OF_A_KILLED_START:
             shutil.rmtree(folder)
 
 

@@ -35,7 +35,7 @@ SMALL = (
     "tracking.uri=none",
     "tracking.system_metrics=false",
 )
-FSDP = "parallel.strategy=fsdp"
+FSDP, MLPS = "parallel.strategy=fsdp", "parallel.shard_modules=['MLP']"
 
 
 def train(folder: Path, name: str, *overrides: str) -> None:
@@ -71,7 +71,7 @@ def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(folder: 
     train(folder, "alone")
     run_workers(train, 3, args=(folder, "mixed", "train.max_steps=3", FSDP), process_group=False)
     run_workers(train, 2, args=(folder, "mixed", "train.max_steps=4", "parallel.strategy=ddp"), process_group=False)
-    run_workers(train, 2, args=(folder, "mixed", "train.max_steps=5", FSDP), process_group=False)
+    run_workers(train, 2, args=(folder, "mixed", "train.max_steps=5", FSDP, MLPS), process_group=False)
     train(folder, "mixed", FSDP)  # one worker, with nothing to shard
     alone = newest(folder / "alone")
     assert alone.state["step"] == 6

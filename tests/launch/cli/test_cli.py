@@ -132,13 +132,20 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words", "left"),
-    [(78, [], []), (1, [], ["logs"]), (78, ["--run-dir", "runs/mine"], ["logs"])],
+    ("code", "logged", "words", "left"),
+    [
+        (78, "", [], []),
+        (78, "the traceback that the message speaks of", [], ["logs"]),
+        (1, "", [], ["logs"]),
+        (78, "", ["--run-dir", "runs/mine"], ["logs"]),
+    ],
 )
 def test_a_start_that_is_refused_leaves_no_folder_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, code: int, words: list[str], left: list[str]
+    monkeypatch: pytest.MonkeyPatch, code: int, logged: str, words: list[str], left: list[str]
 ) -> None:
     def refused(*_: object) -> None:
+        (folder,) = Path("runs").iterdir()
+        (folder / "logs" / "worker-0.log").write_text(logged)
         raise SystemExit(code)
 
     monkeypatch.setattr(local, "run_workers", refused)
