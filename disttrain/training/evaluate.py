@@ -44,8 +44,21 @@ class Evaluation:
         return whole
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What `score` came to on a whole set, and the set's weight: the same on every rank."""
+
+    by_name: dict[str, Any]
+    weight: int
+
+
+def evaluate(model: nn.Module, task: Task, loader: EvalLoader, *, autocast: torch.dtype | None = None) -> Evaluation:
+    """Evaluate `model` on all of the loader's batches: `scored`, then `concluded`."""
+    return concluded(task, loader, scored(model, task, loader, autocast=autocast))
+
+
 @torch.no_grad()
-def evaluate(
+def scored(
     model: nn.Module,
     task: Task,
     loader: EvalLoader,
@@ -54,8 +67,8 @@ def evaluate(
     on_batch: Callable[[], None] = lambda: None,
     at: str = "",
     compute: Callable[[Callable[[nn.Module, Any], Any], Any], Any] | None = None,
-) -> Evaluation:
-    """Evaluate `model` on all of the loader's batches, shared among the ranks. Every rank must call it.
+) -> Sums:
+    """Sum what `model` scores on all of the loader's batches, shared among the ranks. Every rank must call it.
 
     `autocast` is the type to compute in, `on_batch` is called after each of this rank's batches, `at` says where in the
     training it is, for messages, and `compute(task.score, data)` does the work where the model alone cannot. The model
@@ -90,12 +103,21 @@ def evaluate(
             f"the test set holds no {task.items} to evaluate: {type(task).__name__}.weight(batch) is 0 for each of its "
             "batches; give a test set that holds some."
         )
+    return Sums(sums, total)
+
+
+@torch.no_grad()
+def concluded(task: Task, loader: EvalLoader, sums: Sums) -> Evaluation:
+    """What the `sums` over the loader's set come to. Every rank must call it, and calls the same.
+
+    Raises TaskError for what the task raises, ConfigurationError for what it may not return.
+    """
     rng.seed_layers(loader.device, 0, 0, loader.num_batches)  # each rank has drawn as its own batches had it
     with named(task, "metrics"):
-        metrics = task.metrics(sums, total)
+        metrics = task.metrics(sums.by_name, sums.weight)
     with named(task, "details"):
-        details = task.details(sums, total)
-    details = _checked_details(task, details)
+        details = task.details(sums.by_name, sums.weight)
+    details = checked_details(task, details)
     # All stop early by the same numbers: on processors of two kinds a user's arithmetic may differ in the last bit.
     return Evaluation(broadcast_object(checked_metrics(task, metrics)), details)
 
@@ -135,13 +157,20 @@ def checked_metrics(task: Task, metrics: Any) -> dict[str, float]:
     name = f"{type(task).__name__}.metrics"
     if not isinstance(metrics, Mapping):
         raise ConfigurationError(f"{name} returned a {type(metrics).__name__}: it has to be a dict of numbers by name.")
-    try:
-        return {str(key): float(value) for key, value in metrics.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"{name} returned something that is not a number: {error}.") from error
+    checked: dict[str, float] = {}
+    for key, value in metrics.items():
+        try:
+            checked[str(key)] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"{name} returned a {type(value).__name__} for {key!r}, which is not a number: {brief(error)}; texts "
+                "and lists belong in details(sums, weight)."
+            ) from error
+    return checked
 
 
-def _checked_details(task: Task, details: Any) -> dict[str, Any]:
+def checked_details(task: Task, details: Any) -> dict[str, Any]:
+    """What a task's `details` returned, if it is a dict that JSON can hold. Raises ConfigurationError."""
     try:
         json.dumps(details)
     except (TypeError, ValueError, RecursionError) as error:

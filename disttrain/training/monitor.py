@@ -23,7 +23,7 @@ from disttrain.runs.rundir import resume_command, write_evaluation
 from disttrain.task import named
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, SystemSampler, Tracker, node_metrics
-from disttrain.training.evaluate import Evaluation, evaluate
+from disttrain.training.evaluate import Evaluation, concluded, scored
 from disttrain.training.hooks import HookContext
 from disttrain.training.job import Job, StepResult
 from disttrain.training.optim import learning_rates
@@ -217,18 +217,27 @@ class RunMonitor:
         with job.as_evaluated():
             at, tick, score = f" at step {job.step}", self._evaluated_some, job.strategy.score
             loader = job.eval_loader
-            result = evaluate(job.model, job.task, loader, autocast=job.autocast, on_batch=tick, at=at, compute=score)
+            sums = scored(job.model, job.task, loader, autocast=job.autocast, on_batch=tick, at=at, compute=score)
+        with self.saver.saving_if_it_fails():
+            result = concluded(job.task, loader, sums)
+            with named(job.task, "headline"):
+                headline = job.task.headline(result.metrics, result.details)
         job.metrics = {f"{EVAL}{name}": value for name, value in result.metrics.items()}
         self._tracker.metrics(job.step, job.metrics)
         counts = {key: result.details[key] for key in ("correct", "total") if key in result.details}
         self._tracker.event("evaluated", step=job.step, **counts)
         self._write_evaluation(result)
         where = f"step {job.step}" if job.step % job.steps_per_epoch else f"epoch {job.epoch}/{job.num_epochs}"
-        with named(job.task, "headline"):
-            headline = job.task.headline(result.metrics, result.details)
         self._console.line(f"{where}: {headline}{self._pace}")
         self._pace = ""
         self._refuse_unknown_best(result)
+        with self.saver.saving_if_it_fails():
+            self._observe(result)
+        (self.saver.save_or_fail if job.is_finished else self.saver.save)()
+
+    def _observe(self, result: Evaluation) -> None:
+        """Have early stopping and the hooks see an evaluation."""
+        job = self.job
         if job.is_at_evaluation:  # another one, where the run ends for now, would not be there if it went further
             job.early_stopping.observe(job.step, result.metrics)
         if job.early_stopping.has_stopped and job.step < job.total_steps:
@@ -236,10 +245,6 @@ class RunMonitor:
             self._tracker.event("stopped-early", step=job.step, best=job.early_stopping.state())
         if job.hooks:
             job.hooks.after_evaluation(self._context())
-        if job.is_finished:
-            self.saver.save_or_fail()
-        else:
-            self.saver.save()
 
     def _refuse_unknown_best(self, result: Evaluation) -> None:
         """A metric that no evaluation has would silently keep nothing as best."""

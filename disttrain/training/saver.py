@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
 from disttrain.distributed.collectives import broadcast_from_main, max_
+from disttrain.distributed.joint_failure import all_fail
 from disttrain.distributed.sharded import gathered, local
-from disttrain.errors import AgreedError, ConfigurationError
+from disttrain.errors import AgreedError, ConfigurationError, DisttrainError, is_circumstance
 from disttrain.health.nonfinite import is_finite
 from disttrain.layout import RECIPE, step_of
 from disttrain.runs.rundir import resume_command, store_recipe
@@ -45,15 +49,15 @@ class Saver:
         self._saved_step = job.step
         self._has_waited = False
 
-    def save(self) -> None:
-        """Save beside the training; a save that fails is a warning."""
+    def save(self, instead: Mapping[str, Any] | None = None) -> None:
+        """Save beside the training; a save that fails is a warning. `instead`: what parts of the state are to be."""
         job = self._job
         self.last_save, self._saved_step = time.monotonic(), job.step
         model, optimizer = job.model_tensors(), job.optimizer_tensors()[0]
         if job.strategy.is_sharded:
             model, optimizer = gathered(job.world, model), gathered(job.world, optimizer)
         if job.world.is_main:
-            self._report(self._writer.save(model, optimizer, job.state()))
+            self._report(self._writer.save(model, optimizer, {**job.state(), **(instead or {})}))
 
     def save_unless_saved(self) -> None:
         """Save, but for a step that is saved, or will be with its evaluation."""
@@ -70,10 +74,10 @@ class Saver:
             self.save()
             self.finish()
 
-    def save_or_fail(self) -> None:
-        """Save, and wait until the checkpoint is where the run lives. Raises AgreedError if it cannot be."""
+    def save_or_fail(self, instead: Mapping[str, Any] | None = None) -> None:
+        """As `save`, and wait until the checkpoint is where the run lives. Raises AgreedError if it cannot be."""
         with self._job.progress.patiently("saving"):
-            self.save()
+            self.save(instead)
             saved = broadcast_from_main(self._job.world, self.finish)
         if not saved:
             raise AgreedError(
@@ -81,6 +85,39 @@ class Saver:
                 f"{self._run_dir}, and resume with: {resume_command(self.address)}"
             )
         self.settle(_PATIENCE_S)
+
+    @contextmanager
+    def saving_if_it_fails(self) -> Iterator[None]:
+        """Around what every rank does alike with an evaluation: if it fails, what was trained until then is saved.
+
+        A start with the mistake mended then resumes with this evaluation, as if it had not been made. If only some
+        ranks fail, no collective is begun: rank 0, if it is one of them and has all the weights, saves by itself.
+        """
+        job = self._job
+        before = {"best_evaluation": job.early_stopping.state(), "hooks": job.hooks.state()}
+        try:
+            yield
+        except Exception as error:
+            if is_circumstance(error):
+                raise
+            instead = {**before, "metrics": {}, "finished": False}
+            try:
+                if all_fail(f"evaluation-{job.step}"):
+                    self.save_or_fail(instead)
+                elif job.world.is_main and not job.strategy.is_sharded:
+                    self.save(instead)
+                    self.finish()
+                else:
+                    raise
+            except DisttrainError as second:
+                if second is not error:  # what failed first is the cause
+                    self._console.warn(str(second))
+                raise error from error.__cause__
+            self._console.warn(
+                f"the evaluation at step {job.step} failed, and a checkpoint of what was trained is saved. Mend what "
+                f"failed, and resume with: {resume_command(self.address)}"
+            )
+            raise
 
     def settle(self, patience_s: float) -> None:
         """Wait until the checkpoints are where the run lives. Raises DisttrainError, on every rank, if they cannot be.
