@@ -46,13 +46,18 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """The share of correct samples, 0 to 1. Raises KeyError if the task has no such metric."""
-        return self.metrics["accuracy"]
+        """The share of correct samples, 0 to 1. Raises AttributeError if the task has no such metric."""
+        return self._metric("accuracy")
 
     @property
     def loss(self) -> float:
-        """The mean loss of the evaluation. Raises KeyError if the task has no such metric."""
-        return self.metrics["loss"]
+        """The mean loss of the evaluation. Raises AttributeError if the task has no such metric."""
+        return self._metric("loss")
+
+    def _metric(self, name: str) -> float:
+        if name not in self.metrics:
+            raise AttributeError(f"the task has no metric {name!r}; Result.metrics has {', '.join(self.metrics)}")
+        return self.metrics[name]
 
 
 def train(

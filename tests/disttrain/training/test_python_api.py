@@ -141,3 +141,11 @@ def test_train_is_a_function_at_every_access() -> None:
     assert disttrain.train is disttrain.train
     assert pickle.loads(pickle.dumps(disttrain.train)) is disttrain.train
     assert {"task", "model", "train_set", "test_set"} <= set(inspect.signature(disttrain.train).parameters)
+
+
+def test_a_metric_that_the_task_has_not_is_named_with_those_it_has() -> None:
+    result = disttrain.Result(Path("run"), 1, {"loss": 0.5, "mae": 0.25})
+    assert result.loss == 0.5
+    assert not hasattr(result, "accuracy")
+    with pytest.raises(AttributeError, match=r"no metric 'accuracy'; Result\.metrics has loss, mae$"):
+        _ = result.accuracy
