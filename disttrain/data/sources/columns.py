@@ -88,8 +88,9 @@ def _fit(table: Table, name: str, *, is_code: bool) -> Column:
     if len(categories) > _MOST_CATEGORIES:
         raise ConfigurationError(
             f"{table.name}: column {name!r} holds {len(categories):,} different texts, such as "
-            f"{brief(repr(str(cells[strange[0]])), 40)}. Leave it out (data.options.exclude), or put it into "
-            "data.options.categorical to make each of them a feature."
+            f"{brief(repr(str(cells[strange[0]])), 40)}. Leave it out (data.options.exclude), make "
+            "columns of numbers of it first (a date's year and month), or put it into data.options.categorical to make "
+            "each text a feature."
         )
     return Category(name, categories)
 

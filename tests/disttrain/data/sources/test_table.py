@@ -250,7 +250,9 @@ def test_what_only_the_test_rows_do_is_named_too(tmp_path: Path) -> None:
         "test.csv, line 2, column 'x': 'low' is not a finite number, which the training rows of the column hold."
     )
     words = "".join(f"id{number},{number}\n" for number in range(101))
-    assert "column 'x' holds 101 different texts, such as 'id0'." in refusal(tmp_path, f"x,income\n{words}")
+    refused = refusal(tmp_path, f"x,income\n{words}")
+    assert "column 'x' holds 101 different texts, such as 'id0'." in refused
+    assert "a date's year and month" in refused
     assert "has 101 classes in 101 training rows" in refusal(
         tmp_path, f"x,income\n{words}", kind="classification", categorical=["x"]
     )
