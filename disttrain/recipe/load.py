@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from disttrain.errors import RecipeError
 from disttrain.layout import RECIPE
-from disttrain.recipe.address import expanded, is_url, read_url, settled
+from disttrain.recipe.address import expanded, is_text, is_url, read_url, settled
 from disttrain.recipe.bounds import beyond_bounds
 from disttrain.recipe.explain import explain, place
 from disttrain.recipe.model import Recipe
@@ -60,8 +60,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, of_run: boo
     if isinstance(code := mapping.get("code"), str):
         mapping["code"] = str(Path(settled(str(path.parent / expanded(code)))).resolve())
     recipe = parse_recipe(mapping, overrides, source=source)
-    if recipe.code is None and names_code(recipe):
-        recipe = recipe.model_copy(update={"code": str(Path(settled(str(path.parent))).resolve())})
+    folder = str(Path(settled(str(path.parent))).resolve())
+    if recipe.code is None and names_code(recipe) and is_text(folder):  # or no run could store it
+        recipe = recipe.model_copy(update={"code": folder})
     return recipe
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.errors import ConfigurationError
-from disttrain.recipe.address import settled
+from disttrain.recipe.address import is_text, settled
 from disttrain.recipe.names import check_dataset, check_model, check_task
 from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
 from disttrain.recipe.section import Count, NoneIfSaid, Patterns, Positive, Section, WholeNumber
@@ -157,9 +157,12 @@ class TrackingRecipe(Section):
 
 def _absolute(folder: str | None) -> str | None:
     try:
-        return folder if folder is None else settled(folder)
+        found = folder if folder is None else settled(folder)
     except ConfigurationError as error:
         raise ValueError(str(error)) from None
+    if found is not None and not is_text(found):
+        raise ValueError("should be in a folder whose name is UTF-8")
+    return found
 
 
 class Recipe(Section):

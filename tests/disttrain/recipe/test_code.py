@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import disttrain
 from disttrain.commands import evaluate
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.recipe import load_recipe, to_toml
 from disttrain.runs.rundir import resume_command
 
@@ -86,3 +86,18 @@ def test_the_folder_is_that_of_the_file_unless_the_recipe_says_another(project: 
     shown = to_toml(load_recipe(str(path)), comments=True)
     Path("shown.toml").write_text(shown)
     assert load_recipe("shown.toml") == load_recipe(str(path)), "what is shown finds the code from another place"
+
+
+def test_a_folder_that_no_recipe_can_name_is_not_stored(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code is found where training is started in it, as ever."""
+    odd = project.rename(project.parent / "b\udcff")
+    monkeypatch.chdir(odd)
+    recipe = load_recipe("recipe.toml")
+    assert recipe.code is None
+    to_toml(recipe).encode()
+    for words in (["code=lib"], ["code=."]):
+        with pytest.raises(RecipeError, match="code: should be in a folder whose name is UTF-8"):
+            load_recipe("recipe.toml", words)
+    (odd / "recipe.toml").write_text(f'code = "lib"\n{RECIPE}')
+    with pytest.raises(RecipeError, match="code"):
+        load_recipe("recipe.toml")
