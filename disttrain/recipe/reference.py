@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from inspect import isclass, isroutine
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +24,33 @@ def look_for_code(recipe: Recipe, keys: Sequence[str] = (*KEYS_OF_CODE, HOOKS)) 
 
     To be called once the user's trust is certain (`ask_before_importing`). The folder comes last, so that a file in it
     cannot take an installed package's place; but before the current one, which is another at each start.
+
+    Raises ConfigurationError if this program would take or has taken a module from elsewhere that the folder has, too.
     """
-    folder = recipe.code
-    if folder is None or folder in sys.path or not names_code(recipe).keys() & set(keys):
+    folder, named = recipe.code, {key: name for key, name in names_code(recipe).items() if key in keys}
+    if folder is None or not named:
         return
-    sys.path.append(folder)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    for key, names in named.items():
+        for reference in names.split(", "):
+            _refuse_another(reference.partition(":")[0].partition(".")[0], folder, key)
+
+
+def _refuse_another(name: str, folder: str, key: str) -> None:
+    """What is installed comes first on purpose, but not what another recipe has brought, or the folder of a script."""
+    own = PathFinder.find_spec(name, [folder])
+    try:
+        found = find_spec(name)
+    except ValueError:  # the program itself, `__main__`
+        return
+    if own is None or own.origin is None or found is None or found.origin is None or _is_of_python(name):
+        return
+    if os.path.realpath(own.origin) != os.path.realpath(found.origin) and "-packages" not in found.origin:
+        raise ConfigurationError(
+            f"{key}: {name!r} is {found.origin} in this program, and the recipe's is {own.origin}: rename one, train "
+            "in a process of its own, or set `code` to the folder of the one that is meant."
+        )
 
 
 def import_callable(reference: str, key: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,3 +102,16 @@ def test_a_folder_that_no_recipe_can_name_is_not_stored(project: Path, monkeypat
     (odd / "recipe.toml").write_text(f'code = "lib"\n{RECIPE}')
     with pytest.raises(RecipeError, match="code"):
         load_recipe("recipe.toml")
+
+
+def test_a_module_of_another_recipe_is_not_taken_for_that_of_the_same_name(project: Path) -> None:
+    """Two recipes in one program: Python would hand out the module that it has, and the other net would be trained."""
+    disttrain.train("../project/recipe.toml", run_dir="one")
+    other = project.parent / "other" / "project"
+    shutil.copytree(project, other)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=f"is {project}/.*, and the recipe's is {other}/.*: rename one"):
+            disttrain.train(other / "recipe.toml", run_dir="two")
+    assert disttrain.train(other / "recipe.toml", overrides=[f"code={project}"], run_dir="two").step == 1
+    _forget()
+    assert disttrain.train(other / "recipe.toml", run_dir="three").step == 1
