@@ -23,7 +23,9 @@ def shortage_in_step(job: Job, batch: StepBatch, started_at: int) -> Iterator[No
     Raises ConfigurationError at the first step of this start, `started_at`, which would fail again; later a
     DisttrainError, which is worth a retry: memory was enough before.
     """
-    size, accumulate = max(len(part.samples) for part in batch.parts), job.recipe.train.accumulate
+    # A worker may have no part of it: a short last batch in exact mode has fewer samples than slices.
+    size = max((len(part.samples) for part in batch.parts), default=1)
+    accumulate = job.recipe.train.accumulate
     if size > 1:
         advice = f"begin a new run with train.accumulate = {2 * accumulate}, which computes {-(-size // 2)} at once"
     else:
