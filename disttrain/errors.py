@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from enum import IntEnum
 from typing import ClassVar
 
-_NOT_THE_USERS = re.compile(rf"^<|[/\\](site|dist)-packages[/\\]|^{re.escape(os.path.dirname(__file__) + os.sep)}")
+# What is installed, what is ours, and Python's own library, through which a mistake of the user's may surface.
+_NOT_THE_USERS = re.compile(
+    r"^<|[/\\](site|dist)-packages[/\\]|"
+    + "|".join(f"^{re.escape(os.path.dirname(file) + os.sep)}" for file in (__file__, os.__file__))
+)
 
 # What gloo, NCCL and the store report when a peer has gone: mostly the consequence of another rank's failure.
 _A_PEER_HAS_GONE = re.compile(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from disttrain.errors import in_digits
+from disttrain.errors import TaskError, failures_named, in_digits, is_in_user_code
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,17 @@ def test_more_digits() -> None:
         "100,000",
         "12,345,679",
     ]
+
+
+def test_the_place_of_a_failure_is_in_the_users_code_and_not_in_pythons_library() -> None:
+    def mistake() -> None:
+        json.loads("{")
+
+    with (
+        pytest.raises(TaskError, match=r"^Mine\.loss: JSONDecodeError: .* \(.*test_errors\.py:\d+\)$"),
+        failures_named("Mine.loss"),
+    ):
+        mistake()
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        mistake()
+    assert not is_in_user_code(caught.value.with_traceback(caught.tb.tb_next.tb_next)), "json's own frames"
