@@ -47,3 +47,12 @@ class Given:
             data = self.data_name
         words = (re.sub(r"[^\w.]+", "-", name.rpartition(":")[2]).strip("-").lower() for name in (model, data))
         return "-".join(word for word in words if word)
+
+
+def model_words(recipe: Recipe, *, is_given: bool) -> str:
+    """Which model it is, for messages: by the key that names it, unless a given one replaces the default."""
+    named = f"model.name = '{recipe.model.name}'"
+    if not is_given:
+        return named
+    is_default = "model" not in recipe.model_fields_set or "name" not in recipe.model.model_fields_set
+    return "the model given" if is_default else f"the model given in place of {named}"

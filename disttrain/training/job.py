@@ -28,7 +28,7 @@ from disttrain.task import Task, has_own, named
 from disttrain.training.compiled import compile_model
 from disttrain.training.early_stopping import EarlyStopping, best_metric
 from disttrain.training.ema import WeightAverage
-from disttrain.training.given import Given
+from disttrain.training.given import Given, model_words
 from disttrain.training.groups import parameter_groups
 from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task
@@ -218,8 +218,9 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     torch.manual_seed(recipe.train.seed)
     model = model_for(recipe, given, data.train, task)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        instead = "the model given in place of " if given.model is not None else ""
-        raise ConfigurationError(f"{instead}model.name = '{recipe.model.name}': it has no parameters to train.")
+        raise ConfigurationError(
+            f"{model_words(recipe, is_given=given.model is not None)}: it has no parameters to train."
+        )
     freeze(model, recipe.model.freeze)
     model = model.to(world.device)
     if recipe.train.compile:

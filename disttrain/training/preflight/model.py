@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,12 +17,14 @@ from disttrain.data import batch_sizes_without_single_samples, smallest_batch, s
 from disttrain.distributed.sharded import local
 from disttrain.errors import ConfigurationError, is_lost_peer, where
 from disttrain.models.buffers import buffers_kept, same_bits
-from disttrain.task import ImageClassification
+from disttrain.task import ImageClassification, Task, has_own
 from disttrain.training.evaluate import checked_score
+from disttrain.training.given import model_words
 from disttrain.training.job import Job
+from disttrain.training.preflight.evaluation import check_evaluation
 from disttrain.training.preflight.exactness import generators_kept, named_operators
 from disttrain.training.preflight.score import check_score
-from disttrain.training.preflight.task import check_metrics, check_task, checked_loss
+from disttrain.training.preflight.task import check_task, checked_loss
 
 _log = logging.getLogger("disttrain")
 _ANY_MODEL = "the model returned"
@@ -69,8 +72,13 @@ def _evaluate(job: Job) -> None:
         _quietly(job, training=False),
         torch.autocast(job.world.device.type, job.autocast, job.autocast is not None),
     ):
-        score = checked_score(job.task, job.strategy.score(job.task.score, data))
-    check_metrics(job.task, score, num, job.recipe.checkpoint.best)
+        score = checked_score(job.task, job.strategy.score(_score(job.task), data))
+    check_evaluation(job.task, score, num, job.recipe.checkpoint.best)
+
+
+def _score(task: Task) -> Callable[[nn.Module, Any], Mapping[str, Any]]:
+    """The task's score; by default its loss, which is looked at before what the metrics make of it."""
+    return task.score if has_own(task, "score") else lambda model, batch: {"loss": checked_loss(task, model, batch)}
 
 
 @contextmanager
@@ -109,12 +117,25 @@ def _explained(job: Job, method: str, data: Any, num: int, *, training: bool) ->
         if is_lost_peer(error):  # its own failure says why
             raise
         on = _in_words(job, data, num, training=training)
-        _log.exception("%s fails on %s", _name(job), on)
+        what = f"{_at_fault(job, method, error)} on {on}"
+        _log.exception("%s", what)
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        by = "" if isinstance(job.task, ImageClassification) else f" in {type(job.task).__name__}.{method}"
         raise ConfigurationError(
-            f"{_name(job)} fails{by} on {on}: {reason} ({where(error)}). {why_one}The traceback is in the run's logs."
+            f"{what}: {reason} ({where(error)}). {why_one}The traceback is in the run's logs."
         ) from error
+
+
+def _at_fault(job: Job, method: str, error: Exception) -> str:
+    """What fails: the task, where its own code did and the model was not at work; else the model, and where."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = {id(module) for module in job.model.modules()}
+    if not any(id(frame.f_locals.get("self")) in modules for frame in frames):
+        by_task = [frame for frame in frames if frame.f_locals.get("self") is job.task]
+        users = [one for one in by_task if not str(one.f_globals.get("__name__")).startswith("disttrain.")]
+        if users:
+            return f"{type(job.task).__name__}.{users[-1].f_code.co_name} fails"
+    by = "" if isinstance(job.task, ImageClassification) else f" in {type(job.task).__name__}.{method}"
+    return f"{_name(job)} fails{by}"
 
 
 def _in_words(job: Job, data: Any, num: int, *, training: bool) -> str:
@@ -127,8 +148,7 @@ def _in_words(job: Job, data: Any, num: int, *, training: bool) -> str:
 
 
 def _name(job: Job) -> str:
-    instead = "the model given in place of " if "model" in job.given else ""
-    return f"{instead}model.name = '{job.recipe.model.name}'"
+    return model_words(job.recipe, is_given="model" in job.given)
 
 
 def _num_samples(job: Job, *, training: bool) -> int:

@@ -19,7 +19,6 @@ from disttrain.errors import ConfigurationError
 from disttrain.layout import EVAL
 from disttrain.task import Task
 from disttrain.tracking.mlflow.limits import metric_key
-from disttrain.training.evaluate import checked_metrics
 from disttrain.training.job import Job
 
 CLOSE = 0.05
@@ -49,18 +48,12 @@ def checked_loss(task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
     return loss
 
 
-def check_metrics(task: Task, score: Mapping[str, Any], num_samples: int, wanted: str | None) -> None:
-    """Raise ConfigurationError for metrics that are not numbers, share a name, or do not have the one that is best.
+def check_metrics(task: Task, metrics: Mapping[str, float], wanted: str | None) -> None:
+    """Raise ConfigurationError if there is no metric, two share a name, or none is the one that is best.
 
     `wanted` is `checkpoint.best`; without it the task's own decides.
     """
-    try:
-        metrics = task.metrics(score, num_samples)
-    except ConfigurationError:
-        raise
-    except Exception:  # so few samples may well be too few for a metric
-        return
-    names = checked_metrics(task, metrics)
+    names = list(metrics)
     if not names:
         raise ConfigurationError(
             f"{type(task).__name__}.metrics returned nothing: at least one metric has to decide which checkpoint is "

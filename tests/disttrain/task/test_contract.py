@@ -167,6 +167,24 @@ class Unsendable(Regression):
         return {"loss": self.loss(model, batch), "later": [lambda: 0]}
 
 
+class Wordless(disttrain.Task):
+    """What is at fault is the loss that it defines; its score is the default."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = model(batch["features"]).sum()
+        return loss
+
+
+class PerSample(disttrain.Task):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return functional.mse_loss(model(batch[0]).squeeze(1), batch[1], reduction="none")
+
+
+class Grades(Regression):
+    def metrics(self, sums: Any, weight: int) -> Any:
+        return {**super().metrics(sums, weight), "grade": "low"}
+
+
 class Apart(Regression):
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         loss: torch.Tensor = batch[0].sum().requires_grad_(torch.is_grad_enabled())
@@ -221,6 +239,8 @@ class Apart(Regression):
         ),
         (Nameless(), r"^Nameless\.items is None: it has to be what `weight` counts, in the plural"),
         (Argumentless(), r"^Argumentless\.model_arguments returned None: it has to be a dict of arguments by name"),
+        (PerSample(), r"^PerSample\.loss returned a tensor of shape \(2,\) and torch\.float32: .* scalar, the sum of"),
+        (Grades(), r"^Grades\.metrics returned a str for 'grade', which is not a number: could not convert .* 'low'"),
         (Words(), r"Words\.score returned a str for 'name': tensors are added up and lists joined"),
     ],
 )
@@ -258,12 +278,13 @@ def test_a_mean_over_tokens_is_refused_and_a_loss_of_none_is_not_taken_for_one(t
 def test_wrong_shapes_are_refused_with_the_method_the_model_and_the_place(tmp_path: Path) -> None:
     one = case("regression")
     said = refusal(tmp_path / "1", Case(one.task, nn.Linear(9, 1), one.train_set, one.test_set))
-    assert said.startswith(
-        "the model given in place of model.name = 'net' fails in Regression.score on the first 2 samples"
-    )
+    assert said.startswith("the model given fails in Regression.score on the first 2 samples")
     assert "tensors of shapes (2, 10), (2,): RuntimeError: mat1 and mat2 shapes cannot be multiplied" in said
     assert "users.py:" in said
     assert "\n" not in said
+    failing = type("Wrong", (Wordless,), {})()
+    said = refusal(tmp_path / "3", with_task("regression", failing))
+    assert said.startswith("Wrong.loss fails on the first 2 samples of the test set, tensors of shapes (2, 10), (2,): ")
     with pytest.raises(UserCodeError, match=r"^Speech cannot collate sample 0 of the test set: ValueError"):
         train(tmp_path / "2", Case(case("speech").task, one.model, [(1,)] * 9, [(1,)] * 9))
 
