@@ -94,7 +94,8 @@ class Saver:
         ranks fail, no collective is begun: rank 0, if it is one of them and has all the weights, saves by itself.
         """
         job = self._job
-        before = {"best_evaluation": job.early_stopping.state(), "hooks": job.hooks.state()}
+        hooks = job.hooks.state() if job.world.is_main else {}  # the others' need not have any
+        before = {"best_evaluation": job.early_stopping.state(), "hooks": hooks}
         try:
             yield
         except Exception as error:

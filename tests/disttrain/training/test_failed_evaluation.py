@@ -106,3 +106,23 @@ def test_workers_save_together_or_not_at_all(tmp_path: Path) -> None:
     other, said = run_workers(endings, 2, args=(tmp_path / "one", (1,), "ddp"), process_group=False)
     assert other == "lost a worker"
     assert said.startswith("78: the hook ")
+
+
+class OnRank0(disttrain.Hook):
+    """Keeps what it has of each step where files are written."""
+
+    def after_step(self, context: disttrain.HookContext) -> None:
+        if context.rank == 0:
+            self.kept = context.step
+
+    def state(self) -> Any:
+        return self.kept
+
+
+def test_a_hook_is_asked_for_its_state_on_rank_0_alone(tmp_path: Path) -> None:
+    def trained() -> int:
+        one = case("regression")
+        sets = {"train_set": one.train_set, "test_set": one.test_set}
+        return disttrain.train(QUIET, run_dir=tmp_path, task=Regression(), model=one.model, hooks=OnRank0, **sets).step
+
+    assert run_workers(trained, 2, process_group=False) == [3, 3]
