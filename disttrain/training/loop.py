@@ -154,7 +154,6 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
 
 def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
     """Train from where `job` stands to its last step; return the last evaluation's metrics."""
-    started_at = job.step
     while True:
         if job.evaluation_is_due:
             with shortage_in_evaluation(job):
@@ -165,7 +164,7 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
         with monitor.epoch():
             for batch in _batches(job):
                 reached("step", step=job.step)
-                with shortage_in_step(job, batch, started_at):
+                with shortage_in_step(job, batch):
                     result = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
                 monitor.after_step(result, batch.global_weight)

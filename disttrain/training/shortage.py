@@ -17,11 +17,11 @@ _log = logging.getLogger("disttrain")
 
 
 @contextmanager
-def shortage_in_step(job: Job, batch: StepBatch, started_at: int) -> Iterator[None]:
+def shortage_in_step(job: Job, batch: StepBatch) -> Iterator[None]:
     """Name a failed allocation in the block, a step, with the `train.accumulate` that asks for half as much.
 
-    Raises ConfigurationError at the first step of this start, `started_at`, which would fail again; later a
-    DisttrainError, which is worth a retry: memory was enough before.
+    Raises ConfigurationError at the run's first step, which would fail again; later a DisttrainError, which is worth a
+    retry: memory was enough before, and after a crash another process may still be holding it.
     """
     # A worker may have no part of it: a short last batch in exact mode has fewer samples than slices.
     size = max((len(part.samples) for part in batch.parts), default=1)
@@ -31,7 +31,7 @@ def shortage_in_step(job: Job, batch: StepBatch, started_at: int) -> Iterator[No
     else:
         advice = "take a smaller model, smaller samples, or train.precision = 'bf16'"
     what = f"step {job.step + 1}, with {size} sample{'s' if size > 1 else ''} computed at once"
-    with _named(job, what, advice, is_final=job.step == started_at):
+    with _named(job, what, advice, is_final=job.step == 0):
         yield
 
 

@@ -88,6 +88,21 @@ def test_what_takes_less_memory_is_named(
     assert "DefaultCPUAllocator" in (tmp_path / "run/logs/worker-0.log").read_text()
 
 
+def test_the_first_step_of_a_resume_is_worth_a_retry(tmp_path: Path) -> None:
+    """It fitted before; after a crash the memory may still be held by who has not ended yet."""
+    one = case("regression")
+
+    def train(first: int, *overrides: str) -> None:
+        sets = {"train_set": one.train_set, "test_set": one.test_set}
+        words = ["data.batch_size=16", "train.epochs=1", *overrides]
+        disttrain.train(QUIET, overrides=words, run_dir=tmp_path, task=Hungry("loss", first), model=one.model, **sets)
+
+    train(99, "train.max_steps=1")
+    with pytest.raises(DisttrainError, match=r"^out of memory in step 2, ") as caught:
+        train(1)
+    assert caught.value.exit_code == 1
+
+
 def test_a_gpus_own_words_are_read() -> None:
     words = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 GiB"
     assert is_out_of_memory(torch.OutOfMemoryError(words))
