@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -127,15 +128,22 @@ def _explained(job: Job, method: str, data: Any, num: int, *, training: bool) ->
 
 def _at_fault(job: Job, method: str, error: Exception) -> str:
     """What fails: the task, where its own code did and the model was not at work; else the model, and where."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    modules = {id(module) for module in job.model.modules()}
-    if not any(id(frame.f_locals.get("self")) in modules for frame in frames):
-        by_task = [frame for frame in frames if frame.f_locals.get("self") is job.task]
-        users = [one for one in by_task if not str(one.f_globals.get("__name__")).startswith("disttrain.")]
-        if users:
-            return f"{type(job.task).__name__}.{users[-1].f_code.co_name} fails"
-    by = "" if isinstance(job.task, ImageClassification) else f" in {type(job.task).__name__}.{method}"
+    # By their code: a look at a frame's variables would keep them, and the process group, alive.
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    of_model = {code for module in job.model.modules() for code in _methods(type(module))}
+    of_task = _methods(type(job.task))
+    users = [code.co_name for code in codes if code in of_task]
+    if users and not any(code in of_model for code in codes):
+        return f"{type(job.task).__name__}.{users[-1]} fails"
+    by = "" if isinstance(job.task, ImageClassification) else f" in {type(job.task).__name__}.{(users or [method])[-1]}"
     return f"{_name(job)} fails{by}"
+
+
+def _methods(kind: type) -> set[CodeType]:
+    """The code of the methods of a class and those that it is made of, but for ours and torch's `nn.Module`."""
+    kinds = [one for one in kind.__mro__ if one is not nn.Module and not one.__module__.startswith("disttrain.task.")]
+    found = [getattr(value, "__func__", value) for one in kinds for value in vars(one).values()]
+    return {one.__code__ for one in found if isinstance(one, FunctionType)}
 
 
 def _in_words(job: Job, data: Any, num: int, *, training: bool) -> str:

@@ -282,6 +282,9 @@ def test_wrong_shapes_are_refused_with_the_method_the_model_and_the_place(tmp_pa
     assert "tensors of shapes (2, 10), (2,): RuntimeError: mat1 and mat2 shapes cannot be multiplied" in said
     assert "users.py:" in said
     assert "\n" not in said
+    plain = type("Plain", (disttrain.Task,), {"loss": Mean.loss})()
+    said = refusal(tmp_path / "4", Case(plain, nn.Linear(9, 1), one.train_set, one.test_set))
+    assert said.startswith("the model given fails in Plain.loss on the first 2 samples of the test set")
     failing = type("Wrong", (Wordless,), {})()
     said = refusal(tmp_path / "3", with_task("regression", failing))
     assert said.startswith("Wrong.loss fails on the first 2 samples of the test set, tensors of shapes (2, 10), (2,): ")
