@@ -57,7 +57,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, of_run: boo
     mapping.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem))
     if not is_file or path.parent == _SHIPPED or of_run:
         return parse_recipe(mapping, overrides, source=source)
-    if isinstance(code := mapping.get("code"), str):
+    if isinstance(code := mapping.get("code"), str) and "\0" not in code:
         mapping["code"] = str(Path(settled(str(path.parent / expanded(code)))).resolve())
     recipe = parse_recipe(mapping, overrides, source=source)
     folder = str(Path(settled(str(path.parent))).resolve())

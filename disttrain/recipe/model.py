@@ -156,6 +156,8 @@ class TrackingRecipe(Section):
 
 
 def _absolute(folder: str | None) -> str | None:
+    if folder is not None and "\0" in folder:
+        raise ValueError("should be a folder, and has a NUL character")
     try:
         found = folder if folder is None else settled(folder)
     except ConfigurationError as error:

@@ -65,7 +65,7 @@ class TrainRecipe(Section):
         default="default", description="torch.compile's mode: how long to look for faster kernels"
     )
     compile_any_shape: bool = Field(
-        default=False, description="compile once for batches of any shape, not for each: for texts of many lengths"
+        default=False, description="from the second shape on, kernels for any shape: for texts of many lengths"
     )
     deterministic: bool = Field(
         default=False, description="kernels and sums of fixed order only, for the same bits on GPUs each time; slower"

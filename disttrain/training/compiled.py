@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 
 import torch
 from torch import nn
@@ -13,7 +14,10 @@ from disttrain.errors import ConfigurationError
 from disttrain.recipe import TrainRecipe
 
 # Where inductor (C++, for CPUs) and Triton (C, for GPUs) look for a compiler: a variable, else these names.
-_COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang"))}
+_COMPILERS = {
+    "cpu": ("CXX", ("clang++",) if sys.platform == "darwin" else ("g++",)),
+    "cuda": ("CC", ("gcc", "clang")),
+}
 
 
 def compile_model(model: nn.Module, settings: TrainRecipe, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import batch_sizes_without_single_samples, smallest_batch, smallest_part, tensors_in
 from disttrain.distributed.sharded import local
-from disttrain.errors import ConfigurationError, is_lost_peer, where
+from disttrain.errors import ConfigurationError, is_circumstance, is_lost_peer, where
 from disttrain.models.buffers import buffers_kept, same_bits
 from disttrain.task import ImageClassification, Task, has_own
 from disttrain.training.evaluate import checked_score
@@ -116,6 +116,8 @@ def _explained(job: Job, method: str, data: Any, num: int, *, training: bool) ->
         raise ConfigurationError(f"{_name(job)} returned{said} {why_one}".strip()) from error
     except Exception as error:
         if is_lost_peer(error):  # its own failure says why
+            raise
+        if job.step and is_circumstance(error):  # it had the memory before: the process before may hold it still
             raise
         on = _in_words(job, data, num, training=training)
         what = f"{_at_fault(job, method, error)} on {on}"

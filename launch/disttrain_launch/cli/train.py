@@ -20,6 +20,7 @@ from disttrain.commands.options import (
     overrides_option,
     trust_option,
 )
+from disttrain.distributed.gpus import OnePerGpu
 from disttrain.errors import ExitCode
 from disttrain.files import being_written
 from disttrain_launch.cli.node import run_node
@@ -89,7 +90,8 @@ def train(
     arguments = module_arguments(
         "disttrain", recipe_source(recipe, run_dir), "--run-dir", run_dir, *["--trust"] * trust
     )
-    told = [f"-n {num_workers}"] * (num_workers > 1) + [f"--max-restarts {max_restarts}"] * (max_restarts > 0)
+    count = "gpu" if isinstance(num_workers, OnePerGpu) else num_workers  # or a resume might end up on CPUs
+    told = [f"-n {count}"] * (count != 1) + [f"--max-restarts {max_restarts}"] * (max_restarts > 0)
     group = WorkerGroup(
         (*arguments, *override_arguments(overrides)),
         num_workers,

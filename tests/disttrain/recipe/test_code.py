@@ -102,6 +102,9 @@ def test_a_folder_that_no_recipe_can_name_is_not_stored(project: Path, monkeypat
     (odd / "recipe.toml").write_text(f'code = "lib"\n{RECIPE}')
     with pytest.raises(RecipeError, match="code"):
         load_recipe("recipe.toml")
+    (project.parent / "nul.toml").write_text(f'code = "\\u0000"\n{RECIPE}')
+    with pytest.raises(RecipeError, match=r"code: .*has a NUL character"):
+        load_recipe("../nul.toml")
 
 
 def test_a_module_of_another_recipe_is_not_taken_for_that_of_the_same_name(project: Path) -> None:

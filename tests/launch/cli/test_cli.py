@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -222,6 +223,10 @@ def test_one_worker_per_gpu_may_use_no_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     for options in ([], several):
         assert "DISTTRAIN_DEVICE=cuda" in run("train", "digits", "-n", "gpu", "--dry-run", *options).stdout
         assert "DISTTRAIN_DEVICE" not in run("train", "digits", "-n", "2", "--dry-run", *options).stdout
+    groups: list[Any] = []
+    monkeypatch.setattr("disttrain_launch.local.workers.run_workers", lambda group, _: groups.append(group))
+    run("train", "digits", "-n", "gpu")
+    assert groups[0].options == "-n gpu", "the command that resumes the run asks for GPUs, too"
     monkeypatch.setenv("DISTTRAIN_DEVICE", "cpu")  # the user's own, which workers inherit
     assert "DISTTRAIN_DEVICE" not in run("train", "digits", "-n", "gpu", "--dry-run").stdout
 
