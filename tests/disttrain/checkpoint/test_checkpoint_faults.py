@@ -75,7 +75,9 @@ class Interrupted:
             if before is not None:
                 begun.touch()
             if self.step % 3 == 0:  # the same step again, as after an evaluation
-                writer.save(self.model.state_dict(), moments, {**state(self.step, 0.5), "optimizer": rest})
+                writer.save(
+                    self.model.state_dict(), moments, {**state(self.step, self.step / 10_000), "optimizer": rest}
+                )
         writer.close()
 
 
