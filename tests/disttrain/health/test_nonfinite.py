@@ -171,7 +171,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path: Path, mode: str) -
     assert not math.isnan(losses(tmp_path)[4])
 
 
-@pytest.mark.parametrize("policy", ["skip", "zero"])
+@pytest.mark.parametrize("policy", ["skip", pytest.param("zero", marks=pytest.mark.long)])
 def test_every_number_of_workers_gives_the_same_bits_also_after_kills(tmp_path: Path, policy: str) -> None:
     settings = (*EXACT, f"train.non_finite={policy}", "checkpoint.every_steps=2")
     for size in (1, 2, 3, 4):

@@ -99,6 +99,7 @@ def test_an_odd_model_has_the_numbers_of_one_worker_with_a_step_skipped_and_laye
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_leaves_no_trace_at_one_number_of_workers(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     overrides = ("train.non_finite=skip", "train.ema_decay=0.9", FSDP)

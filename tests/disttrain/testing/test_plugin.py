@@ -601,6 +601,7 @@ def test_survivor_notices(rank):
     result.assert_outcomes(passed=1)
 
 
+@pytest.mark.long
 def test_with_xdist(pytester: pytest.Pytester) -> None:
     mark = f"DISTTRAIN_MARK={uuid.uuid4().hex}"
     pytester.makepyfile(

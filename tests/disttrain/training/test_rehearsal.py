@@ -67,7 +67,7 @@ class Net(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_first_step_after_a_restart_has_the_bits_of_any_other(tmp_path: Path, accumulate: int) -> None:
     """Three summands: their sum depends on how DistributedDataParallel has put two megabytes into buckets."""
 
@@ -113,7 +113,7 @@ class Freezes(Thaws):
         return Net.forward(self, images)
 
 
-@pytest.mark.parametrize("kind", [Thaws, Freezes])
+@pytest.mark.parametrize("kind", [Thaws, pytest.param(Freezes, marks=pytest.mark.long)])
 def test_what_is_frozen_and_unfrozen_in_training_is_followed_on_all_workers(tmp_path: Path, kind: Any) -> None:
     def weights(run_dir: Path, exact: str) -> tuple[dict[str, torch.Tensor], str]:
         model = kind()
