@@ -111,7 +111,7 @@ def check_task(job: Job, quietly: Callable[[], AbstractContextManager[None]], wa
     is_square = all(_is_square(once, twice, 2) for once, twice in losses)
     if broadcast_from_main(job.world, lambda: is_square):  # of all alike: a model may have collectives
         first, second, third = _sums(job, 0, quietly, times=(1, 2, 3))
-        if _is_square(first, third, 3):  # not so if each item is told from all others: a log of their number
+        if _is_square(first, third, 3):  # a contrastive loss grows by the log of the number of items
             warn(
                 f"{type(job.task).__name__}.loss grows with the square of the batch: it is {first[0]:.4g} for two "
                 f"samples and {second[0]:.4g} for the same two twice over, so what is learned depends on how many "
