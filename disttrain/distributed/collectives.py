@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, magnitudes, surprises
+from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, surprises
 from disttrain.distributed.world import World
 from disttrain.errors import DisttrainError, PeerError
 
@@ -54,22 +54,24 @@ def exact_sum_(
     *,
     expected: Sequence[float] | None = None,
     scratch: torch.Tensor | None = None,
+    num_changes: int = 0,
 ) -> list[float]:
     """Replace each tensor of `into` by the sum of all that any rank passed for it; the order does not affect the bits.
 
     `summands` holds any number of lists of tensors of the shapes of `into`, with None for one that is not there; all
     ranks together pass `num_summands` lists at most. Returns a bound of each tensor's magnitudes over all ranks. What
     no rank passed (ABSENT), or what is not finite on any rank (infinite), is left as it is. A tensor of `into` may be
-    one of the summands.
+    one of the summands. The last `num_changes` of each list are changes: where one is zero, it counts as not there.
 
     `expected` are bounds of the magnitudes that are expected, the same on all ranks. They take part in the bits. While
-    they hold one all-reduce is enough; otherwise the sum is made without them, after another one for the magnitudes.
+    they hold one all-reduce is enough, and one look at the device; otherwise the sum is made without them, after
+    another one for the magnitudes.
     """
-    found = [magnitudes(summand) for summand in summands]
+    found = measured(summands, num_changes)
     if expected is not None and _sum_as_expected_(into, summands, found, num_summands, expected, scratch):
         return list(expected)
-    mine = [max(column) for column in zip([ABSENT] * len(into), *found, strict=True)]
-    largest: list[float] = max_(torch.tensor(mine, dtype=torch.float64)).tolist()
+    mine = found.cpu().amax(dim=0) if summands else torch.full((len(into),), ABSENT, dtype=torch.float64)
+    largest: list[float] = max_(mine).tolist()
     total = FixedPointSum(into, largest, num_summands, scratch)
     for summand in summands:
         total.add(summand)
@@ -82,23 +84,20 @@ def exact_sum_(
 def _sum_as_expected_(
     into: Sequence[torch.Tensor],
     summands: Sequence[Summands],
-    found: Sequence[list[float]],
+    found: torch.Tensor,
     num_summands: int,
     expected: Sequence[float],
     scratch: torch.Tensor | None,
 ) -> bool:
     """Sum on the grids of the expected magnitudes; return whether all ranks' were as expected. If not, nothing is done.
 
-    Whether they were travels with the sum.
+    `found` is what `measured` makes of the summands. Whether they were as expected travels with the sum.
     """
     total = FixedPointSum(into, expected, num_summands, scratch, num_extra=len(into) + 2)
     for summand in summands:
         total.add(summand)
-    news = [0] * (len(into) + 1)
-    for magnitudes_of_one in found:
-        one = surprises(magnitudes_of_one, expected, num_summands)
-        news = [a + b for a, b in zip(news, one, strict=True)]
-    total.extra.copy_(torch.tensor([len(found), *news]))
+    total.extra[0] = len(summands)
+    total.extra[1:] = surprises(found, expected, num_summands) if summands else 0
     num_lists, exceeding, *faint = sum_(total.integers())[-len(total.extra) :].tolist()
     if exceeding or num_lists in faint:
         return False

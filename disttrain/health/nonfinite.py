@@ -97,7 +97,7 @@ class NonFiniteGuard:
         `step` counts the steps done before, `losses`, (num_slices,), are this rank's. Raises DivergedError, on every
         rank alike, if the recipe says that the run ends: weights and buffers are then those before the step.
         """
-        if not self._strategy.non_finite and self._all_finite():
+        if not self._strategy.non_finite and (self._are_known_finite() or self._all_finite()):
             self._in_a_row = 0
             return Verdict.STEP
         bad = {slice_index for slice_index, finite in enumerate(losses.isfinite().tolist()) if not finite}
@@ -122,6 +122,10 @@ class NonFiniteGuard:
         """What was not finite in the step just made, returned once."""
         incident, self._incident = self._incident, None
         return incident
+
+    def _are_known_finite(self) -> bool:
+        # Without a scaler: divided by a scale below one, a finite number may become infinite.
+        return self._strategy.sums_are_finite and not self._scaler.is_enabled()
 
     def _all_finite(self) -> bool:
         finite = all_finite(self._gradients())
@@ -206,7 +210,7 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
             found.append(is_bad == 0)
         elif filled := [tensor for tensor in group if tensor.numel()]:  # an empty tensor has no largest number
             found.append(torch.stack(torch._foreach_norm(filled, math.inf)).isfinite().all())
-    return all(is_good.item() for is_good in found)
+    return bool(torch.stack([is_good.to(found[0].device).view(()) for is_good in found]).all()) if found else True
 
 
 def _has_check(device_type: str, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ what each has changed in floating-point buffers (BatchNorm's statistics): the ne
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -57,10 +58,13 @@ class ExactSlices:
         sizes = [tensor.numel() for tensor in (*self._parameters.values(), *self._buffers())]
         num_integers = sum(sizes) + len(sizes) + 2  # and a counter for each tensor, see exact_sum_
         self._scratch = torch.empty(num_integers, dtype=torch.int64, device=world.device)
+        # A look at a buffer is cheaper than a difference; but a GPU would have to be waited for, for each of them.
+        self._may_look = world.device.type == "cpu"
         # The bits that an expectation costs would be visible in float64.
         self._expects = all(parameter.dtype != torch.float64 for parameter in self._parameters.values())
-        self.expected: list[float] | None = None
-        """Bounds of the next step's gradients and buffers, from those of the step before: part of the run's state."""
+        self._expected: Callable[[], list[float] | None] = lambda: None
+        self.sums_are_finite = False
+        """Whether the gradients of the step that was finished last are known to be finite without a look at them."""
         self.non_finite: tuple[str, ...] = ()
         """The parameters whose gradients, and the buffers whose changes, were not finite in the step that was finished
         last, on any worker: the same names on all."""
@@ -72,6 +76,15 @@ class ExactSlices:
         self._buffers_at_start: list[torch.Tensor] | None = None
         self._discrete_of_first: list[torch.Tensor] | None = None
         self._summands: list[Summands] = []
+
+    @property
+    def expected(self) -> list[float] | None:
+        """Bounds of the next step's gradients and buffers, from those of the step before: part of the run's state."""
+        return self._expected()
+
+    @expected.setter
+    def expected(self, bounds: list[float] | None) -> None:
+        self._expected = lambda: bounds
 
     @property
     def summed(self) -> list[str]:
@@ -106,11 +119,9 @@ class ExactSlices:
                     "or set parallel.exact = false."
                 )
         buffers = self._buffers()
-        changes = [
-            _change(before, after)
-            for before, after in zip(self._buffers_at_start, buffers, strict=True)
-            if after.is_floating_point()
-        ]
+        pairs = zip(self._buffers_at_start, buffers, strict=True)
+        floating = [(before, after) for before, after in pairs if after.is_floating_point()]
+        changes = _changes(floating, may_look=self._may_look)
         self._summands.append([*(parameter.grad for parameter in self._parameters.values()), *changes])
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -130,10 +141,21 @@ class ExactSlices:
         changes = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in floating.values()]
         gradients = [self._room_for_gradient(index) for index in range(len(self._parameters))]
         sums = [*gradients, *changes]
-        agreed = exact_sum_(sums, self._summands, self.num_slices, expected=self.expected, scratch=self._scratch)
-        self.expected = expected_magnitudes(sums, agreed) if self._expects else None
+        agreed = exact_sum_(
+            sums,
+            self._summands,
+            self.num_slices,
+            expected=self.expected,
+            scratch=self._scratch,
+            num_changes=len(changes),
+        )
+        self._expected = expected_magnitudes(sums, agreed) if self._expects else lambda: None
         largest = dict(zip((*self._parameters, *floating), agreed, strict=True))
         self.non_finite = tuple(name for name, magnitude in largest.items() if math.isinf(magnitude))
+        self.sums_are_finite = all(
+            largest[name] * self.num_slices < torch.finfo(parameter.dtype).max
+            for name, parameter in self._parameters.items()
+        )
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if math.isinf(largest[name]):
                 gradient = torch.full_like(gradient, math.inf)  # beside the slices' own, see sum_finite_parts
@@ -164,9 +186,8 @@ class ExactSlices:
         self._not_summed = []
 
     def _restore_buffers(self) -> None:
-        if self._buffers_at_start is not None:
-            for buffer, at_start in zip(self._buffers(), self._buffers_at_start, strict=True):
-                buffer.copy_(at_start)
+        if self._buffers_at_start:
+            torch._foreach_copy_(self._buffers(), self._buffers_at_start)
 
     def _room_for_gradient(self, index: int) -> torch.Tensor:
         for summands in self._summands:
@@ -204,15 +225,26 @@ def _places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return places
 
 
-def _change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
-    """What a slice has added to a buffer, float64; None for nothing. Infinite numbers and NaN may stay as they are."""
-    if torch.equal(before, after):  # mostly: the rest costs several passes for each buffer of each slice
-        return None
-    before, after = before.double(), after.double()
+def _changes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, may_look: bool) -> list[torch.Tensor | None]:
+    """What a slice has added to each buffer (before, after), (elements,) float64; None, or zeros, for nothing.
+
+    Infinite numbers and NaN may stay as they are. With `may_look` it is asked first which have changed.
+    """
+    changed = [not may_look or not torch.equal(before, after) for before, after in pairs]
+    some = [pair for pair, is_changed in zip(pairs, changed, strict=True) if is_changed]
+    if not some:
+        return [None] * len(changed)
+    before, after = (_in_a_row(side) for side in zip(*some, strict=True))
     stays = (before == after) | (before.isnan() & after.isnan())
-    if stays.all():
-        return None
-    return torch.where(stays, 0.0, after - before)
+    each = iter(torch.split(torch.where(stays, 0.0, after - before), [one.numel() for _, one in some]))
+    return [next(each) if is_changed else None for is_changed in changed]
+
+
+def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All their numbers in one vector of float64: a few operations for all buffers, rather than some for each."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.double() for tensor in tensors]
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).double()
 
 
 def _zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -38,6 +38,11 @@ class Exact(Strategy):
         """As `Strategy` has it: a sum of integers cannot hold what is not finite, so it is known before."""
         return self._sums.non_finite
 
+    @property
+    def sums_are_finite(self) -> bool:  # type: ignore[override]  # an attribute of the others
+        """As `Strategy` has it: from the bounds of what was summed."""
+        return self._sums.sums_are_finite
+
     def check_modules(self) -> None:
         """As `Strategy` has it."""
         refuse_summing(self.model, _OR_FAST)

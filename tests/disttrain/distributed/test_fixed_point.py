@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.distributed.collectives import exact_sum_
-from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, expected_magnitudes, magnitudes, surprises
+from disttrain.distributed.fixed_point import (
+    ABSENT,
+    FixedPointSum,
+    expected_magnitudes,
+    magnitudes,
+    measured,
+    surprises,
+)
 from disttrain.testing import run_workers
 
 DENORMALS = [2.0**-149, -(2.0**-149), 2.0**-130, -(2.0**-127)]
@@ -145,10 +152,9 @@ def test_the_error_is_within_its_bound_where_an_expectation_holds(
     numbers: list[float], before: float, shift: int
 ) -> None:
     summands = [torch.tensor([math.ldexp(number * before, shift)], dtype=torch.float64) for number in numbers]
-    expected = expected_magnitudes([torch.tensor([before], dtype=torch.float64)], [before])
+    expected = expected_magnitudes([torch.tensor([before], dtype=torch.float64)], [before])()
     assert expected is not None
-    news = [surprises(magnitudes([summand]), expected, len(numbers)) for summand in summands]
-    exceeding, faint = (sum(column) for column in zip(*news, strict=True))
+    exceeding, faint = surprises(measured([[summand] for summand in summands]), expected, len(numbers)).tolist()
     largest = max(abs(summand.item()) for summand in summands)
     assert bool(exceeding) == (largest > expected[0])
     if exceeding or faint == len(numbers):
@@ -166,11 +172,11 @@ def test_the_error_is_within_its_bound_where_an_expectation_holds(
 
 def test_nothing_is_expected_after_zeros_and_infinities_and_what_was_absent_stays_so() -> None:
     one, zero = torch.tensor([1.0]), torch.tensor([0.0])
-    assert expected_magnitudes([one, zero], [1.0, ABSENT]) == [16.0, ABSENT]
-    assert expected_magnitudes([one, zero], [1.0, 1.0]) is None
-    assert expected_magnitudes([torch.tensor([math.inf])], [math.inf]) is None
+    assert expected_magnitudes([one, zero], [1.0, ABSENT])() == [16.0, ABSENT]
+    assert expected_magnitudes([one, zero], [1.0, 1.0])() is None
+    assert expected_magnitudes([torch.tensor([math.inf])], [math.inf])() is None
     # What was not finite anywhere has not been summed: what is in the tensor is this rank's own, and may be finite.
-    assert expected_magnitudes([one, one], [1.0, math.inf]) is None
+    assert expected_magnitudes([one, one], [1.0, math.inf])() is None
 
 
 EXPECTED = [1.0, ABSENT]

@@ -1,0 +1,98 @@
+"""How often a step asks the device for a number: on a GPU each time waits for all that it was given before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from disttrain.distributed import fixed_point
+from disttrain.distributed.world import join_world
+from disttrain.recipe import load_recipe
+from disttrain.training.given import Given
+from disttrain.training.job import Job, build_job
+from disttrain.training.loop import train_step
+from tests.disttrain.parallel.exact_runs import SMALL, build
+
+LOOKING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
+NUM_STEPS = 3
+READ_LATER = 1  # of the next step's bounds: on a GPU it travels beside what is computed
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = seen
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator._schema.name in LOOKING:
+            self.seen[operator._schema.name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+class Lists(TorchFunctionMode):
+    """A list is made of a tensor on the CPU without an operator."""
+
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in ("tolist", "cpu", "numpy"):
+            self.seen[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def prepare_as_on_a_gpu(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have exact mode compute as it does where looks are dear."""
+    job.strategy._sums._may_look = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        fixed_point,
+        "_largest_in_each",
+        lambda tensors: torch.where((found := fixed_point._largest_by_norms(tensors)).isfinite(), found, float("inf")),
+    )
+
+
+def steps(*overrides: str, prepare: Callable[[Job], None] = lambda job: None) -> tuple[Job, list[Counter[str]]]:
+    """A job after its first steps, and how often each of them looked."""
+    seen = []
+    with join_world("cpu", threads=1) as world:
+        torch.manual_seed(0)
+        job = build_job(load_recipe("digits", [*SMALL, *overrides]), world, Given(model=build(3, (3, 32, 32))))
+        prepare(job)
+        for _, batch in zip(range(NUM_STEPS), job.loader.epoch(0), strict=False):
+            looks: Counter[str] = Counter()
+            with Operators(looks), Lists(looks):
+                train_step(job, batch)
+            job.step += 1
+            seen.append(looks)
+        job.close()
+    return job, seen
+
+
+@pytest.mark.parametrize("clipping", [(), ("train.clip_norm=0.5",)])
+def test_a_step_of_fast_mode_looks_once(clipping: tuple[str, ...]) -> None:
+    _, seen = steps("parallel.exact=false", "train.log_every_steps=100", *clipping)
+    assert [sum(looks.values()) for looks in seen] == [1] * NUM_STEPS, seen
+
+
+def test_a_step_of_exact_mode_looks_once_however_many_slices_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_slices in (2, 8):
+        _, seen = steps(
+            f"parallel.slices={num_slices}", "train.log_every_steps=100",
+            prepare=lambda job: prepare_as_on_a_gpu(job, monkeypatch),
+        )  # fmt: skip
+        assert [sum(looks.values()) for looks in seen[1:]] == [1 + READ_LATER] * (NUM_STEPS - 1), seen
+
+
+def test_what_is_computed_without_looking_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = steps("train.log_every_steps=100")
+    other, _ = steps("train.log_every_steps=100", prepare=lambda job: prepare_as_on_a_gpu(job, monkeypatch))
+    assert one.strategy.state() == other.strategy.state()
+    theirs = other.model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in one.model.state_dict().items())
