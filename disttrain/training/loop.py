@@ -25,6 +25,7 @@ from disttrain.parallel.conditions import exact_conditions, float32_by_default, 
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for, old_names_in
 from disttrain.recipe.reference import look_for_code
 from disttrain.task import Task, named_at
+from disttrain.training.compiler import compiler_when_used
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
 from disttrain.training.job import Job, StepResult
@@ -142,6 +143,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
         sums_in_fixed_order(recipe),
         join_world(settings.device, settings.threads, in_time, is_whole_process=is_whole_process) as world,
         exact_conditions(recipe),
+        compiler_when_used(),
     ):
         while True:
             try:

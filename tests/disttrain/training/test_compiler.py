@@ -1,0 +1,42 @@
+"""A run that compiles nothing imports no compiler; whoever wants it, in whichever way, gets all of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import sys
+import torch, disttrain
+
+seen = []
+
+class Look(disttrain.Hook):
+    def after_step(self, context):
+        seen.append("torch._dynamo.symbolic_convert" in sys.modules)
+        if context.step == 2:
+            import torch._dynamo.config as config
+            assert config is sys.modules["torch._dynamo.config"] is torch._dynamo.config
+            assert config.__spec__.loader.get_code("torch._dynamo.config"), "it was found by its own loader"
+            assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+
+before = list(sys.meta_path)
+recipe = {
+    "name": "digits", "data": {"dataset": "synthetic", "options": {"num_train": 8, "num_test": 8}, "batch_size": 2},
+    "train": {"epochs": 1}, "tracking": {"uri": "none"}, "parallel": {"strategy": "ddp"},
+}
+disttrain.train(recipe, run_dir=sys.argv[1], hooks=Look())
+assert seen == [False, False, True, True], seen
+assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.explain
+assert sys.meta_path == before
+# What was to be left alone before the compiler was there is left alone by it.
+assert torch._dynamo.is_dynamo_disable_recursive(vars(torch.optim.Optimizer.zero_grad.__wrapped__)["__dynamo_disable"])
+"""
+
+
+def test_a_run_imports_no_compiler_until_it_is_used(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path / "run"], capture_output=True, text=True, timeout=480, check=False
+    )
+    assert done.returncode == 0, done.stderr
