@@ -13,6 +13,7 @@ from torch import nn
 
 from disttrain import rng
 from disttrain.data import StepBatch
+from disttrain.distributed.allocator import freed_memory_kept
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
 from disttrain.distributed.sharded import whole
 from disttrain.distributed.world import join_world
@@ -140,6 +141,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
     in_time = settings.hang_timeout_s
     with (
         stop_requests() as stop,
+        freed_memory_kept(),
         sums_in_fixed_order(recipe),
         join_world(settings.device, settings.threads, in_time, is_whole_process=is_whole_process) as world,
         exact_conditions(recipe),
