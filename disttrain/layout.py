@@ -40,6 +40,7 @@ OPTIMIZER = "optimizer.safetensors"
 EVAL = "eval/"
 """What the names of metrics of evaluations begin with, in journals and checkpoints."""
 CONTENTS = (MODEL, OPTIMIZER, STATE)
+"""The files of a checkpoint that one worker has written, besides the manifest; see `contents_of` for others."""
 
 # Beside the run directories.
 DATABASE = "mlflow.db"
@@ -86,6 +87,23 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a checkpoint's folder, whole or not."""
     return any(os.path.isfile(path / name) for name in (MANIFEST, MODEL))  # False also for impossible names
+
+
+def shard_names(file: str, num_ranks: int) -> list[str]:
+    """What MODEL or OPTIMIZER is called in a checkpoint that each rank wrote its part of, by rank."""
+    return [file.replace(".", f".rank-{rank:05d}.") for rank in range(num_ranks)]
+
+
+def contents_of(manifest: Any) -> tuple[str, ...] | None:
+    """The files that a checkpoint's manifest lists, whatever that may hold; None unless they are those of one."""
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        return None
+    if manifest.get("format") == 1:
+        return CONTENTS if set(files) == set(CONTENTS) else None
+    num_ranks = (len(files) - 1) // 2
+    names = (*shard_names(MODEL, num_ranks), *shard_names(OPTIMIZER, num_ranks), STATE)
+    return names if manifest.get("format") == 2 and num_ranks > 0 and set(files) == set(names) else None
 
 
 def metrics_of(path: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A checkpoint that rank 0 has read, on all ranks: its description as an object, its tensors one by one."""
+"""A checkpoint that rank 0 has read, on all ranks: its description as an object, its tensors one after the other."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TypeVar, cast
 
 import torch
 
-from disttrain.checkpoint import Checkpoint
+from disttrain.checkpoint.folder import Checkpoint
+from disttrain.checkpoint.stored import StoredTensors, outline_of
+from disttrain.checkpoint.tensors import Tensors
 from disttrain.distributed.collectives import broadcast_, broadcast_from_main
-from disttrain.distributed.sharded import part_of
+from disttrain.distributed.sharded import from_part, is_sharded, part_of, rows_of
 from disttrain.distributed.world import World
 
 Found = TypeVar("Found", bound=Checkpoint | None)
@@ -29,50 +31,55 @@ def read_by_main(world: World, read: Callable[[], Found]) -> Found:
         whole = read()
         if whole is None:
             return None
-        return replace(whole, model=_outline(whole.model), optimizer=_outline(whole.optimizer))
+        return replace(whole, model=outline_of(whole.model), optimizer=outline_of(whole.optimizer))
 
     outlined = broadcast_from_main(world, outline)
     return cast("Found", whole if world.is_main else outlined)
 
 
-def hand_out(
-    world: World, tensors: dict[str, torch.Tensor], into: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """Rank 0's `tensors` on every rank; the others pass the outlines of them.
+def hand_out(world: World, tensors: Tensors, into: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Rank 0's `tensors` on every rank, in memory of their own; the others pass the outlines of them.
 
-    They travel one at a time, into the tensors of `into` where those fit: no rank needs memory for a second copy. Every
-    rank must call it.
+    They are read and travel one at a time, into the tensors of `into` where those fit: no rank needs memory for a
+    second copy. Every rank must call it.
     """
-    if world.size == 1:
-        return tensors
     received = {}
-    for name, tensor in tensors.items():
-        room = tensor
-        if not world.is_main:
-            place = into.get(name) if into is not None else None
-            fits = place is not None and _fits(place, tensor)
-            room = place.detach() if place is not None and fits else torch.empty_like(tensor, device="cpu")
-        received[name] = broadcast_(room)
+    for name in tensors:
+        place = into.get(name) if into is not None else None
+        tensor = tensors[name]
+        if place is not None and _fits(place, tensor):
+            room = place.detach()
+            if world.is_main:
+                room.copy_(tensor)
+        else:
+            room = tensor.clone() if world.is_main else torch.empty_like(tensor, device="cpu")
+        received[name] = broadcast_(room) if world.size > 1 else room
     return received
 
 
 def hand_out_parts(
-    world: World, tensors: dict[str, torch.Tensor], like: Callable[[str], torch.Tensor | None]
+    world: World, tensors: Tensors, like: Callable[[str], torch.Tensor | None], *, by_broadcast: bool
 ) -> dict[str, torch.Tensor]:
     """As `hand_out`, but each rank keeps only its part of a tensor for whose name `like` returns a sharded one.
 
-    A rank has one whole tensor at a time, and rank 0 those that it has read. Every rank must call it.
+    Without `by_broadcast` each rank reads its part of stored `tensors` from the files. With it a rank has one whole
+    tensor at a time. Every rank must call it.
     """
     received = {}
-    for name, tensor in tensors.items():
-        room = broadcast_(tensor if world.is_main else torch.empty_like(tensor, device="cpu"))
+    for name in tensors:
         place = like(name)
-        received[name] = room if place is None or place.shape != room.shape else part_of(room, place).to(room.dtype)
+        if by_broadcast:
+            room = broadcast_(tensors[name].clone() if world.is_main else torch.empty_like(tensors[name], device="cpu"))
+            fits = place is not None and place.shape == room.shape
+            received[name] = part_of(room, place).to(room.dtype) if place is not None and fits else room
+            continue
+        assert isinstance(tensors, StoredTensors)
+        if place is not None and is_sharded(place) and place.shape == tensors.outline(name).shape:
+            rows = rows_of(place)
+            received[name] = from_part(tensors.rows(name, rows.start, rows.stop).clone(), place)
+        else:
+            received[name] = tensors[name].clone()
     return received
-
-
-def _outline(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 
 
 def _fits(place: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from disttrain.checkpoint.tensors import Tensors
+from disttrain.distributed.sharded import local
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -75,8 +76,8 @@ def _as_array(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.g
 
 
 def addresses(optimizer: torch.optim.Optimizer) -> frozenset[int]:
-    """Where the tensors are that only the optimizer's step changes: its parameters and its state."""
+    """Where the tensors are that only its step changes: the parameters and their state, or this rank's parts."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: list[Mapping[str, object]] = list(optimizer.state.values())
     values = [value for entries in state for value in entries.values() if isinstance(value, torch.Tensor)]
-    return frozenset(tensor.data_ptr() for tensor in (*parameters, *values))
+    return frozenset(local(tensor.detach()).data_ptr() for tensor in (*parameters, *values))

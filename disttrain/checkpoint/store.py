@@ -13,10 +13,11 @@ from disttrain.checkpoint.folder import (
     RETIRED,
     WRITING,
     Checkpoint,
+    commit_checkpoint,
     hidden,
     read_checkpoint,
     verify_checkpoint,
-    write_checkpoint,
+    write_tensors,
 )
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError
@@ -49,8 +50,12 @@ class CheckpointStore:
 
         The same step again, with more known about it (an evaluation), replaces the old one.
         """
+        return self.commit(state, lambda folder: write_tensors(folder, model, optimizer))
+
+    def commit(self, state: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> Path:
+        """The same with tensors that `write` writes: see `commit_checkpoint`."""
         path = self.folder / checkpoint_name(state["step"])
-        write_checkpoint(path, model, optimizer, state)
+        commit_checkpoint(path, state, write)
         self._known_good.add(path.name)
         self._retire()
         return path
@@ -70,6 +75,9 @@ class CheckpointStore:
                 self._known_good.add(path.name)
                 return checkpoint
         return None
+
+    def abandon(self, why: str) -> None:
+        """Leave out a save of what turned out to be no checkpoint."""
 
     def settle(self, patience_s: float) -> Iterator[bool]:
         """Wait until the checkpoints are where the run lives: true, at last. In a folder they are there already."""

@@ -36,6 +36,8 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""The types that a file may hold, by the format's names."""
 
 
 def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:

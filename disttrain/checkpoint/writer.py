@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from disttrain.checkpoint.snapshot import Snapshot, addresses
-from disttrain.checkpoint.store import CheckpointStore
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.faultpoints import reached
 
@@ -30,6 +29,16 @@ class Outcome:
     waited_s: float = 0.0
 
 
+class Store(Protocol):
+    """Where a writer writes to, on its thread."""
+
+    def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint. Raises OSError."""
+
+    def abandon(self, why: str) -> None:
+        """Leave out a save that was begun. Raises OSError."""
+
+
 class CheckpointWriter:
     """Writes checkpoints to a store, one at a time, on a thread of its own.
 
@@ -39,7 +48,7 @@ class CheckpointWriter:
     copied at once from then on, too. One that begins to do so later costs a checkpoint.
     """
 
-    def __init__(self, store: CheckpointStore, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(self, store: Store, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._store = store
         self._optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(lambda *_: self.finish_copy()) if optimizer is not None else None
@@ -109,10 +118,11 @@ class CheckpointWriter:
 
     def _write(self, state: dict[str, Any], waited_s: float, changed: str | None) -> Outcome:
         step = state["step"]
-        if changed is not None:
-            error = f"the model changed its parameter '{changed}' while it was copied; later saves copy it at once"
-            return Outcome(step, None, error, waited_s)
         try:
+            if changed is not None:
+                why = f"the model changed its parameter '{changed}' while it was copied; later saves copy it at once"
+                self._store.abandon(why)
+                return Outcome(step, None, why, waited_s)
             path = self._store.save(self._snapshot.model, self._snapshot.optimizer, state)
         except OSError as error:
             return Outcome(step, None, str(error), waited_s)

@@ -38,6 +38,34 @@ def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def rows_of(tensor: torch.Tensor) -> range:
+    """Which rows of a sharded tensor, along its first dimension, this rank holds."""
+    sharded: Any = tensor
+    (axis,) = (axis for axis, placement in enumerate(sharded.placements) if placement.is_shard(0))
+    most = -(-tensor.shape[0] // sharded.device_mesh.size(axis))
+    begin = min(sharded.device_mesh.get_local_rank(axis) * most, tensor.shape[0])
+    rows = range(begin, begin + local(tensor.detach()).shape[0])
+    assert len(rows) == min(most, tensor.shape[0] - begin), "a tensor is cut as torch.chunk does it"
+    return rows
+
+
+def is_first_copy(tensor: torch.Tensor) -> bool:
+    """Whether this rank is the first of those that hold the same part of a sharded tensor."""
+    sharded: Any = tensor
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return all(one.is_shard() or mesh.get_local_rank(axis) == 0 for axis, one in enumerate(placements))
+
+
+def from_part(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor of which this rank's part is `part`, cut as `like` is. Nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        part.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 @torch.no_grad()
 def gathered(world: World, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole tensors on rank 0, on the CPU if they were sharded, collected one after the other; none on the others.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def start_from_weights(job: Job) -> list[str]:
     job.init = found.state["init"]
     here = job.model.state_dict()
     if job.strategy.is_sharded:
-        weights = hand_out_parts(job.world, found.model, here.get)
+        weights = hand_out_parts(job.world, found.model, here.get, by_broadcast=True)
     else:
         weights = hand_out(job.world, found.model, here)
     job.model.load_state_dict(weights, strict=False)
@@ -83,7 +84,7 @@ def _fitting(model: nn.Module, recipe: ModelRecipe) -> Checkpoint:
     return Checkpoint(source, fitting, {}, {"lines": lines, "init": init})
 
 
-def _read(address: str) -> tuple[str, dict[str, torch.Tensor]]:
+def _read(address: str) -> tuple[str, Mapping[str, torch.Tensor]]:
     """Where the weights are, and the weights."""
     try:
         if is_url(address):

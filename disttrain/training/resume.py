@@ -9,6 +9,8 @@ import torch
 
 from disttrain.checkpoint import AVERAGE, Checkpoint, check_complete, optimizer_from_tensors
 from disttrain.checkpoint.handout import hand_out, hand_out_parts
+from disttrain.checkpoint.reach import opened_by_all
+from disttrain.checkpoint.stored import outline_of
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError, brief
 from disttrain.layout import STATE, best_in
@@ -44,9 +46,13 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     refuse_other_schedule(state, checkpoint.path, job.schedule)
     _check_tensors(job, checkpoint)
     if job.strategy.is_sharded:
-        job.model.load_state_dict(hand_out_parts(job.world, checkpoint.model, job.model.state_dict().get))
+        opened = opened_by_all(job.world, checkpoint)
+        source, by_broadcast = opened or checkpoint, opened is None
+        here = job.model.state_dict().get
+        job.model.load_state_dict(hand_out_parts(job.world, source.model, here, by_broadcast=by_broadcast))
         of = _parameter_of(job, state["optimizer"].get("names", []))
-        handed = replace(checkpoint, optimizer=hand_out_parts(job.world, checkpoint.optimizer, of))
+        parts = hand_out_parts(job.world, source.optimizer, of, by_broadcast=by_broadcast)
+        handed = replace(checkpoint, optimizer=parts)
     else:
         job.model.load_state_dict(hand_out(job.world, checkpoint.model, job.model.state_dict()))
         handed = replace(checkpoint, optimizer=hand_out(job.world, checkpoint.optimizer))
@@ -96,7 +102,7 @@ def _restore_scaler(job: Job, checkpoint: Checkpoint) -> None:
 
 def _check_tensors(job: Job, checkpoint: Checkpoint) -> None:
     here = {name: tuple(tensor.shape) for name, tensor in job.model.state_dict().items()}
-    there = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in outline_of(checkpoint.model).items()}
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise ConfigurationError(

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, Outcome
+from disttrain.checkpoint.reach import sharded_store
+from disttrain.checkpoint.tensors import Tensors
 from disttrain.distributed.collectives import broadcast_from_main, max_
 from disttrain.distributed.joint_failure import all_fail
 from disttrain.distributed.sharded import gathered, local
 from disttrain.errors import AgreedError, ConfigurationError, DisttrainError, is_circumstance
 from disttrain.health.nonfinite import is_finite
 from disttrain.layout import RECIPE, step_of
+from disttrain.recipe.address import is_url
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker
@@ -27,7 +30,7 @@ _PATIENCE_S = 60.0  # how long a URL that cannot be reached is retried while it 
 
 
 class Saver:
-    """Has rank 0 save. Every rank must call each method, at the same step."""
+    """Has rank 0 save, or of shards each rank its own. Every rank must call each method, at the same step."""
 
     def __init__(
         self,
@@ -43,8 +46,11 @@ class Saver:
         self.last_save = time.monotonic()
         """When a checkpoint was last begun, by time.monotonic()."""
         self._job, self._run_dir, self._store = job, run_dir, store
+        is_sharded = job.strategy.is_sharded
+        self._shards = sharded_store(store, job.world) if is_sharded and not is_url(address) else None
         # What is gathered from shards is a copy already.
-        self._writer = CheckpointWriter(store, None if job.strategy.is_sharded else job.optimizer)
+        is_copy = is_sharded and self._shards is None
+        self._writer = CheckpointWriter(self._shards or store, None if is_copy else job.optimizer)
         self._tracker, self._console = tracker, console
         self._saved_step = job.step
         self._has_waited = False
@@ -53,11 +59,16 @@ class Saver:
         """Save beside the training; a save that fails is a warning. `instead`: what parts of the state are to be."""
         job = self._job
         self.last_save, self._saved_step = time.monotonic(), job.step
-        model, optimizer = job.model_tensors(), job.optimizer_tensors()[0]
-        if job.strategy.is_sharded:
+        model: Tensors = job.model_tensors()
+        optimizer: Tensors = job.optimizer_tensors()[0]
+        if self._shards is not None:
+            model, optimizer = self._shards.mine(model, optimizer)
+        elif job.strategy.is_sharded:
             model, optimizer = gathered(job.world, model), gathered(job.world, optimizer)
         if job.world.is_main:
             self._report(self._writer.save(model, optimizer, {**job.state(), **(instead or {})}))
+        elif self._shards is not None:
+            self._writer.save(model, optimizer, {"step": job.step})  # rank 0 reports it
 
     def save_unless_saved(self) -> None:
         """Save, but for a step that is saved, or will be with its evaluation."""
@@ -78,7 +89,9 @@ class Saver:
         """As `save`, and wait until the checkpoint is where the run lives. Raises AgreedError if it cannot be."""
         with self._job.progress.patiently("saving"):
             self.save(instead)
+            self.finish_copy()  # else rank 0 would wait for what the others have not begun to write
             saved = broadcast_from_main(self._job.world, self.finish)
+            self.finish()
         if not saved:
             raise AgreedError(
                 f"the checkpoint of step {self._job.step} could not be saved: make room on the disk of "
@@ -143,6 +156,8 @@ class Saver:
 
     def close(self) -> None:
         """Finish the checkpoint that is being written."""
+        if self._shards is not None:
+            self._shards.close()
         self.finish()
         self._writer.close()
 
@@ -161,7 +176,7 @@ class Saver:
 
         A save that fails is a warning: the previous checkpoint stands, and training continues.
         """
-        if outcome is None:
+        if outcome is None or not self._job.world.is_main:
             return False
         if outcome.path is None:
             self._console.warn(f"step {outcome.step} could not be saved: {outcome.error}. {self.words()}")

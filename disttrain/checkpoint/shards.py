@@ -1,0 +1,147 @@
+"""A checkpoint that all ranks write: each its rows of the tensors, beside the training; rank 0 commits it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from disttrain.checkpoint.folder import WRITING, hidden, write_file
+from disttrain.checkpoint.store import CheckpointStore
+from disttrain.checkpoint.tensors import Tensors, safetensors_pieces
+from disttrain.distributed.notices import Notices
+from disttrain.distributed.sharded import is_first_copy, is_sharded, local, rows_of
+from disttrain.distributed.world import World
+from disttrain.errors import brief
+from disttrain.faultpoints import reached
+from disttrain.layout import MODEL, OPTIMIZER, checkpoint_name, shard_names
+
+_PATIENCE_AT_THE_END_S = 60.0  # for ranks that may have gone
+
+
+class ShardStore:
+    """Saves to a store what the ranks hold together. Every rank has one, and all save the same steps in the same order.
+
+    Rank 0 makes the folder; each rank writes its files into it, and leaves a notice with their size and SHA-256; when
+    all have, rank 0 writes the manifest. Only notices are waited for, and only on the writers' threads.
+    """
+
+    def __init__(self, store: CheckpointStore, notices: Notices, world: World) -> None:
+        self._store, self._notices, self._world = store, notices, world
+        self._numbers = itertools.count()
+        self._places: dict[str, dict[str, list[Any]]] = {MODEL: {}, OPTIMIZER: {}}  # shape, and first row here
+        self._ends_at: float | None = None
+
+    @torch.no_grad()
+    def mine(self, model: Tensors, optimizer: Tensors) -> tuple[Tensors, Tensors]:
+        """Of the tensors of a checkpoint the parts that this rank writes, in the memory where they are."""
+        return self._mine(MODEL, model), self._mine(OPTIMIZER, optimizer)
+
+    def _mine(self, file: str, tensors: Tensors) -> Tensors:
+        parts = {}
+        for name, tensor in tensors.items():
+            here = local(tensor.detach())
+            if not (is_first_copy(tensor) if is_sharded(tensor) else self._world.is_main):
+                continue
+            if self._world.is_main or here.numel():  # the shape and type of an empty one must be somewhere
+                parts[name] = here
+                # Where a tensor is cut stays as it is for the life of a model, so a save under way may see this.
+                self._places[file][name] = [list(tensor.shape), rows_of(tensor).start if is_sharded(tensor) else 0]
+        return parts
+
+    def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of `state["step"]`; on rank 0 it is there afterwards.
+
+        Raises OSError, on rank 0 with the rank that could not write.
+        """
+        number, tensors = next(self._numbers), {MODEL: model, OPTIMIZER: optimizer}
+        return (self._lead if self._world.is_main else self._follow)(number, tensors, state)
+
+    def abandon(self, why: str) -> None:
+        """Leave out a save: what this rank has is no part of a checkpoint. The others are not left waiting."""
+        number = next(self._numbers)
+        if self._world.is_main:
+            self._notices.post(f"{number}/begun", "")
+        else:
+            self._report(number, self._failure(why))
+
+    def close(self) -> None:
+        """Wait no longer than a minute for ranks that may have gone."""
+        self._ends_at = time.monotonic() + _PATIENCE_AT_THE_END_S
+
+    def _lead(self, number: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+        has_begun = False
+
+        def write_tensors(folder: Path) -> dict[str, Any]:
+            nonlocal has_begun
+            has_begun = True
+            self._notices.post(f"{number}/begun", folder.name)
+            reports = [self._written(folder, tensors, state["step"])]
+            reports += [self._report_of(number, rank) for rank in range(1, self._world.size)]  # all, before any fails
+            failure = next((report["error"] for report in reports if "error" in report), None)
+            if failure is not None:
+                raise OSError(failure)
+            return _manifest(reports)
+
+        try:
+            return self._store.commit(state, write_tensors)
+        finally:
+            if not has_begun:
+                self._notices.post(f"{number}/begun", "")
+
+    def _follow(self, number: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+        path = self._store.folder / checkpoint_name(state["step"])
+        if self._notices.wait_for(f"{number}/begun", self._gives_up):
+            self._report(number, self._written(hidden(path, WRITING), tensors, state["step"]))
+            reached("shard: reported", step=state["step"])
+        return path
+
+    def _written(self, folder: Path, tensors: Mapping[str, Tensors], step: int) -> dict[str, Any]:
+        """Write this rank's files; what the manifest says of them, or why they could not be written."""
+        files = {}
+        try:
+            reached("shard: begun", step=step)
+            for file, parts in tensors.items():
+                name = shard_names(file, self._world.size)[self._world.rank]
+                files[name] = write_file(folder / name, safetensors_pieces(parts))
+                reached(f"shard: {file.partition('.')[0]}", step=step)
+        except Exception as error:
+            return self._failure(error)
+        places = {file: {name: self._places[file][name] for name in parts} for file, parts in tensors.items()}
+        return {"files": files, "places": places}
+
+    def _failure(self, why: object) -> dict[str, Any]:
+        return {"error": f"rank {self._world.rank} on {self._world.host}: {why}"}
+
+    def _report(self, number: int, report: Mapping[str, Any]) -> None:
+        self._notices.post(f"{number}/rank-{self._world.rank}", json.dumps(report))
+
+    def _report_of(self, number: int, rank: int) -> dict[str, Any]:
+        try:
+            text = self._notices.wait_for(f"{number}/rank-{rank}", self._gives_up, removes=True)
+        except OSError as error:
+            return {"error": brief(error)}
+        report: dict[str, Any] = json.loads(text) if text else {"error": f"rank {rank} has not reported its part"}
+        return report
+
+    def _gives_up(self) -> bool:
+        return self._ends_at is not None and time.monotonic() >= self._ends_at
+
+
+def _manifest(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a manifest holds of the tensors, from the reports by rank."""
+    tables: dict[str, dict[str, Any]] = {}
+    for file in (MODEL, OPTIMIZER):
+        table = tables[file.partition(".")[0]] = {}
+        for rank, report in enumerate(reports):
+            for name, (shape, begin) in report["places"][file].items():
+                table.setdefault(name, {"shape": shape, "parts": []})["parts"].append([rank, begin])
+        for entry in table.values():
+            entry["parts"].sort(key=lambda part: part[1])
+    files = {name: fingerprint for report in reports for name, fingerprint in report["files"].items()}
+    return {"format": 2, "files": files, "tensors": tables}
