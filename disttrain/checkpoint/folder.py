@@ -95,7 +95,7 @@ def commit_checkpoint(path: Path, state: Mapping[str, Any], write: Callable[[Pat
     _make_folder(temporary)
     try:
         reached("checkpoint: begun", step=step)
-        manifest = {"step": step, **write(temporary)}
+        manifest = {"format": 0, "step": step, **write(temporary)}
         reached("checkpoint: tensors", step=step)
         manifest["files"] = {**manifest["files"], STATE: _write_json(temporary / STATE, state)}
         reached("checkpoint: state", step=step)

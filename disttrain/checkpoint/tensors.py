@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -40,14 +41,19 @@ TYPES = {name: dtype for dtype, name in _NAMES.items()}
 """The types that a file may hold, by the format's names."""
 
 
-def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:
+def safetensors_pieces(
+    tensors: Tensors, outlines: Tensors | None = None, metadata: Mapping[str, str] | None = None
+) -> Iterator[memoryview]:
     """The bytes of a safetensors file that holds `tensors`, in order: its header, then tensor by tensor.
 
+    `outlines` has the shapes and types of those that it is to hold, if `tensors` are not all to be in memory at a time.
     Raises ConfigurationError for a tensor of a type that the format does not have.
     """
     # As the library orders them: large elements first, so that each tensor begins where its type may.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, offset = {}, 0
+    held = tensors if outlines is None else outlines
+    ordered = sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name, tensor in ordered:
         if tensor.dtype not in _NAMES:
             raise ConfigurationError(f"the tensor '{name}' is {tensor.dtype}, which a checkpoint cannot hold.")
@@ -57,8 +63,8 @@ def safetensors_pieces(tensors: Tensors) -> Iterator[memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield memoryview(struct.pack("<Q", len(text)) + text)
-    for _, tensor in ordered:
-        yield as_bytes(tensor)
+    for name, _ in ordered:
+        yield as_bytes(tensors[name])
 
 
 def shared_names(tensors: Tensors) -> dict[str, str]:

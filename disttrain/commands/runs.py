@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from disttrain.commands.arguments import RUN
-from disttrain.commands.options import json_option
+from disttrain.commands.options import json_option, raw_option
 from disttrain.errors import brief, in_digits, printable
 from disttrain.layout import LOGS, RECIPE
 from disttrain.worker import leave, worker
@@ -188,6 +188,35 @@ def hash_weights(run: str) -> None:
     from disttrain.commands.locate import find_checkpoint
 
     print(weights_sha256(find_checkpoint(run).model))
+
+
+@command.command()
+@click.argument("run", metavar="RUN|CHECKPOINT", type=RUN)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--max-size", metavar="SIZE", help="Divide the weights among files of at most this size, as in 5GB.")
+@raw_option
+@json_option
+def export(run: str, folder: Path, max_size: str | None, raw: bool, as_json: bool) -> None:
+    """Write the weights of RUN's newest checkpoint, or of a checkpoint, to a new folder DIR for other programs.
+
+    DIR gets model.safetensors, or with --max-size the layout of Hugging Face: several files and
+    model.safetensors.index.json. The weights are their averages, if the run keeps any.
+    """
+    from disttrain.checkpoint.export import export_weights, size_in_bytes
+    from disttrain.commands.locate import find_checkpoint
+
+    try:
+        max_bytes = size_in_bytes(max_size) if max_size is not None else float("inf")
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--max-size") from None
+    checkpoint = find_checkpoint(run, raw=raw)
+    folder = folder.expanduser()
+    files = export_weights(checkpoint, folder, max_bytes)
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint.path), "folder": str(folder), "files": files}))
+        return
+    words = files[0] if len(files) == 1 else f"{len(files) - 1} files and their index"
+    print(printable(f"{folder}: {words}, the weights of {checkpoint.path}"))
 
 
 def _existing_run(path: Path) -> Path:

@@ -14,7 +14,6 @@ from disttrain.errors import ConfigurationError, DisttrainError, UsageError
 from disttrain.layout import (
     CHARTS,
     CHECKPOINTS,
-    CONTENTS,
     DELIVERED,
     EVALUATION,
     EXPORTED,
@@ -77,7 +76,7 @@ def _fetch(run: RemoteRun, path: Path, checkpoints: Wanted) -> None:
         if place.exists():
             continue  # a later one of the same step
         try:
-            run.get_checkpoint(name, place, (STATE,) if checkpoints == "states" else CONTENTS)
+            run.get_checkpoint(name, place, (STATE,) if checkpoints == "states" else None)
         except ConfigurationError as error:
             if name == names[0]:
                 raise

@@ -14,7 +14,6 @@ from typing import Any, Self
 from disttrain.checkpoint import CheckpointStore
 from disttrain.checkpoint.folder import LEAVING, hidden
 from disttrain.checkpoint.store import to_keep
-from disttrain.checkpoint.tensors import Tensors
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.files import read_bytes, read_text, replace_file
 from disttrain.layout import (
@@ -269,9 +268,9 @@ class MirroredStore(CheckpointStore):
         super().rank_by(best)
         self._mirror.best = best
 
-    def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:
+    def commit(self, state: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> Path:
         """As CheckpointStore's; the upload is not waited for."""
-        path = super().save(model, optimizer, state)
+        path = super().commit(state, write)
         self._mirror.bring()
         return path
 

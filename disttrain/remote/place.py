@@ -23,7 +23,16 @@ from disttrain.checkpoint.folder import WRITING, hidden
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.faultpoints import reached
 from disttrain.files import open_to_read, parse_json
-from disttrain.layout import CHECKPOINT_NAME, CHECKPOINTS, CONTENTS, JOURNAL, MANIFEST, STATE, metrics_in
+from disttrain.layout import (
+    CHECKPOINT_NAME,
+    CHECKPOINTS,
+    CONTENTS,
+    JOURNAL,
+    MANIFEST,
+    STATE,
+    contents_of,
+    metrics_in,
+)
 from disttrain.recipe.address import file_system
 
 _NAME = re.compile(rf"{CHECKPOINT_NAME.pattern}(?:\.(\d+))?")
@@ -113,10 +122,11 @@ class RemoteRun:
         """Bring a checkpoint there: its manifest last, when every other file is there in its full length."""
         place = f"{self._root}/{CHECKPOINTS}/{name}"
         manifest = (folder / MANIFEST).read_bytes()
+        files = contents_of(as_json(manifest)) or CONTENTS
         with self._explained():
             self._files.makedirs(place, exist_ok=True)
             reached("mirror: begun", checkpoint=name)
-            for file in CONTENTS:
+            for file in files:
                 self._files.put_file(str(folder / file), f"{place}/{file}")
                 self._files.invalidate_cache()
                 if self._files.info(f"{place}/{file}")["size"] != (folder / file).stat().st_size:
@@ -125,8 +135,8 @@ class RemoteRun:
         self.write(f"checkpoints/{name}/{MANIFEST}", manifest)
         reached("mirror: committed", checkpoint=name)
 
-    def get_checkpoint(self, name: str, path: Path, files: tuple[str, ...] = CONTENTS) -> None:
-        """Fetch a checkpoint to the folder `path`, which comes to be only if all arrived.
+    def get_checkpoint(self, name: str, path: Path, files: tuple[str, ...] | None = None) -> None:
+        """Fetch a checkpoint, or some of its files, to the folder `path`, which comes to be only if all arrived.
 
         Raises ConfigurationError if it is damaged. Nothing that the remote side sends is used as a path.
         """
@@ -135,20 +145,18 @@ class RemoteRun:
 
     def get_plain_checkpoint(self, path: Path) -> None:
         """The same for a URL that is a checkpoint itself."""
-        self._get(self._root, path, CONTENTS)
+        self._get(self._root, path, None)
 
-    def _get(self, place: str, path: Path, files: tuple[str, ...]) -> None:
+    def _get(self, place: str, path: Path, files: tuple[str, ...] | None) -> None:
         temporary = hidden(path, WRITING)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            with self._explained():
-                for file in (*files, MANIFEST):
-                    try:
-                        self._files.get_file(f"{place}/{file}", str(temporary / file))
-                    except FileNotFoundError:
-                        (temporary / file).unlink(missing_ok=True)  # verification names what is missing
-            if files == CONTENTS:
+            self._get_files(place, temporary, (MANIFEST,))
+            manifest = temporary / MANIFEST
+            listed = contents_of(as_json(manifest.read_bytes())) if manifest.exists() else None
+            self._get_files(place, temporary, files or listed or CONTENTS)
+            if files is None:
                 verify_checkpoint(temporary)
             temporary.rename(path)
         except ConfigurationError as error:
@@ -156,6 +164,14 @@ class RemoteRun:
             raise ConfigurationError(str(error).replace(str(temporary), there)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _get_files(self, place: str, folder: Path, names: tuple[str, ...]) -> None:
+        with self._explained():
+            for name in names:
+                try:
+                    self._files.get_file(f"{place}/{name}", str(folder / name))
+                except FileNotFoundError:
+                    (folder / name).unlink(missing_ok=True)  # verification names what is missing
 
     def quarantine(self, name: str, why: str) -> None:
         """Mark a damaged checkpoint: it is left as it is, and no longer used."""

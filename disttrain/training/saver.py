@@ -19,7 +19,6 @@ from disttrain.distributed.sharded import gathered, local
 from disttrain.errors import AgreedError, ConfigurationError, DisttrainError, is_circumstance
 from disttrain.health.nonfinite import is_finite
 from disttrain.layout import RECIPE, step_of
-from disttrain.recipe.address import is_url
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker
@@ -47,7 +46,7 @@ class Saver:
         """When a checkpoint was last begun, by time.monotonic()."""
         self._job, self._run_dir, self._store = job, run_dir, store
         is_sharded = job.strategy.is_sharded
-        self._shards = sharded_store(store, job.world) if is_sharded and not is_url(address) else None
+        self._shards = sharded_store(store, job.world) if is_sharded else None
         # What is gathered from shards is a copy already.
         is_copy = is_sharded and self._shards is None
         self._writer = CheckpointWriter(self._shards or store, None if is_copy else job.optimizer)
