@@ -20,7 +20,7 @@ from disttrain.files import make_folder
 from disttrain.layout import STEP
 
 
-def sharded_store(store: CheckpointStore, world: World) -> ShardStore | None:
+def sharded_store(store: CheckpointStore, world: World, patience_s: float) -> ShardStore | None:
     """The store with each rank writing its part; None if not every rank can write there. Every rank must call it."""
     token = broadcast_from_main(world, lambda: secrets.token_hex(8))
     probe = hidden(store.folder / f"{STEP}{token}", WRITING)  # what is left of it is cleared up like a checkpoint
@@ -41,7 +41,7 @@ def sharded_store(store: CheckpointStore, world: World) -> ShardStore | None:
     is_shared = _all(is_reached)
     if world.is_main:
         shutil.rmtree(probe, ignore_errors=True)
-    return ShardStore(store, Notices(f"disttrain/saves/{token}"), world) if is_shared else None
+    return ShardStore(store, Notices(f"disttrain/saves/{token}"), world, patience_s) if is_shared else None
 
 
 def opened_by_all(world: World, checkpoint: Checkpoint) -> Checkpoint | None:

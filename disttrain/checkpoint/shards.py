@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from disttrain.errors import brief
 from disttrain.faultpoints import reached
 from disttrain.layout import MODEL, OPTIMIZER, checkpoint_name, shard_names
 
-_PATIENCE_AT_THE_END_S = 60.0  # for ranks that may have gone
+_PATIENCE_AT_THE_END_S = 10.0  # for ranks that may have gone
+_SIGN_OF_LIFE_S = 1.0
 
 
 class ShardStore:
@@ -31,8 +32,9 @@ class ShardStore:
     all have, rank 0 writes the manifest. Only notices are waited for, and only on the writers' threads.
     """
 
-    def __init__(self, store: CheckpointStore, notices: Notices, world: World) -> None:
-        self._store, self._notices, self._world = store, notices, world
+    def __init__(self, store: CheckpointStore, notices: Notices, world: World, patience_s: float) -> None:
+        """`patience_s`: how long a rank may write nothing of its part until the save fails."""
+        self._store, self._notices, self._world, self._patience_s = store, notices, world, patience_s
         self._numbers = itertools.count()
         self._places: dict[str, dict[str, list[Any]]] = {MODEL: {}, OPTIMIZER: {}}  # shape, and first row here
         self._ends_at: float | None = None
@@ -71,8 +73,8 @@ class ShardStore:
             self._report(number, self._failure(why))
 
     def close(self) -> None:
-        """Wait no longer than a minute for ranks that may have gone."""
-        self._ends_at = time.monotonic() + _PATIENCE_AT_THE_END_S
+        """From now on do not wait long for ranks that may have gone."""
+        self._patience_s, self._ends_at = _PATIENCE_AT_THE_END_S, time.monotonic() + _PATIENCE_AT_THE_END_S
 
     def _lead(self, number: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
         has_begun = False
@@ -81,7 +83,7 @@ class ShardStore:
             nonlocal has_begun
             has_begun = True
             self._notices.post(f"{number}/begun", folder.name)
-            reports = [self._written(folder, tensors, state["step"])]
+            reports = [self._written(number, folder, tensors, state["step"])]
             reports += [self._report_of(number, rank) for rank in range(1, self._world.size)]  # all, before any fails
             failure = next((report["error"] for report in reports if "error" in report), None)
             if failure is not None:
@@ -97,23 +99,32 @@ class ShardStore:
     def _follow(self, number: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
         path = self._store.folder / checkpoint_name(state["step"])
         if self._notices.wait_for(f"{number}/begun", self._gives_up):
-            self._report(number, self._written(hidden(path, WRITING), tensors, state["step"]))
+            self._report(number, self._written(number, hidden(path, WRITING), tensors, state["step"]))
             reached("shard: reported", step=state["step"])
         return path
 
-    def _written(self, folder: Path, tensors: Mapping[str, Tensors], step: int) -> dict[str, Any]:
+    def _written(self, number: int, folder: Path, tensors: Mapping[str, Tensors], step: int) -> dict[str, Any]:
         """Write this rank's files; what the manifest says of them, or why they could not be written."""
         files = {}
         try:
             reached("shard: begun", step=step)
             for file, parts in tensors.items():
                 name = shard_names(file, self._world.size)[self._world.rank]
-                files[name] = write_file(folder / name, safetensors_pieces(parts))
+                files[name] = write_file(folder / name, self._showing_life(number, safetensors_pieces(parts)))
                 reached(f"shard: {file.partition('.')[0]}", step=step)
         except Exception as error:
             return self._failure(error)
         places = {file: {name: self._places[file][name] for name in parts} for file, parts in tensors.items()}
         return {"files": files, "places": places}
+
+    def _showing_life(self, number: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The pieces, with a sign of life every second or so."""
+        last = time.monotonic()
+        for count, piece in enumerate(pieces):
+            if not self._world.is_main and time.monotonic() - last >= _SIGN_OF_LIFE_S:
+                last = time.monotonic()
+                self._notices.post(f"{number}/life-{self._world.rank}", str(count))
+            yield piece
 
     def _failure(self, why: object) -> dict[str, Any]:
         return {"error": f"rank {self._world.rank} on {self._world.host}: {why}"}
@@ -122,11 +133,22 @@ class ShardStore:
         self._notices.post(f"{number}/rank-{self._world.rank}", json.dumps(report))
 
     def _report_of(self, number: int, rank: int) -> dict[str, Any]:
+        sign: str | None = None
+        since = time.monotonic()
+
+        def gives_up() -> bool:
+            nonlocal sign, since
+            if (seen := self._notices.seen(f"{number}/life-{rank}")) != sign:
+                sign, since = seen, time.monotonic()
+            return time.monotonic() - since >= self._patience_s
+
         try:
-            text = self._notices.wait_for(f"{number}/rank-{rank}", self._gives_up, removes=True)
+            text = self._notices.wait_for(f"{number}/rank-{rank}", gives_up, removes=True)
         except OSError as error:
             return {"error": brief(error)}
-        report: dict[str, Any] = json.loads(text) if text else {"error": f"rank {rank} has not reported its part"}
+        report: dict[str, Any] = (
+            json.loads(text) if text else {"error": f"rank {rank} has written nothing for {self._patience_s:g} s"}
+        )
         return report
 
     def _gives_up(self) -> bool:

@@ -28,6 +28,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Stored:
+    name: str  # in the files
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[_Part, ...]  # in order, without gaps
@@ -45,6 +46,9 @@ class StoredTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.rows(name, 0, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -65,14 +69,14 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         stored = self._stored[name]
         try:
             if end is None and len(stored.parts) == 1:
-                whole: torch.Tensor = self._files[stored.parts[0].file].get_tensor(name)
+                whole: torch.Tensor = self._files[stored.parts[0].file].get_tensor(stored.name)
                 return whole
             end = stored.shape[0] if end is None else end
             found = []
             for part in stored.parts:
                 first, last = max(begin, part.begin), min(end, part.begin + part.num_rows)
                 if first < last:
-                    rows = self._files[part.file].get_slice(name)
+                    rows = self._files[part.file].get_slice(stored.name)
                     found.append(rows[first - part.begin : last - part.begin])
         except SafetensorError as error:
             raise ConfigurationError(f"{self._where}: {brief(repr(name))} cannot be read: {brief(error)}.") from error
@@ -102,7 +106,7 @@ def stored_in_file(path: Path) -> StoredTensors:
     file = _opened(path)
     stored = {}
     for name, (shape, dtype) in _headers(file, path).items():
-        stored[name] = _Stored(shape, dtype, (_Part(0, 0, shape[0] if shape else 1),))
+        stored[name] = _Stored(name, shape, dtype, (_Part(0, 0, shape[0] if shape else 1),))
     return StoredTensors(path, [file], stored)
 
 
@@ -144,7 +148,7 @@ def _assembled(name: str, entry: Any, headers: Sequence[dict[str, _Header]]) -> 
         at += num_rows
     if len(dtypes) != 1 or at != (shape[0] if shape else 1):
         return None
-    return _Stored(shape, dtypes.pop(), tuple(parts))
+    return _Stored(name, shape, dtypes.pop(), tuple(parts))
 
 
 def _counts(value: Any) -> bool:

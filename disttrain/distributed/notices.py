@@ -26,6 +26,10 @@ class Notices:
         except RuntimeError as error:
             raise _lost(error) from error
 
+    def seen(self, key: str) -> str | None:
+        """The text as it is now; None if there is none. Raises OSError as `post` does."""
+        return self.wait_for(key, lambda: True)
+
     def wait_for(self, key: str, gives_up: Callable[[], bool], *, removes: bool = False) -> str | None:
         """The text, once it is there; None if `gives_up` returns true before. Raises OSError as `post` does."""
         key = f"{self._name}/{key}"

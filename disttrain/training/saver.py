@@ -46,7 +46,7 @@ class Saver:
         """When a checkpoint was last begun, by time.monotonic()."""
         self._job, self._run_dir, self._store = job, run_dir, store
         is_sharded = job.strategy.is_sharded
-        self._shards = sharded_store(store, job.world) if is_sharded else None
+        self._shards = sharded_store(store, job.world, job.recipe.train.hang_timeout_s) if is_sharded else None
         # What is gathered from shards is a copy already.
         is_copy = is_sharded and self._shards is None
         self._writer = CheckpointWriter(self._shards or store, None if is_copy else job.optimizer)
