@@ -37,7 +37,7 @@ class ShardStore:
         self._store, self._notices, self._world, self._patience_s = store, notices, world, patience_s
         self._numbers = itertools.count()
         self._places: dict[str, dict[str, list[Any]]] = {MODEL: {}, OPTIMIZER: {}}  # shape, and first row here
-        self._ends_at: float | None = None
+        self._closed_at: float | None = None
 
     @torch.no_grad()
     def mine(self, model: Tensors, optimizer: Tensors) -> tuple[Tensors, Tensors]:
@@ -74,7 +74,7 @@ class ShardStore:
 
     def close(self) -> None:
         """From now on do not wait long for ranks that may have gone."""
-        self._patience_s, self._ends_at = _PATIENCE_AT_THE_END_S, time.monotonic() + _PATIENCE_AT_THE_END_S
+        self._patience_s, self._closed_at = _PATIENCE_AT_THE_END_S, time.monotonic()
 
     def _lead(self, number: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
         has_begun = False
@@ -123,7 +123,7 @@ class ShardStore:
         for count, piece in enumerate(pieces):
             if not self._world.is_main and time.monotonic() - last >= _SIGN_OF_LIFE_S:
                 last = time.monotonic()
-                self._notices.post(f"{number}/life-{self._world.rank}", str(count))
+                self._notices.post(f"life-{self._world.rank}", f"{number}.{count}")
             yield piece
 
     def _failure(self, why: object) -> dict[str, Any]:
@@ -138,9 +138,9 @@ class ShardStore:
 
         def gives_up() -> bool:
             nonlocal sign, since
-            if (seen := self._notices.seen(f"{number}/life-{rank}")) != sign:
+            if (seen := self._notices.seen(f"life-{rank}")) != sign:
                 sign, since = seen, time.monotonic()
-            return time.monotonic() - since >= self._patience_s
+            return time.monotonic() - max(since, self._closed_at or since) >= self._patience_s
 
         try:
             text = self._notices.wait_for(f"{number}/rank-{rank}", gives_up, removes=True)
@@ -151,8 +151,8 @@ class ShardStore:
         )
         return report
 
-    def _gives_up(self) -> bool:
-        return self._ends_at is not None and time.monotonic() >= self._ends_at
+    def _gives_up(self) -> bool:  # rank 0 is there as long as the store is
+        return self._closed_at is not None and time.monotonic() - self._closed_at >= self._patience_s
 
 
 def _manifest(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(folder: 
     """With clipping, accumulation, averages of the weights and parameter groups; resumed in both directions."""
     train(folder, "alone")
     run_workers(train, 3, args=(folder, "mixed", "train.max_steps=3", FSDP), process_group=False)
+    assert (CheckpointStore(folder / "mixed" / "checkpoints").paths()[-1] / "model.rank-00002.safetensors").exists()
     run_workers(train, 2, args=(folder, "mixed", "train.max_steps=4", "parallel.strategy=ddp"), process_group=False)
     run_workers(train, 2, args=(folder, "mixed", "train.max_steps=5", FSDP, MLPS), process_group=False)
     train(folder, "mixed", FSDP)  # one worker, with nothing to shard

@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 
+import disttrain
 from disttrain.errors import DisttrainError, StoppedError
+from disttrain.recipe import load_recipe
 from disttrain.recipe.address import working_folder
-from disttrain.remote import MirroredStore, RemoteRun
+from disttrain.remote import MirroredStore, RemoteRun, verify_behind
 from disttrain.testing import faults, run_workers, workers
 from tests.disttrain.parallel.exact_runs import Outcome, outcome, train
+from tests.disttrain.parallel.test_fsdp_models import FSDP, Odd, Signs, samples
+from tests.disttrain.parallel.test_fsdp_models import SMALL as PARTS
 from tests.disttrain.remote.test_remote import expire, settle
 
 OFTEN = "checkpoint.every_steps=2"
@@ -179,3 +183,22 @@ def test_what_mlflow_lacks_of_a_run_behind_a_url_is_delivered(tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
         assert f"has everything of {url}" in done.stdout
     assert json.loads(RemoteRun(url).read("mlflow.json") or b"{}")["run_id"]
+
+
+def train_in_parts(url: str, machine: Path, *overrides: str) -> float:
+    """Train a model in shards on a machine; the loss of the end."""
+    os.environ["DISTTRAIN_SCRATCH"] = str(machine)
+    sets = {"train_set": samples(20, 1), "test_set": samples(10, 2)}
+    recipe = load_recipe("digits", [*PARTS, "train.non_finite=skip", *overrides])
+    return disttrain.train(recipe, run_dir=url, model=Odd, task=Signs, **sets).loss
+
+
+def test_parts_of_a_checkpoint_travel_like_any_file_and_another_machine_resumes_them(tmp_path: Path) -> None:
+    url = (tmp_path / "bucket" / "run").as_uri()
+    run_workers(train_in_parts, 2, args=(url, tmp_path / "one", "train.max_steps=3", FSDP), process_group=False)
+    *_, name = RemoteRun(url).checkpoints().good
+    assert f"checkpoints/{name}/optimizer.rank-00001.safetensors" in RemoteRun(url).objects("checkpoints")
+    assert all(one["good"] for one in verify_behind(url)[0])
+    losses = run_workers(train_in_parts, 2, args=(url, tmp_path / "another", FSDP), process_group=False)
+    losses += run_workers(train_in_parts, 2, args=(str(tmp_path / "whole"), tmp_path, FSDP), process_group=False)
+    assert len(set(losses)) == 1, "as if it had not moved"
