@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -47,6 +48,17 @@ def choose_device(
             f"Start at most {num_gpus} (-n gpu), or set train.device = 'auto' or 'cpu'."
         )
     return torch.device("cuda", local_rank)
+
+
+def pci_address(device: torch.device) -> str | None:
+    """Where a GPU is connected, as in 0000:17:00.0; None for other devices, and where it is not known."""
+    if device.type != "cuda":
+        return None
+    found: Any = torch.cuda.get_device_properties(device)
+    try:
+        return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+    except AttributeError:  # not NVIDIA's
+        return None
 
 
 def why_not_gpus(name: str, chosen: torch.device, local_size: int) -> str:

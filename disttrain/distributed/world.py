@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from disttrain.distributed.affinity import near_memory
 from disttrain.distributed.cores import usable_cores
-from disttrain.distributed.device import choose_device, refuse_a_mixture, why_not_gpus
+from disttrain.distributed.device import choose_device, pci_address, refuse_a_mixture, why_not_gpus
 from disttrain.distributed.launched import launched_by
 from disttrain.errors import ConfigurationError, DisttrainError
 
@@ -104,7 +104,7 @@ def join_world(
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    with near_memory(local_rank, local_size), _gloo_on_loopback(is_alone=local_size == size):
+    with near_memory(local_rank, local_size, pci_address(chosen)), _gloo_on_loopback(is_alone=local_size == size):
         try:
             if size == 1:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

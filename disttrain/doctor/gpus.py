@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
+
+import psutil
 
 from disttrain.distributed.gpus import installed_gpus
 from disttrain.doctor.collective import PATIENCE_S, all_reduced
 from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.doctor.isolated import CrashedError, Isolated
+from disttrain.tracking.system import visible_gpus
 
 
 def gpus() -> Iterator[Finding]:
@@ -37,7 +41,38 @@ def gpus() -> Iterator[Finding]:
         yield warning("gpus", f"{found}; the driver shows {installed}", "Look at nvidia-smi: MIG, or a failed GPU.")
     else:
         yield ok("gpus", found)
-    yield _nccl(min(2, len(names)), nccl)
+    yield from _in_use()
+    yield _nccl(len(names), nccl)
+
+
+def _in_use() -> Iterator[Finding]:
+    """The processes that compute on the GPUs, if there are any and NVML shows them: none of the doctor's does yet."""
+    try:
+        import pynvml
+    except ImportError:
+        return
+    found = []
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        for index, gpu in enumerate(visible_gpus(pynvml, os.environ)):
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu):
+                memory = process.usedGpuMemory  # None where the driver keeps it to itself
+                size = f", {memory / 2**30:.1f} GiB" if memory is not None else ""
+                found.append(f"{_name(process.pid)} (process {process.pid}{size}) on GPU {index}")
+        pynvml.nvmlShutdown()
+    if found:
+        yield warning(
+            "gpu-processes",
+            f"in use: {'; '.join(found)}",
+            "They take memory and time of the GPU: end them, or choose other GPUs with CUDA_VISIBLE_DEVICES.",
+        )
+
+
+def _name(process: int) -> str:
+    try:
+        return str(psutil.Process(process).name())
+    except psutil.Error:  # another user's, or outside this container
+        return "a program"
 
 
 def _nccl(size: int, version: str) -> Finding:
@@ -46,7 +81,7 @@ def _nccl(size: int, version: str) -> Finding:
     except (CrashedError, ValueError) as error:
         return failure(
             "nccl",
-            f"{version}, {size} of the GPUs cannot add a tensor: {error}",
+            f"{version}, {size} GPU{'s' if size > 1 else ''} cannot add a tensor: {error}",
             "NCCL_DEBUG=INFO prints "
             "more. In a container: enough shared memory, and no NCCL_* variables of another system.",
         )

@@ -114,7 +114,7 @@ class _Gpus:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-            self._handles = _visible(pynvml, os.environ)
+            self._handles = visible_gpus(pynvml, os.environ)
 
     def sample(self) -> tuple[float, float]:
         """Mean utilisation in percent and total memory used in GiB."""
@@ -132,7 +132,7 @@ class _Gpus:
                 self._nvml.nvmlShutdown()
 
 
-def _visible(nvml: Any, environment: Mapping[str, str]) -> list[Any]:
+def visible_gpus(nvml: Any, environment: Mapping[str, str]) -> list[Any]:
     """The GPUs that CUDA shows to this process, or parts of GPUs: a machine may have others, for other jobs."""
     installed = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     text = environment.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,7 @@
-"""`python -m tests.gpu [NAME…]`: every check in a process of its own, those that measure alone and last."""
+"""`python -m tests.gpu [NAME…]`: every check in a process of its own, those that measure alone and last.
+
+`python -m tests.gpu.two_gpus` is the same for those that need several GPUs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.gpu import checks  # noqa: F401  # registers them
+from tests.gpu import checks, runs, several, speed  # noqa: F401  # registers them
 from tests.gpu.registry import CHECKS, SkippedError
 
 _SKIPPED = 5
@@ -43,17 +46,18 @@ def run_one(name: str, out: Path) -> dict[str, Any]:
     return {"name": name, "state": state, "seconds": round(time.monotonic() - began, 1), "said": said}
 
 
-def main() -> int:
-    """Run the checks; the exit code is how many have failed."""
+def main(*, on_several: bool = False) -> int:
+    """Run the checks, of one GPU, or `on_several`; the exit code is how many have failed."""
     parser = argparse.ArgumentParser(description=f"{__doc__} In DIR: a log each, and checks.json.")
-    parser.add_argument("names", nargs="*", default=list(CHECKS), metavar="NAME")
+    default = [name for name, one in CHECKS.items() if one.several == on_several]
+    parser.add_argument("names", nargs="*", default=default, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-checks")), metavar="DIR")
     parser.add_argument("--until", type=float, default=400.0, help="seconds after which nothing more is started")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--inside", choices=CHECKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.list:
-        for name, one in CHECKS.items():
+        for name, one in ((name, CHECKS[name]) for name in default):
             print(f"{name:<60}{one.limit_s:>5.0f} s  {(one.function.__doc__ or '').splitlines()[0]}")
         return 0
     if options.inside:

@@ -20,12 +20,10 @@ from disttrain.training.given import Given
 from disttrain.training.job import build_job
 from tests.gpu.registry import (
     DEVICE,
-    EXACT,
     Answer,
     bits,
     check,
     in_a_process,
-    in_ranks,
     logged,
     needs_gpu,
     small,
@@ -110,20 +108,6 @@ def trains_in_every_precision() -> Answer:
             assert sum(losses[-4:]) < sum(losses[:4]), (name, losses)
             assert bits(Path(folder)).startswith(f"{result.step} ")
             found[name] = round(losses[-1] / losses[0], 3)
-    return found
-
-
-@check(250)
-def exact_mode_has_the_same_bits_with_any_number_of_workers() -> Answer:
-    """One rank, and three that share the device by gloo: weights, momenta and statistics."""
-    found = {}
-    for precision in ("fp32", "bf16"):
-        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as three:
-            overrides = (*EXACT, f"train.precision={precision}")
-            alone = in_a_process(trained(f"{one}/run", *overrides))
-            shared = in_ranks(3, trained(f"{three}/run", *overrides))
-            assert {alone} == set(shared), (precision, alone, shared)
-            found[precision] = alone
     return found
 
 
@@ -223,38 +207,3 @@ def memory_that_is_not_there_is_named() -> Answer:
     assert said.startswith("78 out of memory in step 1, with 64 samples computed at once: "), said
     assert "train.accumulate = 2" in said, said
     return {"said": said}
-
-
-@check(120, alone=True)
-def speed_of_a_step() -> Answer:
-    """Milliseconds of a step of ResNet-18 in bf16 at 512, also compiled; nothing to pass."""
-    from disttrain.training.loop import train_step
-
-    batch, warm, steps = (512, 20, 60) if DEVICE == "cuda" else (16, 0, 1)
-    found = {}
-    for name, overrides in (("as it is", ()), ("compiled", ("train.compile=true",))):
-        if DEVICE == "cpu" and overrides:
-            continue
-        options = (f"data.batch_size={batch}", f"data.options={{num_train={batch * 4}, num_test=64, num_classes=10}}")
-        recipe = small(
-            *options, *(["model.name=resnet18"] if DEVICE == "cuda" else []), "train.precision=bf16", *overrides
-        )
-        with join_world(DEVICE) as world:
-            job = build_job(recipe, world, Given())
-            ready = list(job.loader.epoch(0, 0))
-            for number in range(warm):
-                train_step(job, ready[number % len(ready)])
-            _finish()
-            began = time.perf_counter()
-            for number in range(steps):
-                train_step(job, ready[number % len(ready)])
-            _finish()
-            found[f"{name}, ms"] = round(1e3 * (time.perf_counter() - began) / steps, 3)
-            job.close()
-    return found
-
-
-def _finish() -> None:
-    """Wait until the device has done all that it was given."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()

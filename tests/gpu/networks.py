@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
+import torch
 from torch import nn
+
+FAULT = "CHECKS_FAULT"
+"""What the last rank does in its fourth step: raise, die or hang."""
 
 
 def build(num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
@@ -28,3 +36,47 @@ class _Bfloat16(nn.Module):
 
     def forward(self, images):  # type: ignore[no-untyped-def]
         return self.inner(images.flatten(1).bfloat16()).float()
+
+
+def not_finite(num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
+    """One whose fifth and sixth step have a loss of NaN."""
+    return _NotFinite(build(num_classes, sample_shape))
+
+
+def faulty(num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
+    """One that does what the variable FAULT says."""
+    return _Faulty(build(num_classes, sample_shape))
+
+
+class _Counting(nn.Module):
+    """Counts the steps: what is tried before training has two samples at most."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training and len(images) > 2
+        output: torch.Tensor = self.inner(images)
+        return self.changed(output) if self.training and len(images) > 2 else output
+
+    def changed(self, output: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _NotFinite(_Counting):
+    def changed(self, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if self.calls in (5, 6) else output
+
+
+class _Faulty(_Counting):
+    def changed(self, output: torch.Tensor) -> torch.Tensor:
+        fault, is_last = os.environ.get(FAULT), int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if self.calls == 4 and is_last:
+            if fault == "raise":
+                raise ValueError("a fault on purpose")
+            if fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "hang":
+                time.sleep(3600)
+        return output

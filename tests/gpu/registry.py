@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from disttrain.recipe import Recipe, load_recipe
 DEVICE = os.environ.get("CHECKS_DEVICE", "cuda")
 ROOT = Path(__file__).parents[2]
 Answer = dict[str, Any]
+Popen = subprocess.Popen[str]
 
 SMALL = (
     "data.dataset=synthetic", "data.options={num_train=256, num_test=64, num_classes=4}", "data.batch_size=64",
@@ -33,21 +35,27 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """A function that raises AssertionError, within `limit_s`; one that measures is run `alone`."""
+    """A function that raises AssertionError, within `limit_s`; one that measures is run `alone`.
+
+    One that needs `several` GPUs is not run on a machine with one.
+    """
 
     function: Callable[[], Answer]
     limit_s: float
     alone: bool
+    several: bool
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(limit_s: float, *, alone: bool = False) -> Callable[[Callable[[], Answer]], Callable[[], Answer]]:
+def check(
+    limit_s: float, *, alone: bool = False, several: bool = False
+) -> Callable[[Callable[[], Answer]], Callable[[], Answer]]:
     """Register a function by its name."""
 
     def register(function: Callable[[], Answer]) -> Callable[[], Answer]:
-        CHECKS[function.__name__] = Check(function, limit_s, alone)
+        CHECKS[function.__name__] = Check(function, limit_s, alone or several, several)
         return function
 
     return register
@@ -68,6 +76,13 @@ def in_a_process(code: str, *, timeout_s: float = 200, variables: Mapping[str, s
     """The last line that `code` prints, in a process of its own. Raises AssertionError if it fails."""
     done = _started(code, variables or {}).communicate(timeout=timeout_s)
     return _last_line(done)
+
+
+def exit_code(code: str, *, timeout_s: float = 200) -> int:
+    """How a process that runs `code` ends."""
+    process = _started(code, {})
+    process.communicate(timeout=timeout_s)
+    return process.returncode
 
 
 def in_ranks(size: int, code: str, *, timeout_s: float = 250) -> list[str]:
@@ -97,6 +112,37 @@ def trained(run_dir: str, *overrides: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Launched:
+    """How `disttrain train` ended."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def launcher(size: int, run_dir: Path, *overrides: str, variables: Mapping[str, str] | None = None) -> Popen:
+    """`disttrain train` of the small job on `size` workers, just started."""
+    options = [word for override in (*SMALL, *overrides) for word in ("-o", override)]
+    command = ["-m", "disttrain_launch", "train", "digits", "-n", str(size), "--run-dir", str(run_dir), *options]
+    return _python(command, variables or {})
+
+
+def launched(
+    size: int, run_dir: Path, *overrides: str, timeout_s: float = 200, variables: Mapping[str, str] | None = None
+) -> Launched:
+    """The same to its end. Raises TimeoutExpired."""
+    began = time.monotonic()
+    process = launcher(size, run_dir, *overrides, variables=variables)
+    try:
+        output = process.communicate(timeout=timeout_s)[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return Launched(process.returncode, output, round(time.monotonic() - began, 1))
+
+
 def bits(run_dir: Path) -> str:
     """Step, and the SHA-256 of the weights and of the optimizer, of a run's newest checkpoint."""
     from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
@@ -111,10 +157,14 @@ def logged(run_dir: Path, name: str) -> list[float]:
     return [line["metrics"][name] for line in lines if line["kind"] == "metrics" and name in line["metrics"]]
 
 
-def _started(code: str, variables: Mapping[str, str]) -> subprocess.Popen[str]:
+def _started(code: str, variables: Mapping[str, str]) -> Popen:
+    return _python(["-c", code], variables)
+
+
+def _python(arguments: list[str], variables: Mapping[str, str]) -> Popen:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "launch"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": paths, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -35,4 +35,5 @@ def test_all_of_them_run_in_one_command(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CHECKS)} checks, 0 failed" in done.stdout
+    num = sum(not one.several for one in CHECKS.values())
+    assert f"{num} checks, 0 failed" in done.stdout

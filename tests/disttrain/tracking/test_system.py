@@ -65,7 +65,7 @@ def test_only_gpus_that_cuda_shows_are_sampled(visible: str | None, expected: li
         nvmlDeviceGetHandleByUUID=lambda name: name,
         nvmlDeviceGetUUID=lambda index: ["GPU-a1b2", b"GPU-b3c4", "GPU-c5d6"][index],
     )
-    assert system._visible(nvml, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
+    assert system.visible_gpus(nvml, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
 
 
 def test_closing_does_not_wait_for_the_next_sample() -> None:
