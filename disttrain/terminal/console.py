@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -118,6 +119,18 @@ class Console:
         is_under_way = self._total_steps is not None and self._bar is None
         if is_under_way and time.monotonic() - self._last_words >= self._every_s:
             self._show(text)
+
+    @contextmanager
+    def saying_if_slow(self, text: str, after_s: float = 1.0) -> Iterator[None]:
+        """Show the line if the block still runs after so many seconds."""
+        timer = threading.Timer(after_s, self.line, [text])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
     def end_progress(self) -> None:
         """Leave the terminal as it was."""

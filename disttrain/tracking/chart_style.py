@@ -20,14 +20,17 @@ ORANGE = "#d9622b"
 GREEN = "#3c8d5a"
 PURPLE = "#7a5ba6"
 _DPI = 150
+_PADDING = 0.12  # inches
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, in inches, with no window system and none of pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=_PADDING, h_pad=_PADDING)
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -53,6 +56,7 @@ def short_name(name: str) -> str:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", bbox_inches="tight", pad_inches=0.2)
+    # Not with bbox_inches="tight", which would lay everything out a second time: half of the work.
+    figure.savefig(picture, format="png")
     replace_file(path, picture.getvalue())
     return path

@@ -12,6 +12,7 @@ Plain PyTorch runs it: `torch.export.load("model/model.pt2").module()(images)`. 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import shutil
@@ -83,6 +84,21 @@ def export_model(
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return reason
+
+
+def warm_up() -> None:
+    """Export a module of one line, to nothing: a process's first export imports a second's worth of modules."""
+    import torch
+
+    class Line(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    with _quiet():
+        any_size = ({0: torch.export.Dim.AUTO},)
+        program = torch.export.export(Line(), (torch.zeros(2),), dynamic_shapes=any_size)
+        program.module()(torch.zeros(3))
+        torch.export.save(program, io.BytesIO())
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -34,9 +34,6 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(5.6 * columns, 3.6 * rows)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(w_pad=0.12, h_pad=0.12)  # type: ignore[call-arg]
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         panel(axes)

@@ -16,7 +16,7 @@ from disttrain.faultpoints import reached
 from disttrain.layout import EVALUATION, EXPORTED, JOURNAL, RECIPE
 from disttrain.runs.journal import Journal
 from disttrain.runs.redact import redact
-from disttrain.tracking.mlflow.delivery_state import Backlog
+from disttrain.tracking.mlflow.delivery_state import Backlog, load_state
 from disttrain.tracking.mlflow.sender import MlflowSender, backlog_at
 from disttrain.tracking.mlflow.server_uri import TrackingSettings, resolve_uri
 from disttrain.tracking.source import git_commit
@@ -63,7 +63,7 @@ class Tracker:
         self._journal: Journal | None = None
         self._sender: MlflowSender | None = None
         self._step = 0
-        self._troubled = False
+        self._troubled = self._is_prepared = False
         self.uri = resolve_uri(self._settings.uri, self._run_dir) if enabled else None
 
     @property
@@ -149,6 +149,25 @@ class Tracker:
                     "The checkpoints are not affected."
                 )
             self._journal.append("model", path=EXPORTED, step=self._step)
+
+    def prepare_model(self) -> None:
+        """Import what exporting a model takes, a second's work, once it is known that MLflow takes one; see `model`."""
+        with self._harmless():
+            # Not before MLflow was reached: until then the sender is as busy, and may be for the same core.
+            if self.exports_models and not self._is_prepared and load_state(self._run_dir).run_id:
+                from disttrain.tracking.export import warm_up
+
+                self._is_prepared = True
+                warm_up()
+
+    def conclude(self) -> None:
+        """Training has ended: have MLflow sent what there is, and the charts, while the rest is made."""
+        with self._harmless():
+            if self._journal is not None and self._sender is not None:
+                if (self._run_dir / EVALUATION).exists():
+                    self._journal.artifact(EVALUATION)
+                self._journal.append("charts")
+                self._sender.hurry()
 
     def finish(self, status: str, timeout_s: float = 120.0, unless: Callable[[], bool] | None = None) -> Backlog:
         """Close the journal, let the sender finish, and return what MLflow still lacks; a warning reports it as well.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from disttrain.health.stop import StopRequest
 from disttrain.layout import CHECKPOINTS, JOURNAL, checkpoint_name
 from disttrain.task import Task, has_own, named
 from disttrain.terminal.console import Console
-from disttrain.tracking import Tracker, how_to_open, last_status, load_state, sync_command
+from disttrain.tracking import Tracker, backlog_of, how_to_open, last_status, load_state, sync_command
 from disttrain.training.job import Job
 
 # How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
 _LAST_WORDS_S = 5.0
 # And when it has finished. A server that does not answer is not waited for.
 _PATIENCE_S = 120.0
+_SILENCE_S = 1.0
+_SAY_EVERY_S = 10.0
 
 
 def is_concluded(job: Job, run_dir: Path) -> bool:
@@ -89,21 +92,18 @@ def _conclude(
 ) -> None:
     assert job.metrics is not None
     reached("conclusion: begun")
-    if job.strategy.is_sharded and has_own(job.task, "export") and tracker.exports_models:
-        console.line("MLflow gets no model from a sharded run: no worker has all of it")
-    elif has_own(job.task, "export"):
-        if tracker.exports_models:
-            console.line("exporting the model for MLflow")
-        with job.as_evaluated():
+    tracker.conclude()
+    if _exports_model(job, tracker):
+        with console.saying_if_slow("exporting the model for MLflow"), job.as_evaluated():
             tracker.model(job.model, exported_by(job.task), notes_of(job.task))
+    elif job.strategy.is_sharded and has_own(job.task, "export") and tracker.exports_models:
+        console.line("MLflow gets no model from a sharded run: no worker has all of it")
     reached("conclusion: exported")
     tracker.event("finished", step=job.step)
-    if tracker.uri is not None:
-        console.line(f"waiting until MLflow has everything (Ctrl-C leaves the rest to `{sync_command(address)}`)")
     # After an earlier request to stop, the wait is no longer than at any stop; a request now ends it.
     patience_s = _PATIENCE_S if stop.received is None else _LAST_WORDS_S
-    before = stop.received
-    tracker.finish("FINISHED", timeout_s=patience_s, unless=lambda: stop.received != before)
+    before, waiting = stop.received, waiting_aloud(console, run_dir, address)
+    tracker.finish("FINISHED", timeout_s=patience_s, unless=lambda: waiting() or stop.received != before)
     reached("conclusion: delivered")
     with named(job.task, "headline"):
         headline = job.task.headline(job.evaluation(), {})
@@ -115,6 +115,33 @@ def _conclude(
         run = load_state(run_dir)
         for label, text in zip(("MLflow", ""), how_to_open(tracker.uri, run.experiment_id, run.run_id), strict=False):
             console.line(f"{label:<10}  {text}")
+
+
+def prepare_conclusion(job: Job, tracker: Tracker) -> None:
+    """Do beforehand, between two epochs, what need not wait for the last step. Every rank may call it."""
+    if not job.is_finished and _exports_model(job, tracker):
+        tracker.prepare_model()
+
+
+def _exports_model(job: Job, tracker: Tracker) -> bool:
+    """Whether MLflow gets the trained model."""
+    return tracker.exports_models and has_own(job.task, "export") and not job.strategy.is_sharded
+
+
+def waiting_aloud(console: Console, run_dir: Path, address: str) -> Callable[[], bool]:
+    """A function that is called while MLflow is waited for, and says so when that takes its time; it returns False."""
+    due = time.monotonic() + _SILENCE_S
+    first = f"waiting until MLflow has everything (Ctrl-C leaves the rest to `{sync_command(address)}`)"
+    lines = chain([first], iter(lambda: f"MLflow still lacks {backlog_of(run_dir)}", None))
+
+    def waiting() -> bool:
+        nonlocal due
+        if time.monotonic() >= due:
+            console.line(next(lines))
+            due = time.monotonic() + _SAY_EVERY_S
+        return False
+
+    return waiting
 
 
 def exported_by(task: Task) -> Callable[[nn.Module], tuple[nn.Module, tuple[Any, ...]]]:

@@ -23,6 +23,7 @@ from disttrain.runs.rundir import resume_command, write_evaluation
 from disttrain.task import named
 from disttrain.terminal.console import Console
 from disttrain.tracking import SYSTEM_METRICS, SystemSampler, Tracker, node_metrics
+from disttrain.training.conclusion import prepare_conclusion
 from disttrain.training.evaluate import Evaluation, concluded, scored
 from disttrain.training.hooks import HookContext
 from disttrain.training.job import Job, StepResult
@@ -54,9 +55,7 @@ class RunMonitor:
         self._agreement = Agreement(num_flags=2)
         self._last_log = time.monotonic()
         self._items_since_log = self._items_in_epoch = self._num_items = 0  # of all workers, as the task counts them
-        self._first_step = job.step
-        self._is_done = is_done
-        self._pace = ""
+        self._first_step, self._is_done, self._pace = job.step, is_done, ""
         self._has_warned = False  # that evaluation.json cannot be written
 
     def after_step(self, result: StepResult | None, num_items: int) -> None:
@@ -234,6 +233,7 @@ class RunMonitor:
         with self.saver.saving_if_it_fails():
             self._observe(result)
         (self.saver.save_or_fail if job.is_finished else self.saver.save)()
+        prepare_conclusion(job, self._tracker)
 
     def _observe(self, result: Evaluation) -> None:
         """Have early stopping and the hooks see an evaluation."""

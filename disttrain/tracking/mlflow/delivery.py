@@ -65,7 +65,7 @@ class Delivery:
         self._said: set[str] = set()
         self._client: MlflowClient | None = None
         self._params: dict[str, str] = {}
-        self._seems_running = False
+        self._seems_running = self._draws_last = False
         self._state = state_for(run_dir, redact(uri), experiment)
 
     def deliver(self) -> None:
@@ -176,6 +176,7 @@ class Delivery:
         for record in records:
             match record:
                 case {"kind": "metrics", "step": int(step), "metrics": dict(metrics)}:
+                    self._draws_last = False
                     when = _milliseconds(record.get("time"))
                     entities += [Metric(metric_key(key), value, when, step) for key, value in metrics.items()]
                 case {"kind": "params", "params": dict(params)}:
@@ -187,15 +188,21 @@ class Delivery:
                         self._state.uploads.append(record)
                 case {"kind": "status", "status": str(status)} if status in _STATUSES:
                     self._state.status = {"status": status, "time": record.get("time")}
-                    if status != "RUNNING":
-                        charts = {"kind": "charts"}
-                        self._state.uploads = [*(u for u in self._state.uploads if u != charts), charts]
+                    if status != "RUNNING" and not self._draws_last:
+                        self._ask_for_charts()
+                case {"kind": "charts"}:
+                    self._draws_last = True  # of all metrics there are, unless more of them come
+                    self._ask_for_charts()
                 case _:  # events stay in the journal
                     pass
         for kind, limit in ((Param, MAX_PARAMS), (RunTag, MAX_TAGS), (Metric, MAX_METRICS)):
             batch = [entity for entity in entities if isinstance(entity, kind)]
             for begin in range(0, len(batch), limit):
                 self._log(client, batch[begin : begin + limit])
+
+    def _ask_for_charts(self) -> None:
+        charts = {"kind": "charts"}
+        self._state.uploads = [*(u for u in self._state.uploads if u != charts), charts]
 
     def _param_entities(self, params: dict[str, Any]) -> list[Entity]:
         """MLflow never changes a parameter. One that a restart changed becomes a tag beside the first value.

@@ -157,6 +157,10 @@ class MlflowSender:
             )
         self._warn(message)
 
+    def hurry(self) -> None:
+        """Training has ended: have the sender upload what there is at full speed, before it is waited for."""
+        self._order("hurry")
+
     def finish(self, timeout_s: float, unless: Callable[[], bool] | None = None) -> Backlog:
         """Let the sender upload what it can within `timeout_s`, end it, and return what is still missing in MLflow.
 

@@ -1,8 +1,9 @@
 """The sender's own process: follows the journal and feeds MLflow until the training process ends it or is gone.
 
-Its standard input brings one line of JSON with the settings, later perhaps `finish SECONDS`; its end means that the
-training process is gone. Its standard output carries one JSON object per line: {"warning": text}, {"outage": reason}
-when MLflow accepts nothing, and {"over": text} when it does again.
+Its standard input brings one line of JSON with the settings, later perhaps `hurry`, since training has ended and this
+process will soon be waited for, and `finish SECONDS`; its end means that the training process is gone. Its standard
+output carries one JSON object per line: {"warning": text}, {"outage": reason} when MLflow accepts nothing, and
+{"over": text} when it does again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 LOCK_FILE = ".mlflow.lock"
 _INTERVAL_S = 5.0  # between two looks at the journal
+_LOOK_EVERY_S = 1.0  # whether the training process is still there
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
 _LAST_WORDS_S = 3.0  # how long a sender may still take after its training process was killed
@@ -43,7 +45,7 @@ class Orders:
     def __init__(self, stream: TextIO) -> None:
         self.deadline: float | None = None  # by time.monotonic(); set when it is time to finish
         self.abandoned = False
-        self._news = threading.Event()
+        self._hurry, self._end = threading.Event(), threading.Event()
         self._parent = os.getppid()
         self._stream = stream
         threading.Thread(target=self._listen, daemon=True).start()
@@ -52,27 +54,44 @@ class Orders:
     def over(self) -> bool:
         return self.deadline is not None
 
+    @property
+    def hurried(self) -> bool:
+        """Whether training has ended."""
+        return self._hurry.is_set()
+
+    def wait_beside_training(self, timeout_s: float) -> None:
+        """Return after `timeout_s`, or at once when training has ended."""
+        self._wait(self._hurry, timeout_s)
+
     def wait(self, timeout_s: float) -> None:
         """Return after `timeout_s`, or at once when it is time to finish."""
-        self._news.wait(timeout_s)
+        self._wait(self._end, timeout_s)
+
+    def _wait(self, event: threading.Event, timeout_s: float) -> None:
+        event.wait(timeout_s)
         if os.getppid() != self._parent:
             # The pipe's end may live on in a process that was forked off the training process.
             self._abandon()
 
     def _listen(self) -> None:
         for line in self._stream:
-            word, _, seconds = line.partition(" ")
+            word, _, seconds = line.strip().partition(" ")
+            if word == "hurry":
+                self._hurry.set()
             if word == "finish":
-                self.deadline = time.monotonic() + float(seconds)
-                self._news.set()
+                self._finish(float(seconds))
                 return
         self._abandon()
+
+    def _finish(self, patience_s: float) -> None:
+        self.deadline = time.monotonic() + patience_s
+        self._hurry.set()
+        self._end.set()
 
     def _abandon(self) -> None:
         if not self.over:
             self.abandoned = True
-            self.deadline = time.monotonic() + _LAST_WORDS_S
-            self._news.set()
+            self._finish(_LAST_WORDS_S)
             threading.Timer(_LAST_WORDS_S, os._exit, (1,)).start()
 
 
@@ -88,32 +107,57 @@ class Sender:
         self._place = redact(delivery.uri)
         self._reason = ""  # why MLflow accepts nothing now
         self._synced = 0
+        self._failure: Exception | None = None
 
     def run(self) -> None:
-        backoff_s = _FIRST_BACKOFF_S
-        while not self._orders.over:
-            delivered = self._attempt()
-            _give_way()
-            if delivered:
-                backoff_s = _FIRST_BACKOFF_S
-                self._orders.wait(_INTERVAL_S)
-            else:
-                self._orders.wait(backoff_s)
-                backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
-        was_down = bool(self._reason)
-        if was_down:  # before it is asked again: a server that does not answer may use up all the time there is
+        """Deliver beside the training, and once more when it has ended."""
+        # Beside the training a thread does it, whose priority is its own: to take it back may need root's rights.
+        thread = threading.Thread(target=self._beside_training, name="disttrain-beside-training", daemon=True)
+        thread.start()
+        while thread.is_alive() and not self._orders.hurried:
+            self._orders.wait_beside_training(_LOOK_EVERY_S)
+        thread.join()
+        if self._failure is not None:
+            raise self._failure
+        has_charts = bool(self._reason)
+        if has_charts:  # before it is asked again: a server that does not answer may use up all the time there is
             _draw_charts(self._run_dir)
+        elif not self._orders.over:
+            self._attempt()
+        while not self._orders.over:
+            self._orders.wait(_LOOK_EVERY_S)
         pauses = _PAUSES_AT_THE_END_S if is_database(self._delivery.uri) else _PAUSES_AT_THE_END_S[:1]
         for pause_s in (*pauses, 0.0):
             if self._attempt():
                 break
             time.sleep(pause_s)
         else:
-            if not was_down:
+            if not has_charts:
                 _draw_charts(self._run_dir)
         if self._orders.abandoned:
             with contextlib.suppress(Exception):
                 self._delivery.mark_killed()
+
+    def _beside_training(self) -> None:
+        try:
+            self._deliver_beside_training()
+        except Exception as error:  # for the main thread
+            self._failure = error
+
+    def _deliver_beside_training(self) -> None:
+        backoff_s, is_first = _FIRST_BACKOFF_S, True
+        while not self._orders.hurried:
+            delivered = self._attempt()
+            if is_first and not self._orders.hurried:
+                _give_way()
+                _prepare_charts()
+            is_first = False
+            if delivered:
+                backoff_s = _FIRST_BACKOFF_S
+                self._orders.wait_beside_training(_INTERVAL_S)
+            else:
+                self._orders.wait_beside_training(backoff_s)
+                backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
     def _attempt(self) -> bool:
         self._sync()
@@ -139,13 +183,21 @@ class Sender:
 
 
 def _give_way() -> None:
-    """Let training go first from here on.
+    """Let training go first from here on, as far as this thread goes: a priority is a thread's own on Linux.
 
     Not before the first attempt: MLflow's start takes seconds of processor time, and at a low
     priority they stretch over a minute in which every step suffers.
     """
     with contextlib.suppress(OSError, AttributeError):
         os.nice(max(0, _NICENESS - os.nice(0)))
+
+
+def _prepare_charts() -> None:
+    """Import what draws them now: at the end somebody waits for it."""
+    with contextlib.suppress(Exception):
+        from disttrain.tracking.chart_style import new_figure
+
+        new_figure(1, 1)
 
 
 def _draw_charts(run_dir: Path) -> None:

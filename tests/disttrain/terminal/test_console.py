@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import sys
+import threading
 
 import pytest
 
@@ -102,3 +103,13 @@ def test_without_a_terminal_it_speaks_seldom_and_from_rank_0_alone(capsys: pytes
             console.progress(step, 1, 15)
             console.busy("evaluating")
     assert capsys.readouterr().out == ""
+
+
+def test_what_takes_long_is_named_and_what_does_not_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    console, said = Console(speaks=True), threading.Event()
+    with console.saying_if_slow("reading the news", after_s=600):
+        pass
+    assert capsys.readouterr().out == ""
+    console.line = lambda text="": said.set()  # type: ignore[method-assign]
+    with console.saying_if_slow("reading the news", after_s=0):
+        assert said.wait(240)

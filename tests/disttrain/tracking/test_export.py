@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.task.served_images import example_images
+from disttrain.tracking.export import warm_up
 from tests.disttrain.tracking.exported import export_images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -109,3 +110,10 @@ def test_what_every_worker_imports_brings_neither_mlflow_nor_matplotlib_nor_torc
     code = f"import sys, {module}; print({{'mlflow', 'matplotlib', 'torch'}} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "set()"
+
+
+def test_what_the_first_export_imports_can_be_imported_beforehand() -> None:
+    before = torch.get_rng_state()
+    warm_up()
+    assert "torch._dynamo" in sys.modules
+    assert torch.equal(torch.get_rng_state(), before), "in the midst of a training"

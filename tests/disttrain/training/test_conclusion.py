@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.runs.journal import Journal
 from disttrain.runs.summary import summarise
+from disttrain.terminal.console import Console
 from disttrain.testing import faults, workers
 from disttrain.testing.faults import Fault
 from disttrain.testing.group import Outcome
 from disttrain.tracking import last_status, read_journal
+from disttrain.training.conclusion import waiting_aloud
 from tests.disttrain.parallel.exact_runs import outcome, train
 
 LAST_STEP = 4
@@ -55,6 +58,22 @@ def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(
     assert log.count("was interrupted after its last step: finishing it") == (
         moment.get("at") in (*CONCLUSION[:2], "checkpoint: named")
     )
+
+
+def test_a_long_wait_for_mlflow_is_not_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Journal(tmp_path / "journal.jsonl").metrics(1, {"loss": 1.0})
+    console = Console(speaks=True)
+    assert not waiting_aloud(console, tmp_path, "runs/one")()
+    assert capsys.readouterr().out == "", "it has only begun"
+    for name in ("_SILENCE_S", "_SAY_EVERY_S"):
+        monkeypatch.setattr(f"disttrain.training.conclusion.{name}", 0.0)
+    waiting = waiting_aloud(console, tmp_path, "runs/one")
+    assert not any(waiting() for _ in range(3))
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "waiting until MLflow has everything (Ctrl-C leaves the rest to `disttrain sync runs/one`)"
+    assert others == ["MLflow still lacks 2 journal records"] * 2
 
 
 def test_a_request_to_stop_after_the_last_step_lets_the_run_finish(tmp_path: Path, undisturbed: Path) -> None:
