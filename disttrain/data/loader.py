@@ -25,7 +25,7 @@ class Batch:
 
     `data` is what the task's `collate` and `prepare` made of its samples, on the device. `weight` is the number of
     items in it, of which the task's loss is the sum: its samples, or what `Task.weight` counts. Where this worker's
-    share is empty, `is_filler`: it then holds one sample of the step, so that the worker can take part in the
+    share is empty, `is_filler`: it then holds a sample or more of the step, so that the worker can take part in the
     collectives, and weighs nothing. `slice_index` is the piece of the step's global batch that it belongs to;
     `opens_slice` and `closes_slice` mark the first and the last batch of one. `samples`: (b,) int64, where its samples
     are in the training set.
@@ -69,8 +69,10 @@ class Loader:
 
     Each step's global batch is cut into `num_slices` slices, and each of those into `accumulate` parts. This worker
     serves `slices`: by default one of as many as there are workers. A part without samples is left out, or with
-    `fills_empty` holds a sample that weighs nothing, so that all workers have equally many parts. What is drawn in
-    augmentation is a function of (seed, epoch, sample).
+    `fills_empty` holds a sample that weighs nothing, so that all workers have equally many parts. With `passes_of`, the
+    slices of each worker, such parts come before those of a slice and belong to none: then every worker has the same
+    number of parts, and each slice ends with the same one on all. What is drawn in augmentation is a function of
+    (seed, epoch, sample).
 
     With `weighs`, the task counts items of its own: then the workers agree on a step's global weight while the step
     before is computed, and each must take every step of the epoch.
@@ -89,13 +91,14 @@ class Loader:
         slices: Sequence[int] | None = None,
         num_slices: int | None = None,
         fills_empty: bool = True,
+        passes_of: Sequence[Sequence[int]] = (),
         weighs: bool = False,
     ) -> None:
         self._device = device or torch.device("cpu")
         self._sampler, self._task, self._accumulate, self._seed = sampler, task, accumulate, seed
         self._slices = [sampler.rank] if slices is None else slices
         self._num_slices = num_slices or sampler.num_replicas
-        self._fills_empty, self._weighs = fills_empty, weighs
+        self._fills_empty, self._passes_of, self._weighs = fills_empty, passes_of, weighs
         self._reader = open_reader(split, self._device, data, task)
 
     def __len__(self) -> int:
@@ -134,6 +137,8 @@ class Loader:
             yield StepBatch(step, parts, size, size)
 
     def _pieces(self, epoch: int, step: int) -> list[_Piece]:
+        if self._passes_of:
+            return self._paced(epoch, step)
         pieces = []
         for slice_index in self._slices:
             whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
@@ -143,6 +148,26 @@ class Loader:
                 if is_filler:
                     samples = self._sampler.indices(epoch, step, 0, 1)[:1]
                 pieces.append(_Piece(samples, is_filler, slice_index, number == 1, number == len(cut)))
+        return pieces
+
+    def _paced(self, epoch: int, step: int) -> list[_Piece]:
+        """As `_pieces`, in rounds: in each, every worker has one slice or none, and as many parts as the others."""
+        # The first part of all: a model may not be able to compute a single sample, as those with BatchNorm.
+        filler = self._sampler.indices(epoch, step, 0, self._num_slices).tensor_split(self._accumulate)[0]
+        largest = -(-self._sampler.global_size(step) // self._num_slices)
+        num_parts, num_rounds = min(self._accumulate, largest), max(map(len, self._passes_of))
+        pieces = []
+        for slice_index in [*self._slices, *[None] * (num_rounds - len(self._slices))]:
+            cut: Sequence[torch.Tensor] = ()
+            if slice_index is not None:
+                whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
+                cut = [part for part in whole.tensor_split(self._accumulate) if len(part)]
+            for number in range(num_parts):
+                real, is_last = number - (num_parts - len(cut)), number == num_parts - 1
+                if real < 0:
+                    pieces.append(_Piece(filler, True, -1, False, is_last))
+                else:
+                    pieces.append(_Piece(cut[real], False, slice_index or 0, real == 0, is_last))
         return pieces
 
     def _batch(self, epoch: int, piece: _Piece, fetched: Fetched) -> Batch:

@@ -70,8 +70,7 @@ def exact_sum_(
     found = measured(summands, num_changes)
     if expected is not None and _sum_as_expected_(into, summands, found, num_summands, expected, scratch):
         return list(expected)
-    mine = found.cpu().amax(dim=0) if summands else torch.full((len(into),), ABSENT, dtype=torch.float64)
-    largest: list[float] = max_(mine).tolist()
+    largest = largest_of_all(found.view(-1, len(into)))
     total = FixedPointSum(into, largest, num_summands, scratch)
     for summand in summands:
         total.add(summand)
@@ -96,13 +95,44 @@ def _sum_as_expected_(
     total = FixedPointSum(into, expected, num_summands, scratch, num_extra=len(into) + 2)
     for summand in summands:
         total.add(summand)
-    total.extra[0] = len(summands)
-    total.extra[1:] = surprises(found, expected, num_summands) if summands else 0
-    num_lists, exceeding, *faint = sum_(total.integers())[-len(total.extra) :].tolist()
-    if exceeding or num_lists in faint:
+    _count_surprises(total.extra, found, expected, num_summands)
+    if not _are_as_expected(sum_(total.integers())[-len(total.extra) :].tolist()):
         return False
     total.write(into)
     return True
+
+
+def are_as_expected(found: torch.Tensor, num_summands: int, expected: Sequence[float]) -> bool:
+    """Whether `exact_sum_` would sum on the grids of the `expected` bounds; `found` is what `measured` gives."""
+    counters = torch.empty(len(expected) + 2, dtype=torch.int64)
+    _count_surprises(counters, found, expected, num_summands)
+    return _are_as_expected(sum_(counters).tolist())
+
+
+def largest_of_all(found: torch.Tensor) -> list[float]:
+    """The largest magnitude of each tensor in all ranks' lists; `found` is what `measured` gives."""
+    mine = found.cpu().amax(dim=0) if len(found) else torch.full(found.shape[1:], ABSENT, dtype=torch.float64)
+    largest: list[float] = max_(mine).tolist()
+    return largest
+
+
+def _count_surprises(counters: torch.Tensor, found: torch.Tensor, expected: Sequence[float], num_summands: int) -> None:
+    """Write what, added up over all ranks, shows whether the expectation holds: the number of lists, and surprises."""
+    counters[0] = len(found)
+    counters[1:] = surprises(found, expected, num_summands) if len(found) else 0
+
+
+def _are_as_expected(counters: list[int]) -> bool:
+    num_lists, exceeding, *faint = counters
+    return not exceeding and num_lists not in faint
+
+
+def deal_out(pieces: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Send each rank its `pieces`, all of one type, joined; return what each rank sent here, (sizes[rank],)."""
+    sent = torch.cat([piece.reshape(-1) for of_rank in pieces for piece in of_rank])
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, list(sizes), [sum(map(torch.numel, of_rank)) for of_rank in pieces])
+    return list(torch.split(received, list(sizes)))
 
 
 def broadcast_(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:

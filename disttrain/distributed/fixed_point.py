@@ -96,17 +96,16 @@ def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) 
         return lambda: None
     known = [tensor if magnitude != ABSENT else None for tensor, magnitude in zip(sums, largest, strict=True)]
     numbers = _read_later(measured([known])[0])
+    return lambda: bounds_after(numbers())
 
-    def bounds() -> list[float] | None:
-        found = numbers()
-        if not all(magnitude == ABSENT or 0 < magnitude < math.inf for magnitude in found):
-            return None
-        return [
-            ABSENT if magnitude == ABSENT else math.ldexp(1.0, math.frexp(magnitude)[1] + _MARGIN)
-            for magnitude in found
-        ]
 
-    return bounds
+def bounds_after(found: Sequence[float]) -> list[float] | None:
+    """As `expected_magnitudes` has them, from the magnitudes of the sums."""
+    if not all(magnitude == ABSENT or 0 < magnitude < math.inf for magnitude in found):
+        return None
+    return [
+        ABSENT if magnitude == ABSENT else math.ldexp(1.0, math.frexp(magnitude)[1] + _MARGIN) for magnitude in found
+    ]
 
 
 def _read_later(tensor: torch.Tensor) -> Callable[[], list[float]]:

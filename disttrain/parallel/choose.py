@@ -24,26 +24,19 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
 
     Raises ConfigurationError if the strategy of the recipe does not fit this world. Every rank must call it.
     """
-    if recipe.strategy == "fsdp" and recipe.exact:
-        raise ConfigurationError(
-            "parallel.strategy = 'fsdp' has no exact mode yet: set parallel.exact = false, or "
-            "parallel.strategy = 'ddp'."
-        )
-    if recipe.exact:
+    if recipe.exact and (recipe.strategy != "fsdp" or world.size == 1):
         return Exact(model, world, recipe.slices)
     strategy, reason = choose_strategy(recipe.strategy, world.size, _visible_gpus(world.device))
     if sync_batchnorm and world.size > 1:
         model = convert_sync_batchnorm(model, world.device)
     if strategy == "fsdp":
-        from disttrain.parallel.fsdp import Fsdp  # only now: it takes a while to import
-
         for key, is_set in (
             ("find_unused_parameters", recipe.find_unused_parameters),
             ("compress", recipe.compress != "none"),
         ):
             if is_set:
                 raise ConfigurationError(f"parallel.{key} is for parallel.strategy = 'ddp': with 'fsdp' leave it out.")
-        return Fsdp(model, world, recipe.shard_modules)
+        return _shard(model, world, recipe)
     if strategy == "ddp":
         return Ddp(model, reason, world, find_unused=recipe.find_unused_parameters, compress=recipe.compress)
     return {"dp": DataParallel, "none": Alone}[strategy](model, reason)
@@ -73,6 +66,16 @@ def choose_strategy(wanted: str, num_workers: int, num_gpus: int) -> tuple[str, 
             else f"DataParallel over {num_gpus or 'no'} GPU{'' if num_gpus == 1 else 's'}: the same as training alone"
         )
     return "none", "one worker, no gradients to share"
+
+
+def _shard(model: nn.Module, world: World, recipe: ParallelRecipe) -> Strategy:
+    # Only now: they take a while to import.
+    from disttrain.parallel.exact.fsdp import ExactFsdp
+    from disttrain.parallel.fsdp import Fsdp
+
+    if recipe.exact:
+        return ExactFsdp(model, world, recipe.slices, recipe.shard_modules)
+    return Fsdp(model, world, recipe.shard_modules)
 
 
 def _visible_gpus(device: torch.device) -> int:

@@ -46,6 +46,7 @@ class Fsdp(Strategy):
                 broadcast_(tensor.detach())
         mesh = init_device_mesh(world.device.type, (world.size,))
         self._called = 0  # a checksum of which blocks this step has called, in their order
+        self._blocks = blocks
         for number, block in enumerate(blocks.values()):
             block.register_forward_pre_hook(partial(self._note, number))
             fully_shard(block, mesh=mesh)
@@ -96,14 +97,18 @@ class Fsdp(Strategy):
         Shards are gathered and summed by position: a block would have had the weights or gradients of another.
         """
         trained = bytes(parameter.grad is not None for parameter in self._parameters.values())
-        mine = float(zlib.crc32(trained, self._called))
-        most, least = max_(torch.tensor([mine, -mine], dtype=torch.float64)).tolist()
-        if most != -least:
+        if self._differs(zlib.crc32(trained, self._called)):
             raise ConfigurationError(
                 f"the model: in step {step + 1} not all workers called the same blocks and gave gradients to the same "
                 "parameters, as parallel.strategy = 'fsdp' needs: do not choose them by sample or by chance, or set "
                 "parallel.strategy = 'ddp' and parallel.find_unused_parameters = true."
             )
+
+    @staticmethod
+    def _differs(number: int) -> bool:
+        """Whether the ranks have different numbers. Every rank must call it."""
+        most, least = max_(torch.tensor([number, -number], dtype=torch.float64)).tolist()
+        return bool(most != -least)
 
     @torch.no_grad()
     def score(self, compute: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
@@ -130,7 +135,6 @@ class Fsdp(Strategy):
         try:
             yield
         finally:
-            self._root.set_requires_gradient_sync(True)
             self._root.set_reshard_after_backward(True)
             for module in self._modules:
                 module.set_reshard_after_forward(module is not self._root, recurse=False)

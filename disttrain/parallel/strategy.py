@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+
+from disttrain.distributed.sharded import whole
 
 
 class Strategy:
@@ -17,7 +19,8 @@ class Strategy:
     there are workers, or in exact mode several of as many as the recipe says. A slice comes in one or more
     micro-batches. In each step every rank calls, in this order: `follow_unfreezing`; for each of its slices
     `open_slice`, then for each micro-batch `loss` and `backward` of what it returns times `loss_scale`, and
-    `close_slice`; `finish_step`. Then the parameters' gradients are those of the global batch, on every rank.
+    `close_slice`; `needs_second_pass`, and if so all slices again; `finish_step`. Then the parameters' gradients are
+    those of the global batch, on every rank.
     """
 
     name: ClassVar[str]
@@ -28,6 +31,8 @@ class Strategy:
     num_slices: int = 1
     fills_empty: bool = True
     """Whether a slice without samples has a backward pass all the same, because the other workers wait for it."""
+    passes_of: Sequence[range] = ()
+    """Every worker's slices, by rank, if all must compute equally many micro-batches in a step: see `keep_pace`."""
     bits_depend_on_world_size: bool = True
     """Whether another number of workers gives other bits."""
     is_sharded: bool = False
@@ -86,6 +91,16 @@ class Strategy:
     def close_slice(self, slice_index: int) -> None:
         """To be called after the backward pass of a slice's last micro-batch."""
 
+    def keep_pace(self, compute: Callable[[nn.Module, Any], torch.Tensor], batch: Any, *, is_last: bool) -> None:
+        """Compute a loss and its gradients to no effect, while the others compute a micro-batch that is one's last.
+
+        Called between slices, in place of `loss` and `backward`, where `passes_of` asks for it.
+        """
+
+    def needs_second_pass(self) -> bool:
+        """Whether all slices must be computed once more before `finish_step`. Every rank must call it, once a step."""
+        return False
+
     def finish_step(self, global_size: int, step: int) -> None:
         """To be called after the last slice of a step: now the gradients are the global batch's, of `global_size`.
 
@@ -99,6 +114,15 @@ class Strategy:
         Every rank must call it. Raises as `finish_step` does.
         """
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The 2-norm, (), of the step's gradient: the same on every rank, and every rank must call it."""
+        gradients = [one.grad for one in self.model.parameters() if one.grad is not None]
+        return whole(nn.utils.get_total_norm(gradients))
+
+    def clip_(self, max_norm: float) -> torch.Tensor:
+        """Scale the step's gradient to this 2-norm at most; returns what it was, (). Every rank must call it."""
+        return whole(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
     def sum_finite_parts(self, scale: float) -> None:
         """Put the sum of their finite summands in the place of the gradients that `non_finite` names.

@@ -247,6 +247,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         slices=strategy.slices,
         num_slices=strategy.num_slices,
         fills_empty=strategy.fills_empty,
+        passes_of=strategy.passes_of,
         weighs=has_own(task, "weight"),
     )
     best = best_metric(recipe, task)

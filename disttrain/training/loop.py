@@ -15,7 +15,6 @@ from disttrain import rng
 from disttrain.data import StepBatch
 from disttrain.distributed.allocator import freed_memory_kept
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
-from disttrain.distributed.sharded import whole
 from disttrain.distributed.world import join_world
 from disttrain.errors import DisttrainError, UserCodeError
 from disttrain.faultpoints import reached
@@ -195,31 +194,17 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         rehearse(job)
     set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
     job.non_finite.begin_step()
-    losses = torch.zeros(strategy.num_slices, device=job.world.device)
-    for part in batch.parts:
-        if part.opens_slice:
-            rng.seed_layers(job.world.device, settings.seed, job.step, part.slice_index)
-            strategy.open_slice()
-        with (
-            named_at(job.task, "loss", f" at step {job.step + 1}"),
-            torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None),
-        ):
-            num_samples, is_last = len(part.samples), part.closes_slice
-            loss = strategy.loss(job.task.loss, part.data, num_samples=num_samples, is_last=is_last)
-        share = loss / max(1, batch.global_weight) * (0.0 if part.is_filler else 1.0)
-        job.scaler.scale(marked(share) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
-        losses[part.slice_index] += share.detach()
-        if part.closes_slice:
-            strategy.close_slice(part.slice_index)
+    losses = _compute_slices(job, batch)
+    if strategy.needs_second_pass():
+        losses = _compute_slices(job, batch)
     strategy.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
     verdict = job.non_finite.check(job.step, batch, losses)
     grad_norm = None
     if verdict is not Verdict.SKIP and settings.clip_norm is not None:
-        grad_norm = whole(nn.utils.clip_grad_norm_(job.model.parameters(), settings.clip_norm))
+        grad_norm = strategy.clip_(settings.clip_norm)
     elif verdict is not Verdict.SKIP and job.is_logged(job.step + 1):
-        gradients = [one.grad for one in job.model.parameters() if one.grad is not None]
-        grad_norm = whole(nn.utils.get_total_norm(gradients))
+        grad_norm = strategy.gradient_norm()
     if verdict is Verdict.STEP:
         job.scaler.step(job.optimizer)
         job.scaler.update()
@@ -229,3 +214,29 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         job.ema.update(job.step)
     job.optimizer.zero_grad(set_to_none=True)
     return StepResult(losses, grad_norm)
+
+
+def _compute_slices(job: Job, batch: StepBatch) -> torch.Tensor:
+    """Forward and backward passes of this worker's slices; returns each slice's share of the loss, (num_slices,)."""
+    strategy = job.strategy
+    losses = torch.zeros(strategy.num_slices, device=job.world.device)
+    for part in batch.parts:
+        is_last = part.closes_slice
+        if part.is_filler and strategy.passes_of:
+            with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
+                strategy.keep_pace(job.task.loss, part.data, is_last=is_last)
+            continue
+        if part.opens_slice:
+            rng.seed_layers(job.world.device, job.recipe.train.seed, job.step, part.slice_index)
+            strategy.open_slice()
+        with (
+            named_at(job.task, "loss", f" at step {job.step + 1}"),
+            torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None),
+        ):
+            loss = strategy.loss(job.task.loss, part.data, num_samples=len(part.samples), is_last=is_last)
+        share = loss / max(1, batch.global_weight) * (0.0 if part.is_filler else 1.0)
+        job.scaler.scale(marked(share) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
+        losses[part.slice_index] += share.detach()
+        if part.closes_slice:
+            strategy.close_slice(part.slice_index)
+    return losses

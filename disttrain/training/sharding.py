@@ -23,6 +23,9 @@ def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
         f"optim.name = '{recipe.optim.name}', which needs whole tensors or is not tried with shards: use "
         "'sgd', 'adam' or 'adamw'": recipe.optim.name not in _ELEMENTWISE,
         "train.precision = 'fp16': use 'bf16' or 'fp32'": recipe.train.precision == "fp16",
+        "optim.fused = true in exact mode, since its kernel's bits depend on how a parameter is cut: set it to false": (
+            recipe.parallel.exact and bool(recipe.optim.options.get("fused"))
+        ),
         "train.compile = true: set it to false": recipe.train.compile,
         "train.spike_factor and a model given as an object, since the run begins anew after a spike: give a function "
         "that makes it": recipe.train.spike_factor > 0 and isinstance(given.model, nn.Module),

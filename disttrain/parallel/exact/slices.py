@@ -8,7 +8,7 @@ what each has changed in floating-point buffers (BatchNorm's statistics): the ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -55,9 +55,7 @@ class ExactSlices:
         for tensor in (*self._parameters.values(), *self._buffers()):
             broadcast_(tensor.detach())
         # Lives as long as the run: mapping that much memory anew at every step would cost more than the additions.
-        sizes = [tensor.numel() for tensor in (*self._parameters.values(), *self._buffers())]
-        num_integers = sum(sizes) + len(sizes) + 2  # and a counter for each tensor, see exact_sum_
-        self._scratch = torch.empty(num_integers, dtype=torch.int64, device=world.device)
+        self._scratch = torch.empty(self._num_integers(), dtype=torch.int64, device=world.device)
         # A look at a buffer is cheaper than a difference; but a GPU would have to be waited for, for each of them.
         self._may_look = world.device.type == "cpu"
         # The bits that an expectation costs would be visible in float64.
@@ -77,6 +75,11 @@ class ExactSlices:
         self._discrete_of_first: list[torch.Tensor] | None = None
         self._summands: list[Summands] = []
 
+    def _num_integers(self) -> int:
+        """The integers of a sum, and a counter for each tensor, see `exact_sum_`."""
+        sizes = [tensor.numel() for tensor in (*self._parameters.values(), *self._buffers())]
+        return sum(sizes) + len(sizes) + 2
+
     @property
     def expected(self) -> list[float] | None:
         """Bounds of the next step's gradients and buffers, from those of the step before: part of the run's state."""
@@ -89,8 +92,7 @@ class ExactSlices:
     @property
     def summed(self) -> list[str]:
         """The names of the tensors that a step sums, in the order of `expected`."""
-        named = zip(self._places, self._buffers(), strict=True)
-        return [*self._parameters, *(name for name, buffer in named if buffer.is_floating_point())]
+        return [*self._parameters, *self._floating_buffers()]
 
     def _buffers(self) -> list[torch.Tensor]:
         return [getattr(module, name) for module, name in self._places.values()]
@@ -110,23 +112,11 @@ class ExactSlices:
 
         Raises ConfigurationError if the model has written to a parameter of its own.
         """
-        assert self._buffers_at_start is not None, "a slice must be opened first"
-        for (name, parameter), version in zip(self._parameters.items(), self._versions_at_start, strict=True):
-            if parameter._version != version:
-                raise ConfigurationError(
-                    f"the model wrote to its parameter '{name}' in a forward or backward pass, where each worker sees "
-                    "other samples, so the workers' weights would diverge: make it a buffer, which all workers share, "
-                    "or set parallel.exact = false."
-                )
-        buffers = self._buffers()
-        pairs = zip(self._buffers_at_start, buffers, strict=True)
-        floating = [(before, after) for before, after in pairs if after.is_floating_point()]
-        changes = _changes(floating, may_look=self._may_look)
+        self._refuse_writing(self._parameters, self._versions_at_start)
+        changes = self._take_changes(slice_index)
         self._summands.append([*(parameter.grad for parameter in self._parameters.values()), *changes])
         for parameter in self._parameters.values():
             parameter.grad = None
-        if slice_index == 0:
-            self._discrete_of_first = [buffer.clone() for buffer in buffers if not buffer.is_floating_point()]
 
     @torch.no_grad()
     def finish(self, num_filled: int) -> None:
@@ -136,8 +126,7 @@ class ExactSlices:
         summed: `non_finite` names it, such a gradient is infinite as a whole, such a buffer stays as it was.
         """
         self._restore_buffers()
-        named = zip(self._places, self._buffers(), strict=True)
-        floating = {name: buffer for name, buffer in named if buffer.is_floating_point()}
+        floating = self._floating_buffers()
         changes = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in floating.values()]
         gradients = [self._room_for_gradient(index) for index in range(len(self._parameters))]
         sums = [*gradients, *changes]
@@ -152,18 +141,12 @@ class ExactSlices:
         self._expected = expected_magnitudes(sums, agreed) if self._expects else lambda: None
         largest = dict(zip((*self._parameters, *floating), agreed, strict=True))
         self.non_finite = tuple(name for name, magnitude in largest.items() if math.isinf(magnitude))
-        self.sums_are_finite = all(
-            largest[name] * self.num_slices < torch.finfo(parameter.dtype).max
-            for name, parameter in self._parameters.items()
-        )
+        self.sums_are_finite = self._are_finite(largest)
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if math.isinf(largest[name]):
                 gradient = torch.full_like(gradient, math.inf)  # beside the slices' own, see sum_finite_parts
             parameter.grad = None if largest[name] == ABSENT else gradient
-        for (name, buffer), change in zip(floating.items(), changes, strict=True):
-            if 0 < largest[name] < math.inf:
-                buffer.copy_(buffer.double() + change / num_filled)
-        self._share_discrete_buffers()
+        self._change_buffers(floating, changes, largest, num_filled)
         self._not_summed = self._summands if self.non_finite else []
         self._begin_step()
 
@@ -178,12 +161,56 @@ class ExactSlices:
         bad = [index for index, name in enumerate(self._parameters) if name in self.non_finite]
         parameters = list(self._parameters.values())
         sums = [torch.zeros_like(parameters[index]) for index in bad]
-        finite = [[_zeroed(summands[index]) for index in bad] for summands in self._not_summed]
+        finite = [[zeroed(summands[index]) for index in bad] for summands in self._not_summed]
         if bad:
             exact_sum_(sums, finite, self.num_slices)
         for index, total in zip(bad, sums, strict=True):
             parameters[index].grad = total.div_(scale)
         self._not_summed = []
+
+    def _are_finite(self, largest: Mapping[str, float]) -> bool:
+        """Whether sums of gradients of these magnitudes must be finite."""
+        return all(
+            largest[name] * self.num_slices < torch.finfo(parameter.dtype).max
+            for name, parameter in self._parameters.items()
+        )
+
+    @staticmethod
+    def _refuse_writing(parameters: Mapping[str, torch.Tensor], versions: Sequence[int]) -> None:
+        for (name, parameter), version in zip(parameters.items(), versions, strict=True):
+            if parameter._version != version:
+                raise ConfigurationError(
+                    f"the model wrote to its parameter '{name}' in a forward or backward pass, where each worker sees "
+                    "other samples, so the workers' weights would diverge: make it a buffer, which all workers share, "
+                    "or set parallel.exact = false."
+                )
+
+    def _take_changes(self, slice_index: int) -> list[torch.Tensor | None]:
+        """What the slice has added to each floating-point buffer; the other buffers are kept, if it is the first."""
+        assert self._buffers_at_start is not None, "a slice must be opened first"
+        buffers = self._buffers()
+        if slice_index == 0:
+            self._discrete_of_first = [buffer.clone() for buffer in buffers if not buffer.is_floating_point()]
+        pairs = zip(self._buffers_at_start, buffers, strict=True)
+        floating = [(before, after) for before, after in pairs if after.is_floating_point()]
+        return _changes(floating, may_look=self._may_look)
+
+    def _floating_buffers(self) -> dict[str, torch.Tensor]:
+        named = zip(self._places, self._buffers(), strict=True)
+        return {name: buffer for name, buffer in named if buffer.is_floating_point()}
+
+    def _change_buffers(
+        self,
+        floating: Mapping[str, torch.Tensor],
+        changes: Sequence[torch.Tensor],
+        largest: Mapping[str, float],
+        num_filled: int,
+    ) -> None:
+        """Give the buffers, which are those of the step's start, the mean of what the slices have changed."""
+        for (name, buffer), change in zip(floating.items(), changes, strict=True):
+            if 0 < largest[name] < math.inf:
+                buffer.copy_(buffer.double() + change / num_filled)
+        self._share_discrete_buffers()
 
     def _restore_buffers(self) -> None:
         if self._buffers_at_start:
@@ -247,5 +274,6 @@ def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors]).double()
 
 
-def _zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:
+def zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient with a zero for each number that is not finite."""
     return None if gradient is None else gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

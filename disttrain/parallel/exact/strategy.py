@@ -19,19 +19,13 @@ _EXPECTED = "expected_magnitudes"
 _OR_FAST = "or set parallel.exact = false"
 
 
-class Exact(Strategy):
-    """Slices computed one by one in the same shapes everywhere, and summed as integers."""
+class SlicesSummed(Strategy):
+    """What every way has in common that computes slices one by one and sums them as integers."""
 
-    name = "exact"
     fills_empty = False
     bits_depend_on_world_size = False
     slice_word = "slice"
-
-    def __init__(self, model: nn.Module, world: World, num_slices: int) -> None:
-        """Every rank must call it: all start from rank 0's weights and buffers. Raises as `ExactSlices` does."""
-        super().__init__(model, f"exact mode: {num_slices} slices, the same bits with 1 to {num_slices} workers")
-        self._sums = ExactSlices(model, world, num_slices)
-        self.slices, self.num_slices = self._sums.slices, num_slices
+    _sums: ExactSlices
 
     @property
     def non_finite(self) -> tuple[str, ...]:  # type: ignore[override]  # an attribute of the others
@@ -91,3 +85,15 @@ class Exact(Strategy):
     def larger_slices(self) -> list[str]:
         """As `Strategy` has it."""
         return ["fewer slices", "parallel.exact = false"]
+
+
+class Exact(SlicesSummed):
+    """Slices computed one by one in the same shapes everywhere, and summed as integers."""
+
+    name = "exact"
+
+    def __init__(self, model: nn.Module, world: World, num_slices: int) -> None:
+        """Every rank must call it: all start from rank 0's weights and buffers. Raises as `ExactSlices` does."""
+        super().__init__(model, f"exact mode: {num_slices} slices, the same bits with 1 to {num_slices} workers")
+        self._sums = ExactSlices(model, world, num_slices)
+        self.slices, self.num_slices = self._sums.slices, num_slices

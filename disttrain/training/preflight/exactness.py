@@ -32,6 +32,12 @@ def try_exactness(job: Job) -> None:
     second, as they do when a model keeps state or a generator of its own.
     """
     broadcast_from_main(job.world, lambda: _read_again(job))
+    kept = frozenset(job.model.state_dict())  # not among what follows: a state dict shards the model again
+    with job.strategy.made_whole():
+        _try_model(job, kept)
+
+
+def _try_model(job: Job, kept: frozenset[str]) -> None:
     model = job.model
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
@@ -40,7 +46,7 @@ def try_exactness(job: Job) -> None:
         try:
             with named_operators(job.world.device):
                 first = _results(job)
-                _refuse_lost_buffers(model, buffers)
+                _refuse_lost_buffers(model, buffers, kept)
                 _restore(model, buffers)
                 second = _results(job)
                 _restore(model, buffers)
@@ -120,8 +126,7 @@ def _restore(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
             buffer.copy_(buffers[key])
 
 
-def _refuse_lost_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    kept = model.state_dict().keys()
+def _refuse_lost_buffers(model: nn.Module, before: dict[str, torch.Tensor], kept: frozenset[str]) -> None:
     for key, buffer in model.named_buffers():
         if key not in kept and key in before and not same_bits(buffer, before[key]):
             raise ConfigurationError(

@@ -80,7 +80,6 @@ def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(folder: 
 
 
 REFUSED = {
-    "parallel.exact=true": "no exact mode yet",
     "parallel.find_unused_parameters=true": "find_unused_parameters is for parallel.strategy = 'ddp'",
     "parallel.compress=bf16": "compress is for parallel.strategy = 'ddp'",
     "optim.name=Adafactor": "cannot be combined with optim.name = 'Adafactor'",

@@ -1,0 +1,142 @@
+"""FSDP2 in exact mode: the same bits as one worker, with each worker holding its part of the model.
+
+FSDP2 gathers the parameters and frees them. Gradients are left to us: it is set to exchange none, and those of a block
+are taken when the backward pass has come out of it, before they would pile up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
+
+from disttrain.distributed.sharded import local
+from disttrain.distributed.world import World
+from disttrain.errors import ConfigurationError
+from disttrain.parallel.exact.norm import norm_of_whole
+from disttrain.parallel.exact.sharded import Block, ShardedSlices
+from disttrain.parallel.exact.slices import slices_of
+from disttrain.parallel.exact.strategy import SlicesSummed
+from disttrain.parallel.fsdp import Fsdp
+
+
+class ExactFsdp(SlicesSummed, Fsdp):
+    """Slices computed one by one with gathered blocks; each worker sums its parts of all slices' gradients."""
+
+    name = "exact-fsdp"
+    _sums: ShardedSlices
+
+    def __init__(self, model: nn.Module, world: World, num_slices: int, shard_modules: Sequence[str] = ()) -> None:
+        """All start from rank 0's weights and buffers. Raises as `ExactSlices` and `Fsdp` do."""
+        sums = ShardedSlices(model, world, num_slices)  # while the parameters are whole
+        Fsdp.__init__(self, model, world, shard_modules)
+        self.reason = f"exact mode, {num_slices} slices, the same bits with 1 to {num_slices} workers; {self.reason}"
+        self._sums, self.slices, self.num_slices = sums, sums.slices, num_slices
+        self.passes_of = [slices_of(rank, world.size, num_slices) for rank in range(world.size)]
+        self._root.set_requires_gradient_sync(False)
+        self._is_dealing = self._is_filler = False
+        modules = [*self._blocks.values(), self._call]
+        for module, block in zip(modules, sums.attach(self._blocks), strict=True):
+            # FSDP2 has put its own hook before: here the block's parameters are gathered.
+            module.register_forward_pre_hook(partial(self._enter, block), with_kwargs=True)
+
+    def loss(
+        self,
+        compute: Callable[[nn.Module, Any], torch.Tensor],
+        batch: Any,
+        *,
+        num_samples: int,
+        is_last: bool = True,
+    ) -> torch.Tensor:
+        """As `Strategy` has it. Until the last micro-batch of a slice, gradients stay on this worker, whole."""
+        if is_last:
+            self._sums.begin_dealing()
+        self._is_dealing = is_last
+        loss: torch.Tensor = self._call(compute, batch)
+        return loss
+
+    def keep_pace(self, compute: Callable[[nn.Module, Any], torch.Tensor], batch: Any, *, is_last: bool) -> None:
+        """As `Strategy` has it. Such passes come before those of a slice, and leave no gradients to them."""
+        self._sums.open()
+        self._is_filler = True
+        self.loss(compute, batch, num_samples=0, is_last=is_last).backward()  # type: ignore[no-untyped-call]
+        if is_last:
+            self._finish_dealing()
+        else:
+            self._sums.drop()
+        self._is_filler = False
+
+    def close_slice(self, slice_index: int) -> None:
+        """As `Strategy` has it."""
+        self._finish_dealing()
+        super().close_slice(slice_index)
+
+    def needs_second_pass(self) -> bool:
+        """As `Strategy` has it: whether the grids of the sums were not right."""
+        return self._sums.needs_second_pass()
+
+    def finish_step(self, global_size: int, step: int) -> None:
+        """As `Strategy` has it. Raises ConfigurationError, on every rank, if the ranks computed different blocks."""
+        called, self._called = self._called, 0
+        if self._differs(called):
+            raise ConfigurationError(
+                f"the model: in step {step + 1} not all workers called the same blocks, as parallel.strategy = 'fsdp' "
+                "needs: do not choose them by sample or by chance, or set parallel.strategy = 'ddp'."
+            )
+        if self._sums.passes_disagree():
+            raise ConfigurationError(
+                f"the loss: step {step + 1} was computed twice, as exact mode with parallel.strategy = 'fsdp' must at "
+                "times, and had other gradients the second time: have the model and the task leave their batch as it "
+                "is, and draw random numbers from torch's generators alone; or set parallel.strategy = 'ddp'."
+            )
+        super().finish_step(global_size, step)
+
+    def rehearse(self, loss: torch.Tensor) -> None:
+        """As `Strategy` has it. Nothing is exchanged; what got a gradient has one of zeros."""
+        self._is_dealing = False
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._sums.mark_gradients()
+        self._called = 0
+
+    def gradient_norm(self) -> torch.Tensor:
+        """As `Strategy` has it."""
+        gradients = [one.grad for one in self._parameters.values() if one.grad is not None]
+        return norm_of_whole(gradients, self._world)
+
+    def clip_(self, max_norm: float) -> torch.Tensor:
+        """As `Strategy` has it."""
+        norm = self.gradient_norm()
+        parts = [local(one.grad) for one in self._parameters.values() if one.grad is not None]
+        holders = [part.detach() for part in parts]  # torch scales what is the gradient of something
+        for holder, part in zip(holders, parts, strict=True):
+            holder.grad = part
+        nn.utils.clip_grads_with_norm_(holders, max_norm, norm)
+        return norm
+
+    def _enter(self, block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        block.enter()
+        if not self._is_dealing:
+            return
+        block.num_calls += 1
+        inputs = [
+            leaf
+            for leaf in (tree_leaves((args, kwargs)) if torch.is_grad_enabled() else ())
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        ]
+        if inputs:
+            register_multi_grad_hook(inputs, partial(self._leave, block))
+
+    def _leave(self, block: Block, _: Any) -> None:
+        """The gradients of a call's inputs are there, so those of its parameters are: all of them after the last."""
+        block.num_left += 1
+        if self._is_dealing and block.is_waiting and block.num_left == block.num_calls:
+            self._sums.take(block, counts=not self._is_filler)
+
+    def _finish_dealing(self) -> None:
+        self._sums.take_rest(counts=not self._is_filler)
+        self._is_dealing = False

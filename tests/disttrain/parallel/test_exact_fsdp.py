@@ -1,0 +1,153 @@
+"""Exact mode in shards: the bits of one worker, whatever the number of workers and the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import disttrain
+from disttrain.checkpoint import CheckpointStore, read_checkpoint
+from disttrain.errors import ConfigurationError
+from disttrain.recipe import load_recipe
+from disttrain.testing import run_workers
+from tests.disttrain.parallel.exact_runs import outcome
+from tests.disttrain.parallel.test_fsdp_models import Odd, Signs, samples
+
+EXACT, FSDP = ("parallel.exact=true",), ("parallel.exact=true", "parallel.strategy=fsdp")
+# 3 samples in the last batch: a slice is empty, and with three workers all their slices come in uneven numbers.
+GPT = (
+    "data.batch_size=7",
+    "data.options={context_length=8}",
+    "model.options={num_layers=2, num_heads=2, dim=12}",
+    "optim.name=adamw",
+    "optim.lr=0.01",
+    "optim.decay_biases_and_norms=false",
+    "train.epochs=1",
+    "train.max_steps=6",
+    "train.clip_norm=0.5",
+    "train.accumulate=2",
+    "train.precision=bf16",
+    "train.ema_decay=0.9",
+    "train.log_every_steps=1",
+    "train.eval_batch_size=3",
+    "tracking.uri=none",
+    "tracking.system_metrics=false",
+)
+
+
+ODD = (
+    "data.batch_size=11",
+    "optim.name=sgd",
+    "optim.lr=0.1",
+    "optim.momentum=0.9",
+    "train.epochs=2",
+    "train.eval_batch_size=3",
+    "train.log_every_steps=1",
+    "tracking.uri=none",
+    "tracking.system_metrics=false",
+)
+
+
+def train_gpt(folder: Path, name: str, *overrides: str) -> None:
+    recipe = load_recipe("text-gpt", [*GPT, f"data.root={folder / 'texts'}", *overrides])
+    disttrain.train(recipe, run_dir=folder / name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for number in range(1, 21):
+        text = "The cat sat on the mat. It was a small, black cat, and an old mat."[: number * 3]
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(text)
+    return tmp_path
+
+
+def on(size: int, train: Callable[..., Any], *arguments: Any) -> None:
+    run_workers(train, size, args=arguments, process_group=False)
+
+
+def test_a_gpt_has_the_bits_of_one_worker_also_when_it_was_stopped_and_resumed_otherwise(folder: Path) -> None:
+    """With AdamW, clipping, accumulation, averages of the weights and bfloat16."""
+    train_gpt(folder, "alone", *FSDP)
+    on(3, train_gpt, folder, "mixed", "train.max_steps=2", *FSDP)
+    on(2, train_gpt, folder, "mixed", "train.max_steps=3", *EXACT)
+    on(2, train_gpt, folder, "mixed", "train.max_steps=5", "parallel.shard_modules=['MLP']", *FSDP)
+    train_gpt(folder, "mixed", *FSDP)
+    assert bits(folder / "mixed") == bits(folder / "alone")
+    assert step_of(folder / "alone") == 6
+
+
+class OddBySlice(Odd):
+    """Besides, a parameter that only some slices use: those whose first sample is positive in sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.some = nn.Parameter(torch.ones(7, 1))
+
+    def scores(self, inputs: torch.Tensor) -> torch.Tensor:
+        scores = super().scores(inputs)
+        return scores * self.some.sum() if inputs[0].sum() > 0 else scores
+
+
+def train_odd(run_dir: Path, *overrides: str) -> None:
+    recipe = load_recipe("digits", [*ODD, *overrides])
+    sets = {"train_set": samples(20, 1), "test_set": samples(10, 2)}
+    torch.manual_seed(0)
+    disttrain.train(recipe, run_dir=run_dir, model=OddBySlice, task=Signs, **sets)
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero"])
+def test_an_odd_model_has_the_bits_of_one_worker(tmp_path: Path, policy: str) -> None:
+    """Tied, frozen and unused parameters, one that only some slices use, BatchNorm, a step that is not finite."""
+    overrides = (*FSDP, "model.freeze=blocks.0.0.*", f"train.non_finite={policy}")
+    train_odd(tmp_path / "alone", *overrides)
+    on(3, train_odd, tmp_path / "three", *overrides)
+    assert repr(outcome(tmp_path / "three")) == repr(outcome(tmp_path / "alone"))  # a loss that is NaN is one of them
+    state = read_checkpoint(CheckpointStore(tmp_path / "three" / "checkpoints").paths()[-1]).state
+    assert state["non_finite"]["total"] > 0
+
+
+class InPlace(Signs):
+    """A task that writes to its batch, which so is another one when a slice is computed again."""
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        batch[0].mul_(3.0)
+        return super().loss(model, batch)
+
+
+def test_what_shards_cannot_do_exactly_is_refused_by_name(tmp_path: Path) -> None:
+    def refused() -> list[str]:
+        said = []
+        for task, override in (
+            (Signs, "optim.fused=true"),
+            (Signs, "optim.name=Adafactor"),
+            (InPlace, "optim.lr=0.1"),
+        ):
+            recipe = load_recipe("digits", [*ODD, *FSDP, "train.non_finite=skip", override])
+            sets = {"train_set": samples(20, 1), "test_set": samples(10, 2)}
+            with pytest.raises(ConfigurationError) as caught:
+                disttrain.train(recipe, run_dir=tmp_path / str(len(said)), model=Odd, task=task, **sets)
+            said.append(str(caught.value))
+        return said
+
+    for fused, whole, twice in run_workers(refused, 2, process_group=False):
+        assert "cannot be combined with optim.fused = true in exact mode" in fused
+        assert "cannot be combined with optim.name = 'Adafactor'" in whole
+        assert "was computed twice" in twice
+
+
+def bits(run_dir: Path) -> Any:
+    found = outcome(run_dir)
+    state = read_checkpoint(CheckpointStore(run_dir / "checkpoints").paths()[-1]).state
+    # Evaluations are at the end of each start, and are none of an undisturbed run's.
+    metrics = {key: value for key, value in found.metrics.items() if not key[1].startswith("eval/")}
+    return found.weights, found.optimizer, found.evaluation, metrics, state["expected_magnitudes"]
+
+
+def step_of(run_dir: Path) -> int:
+    return int(outcome(run_dir).state["step"])
