@@ -11,7 +11,7 @@ from disttrain.data.normalise import normalise
 from disttrain.data.pytree import tensors_in, to_device
 from disttrain.data.repeat import unlike_when_read_again
 from disttrain.data.sampler import StepSampler
-from disttrain.data.sizes import batch_sizes_without_single_samples, smallest_batch, smallest_part
+from disttrain.data.sizes import batch_sizes_without_single_samples, largest_part, smallest_batch, smallest_part
 from disttrain.data.sources.custom import as_datasets, as_sample_sets, as_split
 from disttrain.data.sources.picture import read_picture
 from disttrain.data.sources.tabular import table_sets
@@ -43,6 +43,7 @@ __all__ = [
     "digest_of",
     "flip",
     "labels_of",
+    "largest_part",
     "load_datasets",
     "normalise",
     "read_picture",

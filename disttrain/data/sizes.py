@@ -17,6 +17,12 @@ def smallest_part(num_samples: int, batch_size: int, num_slices: int, accumulate
     return max(1, max(1, fewest // num_slices) // accumulate)
 
 
+def largest_part(num_samples: int, batch_size: int, num_slices: int, accumulate: int) -> int:
+    """The most samples that are computed at once: in the first micro-batch of the first slice of a full batch."""
+    slice_size = -(-min(batch_size, num_samples) // num_slices)
+    return -(-slice_size // accumulate)
+
+
 def batch_sizes_without_single_samples(
     num_samples: int, batch_size: int, num_slices: int, accumulate: int
 ) -> list[int]:

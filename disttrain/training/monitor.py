@@ -22,11 +22,12 @@ from disttrain.layout import EVAL, EVALUATION
 from disttrain.runs.rundir import resume_command, write_evaluation
 from disttrain.task import named
 from disttrain.terminal.console import Console
-from disttrain.tracking import SYSTEM_METRICS, SystemSampler, Tracker, node_metrics
+from disttrain.tracking import SystemSampler, Tracker
 from disttrain.training.conclusion import prepare_conclusion
 from disttrain.training.evaluate import Evaluation, concluded, scored
 from disttrain.training.hooks import HookContext
 from disttrain.training.job import Job, StepResult
+from disttrain.training.machine_report import MachineReport, shortage_words
 from disttrain.training.optim import learning_rates
 from disttrain.training.saver import Saver
 
@@ -51,7 +52,8 @@ class RunMonitor:
         self.job = job
         self.run_dir = run_dir
         self.saver = Saver(job, run_dir, address, store, tracker, console)
-        self._tracker, self._console, self._stop, self._sampler = tracker, console, stop, sampler
+        self._tracker, self._console, self._stop = tracker, console, stop
+        self._machines = MachineReport(job.world, job.recipe, sampler)
         self._agreement = Agreement(num_flags=2)
         self._last_log = time.monotonic()
         self._items_since_log = self._items_in_epoch = self._num_items = 0  # of all workers, as the task counts them
@@ -145,17 +147,10 @@ class RunMonitor:
         raise RolledBack(self.saver.address)
 
     def _log(self, result: StepResult) -> None:
-        job, world, losses = self.job, self.job.world, result.losses
-        names = SYSTEM_METRICS if job.recipe.tracking.system_metrics else ()
-        num_slices = len(losses)
-        report = torch.zeros(num_slices + world.num_nodes * len(names), dtype=torch.float64)
-        report[:num_slices] = losses
-        starts = [num_slices + node * len(names) for node in range(world.num_nodes)]
-        places = [slice(start, start + len(names)) for start in starts]
-        if self._sampler is not None:
-            report[places[world.node]] = torch.tensor(self._sampler.latest(), dtype=torch.float64)
+        job, losses = self.job, result.losses
+        report = sum_(torch.cat([losses.to("cpu", torch.float64), self._machines.mine()])).tolist()
         # Every number in it is one worker's own, and zero on the others: only this sum rounds, in the slices' order.
-        loss = math.fsum(sum_(report)[:num_slices].tolist())
+        loss, machines = math.fsum(report[: len(losses)]), report[len(losses) :]
         now = time.monotonic()
         rate, items = self._items_since_log / max(now - self._last_log, 1e-9), job.task.items
         self._last_log, self._items_since_log = now, 0
@@ -167,10 +162,11 @@ class RunMonitor:
         }
         if result.grad_norm is not None:
             metrics["train/grad_norm"] = float(result.grad_norm)
-        if names:
-            for node, place in enumerate(places):
-                metrics.update(node_metrics(node, report[place].tolist()))
+        metrics.update(self._machines.metrics(machines))
         self._tracker.metrics(job.step, metrics)
+        if short := self._machines.short_of_memory(machines):
+            self._tracker.event("short-of-memory", step=job.step, ranks=short)
+            self._console.warn(shortage_words(short))
         self._console.measured(loss, f"{rate:,.0f} {items}/s")
 
     @contextmanager

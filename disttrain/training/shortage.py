@@ -24,7 +24,13 @@ def shortage_in_step(job: Job, batch: StepBatch) -> Iterator[None]:
     retry: memory was enough before, and after a crash another process may still be holding it.
     """
     # A worker may have no part of it: a short last batch in exact mode has fewer samples than slices.
-    size = max((len(part.samples) for part in batch.parts), default=1)
+    with shortage_of(job, max((len(part.samples) for part in batch.parts), default=1)):
+        yield
+
+
+@contextmanager
+def shortage_of(job: Job, size: int) -> Iterator[None]:
+    """The same where the next step computes so many samples at once, or they are tried before it."""
     accumulate = job.recipe.train.accumulate
     if size > 1:
         advice = f"begin a new run with train.accumulate = {2 * accumulate}, which computes {-(-size // 2)} at once"

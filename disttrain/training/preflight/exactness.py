@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from disttrain import rng
-from disttrain.data import smallest_part, unlike_when_read_again
+from disttrain.data import largest_part, smallest_part, unlike_when_read_again
 from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError
 from disttrain.models.buffers import same_bits
 from disttrain.training.job import Job
+from disttrain.training.shortage import shortage_of
 
 _NO_DETERMINISTIC_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 _MODEL = "the model"
@@ -24,7 +25,7 @@ _OR_FAST = "or set parallel.exact = false"
 
 
 def try_exactness(job: Job) -> None:
-    """Compute a step of two samples twice, and evaluate them, as exact mode would; leave the job as it was.
+    """Compute a step of a few samples twice, and evaluate them, as exact mode would; leave the job as it was.
 
     Raises ConfigurationError, on every rank alike, for a data set that draws from a generator of its own, an operator
     without a deterministic kernel, sparse gradients, parts of a step that are too small for the model, state that
@@ -44,7 +45,7 @@ def _try_model(job: Job, kept: frozenset[str]) -> None:
     versions = {key: parameter._version for key, parameter in model.named_parameters()}
     with generators_kept():
         try:
-            with named_operators(job.world.device):
+            with shortage_of(job, len(_samples(job))), named_operators(job.world.device):
                 first = _results(job)
                 _refuse_lost_buffers(model, buffers, kept)
                 _restore(model, buffers)
@@ -77,10 +78,13 @@ def _read_again(job: Job) -> None:
 
 
 def _samples(job: Job) -> torch.Tensor:
-    """Two samples, or one if there are steps in which the model will see a single one: their places in a set."""
+    """Two samples, or one if there are steps in which the model will see a single one: their places in a set.
+
+    On a GPU as many as a step computes at once: kernels are chosen by the shape, and not all are deterministic.
+    """
     recipe = job.recipe
     sizes = len(job.data.train), recipe.data.batch_size, recipe.parallel.slices, recipe.train.accumulate
-    return torch.arange(min(2, smallest_part(*sizes)))
+    return torch.arange(largest_part(*sizes) if job.world.device.type == "cuda" else min(2, smallest_part(*sizes)))
 
 
 def _results(job: Job) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
-from disttrain.data import StepSampler, batch_sizes_without_single_samples, smallest_part
+from disttrain.data import StepSampler, batch_sizes_without_single_samples, largest_part, smallest_part
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
 from disttrain.testing import run_workers
+from disttrain.training.preflight import exactness
 
 QUIET = (
     "tracking.uri=none",
@@ -290,7 +292,7 @@ def test_a_part_of_a_single_sample_is_refused_before_training_with_sizes_that_do
     run_workers(shared, 2, process_group=False)
 
 
-def test_the_smallest_part_is_that_of_the_steps() -> None:
+def test_the_smallest_and_the_largest_part_are_those_of_the_steps() -> None:
     for num in (1, 7, 12, 13, 25):
         for batch_size in (1, 4, 6, 25):
             for slices in (1, 2, 3):
@@ -304,8 +306,17 @@ def test_the_smallest_part_is_that_of_the_steps() -> None:
                     ]
                     fewest = min(max(1, len(part)) for part in parts)
                     assert smallest_part(num, batch_size, slices, accumulate) == fewest
+                    assert largest_part(num, batch_size, slices, accumulate) == max(map(len, parts))
                     for size in batch_sizes_without_single_samples(num, batch_size, slices, accumulate):
                         assert smallest_part(num, size, slices, accumulate) > 1
+
+
+@pytest.mark.parametrize(("device", "num"), [("cpu", 2), ("cuda", 5)])
+def test_exact_mode_is_tried_on_as_many_samples_as_a_gpu_computes_at_once(device: str, num: int) -> None:
+    recipe = load_recipe("digits", ["data.batch_size=30", "parallel.slices=3", "train.accumulate=2"])
+    data, world = SimpleNamespace(train=range(90)), SimpleNamespace(device=torch.device(device))
+    job: Any = SimpleNamespace(recipe=recipe, data=data, world=world)
+    assert exactness._samples(job).tolist() == list(range(num))
 
 
 class WithExtraState(Net):

@@ -91,7 +91,7 @@ def test_its_steps_lead_to_a_working_command(tmp_path: Path) -> None:
         else:
             shutil.copy(ROOT / path, target)
     venv.create(tmp_path / "venv", with_pip=True)
-    arguments = {"CUDA": "cpu", "PYTORCH_INDEX": "unused", "PACKAGES": ""}
+    arguments = {"CUDA": "cpu", "PYTORCH_INDEX": "unused", "PACKAGES": "", "SYSTEM_PACKAGES": ""}
     for stage in stages()[1:]:
         folder = root
         for name, rest in stage:
