@@ -1,6 +1,6 @@
 """What each way to meet sends, and how fast it trains, between two machines on a slow link. Needs root on Linux.
 
-    python benchmarks/bytes.py [--recipe digits] [--rate 100mbit] [--rounds 3] [-o KEY=VALUE]…
+    python benchmarks/bytes.py [--recipe digits] [--rate 100mbit] [--rounds 3] [--ways bf16 "every 50"] [-o KEY=VALUE]…
 
 Two simulated machines with one worker each are joined by a link that lets `--rate` pass in each direction. Each round
 trains the recipe to its end in every way, one after another, so that a machine whose speed drifts does not favour one.
@@ -32,7 +32,13 @@ from disttrain.runs.journal import read_journal
 from disttrain.testing import cluster
 from disttrain.testing.hosts import Host, why_not
 
-WAYS = {"float32": "none", "bf16": "bf16", "fp16": "fp16"}
+WAYS = {
+    "float32": "parallel.compress=none",
+    "bf16": "parallel.compress=bf16",
+    "fp16": "parallel.compress=fp16",
+    "every 10": "parallel.sync_every=10",
+    "every 50": "parallel.sync_every=50",
+}
 COMMON = (
     "train.threads=1",
     "train.log_every_steps=10",
@@ -103,6 +109,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="digits")
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS][1:], default=[*WAYS][1:], help="besides float32")
     parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the machines are taken down then, too
@@ -113,12 +120,13 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
     print(f"{options.recipe}, two machines of one worker, {options.rate} each way, {options.rounds} rounds", flush=True)
-    found: dict[str, list[Measured]] = {name: [] for name in WAYS}
+    ways = {name: override for name, override in WAYS.items() if name in ("float32", *options.ways)}
+    found: dict[str, list[Measured]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
-            for name, compress in WAYS.items():
-                overrides = [*COMMON, *options.overrides, f"parallel.compress={compress}"]
-                found[name].append(measure(Path(folder, f"{name}-{number}"), options.recipe, options.rate, overrides))
+            for name, override in ways.items():
+                overrides, place = [*COMMON, *options.overrides, override], f"{name.replace(' ', '-')}-{number}"
+                found[name].append(measure(Path(folder, place), options.recipe, options.rate, overrides))
     base = found["float32"]
     for name, runs in found.items():
         sent = spread([run.bytes_per_step for run in runs], ",.0f")

@@ -164,6 +164,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "non_finite": (_is_non_finite, "a table of the whole numbers in_a_row and total"),
     "recent_losses": (_list_of(is_number), "a list of numbers"),
     "expected_magnitudes": (_is_expectation, "null or a table of numbers"),
+    "workers": (_list_of(_is_table), "a list of tables"),
     "recipe": (_is_table, "a table"),
     "task": (_is_table, "a table"),
     "data": (_is_data, "a table of num_train, classes, sample_shape, mean and std that fit together"),
@@ -177,5 +178,5 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 # Older checkpoints lack these.
 _OPTIONAL = {
     "best", "best_evaluation", "expected_magnitudes", "given", "hooks", "init", "non_finite", "recent_losses",
-    "shared", "task",
+    "shared", "task", "workers",
 }  # fmt: skip

@@ -144,7 +144,8 @@ class FixedPointSum:
 
     Of each list the tensors at the places where `largest` is a finite magnitude are summed: that of the tensor over all
     the summands there are anywhere. `num_summands` is how many lists there are, or more. `scratch` is memory for the
-    integers, used if it is large enough. `num_extra` counters travel behind the sum; the caller sets them.
+    integers, used if it is large enough. `num_extra` counters travel behind the sum; the caller sets them. A sum has
+    `num_bits` and a sign.
     """
 
     def __init__(
@@ -154,13 +155,14 @@ class FixedPointSum:
         num_summands: int,
         scratch: torch.Tensor | None = None,
         num_extra: int = 0,
+        num_bits: int = _BITS,
     ) -> None:
         headroom = _headroom(num_summands)
         self._grids: list[_Grid] = []
         for index, (tensor, magnitude) in enumerate(zip(like, largest, strict=True)):
             if not 0 <= magnitude < math.inf:
                 continue
-            shift = _BITS - headroom - math.frexp(magnitude)[1]
+            shift = num_bits - headroom - math.frexp(magnitude)[1]
             fits = tensor.dtype == torch.float32 and abs(shift) <= _MOST_FLOAT32_SHIFT
             size = _real(tensor).numel()
             self._grid_for(torch.float32 if fits else torch.float64, size).append(index, size, shift)

@@ -34,15 +34,28 @@ _NO_SCALE = 1.0
 class Incident:
     """A step whose loss or gradient was not finite, and what was done ("skip" or "zero"): the same on every rank.
 
-    `rank` is the first whose loss was not finite, and `samples` are those of its slice, as places in the training set;
-    None and empty if all losses were finite. `in_a_row` counts such steps up to this one, `total` all of the run.
+    `step` counts the steps done with it. `rank` is the first whose loss was not finite, and `samples` are those of its
+    slice, as places in the training set; None and empty if all losses were finite. `in_a_row` counts such steps up to
+    this one, `total` all of the run. Where workers train apart, it is one worker's, and `rank` is always known.
     """
 
+    step: int
     policy: str
     rank: int | None
     samples: tuple[int, ...]
     in_a_row: int
     total: int
+
+    def words(self, limit: int) -> str:
+        """What happened, for a warning; `limit` is how many in a row may."""
+        where = f" on rank {self.rank}" if self.rank is not None else ""
+        where += f", in {listed(self.samples)}" if self.samples else ""
+        what = f"the {'loss' if self.samples else 'gradient'} of step {self.step} is not finite{where}"
+        done = "the step is skipped" if self.policy == "skip" else "zeros are put in its place"
+        return (
+            f"{what}: {done} ({self.in_a_row} of at most {limit} in a row, {self.total} in all; the journal has every "
+            "one)."
+        )
 
 
 class Verdict(Enum):
@@ -72,11 +85,11 @@ class NonFiniteGuard:
     ) -> None:
         """`read` is as `Rerun` takes it."""
         self._policy, self._limit = recipe.non_finite, recipe.non_finite_limit
-        self._strategy, self._optimizer, self._scaler = strategy, optimizer, scaler
+        self._strategy, self._optimizer, self._scaler, self._world = strategy, optimizer, scaler, world
         self._parameters = dict(strategy.model.named_parameters())
         self._buffers = BufferCopies(strategy.model)
         self._rerun = Rerun(strategy.model, task, recipe, world.device, autocast, read)
-        self._incident: Incident | None = None
+        self._incidents: list[Incident] = []
         self._in_a_row = self._total = 0
 
     def state(self) -> dict[str, int]:
@@ -108,20 +121,25 @@ class NonFiniteGuard:
             return Verdict.STEP  # the scaler leaves the step out by itself, and lowers its scale
         if self._policy == "stop" or self._in_a_row >= self._limit:
             raise DivergedError(self._why_it_ends(step, batch))
+        return self._deal_with(step, rank, by_rank[rank] if rank is not None else [])
+
+    def agree(self) -> None:
+        """Have all ranks know what each has seen by itself, where workers train apart. Raises as `check` does."""
+
+    def take_incidents(self) -> list[Incident]:
+        """What was not finite since this was asked last, the same on every rank."""
+        incidents, self._incidents = self._incidents, []
+        return incidents
+
+    def _deal_with(self, step: int, rank: int | None, samples: list[int]) -> Verdict:
         self._in_a_row, self._total = self._in_a_row + 1, self._total + 1
-        samples = by_rank[rank] if rank is not None else []
-        self._incident = Incident(self._policy, rank, tuple(samples), self._in_a_row, self._total)
+        self._incidents.append(Incident(step + 1, self._policy, rank, tuple(samples), self._in_a_row, self._total))
         self._buffers.restore(only_non_finite=self._policy == "zero")
         self._forget_overflow()
         if self._policy == "skip":
             return Verdict.SKIP
         self._put_zeros()
         return Verdict.STEP_WITHOUT_SCALER
-
-    def take_incident(self) -> Incident | None:
-        """What was not finite in the step just made, returned once."""
-        incident, self._incident = self._incident, None
-        return incident
 
     def _are_known_finite(self) -> bool:
         # Without a scaler: divided by a scale below one, a finite number may become infinite.
@@ -159,7 +177,13 @@ class NonFiniteGuard:
         self._optimizer.zero_grad(set_to_none=True)
         with self._strategy.made_whole():
             mine = self._rerun.find_first(batch, step, self._scale(), self._buffers.restore)
-        by_rank = gather_objects(mine)
+        return self._words(step, self._gathered(mine))
+
+    def _gathered(self, mine: Finding | NotComputed | None) -> list[Finding | NotComputed | None]:
+        return gather_objects(mine)
+
+    def _words(self, step: int, by_rank: list[Any]) -> str:
+        """Why the run ends, by what each rank has found."""
         found = [(one.slice_index, one.part, rank) for rank, one in enumerate(by_rank) if isinstance(one, Finding)]
         row = "" if self._policy == "stop" else f" in {self._in_a_row + 1} steps in a row (train.non_finite_limit)"
         hint = '; train.non_finite = "skip" continues without such steps' if self._policy == "stop" else ""

@@ -1,6 +1,7 @@
-"""Which strategy a run is trained by: DistributedDataParallel, FSDP, exact mode, DataParallel, or one worker alone.
+"""Which strategy a run is trained by: DistributedDataParallel, FSDP, exact mode, DataParallel, local training, or none.
 
-The gradient is always the mean over the samples of the global batch, however unevenly the workers share it.
+But in local training, the gradient is the mean over the samples of the global batch, however unevenly the workers share
+it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from disttrain.parallel.alone import Alone
 from disttrain.parallel.data_parallel import DataParallel
 from disttrain.parallel.ddp import Ddp
 from disttrain.parallel.exact.strategy import Exact
+from disttrain.parallel.local import Local
 from disttrain.parallel.strategy import Strategy
 from disttrain.parallel.sync_batchnorm import convert_sync_batchnorm
 from disttrain.recipe import ParallelRecipe
@@ -27,6 +29,8 @@ def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_
     if recipe.exact and (recipe.strategy != "fsdp" or world.size == 1):
         return Exact(model, world, recipe.slices)
     strategy, reason = choose_strategy(recipe.strategy, world.size, _visible_gpus(world.device))
+    if recipe.sync_every:  # whatever of the others it would have been
+        return Local(model, world, recipe)
     if sync_batchnorm and world.size > 1:
         model = convert_sync_batchnorm(model, world.device)
     if strategy == "fsdp":

@@ -35,6 +35,8 @@ class Strategy:
     """Every worker's slices, by rank, if all must compute equally many micro-batches in a step: see `keep_pace`."""
     bits_depend_on_world_size: bool = True
     """Whether another number of workers gives other bits."""
+    trains_apart: bool = False
+    """Whether each worker makes steps by its own gradients, and has weights of its own between two meetings."""
     is_sharded: bool = False
     """Whether a worker holds only a part of the parameters, their gradients and the optimizer's state."""
     sums_are_finite: bool = False
@@ -107,6 +109,23 @@ class Strategy:
         `step` counts the steps done before. Every rank must call it. Raises ConfigurationError, on this rank only, if
         the model left parameters without a gradient that the other workers wait for.
         """
+
+    def meets_after(self, step: int) -> bool:
+        """Whether the workers meet after this step; `step` counts the steps done before it."""
+        return False
+
+    def meet_(self, step: int) -> None:
+        """Have all workers set out from the same weights again, after a step of the optimizer. Every rank must call it.
+
+        Raises DivergedError, on every rank, if a number of the model is not finite on any.
+        """
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the model is the run's, if each worker has its own. Every rank must enter it."""
+        return nullcontext()
+
+    def settle_(self) -> None:
+        """Give each worker the run's model for good: no step may follow. Every rank must call it."""
 
     def rehearse(self, loss: torch.Tensor) -> None:
         """Compute the gradients of a step that is not made, and do whatever the bits of the steps after it depend on.

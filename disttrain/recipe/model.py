@@ -111,6 +111,15 @@ class ParallelRecipe(Section):
     compress: Literal["none", "bf16", "fp16"] = Field(
         default="none", description="ddp: gradients travel as float32, or in half the bytes as bf16 or fp16"
     )
+    sync_every: WholeNumber = Field(
+        default=0,
+        description="each worker trains by itself for so many steps between two outer steps (DiLoCo; 0: gradients meet "
+        "in every step)",
+    )
+    outer_learning_rate: Positive = Field(default=0.7, description="sync_every: what the outer step is multiplied by")
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="sync_every: the outer step's Nesterov momentum (0: none)"
+    )
     exact: bool = Field(default=False, description="the same bits at every number of workers")
     slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
     shard_modules: Patterns = Field(
@@ -124,6 +133,11 @@ class ParallelRecipe(Section):
             raise ValueError(
                 f'compress = "{self.compress}" is for several workers, and strategy = "{self.strategy}" is for one; '
                 "leave one of the two out"
+            )
+        if self.sync_every and self.strategy in ("fsdp", "dp"):
+            raise ValueError(
+                f"sync_every = {self.sync_every} has every worker train a whole model by itself, which strategy = "
+                f'"{self.strategy}" does not; leave one of the two out'
             )
         return self
 
@@ -210,12 +224,35 @@ class Recipe(Section):
                 f'parallel.compress = "{self.parallel.compress}"',
                 "it rounds sums that depend on the number of workers",
             ),
+            (
+                self.parallel.sync_every > 0,
+                f"parallel.sync_every = {self.parallel.sync_every}",
+                "as many replicas are trained as there are workers",
+            ),
             (self.model.sync_batchnorm, "model.sync_batchnorm = true", "its sums depend on the number of workers"),
             (self.train.compile, "train.compile = true", "kernels are made for the shapes a worker has met before"),
             (self.train.device == "mps", 'train.device = "mps"', "an Apple GPU serves one worker only"),
         ):
             if self.parallel.exact and stands:
                 raise ValueError(f"{key} cannot be exact, since {why}; change it or set parallel.exact = false")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_can_train_apart(self) -> Self:
+        for stands, key, why in (
+            (self.model.sync_batchnorm, "model.sync_batchnorm = true", "takes sums over all workers in every step"),
+            (self.train.spike_factor > 0, "train.spike_factor", "looks at the loss of all workers in every step"),
+            (
+                self.train.ema_decay is not None,
+                "train.ema_decay",
+                "averages weights that all workers have in each step",
+            ),
+        ):
+            if self.parallel.sync_every and stands:
+                raise ValueError(
+                    f"{key} {why}, which parallel.sync_every = {self.parallel.sync_every} does not have; leave one of "
+                    "the two out"
+                )
         return self
 
     @model_validator(mode="after")

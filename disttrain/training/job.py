@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from disttrain.data import Datasets, Digest, EvalLoader, Loader, SampleSets, Ste
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.health.nonfinite import NonFiniteGuard
+from disttrain.health.nonfinite_apart import ApartNonFiniteGuard
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
 from disttrain.layout import EVAL, Best
@@ -139,8 +140,11 @@ class Job:
         return is_new
 
     def as_evaluated(self) -> AbstractContextManager[None]:
-        """The context in which the model has the weights that are evaluated: their averages, if there are any."""
-        return nullcontext() if self.ema is None else self.ema.in_place()
+        """The context in which the model has the weights that are evaluated: their averages, if there are any.
+
+        Every rank must enter it, if workers train apart.
+        """
+        return self.strategy.averaged() if self.ema is None else self.ema.in_place()
 
     def evaluation(self) -> dict[str, float]:
         """The metrics that were measured at this step, as the task names them."""
@@ -259,7 +263,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         strategy=strategy,
         optimizer=optimizer,
         scaler=scaler,
-        non_finite=NonFiniteGuard(
+        non_finite=(ApartNonFiniteGuard if strategy.trains_apart else NonFiniteGuard)(
             recipe.train,
             strategy,
             optimizer,

@@ -213,6 +213,9 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
     if job.ema is not None and verdict is not Verdict.SKIP:
         job.ema.update(job.step)
     job.optimizer.zero_grad(set_to_none=True)
+    if strategy.meets_after(job.step):
+        job.non_finite.agree()
+        strategy.meet_(job.step)
     return StepResult(losses, grad_norm)
 
 

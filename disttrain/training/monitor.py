@@ -14,8 +14,6 @@ import torch
 from disttrain.checkpoint import CheckpointStore
 from disttrain.distributed.collectives import Agreement, broadcast_from_main, sum_
 from disttrain.errors import ConfigurationError, DivergedError, StoppedError
-from disttrain.health.diagnosis import listed
-from disttrain.health.nonfinite import Incident
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
 from disttrain.layout import EVAL, EVALUATION
@@ -76,9 +74,7 @@ class RunMonitor:
         self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
         if result is not None and job.spikes.is_on:
             self._look_for_a_spike(result.losses)
-        incident = job.non_finite.take_incident()
-        if incident is not None:
-            self._report(incident)
+        self._report_incidents()
         if job.hooks:
             job.hooks.after_step(self._context())
         self.saver.poll()
@@ -102,19 +98,14 @@ class RunMonitor:
         if due or time_is_up:
             self.saver.save_unless_saved()
 
-    def _report(self, incident: Incident) -> None:
-        """Journal a step that was not finite; warn of the first, the second, the fourth, the eighth and so on."""
-        step, fields = self.job.step, asdict(incident)
-        self._tracker.event("non-finite", step=step, epoch=1 + (step - 1) // self.job.steps_per_epoch, **fields)
-        if incident.total.bit_count() == 1:
-            where = f" on rank {incident.rank}, in {listed(incident.samples)}" if incident.rank is not None else ""
-            what = f"the {'gradient' if incident.rank is None else 'loss'} of step {step} is not finite{where}"
-            done = "the step is skipped" if incident.policy == "skip" else "zeros are put in its place"
-            limit = self.job.recipe.train.non_finite_limit
-            self._console.warn(
-                f"{what}: {done} ({incident.in_a_row} of at most {limit} in a row, {incident.total} in all; the "
-                "journal has every one)."
-            )
+    def _report_incidents(self) -> None:
+        """Journal steps that were not finite; warn of the first, the second, the fourth, the eighth and so on."""
+        for incident in self.job.non_finite.take_incidents():
+            fields = asdict(incident)
+            step = fields.pop("step")
+            self._tracker.event("non-finite", step=step, epoch=1 + (step - 1) // self.job.steps_per_epoch, **fields)
+            if incident.total.bit_count() == 1:
+                self._console.warn(incident.words(self.job.recipe.train.non_finite_limit))
 
     def _ending(self, error: DivergedError) -> DivergedError:
         """The error with the newest checkpoint named: that of the state before the step, saved now if it was not.
@@ -177,8 +168,11 @@ class RunMonitor:
         started = time.monotonic()
         try:
             yield
+            self.job.non_finite.agree()
         except DivergedError as error:
+            self._report_incidents()
             raise self._ending(error) from None
+        self._report_incidents()
         seconds = time.monotonic() - started
         self._act(self._agreement.finish())
         self._refuse_no_items()
@@ -255,7 +249,8 @@ class RunMonitor:
         )
 
     def at_end(self) -> None:
-        """Have the hooks see the end of the run, unless it was concluded before."""
+        """Have the hooks see the end of the run, unless it was concluded before. Every rank must call it."""
+        self.job.strategy.settle_()
         if self.job.hooks and not self._is_done:
             self.job.hooks.at_end(self._context())
 

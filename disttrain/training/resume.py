@@ -15,6 +15,7 @@ from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.errors import ConfigurationError, brief
 from disttrain.layout import STATE, best_in
 from disttrain.parallel.conditions import differences
+from disttrain.training.apart import resume_apart
 from disttrain.training.identity import (
     describe_data,
     describe_task,
@@ -52,18 +53,13 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
         job.model.load_state_dict(hand_out_parts(job.world, source.model, here, by_broadcast=by_broadcast))
         of = _parameter_of(job, state["optimizer"].get("names", []))
         parts = hand_out_parts(job.world, source.optimizer, of, by_broadcast=by_broadcast)
-        handed = replace(checkpoint, optimizer=parts)
+        _resume_together(job, replace(checkpoint, optimizer=parts))
     else:
         job.model.load_state_dict(hand_out(job.world, checkpoint.model, job.model.state_dict()))
-        handed = replace(checkpoint, optimizer=hand_out(job.world, checkpoint.optimizer))
-    tensors = {name: tensor for name, tensor in handed.optimizer.items() if not name.startswith(AVERAGE)}
-    optimizer_from_tensors(job.optimizer, tensors, state["optimizer"], job.model)
-    if job.ema is not None:
-        job.ema.load(handed.averages)
-    if state["scaler"]:
-        _restore_scaler(job, checkpoint)
-    if "non_finite" in state:
-        job.non_finite.load_state(state["non_finite"])
+        if job.strategy.trains_apart:
+            resume_apart(job, checkpoint)
+        else:
+            _resume_together(job, replace(checkpoint, optimizer=hand_out(job.world, checkpoint.optimizer)))
     job.spikes.recent = state.get("recent_losses", [])
     job.strategy.load_state(state, f"{checkpoint.path}/{STATE}")
     job.init = state.get("init")
@@ -73,6 +69,19 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
     job.step = state["step"]
     job.metrics = state["metrics"] or None
     return differences(state["environment_fingerprint"], job.environment_fingerprint())
+
+
+def _resume_together(job: Job, checkpoint: Checkpoint) -> None:
+    """What is the same on every rank: the optimizer, the averages of the weights, the scaler, the guard's counts."""
+    state = checkpoint.state
+    tensors = {name: tensor for name, tensor in checkpoint.optimizer.items() if not name.startswith(AVERAGE)}
+    optimizer_from_tensors(job.optimizer, tensors, state["optimizer"], job.model)
+    if job.ema is not None:
+        job.ema.load(checkpoint.averages)
+    if state["scaler"]:
+        _restore_scaler(job, checkpoint)
+    if "non_finite" in state:
+        job.non_finite.load_state(state["non_finite"])
 
 
 def _parameter_of(job: Job, names: list[str]) -> Callable[[str], torch.Tensor | None]:

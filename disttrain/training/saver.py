@@ -22,6 +22,7 @@ from disttrain.layout import RECIPE, step_of
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker
+from disttrain.training.apart import gathered_apart
 from disttrain.training.job import Job
 
 _WORTH_A_WORD_S = 0.5
@@ -45,10 +46,10 @@ class Saver:
         self.last_save = time.monotonic()
         """When a checkpoint was last begun, by time.monotonic()."""
         self._job, self._run_dir, self._store = job, run_dir, store
-        is_sharded = job.strategy.is_sharded
+        is_sharded, self._is_apart = job.strategy.is_sharded, job.strategy.trains_apart
         self._shards = sharded_store(store, job.world, job.recipe.train.hang_timeout_s) if is_sharded else None
-        # What is gathered from shards is a copy already.
-        is_copy = is_sharded and self._shards is None
+        # What is gathered from all workers is a copy already.
+        is_copy = (is_sharded and self._shards is None) or self._is_apart
         self._writer = CheckpointWriter(self._shards or store, None if is_copy else job.optimizer)
         self._tracker, self._console = tracker, console
         self._saved_step = job.step
@@ -58,6 +59,9 @@ class Saver:
         """Save beside the training; a save that fails is a warning. `instead`: what parts of the state are to be."""
         job = self._job
         self.last_save, self._saved_step = time.monotonic(), job.step
+        if self._is_apart:
+            self._save_apart(instead or {})
+            return
         model: Tensors = job.model_tensors()
         optimizer: Tensors = job.optimizer_tensors()[0]
         if self._shards is not None:
@@ -69,6 +73,14 @@ class Saver:
         elif self._shards is not None:
             self._writer.save(model, optimizer, {"step": job.step})  # rank 0 reports it
 
+    def _save_apart(self, instead: Mapping[str, Any]) -> None:
+        """Save the run's model, and what each worker has of its own."""
+        optimizer, own = gathered_apart(self._job)
+        with self._job.strategy.averaged():
+            if self._job.world.is_main:
+                state = {**self._job.state(), **own, **instead}
+                self._report(self._writer.save(self._job.model_tensors(), optimizer, state))
+
     def save_unless_saved(self) -> None:
         """Save, but for a step that is saved, or will be with its evaluation."""
         if self._saved_step != self._job.step and not self._job.evaluation_is_due:
@@ -78,6 +90,8 @@ class Saver:
         """Save where the job stands, and wait, unless it is saved or has a number that is not finite."""
         job = self._job
         self.finish()
+        if self._is_apart:  # the others have made steps since that a worker which failed has not
+            return
         newest = broadcast_from_main(job.world, self.newest_step)
         is_finite_here = is_finite(local(tensor) for tensor in job.model_tensors().values())
         if (newest is None or newest < job.step) and not max_(torch.tensor(0.0 if is_finite_here else 1.0)):
@@ -117,7 +131,7 @@ class Saver:
             try:
                 if all_fail(f"evaluation-{job.step}"):
                     self.save_or_fail(instead)
-                elif job.world.is_main and not job.strategy.is_sharded:
+                elif job.world.is_main and not job.strategy.is_sharded and not self._is_apart:
                     self.save(instead)
                     self.finish()
                 else:
