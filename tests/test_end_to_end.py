@@ -16,7 +16,7 @@ import pytest
 
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 
-RECIPE = ["digits", "-o", "tracking.uri=none", "-o", "data.batch_size=64"]
+RECIPE = ["digits", "-o", "tracking.uri=none", "-o", "train.epochs=10"]  # of 23 steps
 LAUNCH = [sys.executable, "-m", "disttrain_launch", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "disttrain"]
 
@@ -123,7 +123,7 @@ def test_ctrl_c_leaves_nothing_behind_and_a_run_that_goes_on(
     machine: Machine, undisturbed: tuple[str, str], whom: str
 ) -> None:
     process = machine.start(*LAUNCH, *RECIPE, "-n", "2", "--run-dir", "run")
-    machine.wait_for_step(50, process)
+    machine.wait_for_step(20, process)
     if whom == "launcher":
         process.send_signal(signal.SIGINT)
     else:
@@ -147,7 +147,7 @@ def test_a_killed_launcher_takes_its_workers_along_and_the_run_goes_on(
     machine: Machine, undisturbed: tuple[str, str]
 ) -> None:
     process = machine.start(*LAUNCH, *RECIPE, "-n", "2", "--run-dir", "run", "-o", "checkpoint.every_steps=10")
-    machine.wait_for_step(60, process)
+    machine.wait_for_step(30, process)
     process.kill()
     process.communicate(timeout=240)
     deadline = time.monotonic() + 480
@@ -161,7 +161,7 @@ def test_a_killed_launcher_takes_its_workers_along_and_the_run_goes_on(
 
 def test_a_worker_that_dies_ends_the_run_and_is_named(machine: Machine) -> None:
     process = machine.start(*LAUNCH, *RECIPE, "-n", "2", "--run-dir", "run")
-    machine.wait_for_step(30, process)
+    machine.wait_for_step(20, process)
     ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
     ranks["1"].kill()
     out, err = process.communicate(timeout=240)

@@ -149,8 +149,8 @@ class Sender:
         while not self._orders.hurried:
             delivered = self._attempt()
             if is_first and not self._orders.hurried:
-                _give_way()
                 _prepare_charts()
+                _give_way()
             is_first = False
             if delivered:
                 backoff_s = _FIRST_BACKOFF_S
@@ -185,8 +185,8 @@ class Sender:
 def _give_way() -> None:
     """Let training go first from here on, as far as this thread goes: a priority is a thread's own on Linux.
 
-    Not before the first attempt: MLflow's start takes seconds of processor time, and at a low
-    priority they stretch over a minute in which every step suffers.
+    Not before the first attempt: MLflow's start takes seconds of processor time, and at a low priority they stretch
+    over a minute in which every step suffers, or the end has to wait for them.
     """
     with contextlib.suppress(OSError, AttributeError):
         os.nice(max(0, _NICENESS - os.nice(0)))
