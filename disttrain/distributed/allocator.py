@@ -10,9 +10,10 @@ from contextlib import contextmanager
 # <malloc.h> of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = -1
-# Blocks from this size on stay with the system, as ever: it is as far as glibc's own threshold moves, and the most that
-# its versions before 2.35 take.
-_LARGEST_KEPT = 32 << 20
+# Larger blocks go back to the system at once, as ever.
+_LARGEST_KEPT = 1 << 30
+# As far as glibc moves its own threshold, and the most that versions before 2.35 take.
+_LARGEST_BY_ITSELF = 32 << 20
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 _TUNABLES = "GLIBC_TUNABLES"
 
@@ -30,13 +31,15 @@ def freed_memory_kept() -> Iterator[None]:
     if glibc is None or is_set_by_user(os.environ):
         yield
         return
-    glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+    if not glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT):
+        glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BY_ITSELF)
     glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
         # What it was cannot be asked. This is where glibc arrives by itself once a block of that size has been freed.
-        glibc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_KEPT)
+        glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BY_ITSELF)
+        glibc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_BY_ITSELF)
         glibc.malloc_trim(0)
 
 

@@ -209,9 +209,12 @@ class NonFiniteGuard:
         )
 
 
-def marked(share: torch.Tensor) -> torch.Tensor:
-    """A share of the loss with the gradients it has; if it is not finite itself, all of them are NaN."""
-    return share * (1.0 + 0.0 * share.detach())
+def marked(gradient: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The gradient that a backward pass begins with; NaN, as all that follow from it, if the loss is not finite.
+
+    `share`: the loss, or what it adds to the step's.
+    """
+    return gradient + 0.0 * share
 
 
 def is_finite(tensors: Iterable[torch.Tensor]) -> bool:
@@ -234,6 +237,8 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
             found.append(is_bad == 0)
         elif filled := [tensor for tensor in group if tensor.numel()]:  # an empty tensor has no largest number
             found.append(torch.stack(torch._foreach_norm(filled, math.inf)).isfinite().all())
+    if len(found) == 1:
+        return bool(found[0])
     return bool(torch.stack([is_good.to(found[0].device).view(()) for is_good in found]).all()) if found else True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,6 +107,11 @@ class Job:
         """The type that the forward pass computes in; None for float32."""
         return AUTOCAST[self.recipe.train.precision]
 
+    @cached_property
+    def computing(self) -> AbstractContextManager[None]:
+        """The context of a forward pass in training. It can be entered again and again; making it takes longer."""
+        return torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
     @property
     def epoch(self) -> int:
         """The epoch that the next step belongs to, counted from 0."""
@@ -134,7 +140,9 @@ class Job:
 
     def compiles_in(self, stage: str, sizes: Iterable[int]) -> bool:
         """Whether the model is now compiled for batches of these sizes, which may take minutes: true once for each."""
-        wanted = {(stage, size) for size in sizes} if self.recipe.train.compile else set()
+        if not self.recipe.train.compile:
+            return False
+        wanted = {(stage, size) for size in sizes}
         is_new = not wanted <= self.compiled
         self.compiled |= wanted
         return is_new

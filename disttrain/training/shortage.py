@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from disttrain.data import StepBatch
 from disttrain.errors import ConfigurationError, DisttrainError, is_out_of_memory
@@ -16,48 +16,50 @@ _GIB = 2.0**30
 _log = logging.getLogger("disttrain")
 
 
-@contextmanager
-def shortage_in_step(job: Job, batch: StepBatch) -> Iterator[None]:
+def shortage_in_step(job: Job, batch: StepBatch) -> AbstractContextManager[None]:
     """Name a failed allocation in the block, a step, with the `train.accumulate` that asks for half as much.
 
     Raises ConfigurationError at the run's first step, which would fail again; later a DisttrainError, which is worth a
     retry: memory was enough before, and after a crash another process may still be holding it.
     """
     # A worker may have no part of it: a short last batch in exact mode has fewer samples than slices.
-    with shortage_of(job, max((len(part.samples) for part in batch.parts), default=1)):
-        yield
+    return shortage_of(job, max((len(part.samples) for part in batch.parts), default=1))
 
 
-@contextmanager
-def shortage_of(job: Job, size: int) -> Iterator[None]:
+def shortage_of(job: Job, size: int) -> AbstractContextManager[None]:
     """The same where the next step computes so many samples at once, or they are tried before it."""
-    accumulate = job.recipe.train.accumulate
-    if size > 1:
-        advice = f"begin a new run with train.accumulate = {2 * accumulate}, which computes {-(-size // 2)} at once"
-    else:
-        advice = "take a smaller model, smaller samples, or train.precision = 'bf16'"
-    what = f"step {job.step + 1}, with {size} sample{'s' if size > 1 else ''} computed at once"
-    with _named(job, what, advice, is_final=job.step == 0):
-        yield
+
+    def words() -> tuple[str, str]:
+        what = f"step {job.step + 1}, with {size} sample{'s' if size > 1 else ''} computed at once"
+        if size == 1:
+            return what, "take a smaller model, smaller samples, or train.precision = 'bf16'"
+        accumulate = 2 * job.recipe.train.accumulate
+        return what, f"begin a new run with train.accumulate = {accumulate}, which computes {-(-size // 2)} at once"
+
+    return _named(job, words, is_final=job.step == 0)
 
 
-@contextmanager
-def shortage_in_evaluation(job: Job) -> Iterator[None]:
+def shortage_in_evaluation(job: Job) -> AbstractContextManager[None]:
     """The same for an evaluation, whose batches may be of any size."""
-    size = job.recipe.train.eval_batch_size
-    what = f"the evaluation at step {job.step}, with train.eval_batch_size = {size}"
-    with _named(job, what, f"resume with train.eval_batch_size = {max(1, size // 2)}", is_final=False):
-        yield
+
+    def words() -> tuple[str, str]:
+        size = job.recipe.train.eval_batch_size
+        what = f"the evaluation at step {job.step}, with train.eval_batch_size = {size}"
+        return what, f"resume with train.eval_batch_size = {max(1, size // 2)}"
+
+    return _named(job, words, is_final=False)
 
 
 @contextmanager
-def _named(job: Job, what: str, advice: str, *, is_final: bool) -> Iterator[None]:
+def _named(job: Job, words: Callable[[], tuple[str, str]], *, is_final: bool) -> Iterator[None]:
+    """`words` are what failed and what to do: made only then, since every step comes through here."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         _log.exception("out of memory")
+        what, advice = words()
         kind = ConfigurationError if is_final else DisttrainError
         raise kind(f"out of memory in {what}: {_asked(error)} on {job.world.device}; {advice}.") from error
 

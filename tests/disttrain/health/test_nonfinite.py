@@ -282,9 +282,9 @@ def test_a_gradient_that_no_scale_can_save_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_marks_every_gradient_and_no_other_is_touched() -> None:
     weight = torch.tensor([1.0, -3.0], requires_grad=True)
-    for share, expected in ((weight.sum(), [1.0, 1.0]), (weight.sum() * math.inf, [math.nan, math.nan])):
+    for loss, expected in ((weight.sum(), [1.0, 1.0]), (weight.sum() * math.inf, [math.nan, math.nan])):
         weight.grad = None
-        marked(share).backward()  # type: ignore[no-untyped-call]
+        loss.backward(marked(torch.tensor(1.0), loss.detach()))  # type: ignore[no-untyped-call]
         assert weight.grad is not None
         assert str(weight.grad.tolist()) == str(expected)
 
