@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from disttrain.recipe import Recipe
 
 _DEFAULT_WORKERS = (1, 2, 3, 4)
+_STRATEGIES = ("ddp", "fsdp")
 
 
 def _worker_counts(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -33,6 +34,14 @@ def _worker_counts(ctx: click.Context, parameter: click.Parameter, value: str | 
     return counts
 
 
+def _strategies(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    names = tuple(value.split(",")) if value is not None else ()
+    for name in names:
+        if name not in _STRATEGIES:
+            raise click.BadParameter(f"{name!r} should be one of {', '.join(_STRATEGIES)}.", ctx, parameter)
+    return names
+
+
 @click.command()
 @click.argument("recipe", type=RECIPE)
 @click.option(
@@ -40,6 +49,13 @@ def _worker_counts(ctx: click.Context, parameter: click.Parameter, value: str | 
     metavar="N,N,...",
     callback=_worker_counts,
     help="Numbers of workers to start and to resume with. [default: 1,2,3,4; fast mode: 2]",
+)
+@click.option(
+    "--strategy",
+    "strategies",
+    metavar="NAME,NAME,...",
+    callback=_strategies,
+    help="Strategies that the starts of a disturbed run take in turn: ddp, fsdp. [default: the recipe's]",
 )
 @click.option("--kills", type=click.IntRange(min=0), default=5, show_default=True, help="SIGKILLs per disturbed run.")
 @click.option(
@@ -50,6 +66,7 @@ def _worker_counts(ctx: click.Context, parameter: click.Parameter, value: str | 
 def prove(
     recipe: str,
     workers: tuple[int, ...] | None,
+    strategies: tuple[str, ...],
     kills: int,
     steps: int,
     overrides: tuple[str, ...],
@@ -64,14 +81,14 @@ def prove(
     from disttrain_launch.prove.proof import Proof
     from disttrain_launch.prove.report import as_table
 
-    checked, workers, overrides = _settled(recipe, workers, overrides, steps)
+    checked, workers, overrides = _settled(recipe, workers, strategies, overrides, steps)
     _clean_up_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="disttrain-prove-"))
     say = _silent if as_json else _progress
     say(_intention(checked, workers, kills, steps))
     same = None
     try:
-        proof = Proof(folder, [recipe, *override_arguments(overrides)], workers, kills, say)
+        proof = Proof(folder, [recipe, *override_arguments(overrides)], workers, kills, say, strategies)
         result = proof.carry_out()
         same = result["same"]
     finally:
@@ -85,7 +102,7 @@ def prove(
 
 
 def _settled(
-    recipe: str, workers: tuple[int, ...] | None, overrides: tuple[str, ...], steps: int
+    recipe: str, workers: tuple[int, ...] | None, strategies: tuple[str, ...], overrides: tuple[str, ...], steps: int
 ) -> tuple[Recipe, tuple[int, ...], tuple[str, ...]]:
     """The recipe as it will be proven, the numbers of workers, and the overrides that make it so."""
     from disttrain.recipe import ConfigurationError, check_installed, load_recipe
@@ -100,7 +117,12 @@ def _settled(
             "parallel.exact is false, and fast mode gives the same bits at one number of workers only: "
             f"give one, as in --workers {workers[0]}, or set parallel.exact = true."
         )
-    if not asked.parallel.exact and len(workers) > 1:
+    if fast_on_purpose and strategies:
+        raise click.UsageError(
+            "parallel.exact is false, and in fast mode strategies round differently: leave out --strategy, or set "
+            "parallel.exact = true."
+        )
+    if not asked.parallel.exact and (len(workers) > 1 or strategies):
         overrides = (*overrides, "parallel.exact=true")
     total = min(steps, asked.train.max_steps or steps)
     every = max(1, total // 10)

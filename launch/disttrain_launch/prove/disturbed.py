@@ -37,10 +37,11 @@ class RunFailed(Exception):
 
 @dataclass
 class Start:
-    """One start of the run: with how many workers, and from which step."""
+    """One start of the run: with how many workers, from which step, by which strategy (None: the recipe's)."""
 
     workers: int
     step: int
+    strategy: str | None = None
 
 
 @dataclass
@@ -55,9 +56,9 @@ class Story:
 class DisturbedRun:
     """`disttrain train` in a folder of its own. Whatever happens in the `with` block, no process outlives it."""
 
-    def __init__(self, run_dir: Path, arguments: Sequence[str]) -> None:
-        """`arguments`: the recipe and its overrides, as on the command line."""
-        self.run_dir, self.story = run_dir, Story()
+    def __init__(self, run_dir: Path, arguments: Sequence[str], strategies: Sequence[str] = ()) -> None:
+        """`arguments`: the recipe and its overrides, as on the command line. Each start takes the next strategy."""
+        self.run_dir, self.story, self._strategies = run_dir, Story(), strategies
         self._arguments = arguments
         self._launcher: subprocess.Popen[bytes] | None = None
         self._log = run_dir.with_suffix(".log")
@@ -126,9 +127,12 @@ class DisturbedRun:
     def _start(self, workers: int) -> None:
         newest = newest_checkpoint(self.run_dir)
         step = step_of(newest) if newest else 0
-        self.story.starts.append(Start(workers, step))
+        turn = len(self.story.starts)
+        strategy = self._strategies[turn % len(self._strategies)] if self._strategies else None
+        self.story.starts.append(Start(workers, step, strategy))
         self.story.steps_repeated += max(0, self.newest_step() - step)
-        command = [sys.executable, *module_arguments("disttrain_launch", "train", *self._arguments)]
+        chosen = [] if strategy is None else ["-o", f"parallel.strategy={strategy}"]
+        command = [sys.executable, *module_arguments("disttrain_launch", "train", *self._arguments, *chosen)]
         with self._log.open("ab") as log:
             self._launcher = subprocess.Popen(
                 [*command, "-n", str(workers), "--run-dir", str(self.run_dir)],

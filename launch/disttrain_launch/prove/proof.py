@@ -14,7 +14,7 @@ from typing import Any
 from disttrain.layout import CHECKPOINTS, RECIPE, checkpoint_name
 from disttrain.recipe import DisttrainError, ExitCode
 from disttrain_launch.local.group import module_arguments
-from disttrain_launch.prove.disturbed import DisturbedRun, Pace, RunFailed, Story, disturb
+from disttrain_launch.prove.disturbed import DisturbedRun, Pace, RunFailed, Start, Story, disturb
 from disttrain_launch.prove.report import counted
 
 
@@ -28,8 +28,10 @@ class Proof:
         workers: Sequence[int],
         kills: int,
         say: Callable[[str], None],
+        strategies: Sequence[str] = (),
     ) -> None:
-        self._folder, self._arguments = folder, arguments
+        """The starts of a disturbed run take `strategies` in turn (empty: the recipe's)."""
+        self._folder, self._arguments, self._strategies = folder, arguments, strategies
         self._workers, self._kills, self._say = workers, kills, say
         self._reference = folder / "undisturbed"
         self._different: list[tuple[Path, dict[str, Any], Story]] = []
@@ -68,7 +70,7 @@ class Proof:
     def _disturbed(self, first: int, num_steps: int, pace: Pace) -> dict[str, Any]:
         self._say(f"{counted(self._kills, 'kill')}, starting with {counted(first, 'worker')} ...")
         started = time.time()
-        with DisturbedRun(self._folder / f"workers-{first}", self._arguments) as run:
+        with DisturbedRun(self._folder / f"workers-{first}", self._arguments, self._strategies) as run:
             disturb(run, first, self._workers, self._kills, num_steps, pace)
         report, story = self._compared(run.run_dir), run.story
         self._say(f"  {time.time() - started:.1f} s, {'the same' if report['same'] else 'NOT THE SAME'}")
@@ -79,6 +81,7 @@ class Proof:
         return {
             "workers": first,
             "resumed_with": [start.workers for start in story.starts[1:]],
+            **({"strategies": [start.strategy for start in story.starts]} if self._strategies else {}),
             "kills": story.kills,
             "steps_repeated": story.steps_repeated,
             "weights_sha256": report["weights_sha256"],
@@ -111,16 +114,17 @@ class Proof:
         found = {"step": coarse["step"], "tensor": coarse["name"], "same_until": coarse["same_until"]}
         if coarse["step"] - coarse["same_until"] > 1:
             self._say(f"  looking for the first step after {coarse['same_until']} that differs ...")
-            workers = [start.workers for start in story.starts if start.step <= coarse["same_until"]][-1]
-            fine = self._replayed(run_dir, workers, coarse["same_until"], coarse["step"])
+            start = [start for start in story.starts if start.step <= coarse["same_until"]][-1]
+            fine = self._replayed(run_dir, start, coarse["same_until"], coarse["step"])
             if fine is not None:
                 found = {"step": fine["step"], "tensor": fine["name"], "same_until": fine["same_until"]}
         return {**found, "metric": None}
 
-    def _replayed(self, run_dir: Path, workers: int, begin: int, end: int) -> dict[str, Any] | None:
+    def _replayed(self, run_dir: Path, start: Start, begin: int, end: int) -> dict[str, Any] | None:
         """The first tensor that differs when both train from step `begin` to `end` again, saving at every step."""
         copies = []
-        for source, count in ((self._reference, self._workers[0]), (run_dir, workers)):
+        undisturbed = Start(self._workers[0], 0)
+        for source, how in ((self._reference, undisturbed), (run_dir, start)):
             copy = source.with_name(f"{source.name}-again")
             shutil.rmtree(copy, ignore_errors=True)
             (copy / CHECKPOINTS).mkdir(parents=True)
@@ -128,8 +132,9 @@ class Proof:
             if begin:
                 name = checkpoint_name(begin)
                 shutil.copytree(source / CHECKPOINTS / name, copy / CHECKPOINTS / name)
-            with DisturbedRun(copy, [*self._arguments, "-o", "checkpoint.every_steps=1"]) as run:
-                run.run_until(count, copy / CHECKPOINTS / checkpoint_name(end))
+            strategies = [] if how.strategy is None else [how.strategy]
+            with DisturbedRun(copy, [*self._arguments, "-o", "checkpoint.every_steps=1"], strategies) as run:
+                run.run_until(how.workers, copy / CHECKPOINTS / checkpoint_name(end))
             copies.append(copy)
         found: dict[str, Any] | None = self._compared(copies[1], copies[0])["first_tensor"]
         if found is not None:

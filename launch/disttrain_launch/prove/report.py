@@ -25,14 +25,21 @@ def counted(count: int, noun: str) -> str:
 
 def _row(run: dict[str, Any], same: str) -> list[str]:
     return [
-        str(run["workers"]),
-        " ".join(map(str, run.get("resumed_with", []))) or "-",
+        " ".join([str(run["workers"]), *run.get("strategies", [])[:1]]),
+        _resumed_with(run) or "-",
         str(run["kills"]),
         str(run["steps_repeated"]),
         run["weights_sha256"][:_HASH_DIGITS],
         run["optimizer_sha256"][:_HASH_DIGITS],
         same,
     ]
+
+
+def _resumed_with(run: dict[str, Any]) -> str:
+    counts = run.get("resumed_with", [])
+    if "strategies" not in run:
+        return " ".join(map(str, counts))
+    return ", ".join(f"{count} {strategy}" for count, strategy in zip(counts, run["strategies"][1:], strict=True))
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

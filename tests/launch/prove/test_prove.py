@@ -56,7 +56,7 @@ def left_in(cwd: Path) -> list[Path]:
 
 
 def test_exact_mode_is_proven_at_several_numbers_of_workers(tmp_path: Path) -> None:
-    done = prove(tmp_path, "--workers", "1,2", "--kills", "1", "--steps", "30", "--json")
+    done = prove(tmp_path, "--workers", "1,2", "--kills", "1", "--steps", "30", "--strategy", "fsdp,ddp", "--json")
     answer: dict[str, Any] = json.loads(done.stdout)
     assert answer["same"] is True
     assert answer["exact"] is True
@@ -66,6 +66,7 @@ def test_exact_mode_is_proven_at_several_numbers_of_workers(tmp_path: Path) -> N
         assert run["same"] is True
         assert run["kills"] == 1
         assert run["resumed_with"] == [3 - run["workers"]]
+        assert run["strategies"] == ["fsdp", "ddp"]
         assert run["steps_repeated"] >= 0
         for name in ("weights_sha256", "optimizer_sha256"):
             assert run[name] == answer["reference"][name]
@@ -107,6 +108,7 @@ def test_fast_mode_is_proven_at_one_number_of_workers(tmp_path: Path) -> None:
         (["--workers", "1,9"], 78, "--workers 9: in exact mode a step is shared by at most parallel.slices = 4"),
         (["--workers", "two"], 2, "'two' should be numbers with commas"),
         (["--workers", "0"], 2, "give numbers between 1 and"),
+        (["--strategy", "ddp,dp"], 2, "'dp' should be one of ddp, fsdp"),
         (["--kills", "-1"], 2, "--kills"),
         (["-o", "optim.lr=fast"], 78, "-o optim.lr"),
     ],
