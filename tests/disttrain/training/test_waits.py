@@ -75,9 +75,21 @@ def steps(*overrides: str, prepare: Callable[[Job], None] = lambda job: None) ->
     return job, seen
 
 
-@pytest.mark.parametrize("clipping", [(), ("train.clip_norm=0.5",)])
-def test_a_step_of_fast_mode_looks_once(clipping: tuple[str, ...]) -> None:
-    _, seen = steps("parallel.exact=false", "train.log_every_steps=100", *clipping)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (
+            "train.clip_norm=0.5",
+            "train.accumulate=2",
+            "train.ema_decay=0.9",
+            "train.precision=bf16",
+        ),
+        ("data.crop_padding=2", "data.flip=true", "data.cutout=4", "train.non_finite=skip", "optim.momentum=0.9"),
+    ],
+)
+def test_a_step_of_fast_mode_looks_once(overrides: tuple[str, ...]) -> None:
+    _, seen = steps("parallel.exact=false", "train.log_every_steps=100", *overrides)
     assert [sum(looks.values()) for looks in seen] == [1] * NUM_STEPS, seen
 
 
