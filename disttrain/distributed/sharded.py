@@ -35,7 +35,8 @@ def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    cut = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return cut.clone()  # it is a view, which would keep the whole
 
 
 def rows_of(tensor: torch.Tensor) -> range:

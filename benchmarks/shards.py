@@ -1,0 +1,178 @@
+"""What a checkpoint of shards costs each of two workers in time and memory, against collecting it on worker 0.
+
+    python benchmarks/shards.py [--megabytes 400] [--rounds 5]
+
+The state is that of AdamW: weights, and two moments of each. Both ways take turns in one run.
+
+held: how long the training waits for a save, with a copy that is made at once. save: until it is on the disk. load:
+from rank 0's look for the newest checkpoint, verified, to each worker's part of every tensor. Memory is the peak of
+anonymous pages above what was there, sampled each 2 ms, and the peak of all, VmHWM, which counts the pages of files that
+are mapped: the system takes those back when it needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from disttrain.checkpoint import CheckpointStore, CheckpointWriter
+from disttrain.checkpoint.handout import hand_out_parts, read_by_main
+from disttrain.checkpoint.reach import opened_by_all, sharded_store
+from disttrain.distributed.collectives import max_
+from disttrain.distributed.sharded import gathered
+from disttrain.distributed.world import World, join_world
+from disttrain.testing import run_workers
+
+NUM_TENSORS = 20
+WAYS = ("collected", "each its own")
+
+
+def of_this_process(name: str) -> int:
+    """A number of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+@contextmanager
+def measured(into: list[tuple[float, float]], megabytes_here: float) -> Iterator[None]:
+    """Add the block's peaks of memory, anonymous and all, as multiples of `megabytes_here`."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what is taken
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    before, before_all, peak, done = of_this_process("RssAnon"), of_this_process("VmRSS"), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, of_this_process("RssAnon") - before)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    into.append((peak / 1e6 / megabytes_here, (of_this_process("VmHWM") - before_all) / 1e6 / megabytes_here))
+
+
+def made(world: World, megabytes: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model's parameters in shards, and their moments."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    rows = int(megabytes * 1e6 / 4 / 1024 / 3 / NUM_TENSORS)
+
+    def one() -> torch.Tensor:
+        return distribute_tensor(torch.randn(rows, 1024), mesh, [Shard(0)], src_data_rank=None).clone()
+
+    model = {f"layers.{number}.weight": one() for number in range(NUM_TENSORS)}
+    moments = {f"{n}.{name}": one() for n in range(NUM_TENSORS) for name in ("exp_avg", "exp_avg_sq")}
+    return model, moments
+
+
+class Way:
+    """One of WAYS to save and load, for one worker."""
+
+    def __init__(self, world: World, folder: Path, megabytes: float, way: str) -> None:
+        self.world, self.store = world, CheckpointStore(folder / way, keep_last=1)
+        self.model, self.moments = made(world, megabytes)
+        self.shards = sharded_store(self.store, world, 600) if way == WAYS[1] else None
+        self.writer = CheckpointWriter(self.shards or self.store)
+
+    def save(self, step: int) -> float:
+        """Save, and wait; how long the training would have been held."""
+        begin = time.perf_counter()
+        if self.shards is not None:
+            model, moments = self.shards.mine(self.model, self.moments)
+        else:
+            model, moments = gathered(self.world, self.model), gathered(self.world, self.moments)
+        if self.world.is_main or self.shards is not None:
+            self.writer.save(model, moments, {"step": step, "recipe": {}, "metrics": {}})
+        held = time.perf_counter() - begin
+        self.writer.wait()
+        max_(torch.zeros(1))
+        return held
+
+    def load(self) -> None:
+        """Find the newest checkpoint, and take this worker's part of it."""
+        read = read_by_main(self.world, lambda: self.store.newest(print))
+        assert read is not None
+        opened = opened_by_all(self.world, read) if self.shards is not None else None
+        source, by_broadcast = opened or read, opened is None
+        parts = hand_out_parts(self.world, source.model, self.model.get, by_broadcast=by_broadcast)
+        rest = hand_out_parts(self.world, source.optimizer, self.parameter_of, by_broadcast=by_broadcast)
+        assert len(parts) + len(rest) == 3 * NUM_TENSORS
+        max_(torch.zeros(1))
+
+    def parameter_of(self, key: str) -> torch.Tensor:
+        """The parameter of an optimizer's tensor."""
+        return self.model[f"layers.{key.partition('.')[0]}.weight"]
+
+
+def times(folder: Path, megabytes: float, rounds: int) -> dict[str, list[float]]:
+    """The seconds of each round; both ways take turns."""
+    found: dict[str, list[float]] = {}
+    with join_world("cpu", threads=1) as world:
+        ways = {way: Way(world, folder, megabytes, way) for way in WAYS}
+        for step in range(1, rounds + 2):
+            for way, one in sorted(ways.items(), reverse=step % 2 == 0):
+                begin = time.perf_counter()
+                held = one.save(step)
+                saved = time.perf_counter()
+                one.load()
+                if step > 1:  # the first round makes what is kept
+                    found.setdefault(f"held, {way}", []).append(held)
+                    found.setdefault(f"save, {way}", []).append(saved - begin)
+                    found.setdefault(f"load, {way}", []).append(time.perf_counter() - saved)
+        for one in ways.values():
+            one.writer.close()
+    return found
+
+
+def memory(folder: Path, megabytes: float, way: str, what: str) -> tuple[float, float]:
+    """The peaks of one save or load in processes of its own, as multiples of what the worker holds."""
+    found: list[tuple[float, float]] = []
+    with join_world("cpu", threads=1) as world:
+        one = Way(world, folder, megabytes, way)
+        with measured(found, megabytes / world.size):
+            one.save(1) if what == "save" else one.load()
+        one.writer.close()
+    return found[0]
+
+
+def main() -> None:
+    """Measure, and print a line for each worker, action and way."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=400.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        for what in ("save", "load"):
+            for way in WAYS:
+                for rank, peaks in enumerate(run(memory, folder, options.megabytes, way, what)):
+                    print(f"worker {rank}  {what}, {way:<14} anonymous {peaks[0]:.2f}, all {peaks[1]:.2f} of its part")
+        for rank, found in enumerate(run(times, folder / "times", options.megabytes, options.rounds)):
+            for what, seconds in sorted(found.items()):
+                words = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+                print(f"worker {rank}  {what:<20} {words}", flush=True)
+
+
+def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What two new workers return."""
+    return run_workers(function, 2, args=arguments, process_group=False, timeout_s=600)
+
+
+if __name__ == "__main__":
+    main()
