@@ -163,6 +163,8 @@ def main() -> None:
             for way in WAYS:
                 for rank, peaks in enumerate(run(memory, folder, options.megabytes, way, what)):
                     print(f"worker {rank}  {what}, {way:<14} anonymous {peaks[0]:.2f}, all {peaks[1]:.2f} of its part")
+        if not options.rounds:
+            return
         for rank, found in enumerate(run(times, folder / "times", options.megabytes, options.rounds)):
             for what, seconds in sorted(found.items()):
                 words = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"

@@ -65,16 +65,20 @@ def hand_out_parts(
     Without `by_broadcast` each rank reads its part of stored `tensors` from the files. With it a rank has one whole
     tensor at a time. Every rank must call it.
     """
+    outlines = outline_of(tensors)
+    # The same memory for each: what is freed between parts that are kept is too small for the next one.
+    size = max((one.nbytes for one in outlines.values()), default=0) if by_broadcast and not world.is_main else 0
+    room = torch.empty(size, dtype=torch.uint8)
     received = {}
-    for name in tensors:
+    for name, outline in outlines.items():
         place = like(name)
+        is_cut = place is not None and is_sharded(place) and place.shape == outline.shape
         if by_broadcast:
-            room = broadcast_(tensors[name].clone() if world.is_main else torch.empty_like(tensors[name], device="cpu"))
-            fits = place is not None and place.shape == room.shape
-            received[name] = part_of(room, place).to(room.dtype) if place is not None and fits else room
-            continue
-        assert isinstance(tensors, StoredTensors)
-        if place is not None and is_sharded(place) and place.shape == tensors.outline(name).shape:
+            here = tensors[name] if world.is_main else room[: outline.nbytes].view(outline.dtype).view(outline.shape)
+            broadcast_(here)
+            received[name] = part_of(here, place) if place is not None and is_cut else here.clone()
+        elif place is not None and is_cut:
+            assert isinstance(tensors, StoredTensors)
             rows = rows_of(place)
             received[name] = from_part(tensors.rows(name, rows.start, rows.stop).clone(), place)
         else:

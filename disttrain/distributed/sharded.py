@@ -29,14 +29,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole `tensor`, which this rank has, cut as `like` is; as it is if that is not sharded. Nothing is sent."""
+    """The whole `tensor`, which this rank has, cut as `like` is, in memory of its own; as it is if that is not sharded.
+
+    Nothing is sent.
+    """
     if not is_sharded(like):
         return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    cut = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return cut.clone()  # it is a view, which would keep the whole
+    rows = rows_of(like)
+    return from_part(tensor[rows.start : rows.stop].clone(), like)
 
 
 def rows_of(tensor: torch.Tensor) -> range:
