@@ -118,8 +118,11 @@ def _conclude(
 
 
 def prepare_conclusion(job: Job, tracker: Tracker) -> None:
-    """Do beforehand, between two epochs, what need not wait for the last step. Every rank may call it."""
-    if not job.is_finished and _exports_model(job, tracker):
+    """Do beforehand, between two epochs, what need not wait for the last step. Every rank must call it."""
+    if job.is_finished:
+        return
+    job.progress.at("preparing to export the model", job.step, patient=True)  # of rank 0; the others wait for it
+    if _exports_model(job, tracker):
         tracker.prepare_model()
 
 

@@ -391,8 +391,9 @@ def test_error():
 
 def test_without_capture_output_comes_at_once(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
-        HEAD
-        + """
+        """
+import pytest
+
 @pytest.mark.distributed
 def test_print(rank):
     print("straight from", rank)
@@ -605,8 +606,9 @@ def test_survivor_notices(rank):
 def test_with_xdist(pytester: pytest.Pytester) -> None:
     mark = f"DISTTRAIN_MARK={uuid.uuid4().hex}"
     pytester.makepyfile(
-        HEAD
-        + """
+        """
+import pytest
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", range(4))
 def test_in_workers(rank, number, worker_id):

@@ -74,7 +74,7 @@ def conclude(tracker: Tracker, run_dir: Path, chart: Path) -> None:
         assert os.getpriority(os.PRIO_PROCESS, sender.pid) == ours, "somebody will wait for it"
 
 
-def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -> None:
+def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of a job that was stopped and started again is in one MLflow run, and its model predicts as ours."""
     import mlflow
     from mlflow import MlflowClient
@@ -85,11 +85,14 @@ def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     said: list[str] = []
     run_ids = []
+    prepared: list[bool] = []
+    monkeypatch.setattr("disttrain.tracking.export.warm_up", lambda: prepared.append(resumed))
     for resumed, steps in ((False, range(1, 6)), (True, range(4, 10))):
         settings = recipe(uri=server.uri).model_copy(update={"name": "digits-1.0"})
         tracker = Tracker(run_dir, settings, {"world_size": 2 + resumed, "launcher": "disttrain"}, warn=said.append)
         tracker.start(resumed, settings.model_dump(mode="json"), {"strategy": "ddp"})
         for step in steps:
+            tracker.prepare_model()  # once in a start, and not before MLflow was reached
             tracker.metrics(step, {"train/loss": 1 / step, "system/node-0/cpu_percent": 50.0})
         tracker.event("evaluated", step=steps[-1])
         if resumed:
@@ -103,6 +106,7 @@ def test_a_whole_job_on_a_real_server(server: Any, run_dir: Path, recipe: Any) -
         assert not tracker.finish("FINISHED" if resumed else "KILLED", timeout_s=480)
         run_ids.append(load_state(run_dir).run_id)
     assert said == []
+    assert prepared == [True]
     assert run_ids[0] == run_ids[1]
     assert charts.stat().st_mtime_ns == drawn_at, "drawn again, although nothing is new"
 
