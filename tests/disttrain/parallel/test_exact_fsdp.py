@@ -151,3 +151,22 @@ def bits(run_dir: Path) -> Any:
 
 def step_of(run_dir: Path) -> int:
     return int(outcome(run_dir).state["step"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["gpt", "odd"])
+def test_one_hash_whatever_the_number_of_workers_and_the_strategy(folder: Path, what: str) -> None:
+    def train(name: str, *overrides: str) -> None:
+        if what == "gpt":
+            train_gpt(folder, name, *overrides)
+        else:
+            train_odd(folder / name, "train.non_finite=zero", "train.clip_norm=0.3", *overrides)
+
+    on(1, train, "alone", *EXACT)
+    for size in (2, 3, 4):
+        on(size, train, f"ddp-{size}", *EXACT)
+        on(size, train, f"fsdp-{size}", *FSDP)
+    alone = repr(outcome(folder / "alone"))
+    for size in (2, 3, 4):
+        for strategy in ("ddp", "fsdp"):
+            assert repr(outcome(folder / f"{strategy}-{size}")) == alone
