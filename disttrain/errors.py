@@ -20,7 +20,7 @@ _NOT_THE_USERS = re.compile(
 # What gloo, NCCL and the store report when a peer has gone: mostly the consequence of another rank's failure.
 _A_PEER_HAS_GONE = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Socket closed|failed to recv|wait timeout"
-    r"|Application timeout caused pair closure|remote process exited",
+    r"|Application timeout caused pair closure|remote process exited|connectFullMesh failed",
     re.IGNORECASE,
 )
 

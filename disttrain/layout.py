@@ -49,6 +49,8 @@ DATABASE = "mlflow.db"
 # What a launcher passes to its workers, as environment variables.
 LAUNCHED_BY = "DISTTRAIN_LAUNCHER"
 LAUNCHER_PID = "DISTTRAIN_LAUNCHER_PID"
+JOINS = "DISTTRAIN_JOINS"  # set for a worker that joins a run under way
+VERDICTS = "DISTTRAIN_VERDICTS"  # the descriptor of the pipe by which the launcher reports lost workers
 LAUNCHER_OPTIONS = "DISTTRAIN_OPTIONS"
 DEVICE = "DISTTRAIN_DEVICE"
 """What `train.device = "auto"` stands for: cuda where GPUs were asked for, so that none trains on a CPU unnoticed."""

@@ -13,7 +13,7 @@ from disttrain import rng
 from disttrain.data.batching import Batching, Fetched, prepared
 from disttrain.data.dataset import SampleSet, Split
 from disttrain.data.generators import generators_restored
-from disttrain.data.reader import open_reader
+from disttrain.data.reader import StreamReader, open_reader
 from disttrain.data.sampler import StepSampler
 from disttrain.distributed.collectives import sum_ahead
 from disttrain.recipe import DataRecipe
@@ -108,6 +108,15 @@ class Loader:
     def close(self) -> None:
         """Dismiss the DataLoader workers; they leave by themselves at the end of the process."""
         self._reader.close()
+
+    @property
+    def streams(self) -> bool:
+        """Whether processes of their own read ahead."""
+        return isinstance(self._reader, StreamReader) and self._reader.num_workers > 0
+
+    def deal(self, rank: int, size: int, slices: Sequence[int]) -> None:
+        """Serve other slices, for another number of workers, from the next `epoch` on."""
+        self._sampler.rank, self._sampler.num_replicas, self._slices = rank, size, slices
 
     def epoch(self, epoch: int, start_step: int = 0, end_step: int | None = None) -> Iterator[StepBatch]:
         """The steps of `epoch` from `start_step` on, up to `end_step`, which is not one of them, or to the last.
@@ -253,6 +262,10 @@ class EvalLoader:
     def close(self) -> None:
         """Dismiss the DataLoader workers; they leave by themselves at the end of the process."""
         self._reader.close()
+
+    def deal(self, rank: int, size: int) -> None:
+        """Serve the batches of another place among the workers."""
+        self._rank, self._size = rank, size
 
     def samples(self, samples: torch.Tensor) -> Any:
         """These samples of the split, (b,) int64, in one batch; read in this process."""

@@ -95,6 +95,7 @@ class StreamReader:
     """Reads samples in DataLoader workers that stay from epoch to epoch, or with none in this process."""
 
     def __init__(self, source: Source, device: torch.device, workers: int) -> None:
+        self.num_workers = workers
         self._plan = _Plan()
         self._source, self._device = source, device
         self._loader: DataLoader[Any] = DataLoader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -16,11 +17,50 @@ from disttrain.errors import DisttrainError, PeerError
 
 Decision = TypeVar("Decision")
 _DAY = timedelta(days=1)
+_LOOK_EVERY = timedelta(seconds=0.25)
+_is_broken: ContextVar[Callable[[], bool] | None] = ContextVar("is_broken", default=None)
+
+
+@contextmanager
+def interruptible(is_broken: Callable[[], bool]) -> Iterator[None]:
+    """Have collectives in the block raise RuntimeError, a moment after `is_broken` holds, in place of waiting on.
+
+    A broken connection fails gloo's collectives at once, but for one that is receiving the middle of a message just
+    then: that would wait as long as a collective may take (torch 2.14).
+    """
+    token = _is_broken.set(is_broken)
+    try:
+        yield
+    finally:
+        _is_broken.reset(token)
+
+
+def _complete(begin: Callable[[bool], dist.Work | None]) -> None:
+    """Begin a collective, asynchronously or not, and wait for it."""
+    if _is_broken.get() is None:
+        begin(False)
+    elif work := begin(True):
+        _wait(work)
+
+
+def _wait(work: dist.Work) -> None:
+    is_broken = _is_broken.get()
+    was_broken = False
+    while is_broken is not None and not work.is_completed():
+        try:
+            work.wait(_LOOK_EVERY)
+        except RuntimeError:
+            if work.is_completed():  # the error may be of the wait alone
+                break
+            if was_broken:
+                raise RuntimeError("Timed out waiting for a collective whose connections are broken") from None
+            was_broken = is_broken()
+    work.wait()  # raises if it has failed
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Replace `tensor` by its sum over all ranks."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    _complete(lambda is_async: dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=is_async))
     return tensor
 
 
@@ -35,7 +75,7 @@ def sum_ahead(number: int, num_ranks: int) -> Callable[[], int]:
     work = dist.all_reduce(total, op=dist.ReduceOp.SUM, async_op=True)
 
     def finish() -> int:
-        work.wait()
+        _wait(work)
         return int(total)
 
     return finish
@@ -43,7 +83,7 @@ def sum_ahead(number: int, num_ranks: int) -> Callable[[], int]:
 
 def max_(tensor: torch.Tensor) -> torch.Tensor:
     """Replace `tensor` by its maximum over all ranks."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    _complete(lambda is_async: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=is_async))
     return tensor
 
 
@@ -139,7 +179,8 @@ def broadcast_(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
     """Replace `tensor`, of any type, by the one that rank `source` holds."""
     if tensor.numel():
         whole = tensor.contiguous()
-        dist.broadcast(whole.reshape(-1).view(torch.uint8), src=source)  # gloo and NCCL do not support every type
+        raw = whole.reshape(-1).view(torch.uint8)  # gloo and NCCL do not support every type
+        _complete(lambda is_async: dist.broadcast(raw, src=source, async_op=is_async))
         if whole is not tensor:
             tensor.copy_(whole)
     return tensor
@@ -266,6 +307,6 @@ class Agreement:
         """Wait for the question under way and return its answer; all false if there is none."""
         if self._work is None:
             return [False] * len(self._flags)
-        self._work.wait()
+        _wait(self._work)
         self._work = None
         return [flag > 0 for flag in self._flags.tolist()]

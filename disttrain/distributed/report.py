@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,21 @@ def report_finished() -> None:
         done = {"message": "finished", "exit_code": int(ExitCode.DONE), "time": now, "timestamp": int(now)}
         with suppress(OSError):
             _write(error_file, done)
+
+
+def report_ready(
+    *, is_ready: bool = False, joins: bool = False, generation: int = 0, failed: bool = False, hung: Sequence[int] = ()
+) -> None:
+    """Write to the launcher's file whether this worker can continue without another one, or waits to join them.
+
+    In this `generation`: `failed` if its group did not form, or broke although no worker died; `hung` are the ranks
+    that hold up the others.
+    """
+    error_file = os.environ.get(ERROR_FILE)
+    if error_file and launched_by() in OUR_LAUNCHERS:
+        words = {"ready": is_ready, "joins": joins, "generation": generation, "failed": failed, "hung": list(hung)}
+        with suppress(OSError):
+            _write(error_file, words)
 
 
 def says_finished(error_file: Path | str) -> bool:

@@ -6,8 +6,6 @@ The only reader of RANK-style variables, except where torch is not imported yet 
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 import socket
 import sys
@@ -23,19 +21,31 @@ import torch.distributed as dist
 # an optimizer does. Imported here, before there is one, it holds none: else `destroy_process_group` could not end
 # gloo's threads, and one of them that is late aborts the process at its exit (pytorch/pytorch#179291, #190489).
 import torch.distributed.nn.functional
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import HashStore, Store
 
 from disttrain.distributed.affinity import near_memory
+from disttrain.distributed.connections import Connections
 from disttrain.distributed.cores import usable_cores
 from disttrain.distributed.device import choose_device, pci_address, refuse_a_mixture, why_not_gpus
 from disttrain.distributed.launched import launched_by
-from disttrain.errors import ConfigurationError, DisttrainError
+from disttrain.distributed.meeting import MeetingPlace
+from disttrain.errors import ConfigurationError
+from disttrain.layout import JOINS
 
 _AFTER_THE_WATCHDOG_S = 15.0
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-_BACKLOG = 2048  # as torch has it: all workers may connect at once
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The process group of this worker."""
+
+    store: Store  # which all ranks share
+    port: int  # of the store
+    timeout: timedelta  # of a collective
+    hang_timeout_s: float
+    connections: Connections = field(default_factory=Connections)
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,18 @@ class World:
     host: str
     remark: str = ""
     """What a user should know about the device; empty if it is the expected one."""
+    group: _Group | None = field(default=None, compare=False, repr=False)
+    """What it takes to form the group anew; None for one worker."""
+
+    def leave_group(self) -> None:
+        """Cut the connections of the process group, so that collectives raise RuntimeError here and on the peers."""
+        if self.group is not None:
+            self.group.connections.cut()
+
+    @property
+    def group_is_broken(self) -> bool:
+        """Whether a connection of the process group is."""
+        return self.group is not None and self.group.connections.are_broken()
 
     @property
     def is_main(self) -> bool:
@@ -104,20 +126,26 @@ def join_world(
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    group = None
     with near_memory(local_rank, local_size, pci_address(chosen)), _gloo_on_loopback(is_alone=local_size == size):
         try:
-            if size == 1:
+            if size > 1:
+                host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = MeetingPlace(host, port, rank, size, local_size == size, timeout).next_store()
+                group = _Group(store, port, timeout, timeout_s)
+            if joins_later():
+                rank, local_rank, size, local_size = 0, 0, 1, 1
+            if group is None or size == 1:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
             else:
-                host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                store = _MeetingPlace(host, port, rank, size, local_size == size, timeout).next_store()
-                _all_have_the_same_device(store, rank, size, chosen)
+                _all_have_the_same_device(group.store, rank, size, chosen)
                 device_id = chosen if chosen.type == "cuda" else None
-                dist.init_process_group(
-                    backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
-                )
+                with group.connections.noted(group.port):
+                    dist.init_process_group(
+                        backend, store=group.store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+                    )
             remark = why_not_gpus(device, chosen, local_size)
-            yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark)
+            yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark, group)
         except BaseException:
             if dist.is_initialized() and not is_whole_process:
                 _leave_in_failure(chosen, size)
@@ -137,6 +165,16 @@ def _leave_in_failure(device: torch.device, size: int) -> None:
         dist.distributed_c10d._abort_process_group()
     else:
         dist.destroy_process_group()
+
+
+def init_gloo(store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    """Start a process group over gloo alone; `timeout` is that of forming it and of its collectives."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def joins_later() -> bool:
+    """Whether this worker comes to a run under way: it is alone until then."""
+    return bool(os.environ.get(JOINS))
 
 
 def store_for_a_thread(timeout_s: float) -> Store | None:
@@ -203,70 +241,6 @@ def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(_GLOO_INTERFACE, None)
-
-
-@dataclass(frozen=True)
-class _MeetingPlace:
-    """Where the ranks of a job find each other, and the worker that meets them there."""
-
-    host: str
-    port: int
-    rank: int
-    size: int
-    is_alone: bool  # whether one machine has all workers
-    timeout: timedelta = field(compare=False)
-
-    def next_store(self) -> Store:
-        """A store that all ranks share for one group: its keys are not those of the groups before."""
-        store, numbers = _met_at(self)
-        store.set_timeout(self.timeout)
-        # "default_pg": as `init_process_group` has it
-        return PrefixStore("default_pg", PrefixStore(f"disttrain/group-{next(numbers)}", store))
-
-
-@functools.cache
-def _met_at(place: _MeetingPlace) -> tuple[Store, Iterator[int]]:
-    """The store of all ranks, and the numbers of the groups that meet there.
-
-    Rank 0 serves it as long as its process lives. If it ended with a group, a rank that is quicker to join the next one
-    would meet the store of the last. On one machine no other can reach it, unless torchrun serves it.
-    """
-    listener = _loopback_listener() if place.rank == 0 and place.is_alone else None
-    store: Store
-    if listener is not None:
-        # torch's own socket would listen at every address of the machine.
-        store = TCPStore(
-            place.host,
-            place.port,
-            place.size,
-            is_master=True,
-            timeout=place.timeout,
-            multi_tenant=True,
-            master_listen_fd=listener.detach(),
-        )
-    else:
-        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=place.timeout))
-    return store, itertools.count(1)
-
-
-def _loopback_listener() -> socket.socket | None:
-    """A socket that listens at MASTER_ADDR:MASTER_PORT; None if that is not loopback, or the agent's own store."""
-    addresses = {"127.0.0.1": socket.AF_INET, "localhost": socket.AF_INET, "::1": socket.AF_INET6}
-    host = os.environ["MASTER_ADDR"]
-    if host not in addresses or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
-    listener = socket.socket(addresses[host], socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1" if host == "localhost" else host, int(os.environ["MASTER_PORT"])))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise DisttrainError(
-            f"MASTER_ADDR:MASTER_PORT = {host}:{os.environ['MASTER_PORT']}: {error.strerror}, so the workers cannot "
-            "meet there. Wait for the job that has the port, or choose another."
-        ) from error
-    return listener
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

@@ -104,6 +104,12 @@ class NonFiniteGuard:
         """Keep what a step that is not made must leave unchanged."""
         self._buffers.take()
 
+    def undo_step(self, state: dict[str, int]) -> None:
+        """Put back the buffers as `begin_step` found them, and what `state` gave then."""
+        self._buffers.restore()
+        self.load_state(state)
+        self._incidents.clear()
+
     def check(self, step: int, batch: StepBatch, losses: torch.Tensor) -> Verdict:
         """What to do with the step: the gradients are summed and unscaled, and not clipped yet.
 

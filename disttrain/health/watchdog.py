@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO, Any, Self
 
 from torch._C._distributed_c10d import Store
@@ -31,6 +31,7 @@ from disttrain.distributed.collectives import gather_objects, num_issued
 from disttrain.distributed.world import World, store_for_a_thread
 from disttrain.files import open_to_append
 from disttrain.health.progress import Progress
+from disttrain.health.stacks import innermost, waits_for_others
 from disttrain.layout import LOGS, log_name
 
 _KEY = "disttrain/beat"
@@ -42,15 +43,8 @@ _LEAST_SILENCE_S = 2.0
 # faulthandler strikes so much later than the verdict, which is more specific, and whose thread may be late on a busy
 # machine.
 _LEAST_MARGIN_S = 10.0
-_MOST_FRAMES = 4
-# A rank in one of these waits for the others: it does not hold them up. On a GPU that is where it waits for the step.
-_WAITING_FILES = (
-    "torch/distributed/",
-    "torch/nn/parallel/distributed.py",
-    "disttrain/distributed/collectives.py",
-    "disttrain/health/nonfinite.py",
-)
-_WAITING_FUNCTIONS = ("_engine_run_backward",)  # in DDP the gradients of all meet at its end
+# The ranks judge within some intervals of each other, and only what all say counts.
+_TO_BE_CURED_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -109,36 +103,63 @@ class Watchdog:
         self._moved_at, self._ticks = time.monotonic(), progress.ticks
         self._heard: dict[int, _Heard] = {}
         self._number = 0
-        self._threads: list[threading.Thread] = []
+        self._beating: list[threading.Thread] = []  # those of groups before may still wait for the store
+        self._judging: threading.Thread | None = None
+        self._asked_at: float | None = None  # for a cure
+        self.cure: Callable[[Sequence[int]], bool] | None = None
+        """Called with the ranks that hold up the others, or with none once they do not any more.
+
+        True if they may be dealt with: the end then waits for it."""
 
     def __enter__(self) -> Self:
-        store = store_for_a_thread(_STORE_TIMEOUT_S)
-        for beat in gather_objects(self._own_beat()):
-            self._hear(beat)
         self._stacks: IO[bytes] = open_to_append(self._log)
-        for name, target in (("beats", lambda: self._beat_on(store)), ("judge", self._judge)):
-            thread = threading.Thread(target=target, name=f"disttrain-{name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._begin()
         return self
+
+    def _begin(self) -> None:
+        store, closed, heard = store_for_a_thread(_STORE_TIMEOUT_S), self._closed, self._heard
+        for beat in gather_objects(self._own_beat()):
+            self._hear(beat, heard)
+        self._beating.append(
+            threading.Thread(target=self._beat_on, args=(store, closed, heard), name="disttrain-beats", daemon=True)
+        )
+        self._judging = threading.Thread(target=self._judge, name="disttrain-judge", daemon=True)
+        self._beating[-1].start()
+        self._judging.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed.set()
-        for thread in self._threads:
+        self._end_judging()
+        for thread in self._beating:
             # One that is in the store's C++ code must not be there when Python ends.
             thread.join(_STORE_TIMEOUT_S * (self._world.size + 1))
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
 
-    def _beat_on(self, store: Store | None) -> None:
-        while not self._closed.wait(self._interval_s):
+    def _end_judging(self) -> None:
+        self._closed.set()
+        if self._judging is not None:
+            self._judging.join(_STORE_TIMEOUT_S * (self._world.size + 1))
+
+    def pause(self) -> None:
+        """Judge nobody, as the group that this is about has broken; a process that is stuck ends all the same."""
+        self._end_judging()
+        self._asked_at = None
+        faulthandler.dump_traceback_later(2 * self._timeout_s + _TO_BE_CURED_S, exit=True, file=self._stacks)
+
+    def resume(self, world: World) -> None:
+        """Watch the ranks of another group. Every rank of it must call it."""
+        self._world, self._heard, self._closed = world, {}, threading.Event()
+        self._begin()
+
+    def _beat_on(self, store: Store | None, closed: threading.Event, heard: dict[int, _Heard]) -> None:
+        while not closed.wait(self._interval_s):
             if store is not None:
                 with suppress(RuntimeError):  # the store's end is gone, or stands still: silence is answer enough
-                    self._beat(store)
+                    self._beat(store, heard)
 
-    def _beat(self, store: Store) -> None:
+    def _beat(self, store: Store, heard: dict[int, _Heard]) -> None:
         self._number += 1
         store.set(f"{_KEY}/{self._world.rank}", json.dumps(asdict(self._own_beat())))
         looks = self._still_s() > self._timeout_s / 2
@@ -146,14 +167,14 @@ class Watchdog:
         for rank in range(self._world.size if looks else 1):
             if rank != self._world.rank:
                 with suppress(RuntimeError):  # it has not beaten yet, but for its report at the start
-                    self._hear(_decoded(store.get(f"{_KEY}/{rank}")))
+                    self._hear(_decoded(store.get(f"{_KEY}/{rank}")), heard)
 
-    def _hear(self, beat: Beat) -> None:
+    def _hear(self, beat: Beat, heard: dict[int, _Heard]) -> None:
         if beat.rank == self._world.rank:
             return
-        before = self._heard.get(beat.rank)
+        before = heard.get(beat.rank)
         if before is None or before.beat.number != beat.number:
-            self._heard[beat.rank] = _Heard(beat, time.monotonic())
+            heard[beat.rank] = _Heard(beat, time.monotonic())
 
     def _own_beat(self) -> Beat:
         progress, frame = self._progress, sys._current_frames().get(self._main_thread)
@@ -168,8 +189,8 @@ class Watchdog:
             issued=num_issued(self._world.device),
             patient=progress.patient,
             still_s=round(self._still_s(), 1),
-            waits=_waits(frame),
-            stack=_innermost(frame),
+            waits=waits_for_others(frame),
+            stack=innermost(frame),
         )
 
     def _still_s(self) -> float:
@@ -184,17 +205,28 @@ class Watchdog:
             # Strikes if this thread is kept from running, by a main thread that does not let go of the interpreter.
             timeout_s = self._timeout_s + max(_LEAST_MARGIN_S, self._interval_s)
             faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._stacks)
-            if self._still_s() < self._timeout_s or self._progress.patient:
+            is_still = self._still_s() >= self._timeout_s and not self._progress.patient
+            found = self._verdict(time.monotonic()) if is_still else None
+            if self._may_be_cured(found[1] if found is not None else ()) or found is None:
                 continue
-            verdict = self._verdict(time.monotonic())
-            if verdict is not None and not self._closed.is_set():
+            verdict, _ = found
+            if not self._closed.is_set():
                 self._stacks.write(f"{verdict}\n".encode())
                 faulthandler.dump_traceback(file=self._stacks, all_threads=True)
                 self._end(verdict)
                 return
 
-    def _verdict(self, now: float) -> str | None:
-        """What holds all ranks up; None as long as one may not be held up."""
+    def _may_be_cured(self, culprits: Sequence[int]) -> bool:
+        """Ask for it, if there are any; take it back, if there are none any more."""
+        if self.cure is None or (self._asked_at is None and not culprits):
+            return False
+        now = time.monotonic()
+        asked_at = self._asked_at if self._asked_at is not None else now
+        self._asked_at = asked_at if self.cure(culprits) and culprits else None
+        return self._asked_at is not None and now - asked_at < _TO_BE_CURED_S
+
+    def _verdict(self, now: float) -> tuple[str, list[int]] | None:
+        """What holds all ranks up, and which do; None as long as one may not be held up."""
         beats = {heard.beat.rank: heard.beat for heard in list(self._heard.values())}
         beats[self._world.rank] = self._own_beat()
         silence_s = {heard.beat.rank: now - heard.at for heard in list(self._heard.values())}
@@ -207,11 +239,14 @@ class Watchdog:
             if rank not in silent and (beat.patient or still_s < self._timeout_s - self._interval_s):
                 return None
         said = f"no worker has made progress for {self._timeout_s:g} s (train.hang_timeout_s): "
-        return said + _account(beats, silent, silence_s, beats[self._world.rank])
+        words, culprits = _account(beats, silent, silence_s, beats[self._world.rank])
+        return said + words, culprits
 
 
-def _account(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mapping[int, float], own: Beat) -> str:
-    """The ranks that hold up the others: the silent, else those behind, else those that wait for none."""
+def _account(
+    beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mapping[int, float], own: Beat
+) -> tuple[str, list[int]]:
+    """In words, the ranks that hold up the others: the silent, else those behind, else those that wait for none."""
     if silent:
         words = [
             f"rank {rank} on {beats[rank].host} (process {beats[rank].pid}) has not been heard from for "
@@ -219,42 +254,17 @@ def _account(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: Mappin
             "machine is gone or cut off"
             for rank in silent
         ]
-        return f"{'; '.join(words)}. Rank {own.rank} waits for it {own.where()}."
+        return f"{'; '.join(words)}. Rank {own.rank} waits for it {own.where()}.", list(silent)
     first = min((beat.place, beat.issued) for beat in beats.values())
     culprits = [beat for beat in beats.values() if (beat.place, beat.issued) == first]
     if len(culprits) == len(beats):
         culprits = [beat for beat in beats.values() if not beat.waits] or culprits
     words = [f"rank {beat.rank} on {beat.host} (process {beat.pid}) is stuck {beat.where()}" for beat in culprits]
     rest = "" if len(culprits) == len(beats) else "; the other ranks wait for it"
-    return "; ".join(words) + f"{rest}. The stacks of all are in the run's {LOGS}/{log_name('RANK')}."
+    said = "; ".join(words) + f"{rest}. The stacks of all are in the run's {LOGS}/{log_name('RANK')}."
+    return said, [beat.rank for beat in culprits]
 
 
 def _decoded(text: bytes) -> Beat:
     fields: dict[str, Any] = json.loads(text)
     return Beat(**fields | {"stack": tuple(fields["stack"])})
-
-
-def _innermost(frame: FrameType | None) -> tuple[str, ...]:
-    """The innermost calls, those of torch and of this package last: where a user would look first."""
-    users: list[str] = []
-    others: list[str] = []
-    while frame is not None:
-        path, name = frame.f_code.co_filename, frame.f_code.co_name
-        is_ours = f"{os.sep}disttrain{os.sep}" in path or f"{os.sep}torch{os.sep}" in path or path.startswith("<")
-        (others if is_ours else users).append(f"{path}:{frame.f_lineno} in {name}")
-        frame = frame.f_back
-    # What runs the worker (runpy, click) is not the user's code, and stands at the outer end.
-    users = [line for line in users if f"{os.sep}click{os.sep}" not in line and "runpy" not in line]
-    return tuple([*users, *others][:_MOST_FRAMES])
-
-
-def _waits(frame: FrameType | None) -> bool:
-    """Whether the main thread waits for other ranks, as far as its stack shows."""
-    while frame is not None:
-        path = frame.f_code.co_filename.replace(os.sep, "/")
-        if any(part in path for part in _WAITING_FILES) or frame.f_code.co_name in _WAITING_FUNCTIONS:
-            return True
-        if "/torch/" not in path:
-            return False
-        frame = frame.f_back
-    return False

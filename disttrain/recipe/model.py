@@ -126,6 +126,9 @@ class ParallelRecipe(Section):
         default=[],
         description="fsdp: the classes of the blocks that are gathered as one (left out: as the model has them)",
     )
+    on_lost_worker: Literal["restart", "continue"] = Field(
+        default="restart", description="exact, gloo, one machine: continue without a worker that dies, or restart all"
+    )
 
     @model_validator(mode="after")
     def _something_to_compress(self) -> Self:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -76,11 +77,9 @@ def scored(
     ConfigurationError for scores or metrics that are not what the task may return, and for a set in which the task
     counts no items.
     """
-    was_training = model.training
-    model.eval()
     scores: dict[int, dict[str, torch.Tensor | list[Any]]] = {}
     weight = 0
-    with buffers_kept(model):
+    with buffers_kept(model), _in_eval_mode(model):
         for batch in loader:
             reached("evaluation", batch=batch.number)
             # A model that draws even here must know no worker either.
@@ -96,7 +95,6 @@ def scored(
             scores[batch.number] = checked_score(task, score)
             weight += batch.weight
             on_batch()
-    model.train(was_training)
     sums, total = _summed(task, scores, weight, loader.num_batches)
     if total == 0 and has_own(task, "weight"):  # a loss of 0 would look perfect, and be kept as the best
         raise ConfigurationError(
@@ -104,6 +102,17 @@ def scored(
             "batches; give a test set that holds some."
         )
     return Sums(sums, total)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Whatever happens, it is in its mode again afterwards: a run may continue after the loss of a worker."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from disttrain.health.nonfinite import NonFiniteGuard
 from disttrain.health.nonfinite_apart import ApartNonFiniteGuard
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
+from disttrain.health.watchdog import Watchdog
 from disttrain.layout import EVAL, Best
 from disttrain.models.freeze import freeze, hold_statistics
 from disttrain.parallel.choose import parallelize
@@ -52,6 +53,8 @@ class StepResult:
 
     losses: torch.Tensor
     grad_norm: torch.Tensor | None
+    total_losses: torch.Tensor | None = None
+    """The losses of all ranks' slices, (num_slices,) float64; None unless the step is logged or spikes are watched."""
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Job:
     given: frozenset[str] = frozenset()  # what came as an object, in place of what the recipe names
     init: dict[str, str] | None = None  # the weights it started from, and their SHA-256
     ema: WeightAverage | None = None
+    watchdog: Watchdog | None = None
     hooks: Hooks = field(default_factory=lambda: Hooks({}))
     best: Best = field(default_factory=Best)  # the metric that decides which checkpoints are kept as best
     compiled: set[tuple[str, int]] = field(default_factory=set)  # for which stages and sizes of batches the model is

@@ -14,8 +14,9 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import StepBatch
 from disttrain.distributed.allocator import freed_memory_kept
+from disttrain.distributed.collectives import sum_
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
-from disttrain.distributed.world import join_world
+from disttrain.distributed.world import join_world, joins_later
 from disttrain.errors import DisttrainError, UserCodeError
 from disttrain.faultpoints import reached
 from disttrain.health.nonfinite import Verdict, marked
@@ -29,9 +30,11 @@ from disttrain.training.compiler import compiler_when_used
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
 from disttrain.training.job import Job, StepResult
+from disttrain.training.joining import open_joining
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rate
 from disttrain.training.preflight.model import rehearse
+from disttrain.training.recovery import Recovery
 from disttrain.training.session import open_session
 from disttrain.training.shortage import shortage_in_evaluation, shortage_in_step
 
@@ -147,15 +150,32 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
         compiler_when_used(),
     ):
         while True:
+            opened = open_joining if joins_later() else open_session
             try:
-                with open_session(recipe, world, run_dir, given, stop) as monitor:
-                    metrics = fit(monitor.job, monitor)
+                with opened(recipe, world, run_dir, given, stop) as monitor:
+                    metrics = _fit_through_losses(monitor.job, monitor)
                     return Result(monitor.run_dir, monitor.job.step, metrics)
             except RolledBack as spike:  # as after a restart, it resumes from the newest checkpoint
                 run_dir = spike.address
 
 
-def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
+def _fit_through_losses(job: Job, monitor: RunMonitor) -> dict[str, float]:
+    """As `fit`, without the workers that die meanwhile, where that is possible."""
+    recovery = Recovery(job, monitor, job.watchdog)
+    if joins_later():
+        recovery.join()
+    while True:
+        try:
+            with recovery.interrupting():
+                metrics = fit(job, monitor, recovery)
+        except RuntimeError as error:
+            recovery.survive(error)
+        else:
+            recovery.over()
+            return metrics
+
+
+def fit(job: Job, monitor: RunMonitor, recovery: Recovery) -> dict[str, float]:
     """Train from where `job` stands to its last step; return the last evaluation's metrics."""
     while True:
         if job.evaluation_is_due:
@@ -167,10 +187,13 @@ def fit(job: Job, monitor: RunMonitor) -> dict[str, float]:
         with monitor.epoch():
             for batch in _batches(job):
                 reached("step", step=job.step)
+                recovery.before_step()
                 with shortage_in_step(job, batch):
                     result = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
+                reached("after the commit", step=job.step)
                 monitor.after_step(result, batch.global_weight)
+                recovery.after_step()
 
 
 def _batches(job: Job) -> Iterator[StepBatch]:
@@ -205,6 +228,12 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         grad_norm = strategy.clip_(settings.clip_norm)
     elif verdict is not Verdict.SKIP and job.is_logged(job.step + 1):
         grad_norm = strategy.gradient_norm()
+    total_losses = None
+    if job.is_logged(job.step + 1) or job.spikes.is_on:
+        # Each is one rank's own, and zero on the others. From here on the step needs no other rank: whoever makes it,
+        # a worker that is lost takes nothing of it along.
+        total_losses = sum_(losses.to("cpu", torch.float64, copy=True))
+    reached("before the commit", step=job.step)
     if verdict is Verdict.STEP:
         job.scaler.step(job.optimizer)
         job.scaler.update()
@@ -216,7 +245,7 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
     if strategy.meets_after(job.step):
         job.non_finite.agree()
         strategy.meet_(job.step)
-    return StepResult(losses, grad_norm)
+    return StepResult(losses, grad_norm, total_losses)
 
 
 def _compute_slices(job: Job, batch: StepBatch) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""What the machines and their GPUs come to: sent with the loss, each number one worker's own and zero on the others."""
+"""What the machines and their GPUs come to: each number one worker's own, and zero on the others."""
 
 from __future__ import annotations
 
 import torch
 
+from disttrain.distributed.collectives import sum_
 from disttrain.distributed.world import World
 from disttrain.recipe import Recipe
 from disttrain.tracking import SYSTEM_METRICS, SystemSampler, node_metrics
@@ -22,6 +23,13 @@ class MachineReport:
         self._names = SYSTEM_METRICS if self._is_logged else ()
         self._num_gpus = world.size if has_gpu(world) else 0
         self._shortages = gpu_memory(world)[1] if self._num_gpus else 0
+
+    def summed(self) -> list[float]:
+        """What all workers know, for `metrics` and `short_of_memory` on rank 0. Every rank must call it."""
+        mine = self.mine()
+        if self._world.num_nodes > 1 or self._num_gpus:  # else rank 0 knows all there is
+            sum_(mine)
+        return mine.tolist()
 
     def mine(self) -> torch.Tensor:
         """What this worker knows, to be summed over all."""

@@ -9,20 +9,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from disttrain.checkpoint import CheckpointStore
-from disttrain.distributed.collectives import Agreement, broadcast_from_main, sum_
+from disttrain.distributed.collectives import Agreement, broadcast_from_main, gather_objects
 from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
-from disttrain.layout import EVAL, EVALUATION
-from disttrain.runs.rundir import resume_command, write_evaluation
-from disttrain.task import named
+from disttrain.runs.rundir import resume_command
 from disttrain.terminal.console import Console
 from disttrain.tracking import SystemSampler, Tracker
-from disttrain.training.conclusion import prepare_conclusion
-from disttrain.training.evaluate import Evaluation, concluded, scored
+from disttrain.training.evaluations import Evaluations
 from disttrain.training.hooks import HookContext
 from disttrain.training.job import Job, StepResult
 from disttrain.training.machine_report import MachineReport, shortage_words
@@ -50,13 +45,17 @@ class RunMonitor:
         self.job = job
         self.run_dir = run_dir
         self.saver = Saver(job, run_dir, address, store, tracker, console)
-        self._tracker, self._console, self._stop = tracker, console, stop
+        self.tracker, self.console, self._stop = tracker, console, stop
         self._machines = MachineReport(job.world, job.recipe, sampler)
         self._agreement = Agreement(num_flags=2)
         self._last_log = time.monotonic()
         self._items_since_log = self._items_in_epoch = self._num_items = 0  # of all workers, as the task counts them
         self._first_step, self._is_done, self._pace = job.step, is_done, ""
-        self._has_warned = False  # that evaluation.json cannot be written
+        self.last_result: StepResult | None = None
+        """What the step made last came to, on every rank."""
+        self.last_num_items = 0
+        self._logged_step = -1
+        self._evaluations = Evaluations(job, run_dir, self.saver, tracker, console)
 
     def after_step(self, result: StepResult | None, num_items: int) -> None:
         """Log, save or stop as due after the step just made; `result` is None for a step that was left out.
@@ -65,15 +64,13 @@ class RunMonitor:
         RolledBack if the loss is a spike, DivergedError if there were too many.
         """
         job, recipe = self.job, self.job.recipe
-        self._items_since_log += num_items
-        self._items_in_epoch += num_items
-        self._num_items += num_items
+        self.receive(result, num_items)
         # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
         if result is not None and job.is_logged(job.step):
             self._log(result)
-        self._console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
+        self.console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
         if result is not None and job.spikes.is_on:
-            self._look_for_a_spike(result.losses)
+            self._look_for_a_spike(result)
         self._report_incidents()
         if job.hooks:
             job.hooks.after_step(self._context())
@@ -81,6 +78,13 @@ class RunMonitor:
         seconds = recipe.checkpoint.every_seconds
         time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self.saver.last_save
         self._act(self._agreement.ask(self._stop.received is not None, time_is_up))
+
+    def receive(self, result: StepResult | None, num_items: int) -> None:
+        """Take in what a step came to, made here or by another rank."""
+        self.last_result, self.last_num_items = result, num_items
+        self._items_since_log += num_items
+        self._items_in_epoch += num_items
+        self._num_items += num_items
 
     def _act(self, answer: list[bool]) -> None:
         every = self.job.recipe.checkpoint.every_steps
@@ -103,9 +107,9 @@ class RunMonitor:
         for incident in self.job.non_finite.take_incidents():
             fields = asdict(incident)
             step = fields.pop("step")
-            self._tracker.event("non-finite", step=step, epoch=1 + (step - 1) // self.job.steps_per_epoch, **fields)
+            self.tracker.event("non-finite", step=step, epoch=1 + (step - 1) // self.job.steps_per_epoch, **fields)
             if incident.total.bit_count() == 1:
-                self._console.warn(incident.words(self.job.recipe.train.non_finite_limit))
+                self.console.warn(incident.words(self.job.recipe.train.non_finite_limit))
 
     def _ending(self, error: DivergedError) -> DivergedError:
         """The error with the newest checkpoint named: that of the state before the step, saved now if it was not.
@@ -114,13 +118,14 @@ class RunMonitor:
         """
         self._agreement.finish()
         self.saver.save_unless_spoilt()
-        self._tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))
+        self.tracker.event("diverged", step=self.job.step, epoch=self.job.epoch + 1, reason=str(error))
         words = broadcast_from_main(self.job.world, self.saver.words)
         return DivergedError(f"{error} {words}")
 
-    def _look_for_a_spike(self, losses: torch.Tensor) -> None:
+    def _look_for_a_spike(self, result: StepResult) -> None:
         job, spikes = self.job, self.job.spikes
-        loss = math.fsum(sum_(losses.to("cpu", torch.float64, copy=True)).tolist())  # as it is logged: in no order
+        assert result.total_losses is not None
+        loss = math.fsum(result.total_losses.tolist())  # as it is logged: in no order
         usual = spikes.normal_loss(loss)
         if usual is None:
             return
@@ -133,15 +138,14 @@ class RunMonitor:
                 "train.clip_norm, or look at the data."
             )
         broadcast_from_main(job.world, lambda: write_skipped(self.run_dir, spikes.skipped | {job.step - 1}))
-        self._tracker.event("spike", step=job.step, loss=loss, usual=usual)
-        self._console.warn(f"{what}: returning to the newest checkpoint, and continuing without that step.")
+        self.tracker.event("spike", step=job.step, loss=loss, usual=usual)
+        self.console.warn(f"{what}: returning to the newest checkpoint, and continuing without that step.")
         raise RolledBack(self.saver.address)
 
     def _log(self, result: StepResult) -> None:
-        job, losses = self.job, result.losses
-        report = sum_(torch.cat([losses.to("cpu", torch.float64), self._machines.mine()])).tolist()
-        # Every number in it is one worker's own, and zero on the others: only this sum rounds, in the slices' order.
-        loss, machines = math.fsum(report[: len(losses)]), report[len(losses) :]
+        job, machines = self.job, self._machines.summed()
+        assert result.total_losses is not None
+        loss = math.fsum(result.total_losses.tolist())  # only this sum rounds, in the slices' order
         now = time.monotonic()
         rate, items = self._items_since_log / max(now - self._last_log, 1e-9), job.task.items
         self._last_log, self._items_since_log = now, 0
@@ -154,11 +158,12 @@ class RunMonitor:
         if result.grad_norm is not None:
             metrics["train/grad_norm"] = float(result.grad_norm)
         metrics.update(self._machines.metrics(machines))
-        self._tracker.metrics(job.step, metrics)
+        self.tracker.metrics(job.step, metrics)
+        self._logged_step = job.step
         if short := self._machines.short_of_memory(machines):
-            self._tracker.event("short-of-memory", step=job.step, ranks=short)
-            self._console.warn(shortage_words(short))
-        self._console.measured(loss, f"{rate:,.0f} {items}/s")
+            self.tracker.event("short-of-memory", step=job.step, ranks=short)
+            self.console.warn(shortage_words(short))
+        self.console.measured(loss, f"{rate:,.0f} {items}/s")
 
     @contextmanager
     def epoch(self) -> Iterator[None]:
@@ -181,11 +186,11 @@ class RunMonitor:
         num_steps, of = self.job.step - first_step, self.job.steps_per_epoch
         is_whole = num_steps == of
         if is_whole:
-            self._tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
+            self.tracker.metrics(self.job.step, {"train/epoch_seconds": seconds})
         extent = "" if is_whole else f" for {num_steps} of {of} steps"
         self._pace = f", {seconds:.1f} s{extent}, {self._items_in_epoch / seconds:,.0f} {self.job.task.items}/s"
         if self.job.step % of == 0 and not self.job.evaluation_is_due:
-            self._console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
+            self.console.line(f"epoch {self.job.epoch}/{self.job.num_epochs}{self._pace}")
 
     def _refuse_no_items(self) -> None:
         """A run of steps that all count nothing would learn nothing, and end as if it had."""
@@ -198,55 +203,22 @@ class RunMonitor:
 
     def evaluate(self) -> None:
         """Evaluate, save a checkpoint that holds the result, and report it. Every rank must call it."""
-        job = self.job
-        job.strategy.share_buffers_()
-        compiles = job.compiles_in("evaluating", [job.recipe.train.eval_batch_size])
-        job.progress.at("evaluating", job.step, patient=compiles)
-        self.saver.finish_copy()
-        with job.as_evaluated():
-            at, tick, score = f" at step {job.step}", self._evaluated_some, job.strategy.score
-            loader = job.eval_loader
-            sums = scored(job.model, job.task, loader, autocast=job.autocast, on_batch=tick, at=at, compute=score)
-        with self.saver.saving_if_it_fails():
-            result = concluded(job.task, loader, sums)
-            with named(job.task, "headline"):
-                headline = job.task.headline(result.metrics, result.details)
-        job.metrics = {f"{EVAL}{name}": value for name, value in result.metrics.items()}
-        self._tracker.metrics(job.step, job.metrics)
-        counts = {key: result.details[key] for key in ("correct", "total") if key in result.details}
-        self._tracker.event("evaluated", step=job.step, **counts)
-        self._write_evaluation(result)
-        where = f"step {job.step}" if job.step % job.steps_per_epoch else f"epoch {job.epoch}/{job.num_epochs}"
-        self._console.line(f"{where}: {headline}{self._pace}")
+        self._evaluations.evaluate(self._pace, self._context)
         self._pace = ""
-        self._refuse_unknown_best(result)
-        with self.saver.saving_if_it_fails():
-            self._observe(result)
-        (self.saver.save_or_fail if job.is_finished else self.saver.save)()
-        prepare_conclusion(job, self._tracker)
 
-    def _observe(self, result: Evaluation) -> None:
-        """Have early stopping and the hooks see an evaluation."""
+    def make_up(self) -> None:
+        """Do what the loss of a worker has kept from being done after the last step. Every rank must call it."""
         job = self.job
-        if job.is_at_evaluation:  # another one, where the run ends for now, would not be there if it went further
-            job.early_stopping.observe(job.step, result.metrics)
-        if job.early_stopping.has_stopped and job.step < job.total_steps:
-            self._console.line(f"stopping early: {job.early_stopping.words()}")
-            self._tracker.event("stopped-early", step=job.step, best=job.early_stopping.state())
-        if job.hooks:
-            job.hooks.after_evaluation(self._context())
-
-    def _refuse_unknown_best(self, result: Evaluation) -> None:
-        """A metric that no evaluation has would silently keep nothing as best."""
-        job, recipe = self.job, self.job.recipe
-        is_needed = recipe.checkpoint.best is not None or recipe.checkpoint.keep_best > 0 or recipe.train.patience > 0
-        if job.best.metric in result.metrics or not is_needed:
-            return
-        self.saver.save_or_fail()
-        raise ConfigurationError(
-            f"checkpoint.best = '{job.best}': the evaluation has no metric of that name; set it to one that it has: "
-            f"{', '.join(result.metrics)}. The checkpoint is saved, and the same --run-dir resumes."
-        )
+        self._agreement = Agreement(num_flags=2)  # the question under way is lost: it is asked again at the next step
+        counted = gather_objects((self._num_items, self._logged_step))
+        self._num_items = max(of_rank for of_rank, _ in counted)  # a newcomer has seen none
+        result = self.last_result
+        if result is not None and result.total_losses is not None and counted[0][1] < job.step:
+            self._log(result)
+        every = job.recipe.checkpoint.every_steps
+        if job.step % job.steps_per_epoch == 0 or (every > 0 and job.step % every == 0):
+            self.saver.save_unless_saved()
+        self._evaluations.make_up(self._pace, self._context)
 
     def at_end(self) -> None:
         """Have the hooks see the end of the run, unless it was concluded before. Every rank must call it."""
@@ -266,25 +238,9 @@ class RunMonitor:
             run_dir=self.run_dir,
             rank=job.world.rank,
             world_size=job.world.size,
-            log=lambda metrics: self._tracker.metrics(job.step, metrics),
+            log=lambda metrics: self.tracker.metrics(job.step, metrics),
             as_evaluated=job.as_evaluated,
         )
-
-    def _evaluated_some(self) -> None:
-        self.job.progress.tick()
-        self._console.busy(f"step {self.job.step} of {self.job.total_steps}: evaluating")
-
-    def _write_evaluation(self, result: Evaluation) -> None:
-        job = self.job
-        if not job.world.is_main:
-            return
-        content = {"step": job.step, "epoch": job.epoch, **result.to_json()}
-        try:
-            write_evaluation(self.run_dir, content)
-        except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                self._console.warn(f"{self.run_dir / EVALUATION} could not be written: {error}")
 
     def close(self) -> None:
         """Finish the checkpoint that is being written."""

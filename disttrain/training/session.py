@@ -44,6 +44,7 @@ from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
 from disttrain.training.preflight.state import check_state
+from disttrain.training.recoverable import why_it_restarts
 from disttrain.training.resume import resume
 from disttrain.training.sharding import refuse_unshardable
 
@@ -80,20 +81,20 @@ def open_session(
         until_the_end.callback(stop_logging, handler)
         for warning in warnings:  # where they are logged, too
             console.warn(warning)
-        progress = until_the_end.enter_context(_watched(path, recipe, world))
-        with _session_in(path, address, recipe, world, given, stop, progress, console, store) as monitor:
+        progress, watchdog = until_the_end.enter_context(watched(path, recipe, world))
+        with _session_in(path, address, recipe, world, given, stop, progress, watchdog, console, store) as monitor:
             yield monitor
 
 
 @contextmanager
-def _watched(path: Path, recipe: Recipe, world: World) -> Iterator[Progress]:
+def watched(path: Path, recipe: Recipe, world: World) -> Iterator[tuple[Progress, Watchdog | None]]:
     """The progress of this worker, with a watchdog over that of all."""
     progress = Progress()
     if world.size == 1 and launched_by() == "python":  # no rank waits for it, and the user may be debugging it
-        yield progress
+        yield progress, None
         return
-    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang):
-        yield progress
+    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang) as watchdog:
+        yield progress, watchdog
 
 
 def _end_of_a_hang(verdict: str) -> NoReturn:
@@ -111,6 +112,7 @@ def _session_in(
     given: Given,
     stop: StopRequest,
     progress: Progress,
+    watchdog: Watchdog | None,
     console: Console,
     store: CheckpointStore,
 ) -> Iterator[RunMonitor]:
@@ -124,7 +126,7 @@ def _session_in(
             job = build_job(recipe, world, given)
         store.rank_by(job.best)
         check_state(job)
-        job.progress = progress
+        job.progress, job.watchdog = progress, watchdog
         if job.spikes.is_on:
             job.spikes.skipped = broadcast_from_main(world, lambda: read_skipped(path))
         resumed = checkpoint is not None
@@ -181,8 +183,8 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     frozen = f", {num_frozen:,} frozen" if num_frozen else ""
     console.line(f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_words}")
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
-    if world.remark:
-        console.line(world.remark)
+    for remark in filter(None, (world.remark, why_it_restarts(job))):
+        console.line(remark)
     early = f"; {job.early_stopping.words()}" if job.step < job.total_steps else ""
     if is_done:
         console.line(f"{address} is already finished: {job.step} of {job.total_steps} steps{early}.")

@@ -13,7 +13,7 @@ import torch
 import disttrain
 from disttrain.distributed.fixed_point import FixedPointSum, magnitudes
 from disttrain.distributed.world import join_world
-from disttrain.health import watchdog
+from disttrain.health import stacks
 from disttrain.health.nonfinite import all_finite
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.training.given import Given
@@ -153,7 +153,7 @@ def a_rank_that_waits_for_its_gpu_counts_as_waiting() -> Answer:
         import sys
 
         time.sleep(0.7)
-        seen.append(watchdog._waits(sys._current_frames()[place.ident]))
+        seen.append(stacks.waits_for_others(sys._current_frames()[place.ident]))
 
     thread = threading.Thread(target=look)
     thread.start()

@@ -69,6 +69,15 @@ class ExactSlices:
         self._not_summed: list[Summands] = []
         self._begin_step()
 
+    def rejoin(self, world: World, expected: list[float] | None) -> None:
+        """Forget an unfinished step, which began with `expected`, and serve the slices of another place."""
+        self._world, self.slices, self.expected = world, slices_of(world.rank, world.size, self.num_slices), expected
+        self.non_finite, self._not_summed = (), []
+        self._scratch = torch.empty_like(self._scratch)  # the sum that broke may still hold the other one
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._begin_step()
+
     def _begin_step(self) -> None:
         self._versions_at_start: list[int] = []
         self._buffers_at_start: list[torch.Tensor] | None = None

@@ -58,6 +58,16 @@ class SlicesSummed(Strategy):
         """As `Strategy` has it."""
         self._sums.sum_finite_parts(scale)
 
+    @property
+    def expected(self) -> list[float] | None:
+        """Bounds of the next step's gradients and buffers."""
+        return self._sums.expected
+
+    def rejoin(self, world: World, expected: list[float] | None) -> None:
+        """Forget an unfinished step, which began with `expected`, and serve the slices of another place."""
+        self._sums.rejoin(world, expected)
+        self.slices = self._sums.slices
+
     def state(self) -> dict[str, Any]:
         """Bounds of the next step's gradients and buffers, by name."""
         expected = self._sums.expected

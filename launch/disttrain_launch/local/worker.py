@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import IO
 
 from disttrain.distributed.ending import Report, left_early, says_finished
+from disttrain.distributed.verdicts import Verdict
 from disttrain.errors import ExitCode
-from disttrain.layout import ERROR_FILE
+from disttrain.layout import ERROR_FILE, JOINS, VERDICTS
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.outcome import LocalEnding, content_of
 
@@ -21,22 +23,38 @@ from disttrain_launch.outcome import LocalEnding, content_of
 class Worker:
     """A running worker. It has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone."""
 
-    def __init__(self, group: WorkerGroup, rank: int, port: int, lifeline: int) -> None:
+    def __init__(self, group: WorkerGroup, rank: int, port: int, lifeline: int, *, joins: bool = False) -> None:
         self.ending: LocalEnding | None = None
-        self.was_killed = False
+        self.was_killed = self.was_shot = False
         self._group, self.rank = group, rank
         self._asked_to_end = False
         # Files without a name vanish with their last user: they need not be removed, however this process dies.
         self._report = _memory_file()
+        self._said: object = None
         self._output = self._open_output()
         report = self._report.fileno()
-        self._process = subprocess.Popen(
-            [sys.executable, *group.arguments],
-            env=group.environment(rank, port) | {ERROR_FILE: f"/dev/fd/{report}"},
-            stdin=lifeline,
-            stdout=self._output,
-            stderr=self._output,
-            pass_fds=(report,),
+        verdicts, self._verdicts = os.pipe()
+        os.set_blocking(self._verdicts, False)
+        environment = group.environment(rank, port) | {ERROR_FILE: f"/dev/fd/{report}", VERDICTS: str(verdicts)}
+        environment[JOINS] = "1" if joins else ""
+        self._process = self._start(group.arguments, environment, lifeline, self._output, (report, verdicts))
+        os.close(verdicts)
+
+    @staticmethod
+    def _start(
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        standard_input: int,
+        output: IO[bytes] | None,
+        keep: Sequence[int],
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment,
+            stdin=standard_input,
+            stdout=output,
+            stderr=output,
+            pass_fds=keep,
             start_new_session=True,
         )
 
@@ -66,6 +84,45 @@ class Worker:
             )
         return self.ending is not None
 
+    def is_ready(self) -> bool:
+        """Whether it says that it can continue without another worker."""
+        return self._says("ready") is True
+
+    def waits_to_join(self) -> bool:
+        """Whether it says that it can take its place among the others."""
+        return self._says("joins") is True
+
+    def failed_in(self, generation: int) -> bool:
+        """Whether it says that this generation's group did not form, or broke although no worker died."""
+        return self._says("generation") == generation and self._says("failed") is True
+
+    def hung_in(self, generation: int) -> list[int]:
+        """The ranks of this generation that, as it says, hold up the others."""
+        hung = self._says("hung") if self._says("generation") == generation else None
+        return hung if isinstance(hung, list) else []
+
+    def shoot(self) -> None:
+        """Kill it, and let its death count as one that has no cause in the others."""
+        self.was_shot = True
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGKILL)
+
+    def _says(self, what: str) -> object:
+        content = content_of(self._report)
+        if isinstance(content, dict):  # else it is just writing: what it said before holds
+            self._said = content
+        return self._said.get(what) if isinstance(self._said, dict) else None
+
+    def lost_words(self) -> str:
+        """Who was lost, and of what; it has ended."""
+        assert self.ending is not None
+        return f"rank {self.rank} held up the others" if self.was_shot else self.ending.told().splitlines()[0]
+
+    def hear(self, verdict: Verdict) -> None:
+        """Send it a verdict."""
+        with suppress(OSError):  # it has ended meanwhile
+            os.write(self._verdicts, verdict.line())
+
     def terminate(self) -> None:
         """Ask it to end."""
         if not self.has_ended():
@@ -82,8 +139,11 @@ class Worker:
             self.has_ended()
 
     def close(self) -> None:
-        """Let go of its files."""
+        """Let go of its files; it has ended."""
+        if self._report.closed:
+            return
         self._report.close()
+        os.close(self._verdicts)
         if self._output is not None:
             self._output.close()
 

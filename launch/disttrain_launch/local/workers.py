@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -15,7 +16,9 @@ from typing import NoReturn
 from disttrain.distributed.ports import reserved_port
 from disttrain.distributed.requests import SAME_REQUEST_S, STOP_SIGNALS, asking, heard_requests
 from disttrain.distributed.suspended import LOOK_EVERY_S, Suspended
+from disttrain.distributed.verdicts import Verdict
 from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.hung import hung_ranks
 from disttrain_launch.local.worker import Worker
 from disttrain_launch.messages import complain, say
 from disttrain_launch.outcome import Outcome, settle
@@ -25,6 +28,8 @@ from disttrain_launch.restarts import Restarts
 # to report what happened to them.
 _TO_REPORT_S = 2.0
 _NEVER = float("inf")
+_LOOK_FOR_NEWCOMERS_EVERY_S = 0.05
+_MOST_LOSSES, _LOSSES_WITHIN_S = 10, 600.0  # as many as a run continues after: more have a cause
 
 
 def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoReturn:
@@ -35,8 +40,8 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoRetur
     restarts = restarts or Restarts()
     with _signals() as signals:
         while True:
-            with reserved_port() as port, _started(group, port) as workers:
-                watch = _Watch(group, workers, signals)
+            with reserved_port() as port, _started(group, port) as (workers, replace):
+                watch = _Watch(group, workers, signals, replace)
                 outcome = watch.until_the_end()
             if sys.stdout.isatty() and workers[0].was_killed:
                 say("\x1b[?25h")  # its progress bar had hidden the cursor
@@ -77,15 +82,22 @@ def _hear(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _started(group: WorkerGroup, port: int) -> Iterator[list[Worker]]:
-    """The group's workers. Whatever happens in the block, none outlives it."""
+def _started(group: WorkerGroup, port: int) -> Iterator[tuple[list[Worker], Callable[[Worker], Worker]]]:
+    """The group's workers, and what starts another in the place of one. Whatever happens, none outlives the block."""
     # Each worker reads its standard input and ends when that closes: however this process dies, the kernel closes it.
     lifeline_of_workers, lifeline = os.pipe()
     workers: list[Worker] = []
+
+    def replace(dead: Worker) -> Worker:
+        workers.remove(dead)
+        dead.close()
+        workers.append(Worker(group, dead.rank, port, lifeline_of_workers, joins=True))
+        return workers[-1]
+
     try:
         for rank in range(group.size):
             workers.append(Worker(group, rank, port, lifeline_of_workers))
-        yield workers
+        yield workers[:], replace
     finally:
         for worker in workers:
             worker.kill()
@@ -97,7 +109,9 @@ def _started(group: WorkerGroup, port: int) -> Iterator[list[Worker]]:
 class _Watch:
     """Waits for workers to end and for signals to arrive, and passes on what each means to the others."""
 
-    def __init__(self, group: WorkerGroup, workers: list[Worker], signals: int) -> None:
+    def __init__(
+        self, group: WorkerGroup, workers: list[Worker], signals: int, replace: Callable[[Worker], Worker]
+    ) -> None:
         self._group = group
         self._workers = workers
         self._signals = signals
@@ -105,10 +119,19 @@ class _Watch:
         self._stop_requested_at: float | None = None  # this and the next two: time.monotonic()
         self._terminate_at = _NEVER
         self._kill_at = _NEVER
+        self._replace = replace
+        self._losses: list[float] = []  # when, by time.monotonic()
+        self._coming: list[Worker] = []  # replacements, which do not count yet
+        self._generation = 0
 
     def until_the_end(self) -> Outcome:
         """Wait until no worker runs any more."""
         while running := [worker for worker in self._workers if not worker.has_ended()]:
+            if all(worker.waits_to_join() for worker in running):
+                self._workers = [worker for worker in self._workers if worker not in running]
+                continue  # the others finished before these could join: they are killed with the block
+            if self._continues_in_another_group(running):
+                continue
             self._end_after_a_failure(running)
             for news in self._suspended.news({worker.rank: worker.pid for worker in running}):
                 complain(news)
@@ -124,6 +147,68 @@ class _Watch:
     def was_asked_to_stop(self) -> bool:
         """Whether the launcher was asked to stop."""
         return self._stop_requested_at is not None
+
+    def _continues_in_another_group(self, running: list[Worker]) -> bool:
+        """Whether a new group forms: some died just now, some have come, or the last one failed."""
+        if self._kill_at != _NEVER:
+            return False
+        self._kill_the_hung()
+        dead = [worker for worker in self._workers if worker.ending and worker.ending.calls_for_an_end]
+        new = self._those_to_join()
+        has_failed = any(worker.failed_in(self._generation) for worker in running)
+        if not dead and not new and not has_failed:
+            return False
+        now = time.monotonic()
+        recent = [moment for moment in self._losses if now - moment < _LOSSES_WITHIN_S]
+        is_possible = (
+            len(dead) + len(running) == len(self._workers)
+            and all(worker.was_killed for worker in dead)
+            and self._workers[0] not in dead
+            and all(worker.is_ready() for worker in running)
+        )
+        if is_possible and len(recent) + len(dead) + has_failed > _MOST_LOSSES:
+            complain(f"more than {_MOST_LOSSES} losses within {_LOSSES_WITHIN_S / 60:g} minutes: not continuing")
+            is_possible = False
+        if not dead and not has_failed and not is_possible:
+            return False
+        self._generation += 1
+        if not is_possible:
+            for worker in running:
+                worker.hear(Verdict(self._generation, None))
+            return False
+        self._losses += [now] * (len(dead) + has_failed)
+        self._workers = [*running, *new]
+        self._coming = [worker for worker in self._coming if worker not in new]
+        verdict = Verdict(
+            self._generation,
+            rank=None,
+            size=len(self._workers),
+            num_new=len(new),
+            lost="; ".join(worker.lost_words() for worker in dead),
+            lost_ranks=tuple(worker.rank for worker in dead),
+            time=min((worker.ending.time for worker in dead if worker.ending), default=time.time()),
+        )
+        for rank, worker in enumerate(self._workers):
+            worker.hear(dataclasses.replace(verdict, rank=rank))
+        if not self.was_asked_to_stop:
+            self._coming += [self._replace(worker) for worker in dead]
+        return True
+
+    def _kill_the_hung(self) -> None:
+        reports = {
+            rank: worker.hung_in(self._generation) for rank, worker in enumerate(self._workers) if worker.ending is None
+        }
+        for worker in (self._workers[rank] for rank in hung_ranks(reports)):
+            if not worker.was_shot:
+                complain(f"rank {worker.rank} holds up the others (train.hang_timeout_s): killing it")
+                worker.shoot()
+
+    def _those_to_join(self) -> list[Worker]:
+        for worker in self._coming:
+            if worker.has_ended() and worker.ending is not None:
+                complain(f"continuing without a replacement: {worker.ending.told()}")
+        self._coming = [worker for worker in self._coming if not worker.has_ended()]
+        return [worker for worker in self._coming if worker.waits_to_join()]
 
     def _end_after_a_failure(self, running: list[Worker]) -> None:
         now = time.monotonic()
@@ -141,7 +226,8 @@ class _Watch:
 
     def _next_signals(self) -> bytes:
         deadline = min(self._terminate_at, self._kill_at)
-        timeout = min(LOOK_EVERY_S, max(0.0, deadline - time.monotonic()))
+        look_every_s = _LOOK_FOR_NEWCOMERS_EVERY_S if self._coming else LOOK_EVERY_S
+        timeout = min(look_every_s, max(0.0, deadline - time.monotonic()))
         ready, _, _ = select.select([self._signals], [], [], timeout)
         return os.read(self._signals, 4096) if ready else b""
 

@@ -103,8 +103,9 @@ def test_who_has_begun_fewer_collectives_holds_up_the_others() -> None:
     beats = [beat(0, issued=12, waits=False), beat(1, issued=10, waits=True), beat(2, issued=12, waits=False)]
 
     def named(beats: list[watchdog.Beat]) -> set[int]:
-        said = watchdog._account({one.rank: one for one in beats}, [], {}, beats[0])
-        return {rank for rank in range(3) if f"rank {rank} on box" in said}
+        said, culprits = watchdog._account({one.rank: one for one in beats}, [], {}, beats[0])
+        assert {rank for rank in range(3) if f"rank {rank} on box" in said} == set(culprits)
+        return set(culprits)
 
     assert named(beats) == {1}
     assert named([beat(rank, issued=12, waits=rank != 1) for rank in range(3)]) == {1}, "where none is behind"

@@ -1,0 +1,81 @@
+"""Where the ranks of a job find each other: the store that all share."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
+
+from disttrain.errors import DisttrainError
+
+_BACKLOG = 2048  # as torch has it: all workers may connect at once
+
+
+@dataclass(frozen=True)
+class MeetingPlace:
+    """Where the ranks of a job find each other, and the worker that meets them there."""
+
+    host: str
+    port: int
+    rank: int
+    size: int
+    is_alone: bool  # whether one machine has all workers
+    timeout: timedelta = field(compare=False)
+
+    def next_store(self) -> Store:
+        """A store that all ranks share for one group: its keys are not those of the groups before."""
+        store, numbers = _met_at(self)
+        store.set_timeout(self.timeout)
+        # "default_pg": as torch has it
+        return PrefixStore("default_pg", PrefixStore(f"disttrain/group-{next(numbers)}", store))
+
+
+@functools.cache
+def _met_at(place: MeetingPlace) -> tuple[Store, Iterator[int]]:
+    """The store of all ranks, and the numbers of the groups that meet there.
+
+    Rank 0 serves it as long as its process lives. If it ended with a group, a rank that is quicker to join the next one
+    would meet the store of the last. On one machine no other can reach it, unless torchrun serves it.
+    """
+    listener = _loopback_listener(place.host, place.port) if place.rank == 0 and place.is_alone else None
+    store: Store
+    if listener is not None:
+        # torch's own socket would listen at every address of the machine.
+        store = TCPStore(
+            place.host,
+            place.port,
+            place.size,
+            is_master=True,
+            timeout=place.timeout,
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
+        )
+    else:
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=place.timeout))
+    return store, itertools.count(1)
+
+
+def _loopback_listener(host: str, port: int) -> socket.socket | None:
+    """A socket that listens at MASTER_ADDR:MASTER_PORT; None if that is not loopback, or the agent's own store."""
+    addresses = {"127.0.0.1": socket.AF_INET, "localhost": socket.AF_INET, "::1": socket.AF_INET6}
+    if host not in addresses or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    listener = socket.socket(addresses[host], socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1" if host == "localhost" else host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise DisttrainError(
+            f"MASTER_ADDR:MASTER_PORT = {host}:{port}: {error.strerror}, so the workers cannot "
+            "meet there. Wait for the job that has the port, or choose another."
+        ) from error
+    return listener

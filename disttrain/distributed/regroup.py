@@ -1,0 +1,81 @@
+"""A process group that broke, left behind for another one in the same processes."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from disttrain.distributed.connections import Connections
+from disttrain.distributed.world import World, init_gloo
+
+_TO_CONNECT = timedelta(seconds=0.5)  # gloo tries five times, if a rank dies just then
+_LOOK_EVERY_S = 0.002
+
+
+class MissingRanks(RuntimeError):
+    """Some ranks have not come to the new process group."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(f"Timed out waiting for ranks {ranks}, which have not come to the new process group")
+        self.ranks = ranks
+
+
+def rejoin(world: World, rank: int, size: int, generation: int, unless: Callable[[], bool]) -> World:
+    """Form a new process group of `size` workers, in which this one is `rank`; they must have left theirs.
+
+    Every one must call it. `generation` is a number that no group of this job had before. Raises RuntimeError if
+    `unless` holds meanwhile, and MissingRanks if one does not come within the time that a step may take.
+    """
+    assert world.group is not None
+    _abandon()
+    group = replace(world.group, connections=Connections())
+    store = PrefixStore(f"generation-{generation}", group.store)
+    _wait_for_all(store, rank, size, group.hang_timeout_s, unless)
+    # Torch numbers its groups, counts one that failed to form, too, and has ranks with other numbers wait for ever.
+    dist.distributed_c10d._world.group_count = 0
+    with group.connections.noted(group.port):
+        init_gloo(store, rank, size, _TO_CONNECT)
+    dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(group.timeout)
+    return replace(world, rank=rank, local_rank=rank, size=size, local_size=size, group=group)
+
+
+def let_go(error: BaseException) -> None:
+    """Empty the frames that `error` has passed through: they hold the process group in which it was raised."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__context__
+
+
+def _abandon() -> None:
+    """Let the process group end, if there is one, on a thread of its own.
+
+    Its destructor waits for every collective under way, and one that was receiving the middle of a message when its
+    connection broke does not fail: gloo signals that only to those that wait for a beginning (torch 2.14).
+    """
+    if not dist.is_initialized():  # it failed to form
+        return
+    broken = [dist.group.WORLD]
+    dist.destroy_process_group()
+    threading.Thread(target=broken.clear, name="disttrain-broken-group", daemon=True).start()
+
+
+def _wait_for_all(store: Store, rank: int, size: int, timeout_s: float, unless: Callable[[], bool]) -> None:
+    """Gloo itself would wait as long as a collective may take, for a rank that has died on its way."""
+    places = [f"here/{other}" for other in range(size)]
+    store.set(places[rank], "")
+    deadline = time.monotonic() + timeout_s
+    while not store.check(places):
+        if unless():
+            raise RuntimeError("Timed out waiting for another worker, which is lost")
+        if time.monotonic() > deadline:
+            raise MissingRanks([other for other in range(size) if not store.check([places[other]])])
+        time.sleep(_LOOK_EVERY_S)

@@ -1,0 +1,51 @@
+"""The session of a worker that comes to a run under way: it builds the job alone, and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from disttrain.checkpoint import CheckpointStore
+from disttrain.distributed.launched import rank_hint
+from disttrain.distributed.world import World
+from disttrain.health.stop import StopRequest
+from disttrain.layout import CHECKPOINTS
+from disttrain.recipe import Recipe
+from disttrain.recipe.address import is_url, settled, working_folder
+from disttrain.runs.rundir import log_to_file, stop_logging
+from disttrain.terminal.console import Console
+from disttrain.tracking import Tracker
+from disttrain.training.given import Given
+from disttrain.training.job import build_job
+from disttrain.training.monitor import RunMonitor
+from disttrain.training.preflight.model import check_model
+from disttrain.training.session import watched
+
+
+@contextmanager
+def open_joining(
+    recipe: Recipe, world: World, run_dir: Path | str | None, given: Given, stop: StopRequest
+) -> Iterator[RunMonitor]:
+    """Build the job as at its start: what has become of it comes from the others, once they are joined.
+
+    `world` is of this worker alone. The arguments are those of `open_session`.
+    """
+    address = settled(str(run_dir))
+    path = working_folder(address) if is_url(address) else Path(address)
+    console = Console(speaks=False)
+    with ExitStack() as until_the_end:
+        until_the_end.callback(stop_logging, log_to_file(path, rank_hint() or 0))
+        progress, watchdog = until_the_end.enter_context(watched(path, recipe, world))
+        job = build_job(recipe, world, given)
+        until_the_end.enter_context(closing(job))
+        job.progress, job.watchdog = progress, watchdog
+        check_model(job, console.warn)
+        store = CheckpointStore(path / CHECKPOINTS)
+        tracker = Tracker(path, recipe, {}, enabled=False)
+        monitor = RunMonitor(job, path, store, tracker, console, stop, None, address)
+        until_the_end.enter_context(closing(monitor))
+        try:
+            yield monitor
+        finally:
+            progress.at("ending", job.step, patient=True)

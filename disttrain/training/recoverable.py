@@ -1,0 +1,32 @@
+"""Whether a job continues without a lost worker: what it does between two steps has to be known to survive a loss."""
+
+from __future__ import annotations
+
+from disttrain.distributed.launched import LAUNCHER, launched_by
+from disttrain.training.job import Job
+
+
+def continues_after_losses(job: Job) -> bool:
+    """Whether its workers can continue without one of them."""
+    asks = job.recipe.parallel.on_lost_worker == "continue"
+    return asks and job.world.group is not None and why_it_restarts(job) is None
+
+
+def why_it_restarts(job: Job) -> str | None:
+    """Why it restarts when a worker is lost, although its recipe says to continue; None if that is not so."""
+    recipe, world = job.recipe, job.world
+    if recipe.parallel.on_lost_worker != "continue" or world.group is None:
+        return None
+    reasons = {
+        "only exact mode has the same bits without it (parallel.exact)": job.strategy.bits_depend_on_world_size,
+        "a lost shard has no copy": job.strategy.is_sharded,
+        "only `disttrain train` on one machine continues": launched_by() != LAUNCHER or world.num_nodes > 1,
+        "NCCL cannot continue": world.device.type != "cpu",
+        "hooks see each step once": bool(job.hooks),
+        "train.spike_factor is set": job.spikes.is_on,
+        "train.precision is 'fp16'": job.scaler.is_enabled(),
+        f"train.non_finite is '{recipe.train.non_finite}'": recipe.train.non_finite != "stop",
+        "data.workers read ahead": job.loader.streams,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    return f"parallel.on_lost_worker: all workers restart when one is lost: {found[0]}" if found else None

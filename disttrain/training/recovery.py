@@ -1,0 +1,260 @@
+"""A lost worker, without a restart: the survivors agree on the last step, share its state, and continue.
+
+See docs/recovery.md. Whatever is in doubt raises the error that the loss caused, which ends in a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from disttrain.checkpoint import AVERAGE, optimizer_from_tensors
+from disttrain.distributed.collectives import broadcast_, broadcast_object, gather_objects, interruptible
+from disttrain.distributed.regroup import MissingRanks, let_go, rejoin
+from disttrain.distributed.report import report_ready
+from disttrain.distributed.verdicts import Verdict, Verdicts
+from disttrain.distributed.world import World
+from disttrain.errors import DisttrainError, is_lost_peer
+from disttrain.faultpoints import reached
+from disttrain.health.watchdog import Watchdog
+from disttrain.parallel.exact.strategy import Exact
+from disttrain.training.job import Job
+from disttrain.training.monitor import RunMonitor
+from disttrain.training.recoverable import continues_after_losses
+
+_TO_HEAR_S = 3.0  # the launcher notices at once when a worker dies
+_TO_HEAR_AGAIN_S = 30.0
+_log = logging.getLogger("disttrain")
+
+
+class _AnotherGroup(RuntimeError):
+    """The launcher has given a verdict."""
+
+
+class Recovery:
+    """Keeps what an unfinished step must be put back to, and leads this rank through a loss."""
+
+    def __init__(self, job: Job, monitor: RunMonitor, watchdog: Watchdog | None) -> None:
+        self._job, self._monitor, self._watchdog = job, monitor, watchdog
+        self._verdicts = Verdicts.of_this_process() if continues_after_losses(job) else None
+        self._generation, self._is_ready = 0, False
+        self._is_new = False  # among workers that have a state to hand out
+        self._unreported: list[Verdict] = []
+        self._accused: list[int] = []  # of holding up the others, as reported last
+        self._kept: tuple[int, list[float] | None, dict[str, int]] | None = None
+        if watchdog is not None and self._verdicts is not None:
+            watchdog.cure = self._report_hung
+
+    def _report_hung(self, ranks: Sequence[int]) -> bool:
+        """Have the launcher kill the ranks that hold up the others; on the watchdog's thread, while it watches."""
+        if not self._is_ready or 0 in ranks:
+            return False
+        if list(ranks) != self._accused:
+            self._accused = list(ranks)
+            report_ready(is_ready=True, generation=self._generation, hung=ranks)
+        return True
+
+    def before_step(self) -> None:
+        """Note where the step begins."""
+        if self._verdicts is not None:
+            assert isinstance(self._job.strategy, Exact)
+            self._kept = (self._job.step, self._job.strategy.expected, self._job.non_finite.state())
+
+    def after_step(self) -> None:
+        """The step is made, and what belongs to it is done: from now on, a loss can be continued."""
+        self._kept = None
+        if self._verdicts is None:
+            return
+        if not self._is_ready:
+            self._is_ready = True
+            report_ready(is_ready=True)
+        if self._verdicts.have_come():
+            raise _AnotherGroup
+
+    def over(self) -> None:
+        """From now on a loss ends in a restart."""
+        if self._is_ready:
+            self._is_ready = False
+            report_ready(is_ready=False)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Have no collective in the block wait on after a loss."""
+        with nullcontext() if self._verdicts is None else interruptible(lambda: self._job.world.group_is_broken):
+            yield
+
+    def survive(self, error: RuntimeError) -> None:
+        """Continue without the worker whose loss caused `error`, or raise it. Every survivor must call it.
+
+        Another loss meanwhile has all begin again: until the end, nothing is changed that a second time would spoil.
+        """
+        failure: RuntimeError | None = error
+        while failure is not None:
+            if self._verdicts is None or not self._is_ready or not _is_of_a_loss(failure):
+                raise failure
+            self._job.world.leave_group()  # first of all: the others may wait for this rank
+            let_go(failure)
+            if self._watchdog is not None:
+                self._watchdog.pause()
+            hung = failure.ranks if isinstance(failure, MissingRanks) else []
+            verdict = None if hung else self._next_verdict(self._verdicts, _TO_HEAR_S)
+            if verdict is None:  # no worker has died
+                report_ready(is_ready=True, generation=self._generation, failed=not hung, hung=hung)
+                verdict = self._next_verdict(self._verdicts, _TO_HEAR_AGAIN_S)
+            if verdict is None or verdict.rank is None:
+                raise failure
+            failure = self._continue(verdict, self._verdicts)
+
+    def join(self) -> None:
+        """Wait for a place among the workers of a run under way, and take it, with their state."""
+        if self._verdicts is None:
+            raise DisttrainError("a worker cannot join this run while it is under way.")
+        report_ready(is_ready=True, joins=True)
+        self._job.progress.at("waiting to join the other workers", self._job.step, patient=True)
+        verdict = self._next_verdict(self._verdicts, None)
+        if verdict is None or verdict.rank is None:
+            raise DisttrainError("the run ended before this worker could join it.")
+        self._is_new = self._is_ready = True
+        if self._watchdog is not None:
+            self._watchdog.pause()
+        failure = self._continue(verdict, self._verdicts)
+        if failure is not None:
+            self.survive(failure)
+
+    def _next_verdict(self, verdicts: Verdicts, timeout_s: float | None) -> Verdict | None:
+        """The latest; None if none has come in time."""
+        verdict = verdicts.wait(timeout_s)
+        latest = None
+        while verdict is not None:
+            self._unreported.append(verdict)
+            latest, verdict = verdict, verdicts.wait(0.0)
+        return latest
+
+    def _continue(self, verdict: Verdict, verdicts: Verdicts) -> RuntimeError | None:
+        """Return the error by which another loss shows."""
+        job = self._job
+        assert verdict.rank is not None
+        self._generation = verdict.generation
+        job.progress.at("forming a new group of workers", job.step)
+        self._monitor.saver.finish_copy()  # before the weights change
+        try:
+            with self.interrupting():
+                self._undo(rejoin(job.world, verdict.rank, verdict.size, verdict.generation, verdicts.have_come))
+                reached("recovery: joined", step=job.step)
+                if self._watchdog is not None:
+                    self._watchdog.resume(job.world)
+                steps_of = self._agree()
+                reached("recovery: agreed", step=job.step)
+                self._monitor.make_up()
+                for loss in self._unreported:
+                    self._report(loss, steps_of)
+        except RuntimeError as error:
+            _log.info("generation %d broke: %s", verdict.generation, error)
+            return error
+        if self._is_new:
+            report_ready(is_ready=True, generation=self._generation)
+        self._unreported, self._accused, self._is_new = [], [], False
+        return None
+
+    def _report(self, loss: Verdict, stood_at: Sequence[int]) -> None:
+        """Say and journal who was lost or came; `stood_at` are the steps that the survivors had made."""
+        job, monitor = self._job, self._monitor
+        step, world_size = job.step, job.world.size
+        seconds = round(time.time() - loss.time, 3)
+        workers = f"{world_size} worker{'s' if world_size > 1 else ''}"
+        if loss.num_new:
+            monitor.tracker.event(
+                "worker-joined", step=step, joined=loss.num_new, seconds=seconds, world_size=world_size
+            )
+            monitor.console.line(f"continuing with {workers} from step {step}: {loss.num_new} joined")
+        if not loss.lost:
+            return
+        monitor.tracker.event(
+            "worker-lost",
+            step=step,
+            what=loss.lost,
+            lost_ranks=list(loss.lost_ranks),
+            noticed=loss.time,
+            seconds=seconds,
+            survivors_at=stood_at,
+            slices_recomputed=job.strategy.num_slices if min(stood_at) == max(stood_at) else 0,
+            world_size=world_size,
+        )
+        monitor.console.line(f"{loss.lost}: continuing with {workers} from step {step} after {seconds:.1f} s")
+
+    def _undo(self, world: World) -> None:
+        """Take the new place, at the end of the last step that this rank has made."""
+        job, strategy = self._job, self._job.strategy
+        assert isinstance(strategy, Exact)
+        expected = strategy.expected
+        if self._kept is not None and self._kept[0] == job.step:
+            _, expected, non_finite = self._kept
+            job.non_finite.undo_step(non_finite)
+        self._kept = None
+        job.optimizer.zero_grad(set_to_none=True)
+        job.world = world
+        strategy.rejoin(world, expected)
+        job.loader.deal(world.rank, world.size, strategy.slices)
+        job.eval_loader.deal(world.rank, world.size)
+
+    def _agree(self) -> list[int]:
+        """Bring those that are a step behind to where the others are; return where each rank was."""
+        job = self._job
+        places: list[int | None] = gather_objects(None if self._is_new else job.step)
+        steps = [step for step in places if step is not None]  # newcomers have none
+        if not steps:
+            raise DisttrainError("all workers that had the state of the run are lost.")
+        newest = max(steps)
+        job.progress.place = max(gather_objects(job.progress.place))  # the stages entered are counted anew from here
+        if newest - min(steps) > 1:  # a collective needs every rank
+            raise DisttrainError(f"the workers that survived a loss stand at steps {steps}, more than one apart.")
+        if any(step != newest for step in places):
+            self._receive(places.index(newest), is_behind=self._is_new or job.step < newest)
+        _log.info("continuing at step %d with %d workers; they stood at %s", job.step, job.world.size, places)
+        return steps
+
+    def _receive(self, source: int, *, is_behind: bool) -> None:
+        """Take everything from rank `source`, tensor by tensor: nothing is changed before all of it is there."""
+        job, is_source = self._job, self._job.world.rank == source
+        own = job.model_tensors()
+        model = {
+            name: broadcast_(one.detach() if is_source else torch.empty_like(one), source) for name, one in own.items()
+        }
+        optimizer = _broadcast_named(job.optimizer_tensors()[0] if is_source else {}, source)
+        monitor = self._monitor
+        own_state = (job.state(), monitor.last_result, monitor.last_num_items)
+        state, result, num_items = broadcast_object(own_state if is_source else None, source)
+        if not is_behind:
+            return
+        reached("recovery: received", step=job.step)
+        for name, tensor in own.items():
+            tensor.detach().copy_(model[name])
+        tensors = {name: tensor for name, tensor in optimizer.items() if not name.startswith(AVERAGE)}
+        optimizer_from_tensors(job.optimizer, tensors, state["optimizer"], job.model)
+        if job.ema is not None:
+            job.ema.load(
+                {name.removeprefix(AVERAGE): one for name, one in optimizer.items() if name.startswith(AVERAGE)}
+            )
+        job.non_finite.load_state(state["non_finite"])
+        job.strategy.load_state(state, "the state of another worker")
+        job.early_stopping.load_state(state["best_evaluation"])
+        job.step, job.metrics = state["step"], state["metrics"] or None
+        monitor.receive(result, num_items)
+
+
+def _broadcast_named(own: Mapping[str, torch.Tensor], source: int) -> dict[str, torch.Tensor]:
+    """The tensors of rank `source`, which alone passes any."""
+    outline = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
+    received = {}
+    for name, shape in broadcast_object(outline, source).items():
+        room = own[name].detach() if own else torch.empty_like(shape, device="cpu")
+        received[name] = broadcast_(room, source)
+    return received
+
+
+def _is_of_a_loss(error: RuntimeError) -> bool:
+    return isinstance(error, _AnotherGroup) or is_lost_peer(error)

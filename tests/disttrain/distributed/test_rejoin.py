@@ -1,0 +1,85 @@
+"""A process group that breaks, and the one that takes its place."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+from disttrain.distributed.collectives import Agreement, sum_
+from disttrain.distributed.connections import Connections
+from disttrain.distributed.regroup import rejoin
+from disttrain.distributed.verdicts import Verdict, Verdicts
+from disttrain.distributed.world import join_world
+from disttrain.errors import is_lost_peer
+from disttrain.testing import run_workers
+
+
+def _loses_rank_2() -> tuple[float, float]:
+    """Of four ranks, the third goes in the middle. What the others sum in a group of three, and in one of two."""
+    with join_world("cpu", threads=1, timeout_s=60) as world:
+        assert sum_(torch.ones(1)).item() == 4.0
+        if world.rank == 2:
+            world.leave_group()
+            return 0.0, 0.0
+        agreement = Agreement(num_flags=1)
+        try:
+            while True:  # rank 0 may wait for one that is there
+                agreement.ask(False)
+                sum_(torch.ones(1000))
+        except RuntimeError as error:  # whose traceback keeps the old group, as in a real loss
+            assert is_lost_peer(error)
+            world.leave_group()
+            if world.rank == 0:  # as after a group that failed to form: torch has counted it
+                dist.destroy_process_group()
+                dist.distributed_c10d._world.group_count += 5
+            three = rejoin(world, [0, 1, 3].index(world.rank), 3, generation=1, unless=lambda: False)
+            first = sum_(torch.full((1,), float(world.rank))).item()
+            three.leave_group()
+            if three.rank == 1:
+                return first, 0.0
+            two = rejoin(three, [0, 2].index(three.rank), 2, generation=2, unless=lambda: False)
+            assert (two.rank, two.size, dist.get_world_size()) == ([0, 2].index(three.rank), 2, 2)
+            return first, sum_(torch.ones(1)).item()
+
+
+def test_survivors_form_a_group_and_another() -> None:
+    assert run_workers(_loses_rank_2, 4, process_group=False, check_collectives=False) == [
+        (4.0, 2.0),
+        (4.0, 0.0),
+        (0.0, 0.0),
+        (4.0, 2.0),
+    ]
+
+
+def test_a_cut_spares_the_store_and_a_descriptor_that_has_a_new_owner() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as store:
+        connections = Connections()
+        with connections.noted(store.getsockname()[1]):
+            ours, kept, gone = (socket.create_connection(at.getsockname()) for at in (server, store, server))
+        taken = os.dup(kept.fileno())
+        os.dup2(taken, gone.fileno())  # gone is closed, and its number is another socket's
+        assert len(connections) == 2
+        connections.cut()
+        assert ours.recv(1) == b""
+        kept.send(b"x")
+        os.close(taken)
+        for connection in (ours, kept, gone):
+            connection.close()
+
+
+def test_verdicts_are_read_in_order_and_announced() -> None:
+    reader, writer = os.pipe()
+    verdicts = Verdicts(reader)
+    assert not verdicts.have_come()
+    assert verdicts.wait(0.0) is None
+    sent = [Verdict(1, 2, 3, lost="rank 1", lost_ranks=(1,), time=5.0), Verdict(2, None)]
+    for verdict in sent:
+        os.write(writer, verdict.line())
+    assert verdicts.have_come()
+    assert [verdicts.wait(60.0), verdicts.wait(60.0)] == sent
+    os.close(writer)
+    assert verdicts.wait(60.0) is None, "the launcher has ended"
+    os.close(reader)

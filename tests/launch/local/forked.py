@@ -1,0 +1,170 @@
+"""A launcher whose workers are forks of this process, which has imported everything: a loss costs no start of Python.
+
+    python -m tests.launch.local.forked '[{"folder": FOLDER, "signals": [[POINT, RANK, COUNT, NUMBER], ...]}, ...]'
+
+trains the small job of exact mode once for each, see `Run`, and prints how it ended, in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch._dynamo  # which an optimizer imports at its first step
+
+import disttrain.training.loop  # noqa: F401  # here once, and not in each worker
+from disttrain import faultpoints
+from disttrain.distributed.ports import reserved_port
+from disttrain.distributed.report import report_failure, report_finished
+from disttrain.errors import is_lost_peer
+from disttrain.layout import ERROR_FILE, VERDICTS
+from disttrain_launch.local import worker as worker_module
+from disttrain_launch.local import workers as workers_module
+from disttrain_launch.local.group import WorkerGroup
+from tests.disttrain.parallel.exact_runs import train
+
+NEW = 100
+
+
+class _Fork:
+    """As much of a `Popen` as a launcher's worker needs."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode = pid, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.005)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+def _forking(work: Callable[[int], object]) -> Callable[..., _Fork]:
+    """What starts a worker that does `work`, which is given its rank, plus NEW for each one that had it before."""
+    before: Counter[int] = Counter()
+
+    def start(
+        arguments: Sequence[str], environment: Mapping[str, str], lifeline: int, output: Any, keep: Sequence[int]
+    ) -> _Fork:
+        rank = int(environment["RANK"])
+        whose = rank + NEW * before[rank]
+        before[rank] += 1
+        pid = os.fork()
+        return _Fork(pid) if pid else _become_a_worker(lambda: work(whose), environment, keep)
+
+    return start
+
+
+def _become_a_worker(work: Callable[[], object], environment: Mapping[str, str], keep: Sequence[int]) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.environ.update(environment)
+        os.environ[ERROR_FILE] = f"/dev/fd/{keep[0]}"
+        os.dup2(2, 1)  # standard output is the launcher's
+        for name in os.listdir("/dev/fd"):
+            if int(name) > 2 and int(name) not in keep:
+                try:
+                    os.close(int(name))
+                except OSError:
+                    continue
+        work()
+        report_finished()
+        code = 0
+    except BaseException as error:
+        traceback.print_exc()
+        report_failure(f"{type(error).__name__}: {error}", 1, None, time.time(), consequence=is_lost_peer(error))
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job with its injuries.
+
+    Args:
+        folder: of the run.
+        size: how many workers.
+        signals: (point, rank, count, number): the worker that was started as this rank gets signal `number` when it
+            passes the named point for this time. For a rank's first replacement it is the rank + NEW, for the second
+            the rank + 2 * NEW.
+        waits_at: before its steps of these numbers, counted with those that it repeats, rank 0 waits until the launcher
+            gives a verdict, `waits_s` seconds at most.
+        overrides: of the recipe.
+        most_losses: after how many within minutes the launcher gives up.
+    """
+
+    folder: str
+    size: int = 4
+    signals: Sequence[Sequence[Any]] = ()
+    waits_at: Sequence[int] = ()
+    waits_s: float = 60.0
+    overrides: Sequence[str] = ()
+    most_losses: int = 10
+
+
+class _Script:
+    """What happens at the named points of a worker."""
+
+    def __init__(self, run: Run, rank: int) -> None:
+        self._signals = {(point, count): number for point, whose, count, number in run.signals if whose == rank}
+        self._waits_at, self._waits_s = run.waits_at if rank == 0 else (), run.waits_s
+        self._passed: dict[str, int] = {}
+
+    def reached(self, name: str, where: Mapping[str, Any]) -> None:
+        """As a test's faults have it."""
+        self._passed[name] = count = self._passed.get(name, 0) + 1
+        if (name, count) in self._signals:
+            os.kill(os.getpid(), self._signals[name, count])
+        if name == "step" and count in self._waits_at:
+            select.select([int(os.environ[VERDICTS])], [], [], self._waits_s)
+
+
+def train_through(run: Run) -> dict[str, Any]:
+    """Train the small job of exact mode, with these losses; how it ended."""
+
+    def work(rank: int) -> None:
+        faultpoints._armed = _Script(run, rank)  # type: ignore[assignment]
+        train(Path(run.folder), *run.overrides)
+
+    worker_module.Worker._start = staticmethod(_forking(work))  # type: ignore[assignment, method-assign]
+    workers_module._MOST_LOSSES = run.most_losses
+    group = WorkerGroup((), run.size)
+    with (
+        workers_module._signals() as signals,
+        reserved_port() as port,
+        workers_module._started(group, port) as (workers, replace),
+    ):
+        outcome = workers_module._Watch(group, workers, signals, replace).until_the_end()
+    return {"exit_code": outcome.exit_code, "message": outcome.message}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for fields in json.loads(sys.argv[1]):
+        print(json.dumps(train_through(Run(**fields))), flush=True)

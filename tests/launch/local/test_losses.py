@@ -1,0 +1,128 @@
+"""Workers that are killed while a run goes on: the others continue with the same bits, and replacements join."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from signal import SIGKILL, SIGSTOP
+from typing import Any
+
+import pytest
+
+from disttrain.runs.journal import read_journal
+from tests.disttrain.parallel.exact_runs import outcome
+from tests.launch.local.forked import NEW, Run
+
+ROOT = Path(__file__).parents[3]
+CONTINUE = "parallel.on_lost_worker=continue"
+IN_MANY_PLACES: dict[str, list[tuple[str, int, int, int]]] = {
+    "in a step, in the recovery from it, and later": [
+        ("step", 1, 3, SIGKILL),
+        ("recovery: joined", 2, 1, SIGKILL),
+        ("before the commit", 3, 6, SIGKILL),
+    ],
+    "in an evaluation, and after others have made their step": [
+        ("after the commit", 2, 3, SIGKILL),
+        ("evaluation", 1, 2, SIGKILL),
+        ("recovery: agreed", 3, 2, SIGKILL),
+    ],
+    "all but rank 0": [("step", rank, 4, SIGKILL) for rank in (1, 2, 3)],
+    "while the checkpoint of an epoch is due, and in the last evaluation": [
+        ("after the commit", 1, 5, SIGKILL),
+        ("evaluation", 2, 3, SIGKILL),
+    ],
+    "a replacement that joins, and one that has just received the state": [
+        ("step", 1, 2, SIGKILL),
+        ("recovery: joined", 1 + NEW, 1, SIGKILL),
+        ("step", 2, 4, SIGKILL),
+        ("recovery: received", 2 + NEW, 1, SIGKILL),
+    ],
+    "one stands still, and another one dies meanwhile": [
+        ("step", 2, 3, SIGSTOP),
+        ("step", 1, 3, SIGKILL),
+    ],
+}
+FORKED_TESTS_S = 480
+
+
+def launch(*runs: Run) -> list[dict[str, Any]]:
+    """How each of these runs ended, see forked.py."""
+    command = [sys.executable, "-m", "tests.launch.local.forked", json.dumps([asdict(run) for run in runs])]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=FORKED_TESTS_S, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) | {"stderr": ended.stderr} for line in ended.stdout.splitlines()]
+
+
+def undisturbed(tmp_path: Path, *overrides: str) -> Run:
+    """One worker: the same bits, and the least work."""
+    return Run(str(tmp_path / "undisturbed"), size=1, overrides=overrides)
+
+
+def disturbed(tmp_path: Path, signals: Sequence[tuple[str, int, int, int]], *overrides: str, **more: Any) -> Run:
+    return Run(str(tmp_path / "disturbed"), signals=signals, overrides=(CONTINUE, *overrides), **more)
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [record for record in read_journal(run_dir / "journal.jsonl") if record.get("name") == name]
+
+
+def lost_ranks(run_dir: Path) -> list[int]:
+    return sorted(rank for event in events(run_dir, "worker-lost") for rank in event["lost_ranks"])
+
+
+def check(tmp_path: Path, ended: Sequence[dict[str, Any]], lost: Sequence[int]) -> None:
+    """The second run has become what the first has, without these."""
+    for one in ended:
+        assert one["exit_code"] == 0, (one["message"], one["stderr"])
+    assert outcome(tmp_path / "disturbed") == outcome(tmp_path / "undisturbed")
+    assert lost_ranks(tmp_path / "disturbed") == sorted(lost)
+
+
+def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path: Path) -> None:
+    signals = [("step", 1, 3, SIGKILL), ("recovery: agreed", 2, 1, SIGKILL), ("after the commit", 1 + NEW, 2, SIGKILL)]
+    ended = launch(undisturbed(tmp_path), disturbed(tmp_path, signals, size=3, waits_at=[6]))
+    check(tmp_path, ended, [1, 1, 2])
+    assert events(tmp_path / "disturbed", "worker-joined")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", IN_MANY_PLACES)
+def test_losses_in_many_places(tmp_path: Path, where: str) -> None:
+    signals = IN_MANY_PLACES[where]
+    ended = launch(undisturbed(tmp_path), disturbed(tmp_path, signals, "train.hang_timeout_s=4"))
+    # A replacement has the rank of the one whose place it takes; one that never joined is not counted.
+    check(tmp_path, ended, [rank % NEW for _, rank, _, _ in signals])
+
+
+@pytest.mark.long
+def test_without_rank_0_or_by_default_all_are_ended_to_be_restarted(tmp_path: Path) -> None:
+    lost_0 = Run(str(tmp_path / "without rank 0"), signals=[("step", 0, 4, SIGKILL)], overrides=[CONTINUE])
+    default = Run(str(tmp_path / "default"), signals=[("step", 1, 4, SIGKILL)])
+    for ended, rank in zip(launch(lost_0, default), (0, 1), strict=True):
+        assert ended["exit_code"] != 0
+        assert f"rank {rank} " in ended["message"]
+        assert "SIGKILL" in ended["message"]
+
+
+@pytest.mark.long
+def test_a_hundred_losses(tmp_path: Path) -> None:
+    """Each worker but rank 0 dies again and again, and so do its replacements."""
+    draw = random.Random(7)
+    points = ("step", "before the commit", "after the commit", "recovery: joined", "recovery: agreed")
+    first = [("step", rank, 3, SIGKILL) for rank in (1, 2, 3)]
+    later = [
+        (draw.choice(points), rank + NEW * number, draw.randrange(1, 3), SIGKILL)
+        for number in range(1, 34)
+        for rank in (1, 2, 3)
+    ]
+    epochs = "train.epochs=80"
+    often = {"waits_at": list(range(4, 400, 2)), "waits_s": 1.0, "most_losses": 10_000}
+    ended = launch(undisturbed(tmp_path, epochs), disturbed(tmp_path, [*first, *later], epochs, **often))
+    lost = lost_ranks(tmp_path / "disturbed")
+    check(tmp_path, ended, lost)
+    assert len(lost) >= 100
