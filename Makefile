@@ -37,8 +37,8 @@ format: $(STAMP)  ## format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(STAMP)  ## run the benchmarks (make bench ARGS=... ; see benchmarks/)
-	$(VENV)/bin/python benchmarks/cifar10/compare.py $(ARGS)
+bench: $(STAMP)  ## run the comparisons in turn and write docs/benchmarks.md (two hours; ARGS=--list names them)
+	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	@set -e; \

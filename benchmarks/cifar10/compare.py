@@ -1,24 +1,28 @@
-"""The tutorial's script, an expert's loop and disttrain on the tutorial's job, in turn, in one run.
+"""The tutorial's script, an expert's loop, peers and disttrain on the tutorial's job, in turn, in one run.
 
     python benchmarks/cifar10/compare.py --root DIR [--epochs 2] [--rounds 5]
 
 DIR holds cifar-10-batches-py (an altered copy will do). Each round runs every program once, one after another, so that
 a machine whose speed drifts does not favour one. Prints the seconds per epoch and the ratios, pair by pair: median,
-least and most. With one worker the weights of disttrain and of the hand-written loop must have the same bits.
+least and most. With one worker the weights of disttrain and of the hand-written loop must have the same bits. Lightning
+and Accelerate take part where they are installed (`pip install -e '.[bench]'`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+PEERS = tuple(name for name in ("lightning", "accelerate") if importlib.util.find_spec(name))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -26,7 +30,8 @@ def program(name: str, root: Path, epochs: int) -> dict[str, Any]:
     """Run one of the hand-written programs; its answer."""
     kind, _, workers = name.partition(" ")
     start = TORCHRUN if workers == "x2" else [sys.executable]
-    command = [*start, str(HERE / f"{kind}.py"), "--root", str(root), "--epochs", str(epochs)]
+    script = [str(HERE / "peers.py"), kind] if kind in PEERS else [str(HERE / f"{kind}.py")]
+    command = [*start, *script, "--root", str(root), "--epochs", str(epochs)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -73,6 +78,8 @@ def main() -> int:
         "handwritten x2": lambda: program("handwritten x2", arguments.root, arguments.epochs),
         "disttrain x2": lambda: ours(2, arguments.root, arguments.epochs),
     }
+    for name in [f"{peer} x{size}" for peer in PEERS for size in (1, 2)]:
+        programs[name] = partial(program, name, arguments.root, arguments.epochs)
     if not arguments.without_tutorial:
         programs["tutorial"] = lambda: program("tutorial", arguments.root, arguments.epochs)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -89,6 +96,7 @@ def main() -> int:
         print(f"  {name:<16} {words(values)}")
     print("ratios, pair by pair")
     pairs = [("disttrain x1", "handwritten x1"), ("disttrain x2", "handwritten x2")]
+    pairs += [(f"disttrain x{size}", f"{peer} x{size}") for peer in PEERS for size in (1, 2)]
     pairs += [(name, "tutorial") for name in ("disttrain x1", "disttrain x2") if "tutorial" in programs]
     for first, second in pairs:
         ratios = [a / b for a, b in zip(seconds[first], seconds[second], strict=True)]
