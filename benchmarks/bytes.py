@@ -4,7 +4,8 @@
 
 Two simulated machines with one worker each are joined by a link that lets `--rate` pass in each direction. Each round
 trains the recipe to its end in every way, one after another, so that a machine whose speed drifts does not favour one.
-Bytes are those that the first machine's interface has sent, everything included: start, metrics, agreement, gradients.
+Bytes are those that a machine's interface has sent, the mean of both, everything included: start, metrics, agreement,
+gradients, and what a checkpoint collects.
 Samples per second are those between the first and the last row of losses in the journal: evaluations and checkpoints
 included, start and end not.
 Printed are medians with the least and the most, as ratios to float32's of the same round, and the accuracy reached.
@@ -90,7 +91,7 @@ def measure(run_dir: Path, recipe: str, rate: str, overrides: list[str]) -> Meas
         ]
         if any(run.wait(timeout=1200) for run in runs):
             sys.exit("".join(path.read_text()[-3000:] for path in run_dir.parent.glob(f"{run_dir.name}-*.err")))
-        sent = bytes_sent(machines[0])
+        sent = sum(map(bytes_sent, machines)) / len(machines)
     rows = [row for row in read_journal(run_dir / "journal.jsonl") if "train/loss" in row.get("metrics", {})]
     (first, *_, last) = rows
     num_samples = (last["step"] - first["step"]) * load_recipe(recipe, overrides).data.batch_size

@@ -88,7 +88,7 @@ def resume_apart(job: Job, checkpoint: Checkpoint) -> None:
         if state["scaler"]:
             job.scaler.load_state_dict(state["scaler"])
         guard.load_own_state(state["non_finite"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{where}: '{WORKERS}' does not fit: {brief(error)}.") from error
 
 
