@@ -4,8 +4,8 @@
 
 The state is that of AdamW: weights, and two moments of each. Both ways take turns in one run.
 
-held: how long the training waits for a save, with a copy that is made at once. save: until it is on the disk. load:
-from rank 0's look for the newest checkpoint, verified, to each worker's part of every tensor. Memory is the peak of
+Copied beside a pass: how long training is held, from the second save of a run on, against `torch.save` of the part.
+held: the same with a copy that is made at once. save: until it is on the disk. load: from rank 0's look for the newest checkpoint, verified, to each worker's part of every tensor. Memory is the peak of
 anonymous pages above what was there, sampled each 2 ms, and the peak of all, VmHWM, which has the pages of files that
 are mapped: the system takes those back when it needs them.
 """
@@ -19,20 +19,21 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from disttrain.checkpoint import CheckpointStore, CheckpointWriter
+from disttrain.checkpoint import CheckpointStore, CheckpointWriter, optimizer_to_tensors
 from disttrain.checkpoint.handout import hand_out_parts, read_by_main
 from disttrain.checkpoint.reach import opened_by_all, sharded_store
 from disttrain.distributed.collectives import max_
-from disttrain.distributed.sharded import gathered
+from disttrain.distributed.sharded import gathered, local
 from disttrain.distributed.world import World, join_world
 from disttrain.testing import run_workers
 
@@ -139,6 +140,44 @@ def times(folder: Path, megabytes: float, rounds: int) -> dict[str, list[float]]
     return found
 
 
+def stall(folder: Path, megabytes: float, rounds: int) -> list[tuple[float, float]]:
+    """The seconds that training is held with the copy beside its next pass, and those of `torch.save` of the part."""
+    found = []
+    with join_world("cpu", threads=1) as world:
+        one = Way(world, folder, megabytes, WAYS[1])
+        assert one.shards is not None
+        weights = [nn.Parameter(tensor) for tensor in one.model.values()]
+        optimizer = torch.optim.AdamW(weights, lr=0.0)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        writer = CheckpointWriter(one.shards, optimizer)
+        for step in range(1, rounds + 2):
+            tensors = optimizer_to_tensors(optimizer)[0]
+            begin = time.perf_counter()
+            writer.save(*one.shards.mine(dict(named(weights)), tensors), {"step": step, "recipe": {}})
+            asked = time.perf_counter()
+            time.sleep(0.5)  # the pass that the copy is made beside
+            ready = time.perf_counter()
+            writer.finish_copy()
+            held = asked - begin + time.perf_counter() - ready
+            writer.wait()
+            max_(torch.zeros(1))
+            plain = {name: local(tensor.detach()) for name, tensor in named([*weights, *tensors.values()])}
+            begin = time.perf_counter()
+            torch.save(plain, folder / f"plain-{world.rank}.pt")
+            if step > 1:  # the first is copied at once, and compared
+                found.append((held, time.perf_counter() - begin))
+            max_(torch.zeros(1))
+        writer.close()
+    return found
+
+
+def named(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors with names."""
+    return ((f"tensor-{number}", tensor) for number, tensor in enumerate(tensors))
+
+
 def memory(folder: Path, megabytes: float, way: str, what: str) -> tuple[float, float]:
     """The peaks of one save or load in processes of its own, as multiples of what the worker holds."""
     found: list[tuple[float, float]] = []
@@ -165,6 +204,11 @@ def main() -> None:
                     print(f"worker {rank}  {what}, {way:<14} anonymous {peaks[0]:.2f}, all {peaks[1]:.2f} of its part")
         if not options.rounds:
             return
+        for rank, rounds in enumerate(run(stall, folder / "stall", options.megabytes, options.rounds)):
+            held, plain = (statistics.median(one) for one in zip(*rounds, strict=True))
+            ratio = statistics.median(one / other for one, other in rounds)
+            words = f"held {1e3 * held:.1f} ms, torch.save {1e3 * plain:.0f} ms, ratio {ratio:.3f}"
+            print(f"worker {rank}  copied beside a pass: {words}")
         for rank, found in enumerate(run(times, folder / "times", options.megabytes, options.rounds)):
             for what, seconds in sorted(found.items()):
                 words = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
