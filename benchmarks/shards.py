@@ -5,9 +5,10 @@
 The state is that of AdamW: weights, and two moments of each. Both ways take turns in one run.
 
 Copied beside a pass: how long training is held, from the second save of a run on, against `torch.save` of the part.
-held: the same with a copy that is made at once. save: until it is on the disk. load: from rank 0's look for the newest checkpoint, verified, to each worker's part of every tensor. Memory is the peak of
-anonymous pages above what was there, sampled each 2 ms, and the peak of all, VmHWM, which has the pages of files that
-are mapped: the system takes those back when it needs them.
+held: the same with a copy that is made at once. save: until it is on the disk. load: from rank 0's look for the newest
+checkpoint, verified, to each worker's part of every tensor. Memory is the peak of anonymous pages above what was there,
+sampled each 2 ms, and the peak of all, VmHWM, which has the pages of files that are mapped: the system takes those back
+when it needs them.
 """
 
 from __future__ import annotations
