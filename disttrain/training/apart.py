@@ -13,7 +13,8 @@ import torch
 
 from disttrain.checkpoint import Checkpoint, optimizer_from_tensors
 from disttrain.checkpoint.handout import hand_out
-from disttrain.distributed.collectives import gather_objects, gather_to_main, scatter_from_main
+from disttrain.distributed.by_rank import gather_to_main, scatter_from_main
+from disttrain.distributed.collectives import gather_objects
 from disttrain.errors import ConfigurationError, brief
 from disttrain.health.nonfinite_apart import ApartNonFiniteGuard
 from disttrain.layout import STATE

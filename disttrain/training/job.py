@@ -97,9 +97,8 @@ class Job:
     @property
     def data_words(self) -> str:
         """What the data set is called, and how large it is."""
-        name = self.data_name
         num_train, num_test = f"{len(self.data.train):,} training", f"{len(self.data.test):,} test samples"
-        return f"{name} ({num_train}, {num_test})" if name else f"{num_train} and {num_test}"
+        return f"{self.data_name} ({num_train}, {num_test})" if self.data_name else f"{num_train} and {num_test}"
 
     @property
     def model(self) -> nn.Module:
@@ -152,10 +151,7 @@ class Job:
         return is_new
 
     def as_evaluated(self) -> AbstractContextManager[None]:
-        """The context in which the model has the weights that are evaluated: their averages, if there are any.
-
-        Every rank must enter it, if workers train apart.
-        """
+        """The context in which the model has the weights that are evaluated: their averages, over steps or workers."""
         return self.strategy.averaged() if self.ema is None else self.ema.in_place()
 
     def evaluation(self) -> dict[str, float]:
@@ -244,14 +240,12 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
     hold_statistics(strategy.model, recipe.model.freeze)
     steps_per_epoch = train_sampler.steps_per_epoch
-    total_steps = recipe.train.epochs * steps_per_epoch
-    if recipe.train.max_steps is not None:
-        total_steps = min(total_steps, recipe.train.max_steps)
+    whole = recipe.train.epochs * steps_per_epoch
+    total_steps = min(whole, recipe.train.max_steps or whole)
     with named(task, "param_groups"):
         groups = parameter_groups(recipe.optim, strategy.model, task.param_groups(strategy.model))
     optimizer = build_optimizer(recipe.optim, groups)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
-    autocast = AUTOCAST[recipe.train.precision]
     loader = Loader(
         served(data.train, task),
         train_sampler,
@@ -281,7 +275,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
             optimizer,
             scaler,
             world,
-            autocast,
+            AUTOCAST[recipe.train.precision],
             task,
             lambda step, samples: loader.samples(step // steps_per_epoch, samples),
         ),
