@@ -122,13 +122,12 @@ def test_each_rank_writes_its_part_and_any_number_of_workers_reads_it(tmp_path: 
     rows = [load_file(path / name).get("many", torch.empty(0)).shape[0] for name in shard_names(MODEL, 3)]
     assert rows == [3, 3, 1], "each its own"
     assert same(read_checkpoint(path), 2.0), "the hash does not depend on how they were cut"
-    for size, out_of_reach in ((2, False), (4, True)):
-        with workers(size, process_group=False) as group:
-            assert group.run(read_at_any_size, tmp_path, out_of_reach=out_of_reach) == [not out_of_reach] * size
     gathered = tmp_path / "gathered" / "step-00000007"
     write_checkpoint(gathered, tensors(7.0), moments(tensors(7.0)), state(7))
     with workers(2, process_group=False) as group:
-        assert group.run(read_at_any_size, gathered.parent, out_of_reach=False) == [True, True], "older ones, too"
+        for folder in (tmp_path, gathered.parent):  # older ones, too
+            assert group.run(read_at_any_size, folder, out_of_reach=False) == [True, True]
+        assert group.run(read_at_any_size, tmp_path, out_of_reach=True) == [False, False]
 
     file = path / shard_names(OPTIMIZER, 3)[1]
     content = bytearray(file.read_bytes())
