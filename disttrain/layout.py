@@ -50,6 +50,7 @@ DATABASE = "mlflow.db"
 LAUNCHED_BY = "DISTTRAIN_LAUNCHER"
 LAUNCHER_PID = "DISTTRAIN_LAUNCHER_PID"
 JOINS = "DISTTRAIN_JOINS"  # set for a worker that joins a run under way
+CONSOLE = "DISTTRAIN_CONSOLE"  # the descriptors of the launcher's output and errors, for whoever takes rank 0's place
 VERDICTS = "DISTTRAIN_VERDICTS"  # the descriptor of the pipe by which the launcher reports lost workers
 LAUNCHER_OPTIONS = "DISTTRAIN_OPTIONS"
 DEVICE = "DISTTRAIN_DEVICE"

@@ -60,6 +60,11 @@ class CheckpointStore:
         self._retire()
         return path
 
+    def find(self, state: Mapping[str, Any]) -> Path | None:
+        """Where the checkpoint of `state["step"]` is, with an evaluation if the state has one; None if it is not."""
+        path = self.folder / checkpoint_name(state["step"])
+        return path if path.is_dir() and bool(metrics_of(path)) >= bool(state["metrics"]) else None
+
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest good checkpoint, or None. Damaged ones are quarantined: renamed, and named to `warn`."""
         oldest_first = self.paths()

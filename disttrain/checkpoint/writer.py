@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ import torch
 from disttrain.checkpoint.snapshot import Snapshot, addresses
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.faultpoints import reached
+
+Find = Callable[[Mapping[str, Any]], Path | None]
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,15 @@ class CheckpointWriter:
     the thread, and the next `optimizer.step()` waits until that is done: a forward and backward pass takes longer.
     The first copy is made at once, and compared after the pass: a model that changes its own parameters in there is
     copied at once from then on, too. One that begins to do so later costs a checkpoint.
+
+    With `find`, which finds the checkpoint of a state once another process has written it, copies are only kept, in
+    case that this process dies before: see `take_over`.
     """
 
     def __init__(self, store: Store, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.find: Find | None = None
+        # State and tensors. Two at most: the process that saves begins to save once it has written what was before.
+        self._kept: list[tuple[dict[str, Any], Snapshot]] = []
         self._store = store
         self._optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(lambda *_: self.finish_copy()) if optimizer is not None else None
@@ -71,6 +79,8 @@ class CheckpointWriter:
         before = self.wait()
         waited_s = time.monotonic() - begin if waits else 0.0
         steady = addresses(self._optimizer) if self._optimizer is not None else frozenset()
+        if self.find is not None:
+            self._drop_what_is_written(self.find)
         self._snapshot.begin(model, optimizer, steady)
         reached("checkpoint: asked for", step=state["step"])
         self._under_copy = dict(state), waited_s
@@ -95,6 +105,36 @@ class CheckpointWriter:
         writing, self._writing = self._writing, None
         return writing.result()
 
+    def take_over(self) -> list[Outcome]:
+        """Write from now on, beginning with what was kept and is not written: the last of it beside the training.
+
+        Returns what has become of the rest.
+        """
+        self.finish_copy()
+        kept, self._kept, find, self.find = self._kept, [], self.find, None
+        done = []
+        for state, snapshot in kept:
+            if find is not None and find(state) is not None:
+                continue
+            if state is kept[-1][0]:
+                self._writing = self._thread.submit(self._write, snapshot, state, 0.0, None)
+            else:
+                done.append(self._write(snapshot, state, 0.0, None))
+        return done
+
+    @property
+    def kept(self) -> list[tuple[int, bool]]:
+        """Of what is kept, the step, and whether it has an evaluation."""
+        self.finish_copy()
+        return [(state["step"], bool(state["metrics"])) for state, _ in self._kept]
+
+    def _drop_what_is_written(self, find: Find) -> None:
+        """Make room for the next copy."""
+        if self._kept and find(self._kept[-1][0]) is None:
+            self._kept, self._snapshot = self._kept[-1:], Snapshot()
+        else:
+            self._kept = []
+
     def close(self) -> None:
         """Finish what is being written, and end the thread."""
         self.finish_copy()
@@ -113,17 +153,20 @@ class CheckpointWriter:
         if changed is not None:
             self._optimizer = None  # from now on all is copied at once
         spoilt = changed if not self._copied_at_once else None
-        self._writing = self._thread.submit(self._write, *self._under_copy, spoilt)
+        if self.find is None:
+            self._writing = self._thread.submit(self._write, self._snapshot, *self._under_copy, spoilt)
+        elif spoilt is None:
+            self._kept.append((self._under_copy[0], self._snapshot))
         self._copying = self._under_copy = None
 
-    def _write(self, state: dict[str, Any], waited_s: float, changed: str | None) -> Outcome:
+    def _write(self, copy: Snapshot, state: dict[str, Any], waited_s: float, changed: str | None) -> Outcome:
         step = state["step"]
         try:
             if changed is not None:
                 why = f"the model changed its parameter '{changed}' while it was copied; later saves copy it at once"
                 self._store.abandon(why)
                 return Outcome(step, None, why, waited_s)
-            path = self._store.save(self._snapshot.model, self._snapshot.optimizer, state)
+            path = self._store.save(copy.model, copy.optimizer, state)
         except OSError as error:
             return Outcome(step, None, str(error), waited_s)
         return Outcome(step, path, waited_s=waited_s)

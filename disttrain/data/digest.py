@@ -31,8 +31,8 @@ class Digest:
     `contents`: of the samples, "HOW:DIGEST". Only those that were made in one way can be compared. None: unknown.
     """
 
-    labels: str | None
-    contents: str | None
+    labels: str | None = None
+    contents: str | None = None
 
 
 @runtime_checkable

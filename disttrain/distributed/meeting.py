@@ -6,7 +6,9 @@ import functools
 import itertools
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -16,6 +18,17 @@ from torch.distributed.rendezvous import rendezvous
 from disttrain.errors import DisttrainError
 
 _BACKLOG = 2048  # as torch has it: all workers may connect at once
+_LOOPBACK = "127.0.0.1"
+_TO_CONNECT = timedelta(seconds=1)
+_LOOK_EVERY_S = 0.002
+
+
+class MissingRanks(RuntimeError):
+    """Some ranks have not come to the new process group."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(f"Timed out waiting for ranks {ranks}, which have not come to the new process group")
+        self.ranks = ranks
 
 
 @dataclass(frozen=True)
@@ -29,12 +42,12 @@ class MeetingPlace:
     is_alone: bool  # whether one machine has all workers
     timeout: timedelta = field(compare=False)
 
-    def next_store(self) -> Store:
-        """A store that all ranks share for one group: its keys are not those of the groups before."""
+    def stores(self) -> tuple[Store, Store]:
+        """The store that all ranks share, and its part for one group, whose keys are not those of the groups before."""
         store, numbers = _met_at(self)
         store.set_timeout(self.timeout)
         # "default_pg": as torch has it
-        return PrefixStore("default_pg", PrefixStore(f"disttrain/group-{next(numbers)}", store))
+        return store, PrefixStore("default_pg", PrefixStore(f"disttrain/group-{next(numbers)}", store))
 
 
 @functools.cache
@@ -60,6 +73,50 @@ def _met_at(place: MeetingPlace) -> tuple[Store, Iterator[int]]:
     else:
         store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=place.timeout))
     return store, itertools.count(1)
+
+
+def met_again(
+    port: int, *, serves: bool, timeout: timedelta, hang_timeout_s: float, unless: Callable[[], bool]
+) -> Store:
+    """The store of all ranks at another port of this machine, which one of them `serves`.
+
+    Raises RuntimeError if `unless` holds meanwhile, and MissingRanks if it does not come in time.
+    """
+    store = _served_at(port) if serves else _reached_at(port, hang_timeout_s, unless)
+    store.set_timeout(timeout)
+    return store
+
+
+@functools.cache  # for as long as the process lives: a group that fails to form is tried again there
+def _served_at(port: int) -> Store:
+    listener = _loopback_listener(_LOOPBACK, port)
+    assert listener is not None
+    return TCPStore(
+        _LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _reached_at(port: int, timeout_s: float, unless: Callable[[], bool]) -> Store:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if _answers(port):  # torch would wait a second before it tries again
+            with suppress(RuntimeError):  # it died just then, or is slow: see what the launcher says
+                return TCPStore(_LOOPBACK, port, is_master=False, wait_for_workers=False, timeout=_TO_CONNECT)
+        if unless():
+            raise RuntimeError("Timed out waiting for another worker, which is lost")
+        if time.monotonic() > deadline:
+            raise MissingRanks([0])
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as attempt:
+        return attempt.connect_ex((_LOOPBACK, port)) == 0
 
 
 def _loopback_listener(host: str, port: int) -> socket.socket | None:

@@ -14,31 +14,31 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from disttrain.distributed.connections import Connections
+from disttrain.distributed.meeting import MissingRanks, met_again
+from disttrain.distributed.verdicts import Verdict
 from disttrain.distributed.world import World, init_gloo
 
 _TO_CONNECT = timedelta(seconds=0.5)  # gloo tries five times, if a rank dies just then
 _LOOK_EVERY_S = 0.002
 
 
-class MissingRanks(RuntimeError):
-    """Some ranks have not come to the new process group."""
+def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
+    """Form the process group that the `verdict` names; its workers must have left theirs, and every one must call it.
 
-    def __init__(self, ranks: list[int]) -> None:
-        super().__init__(f"Timed out waiting for ranks {ranks}, which have not come to the new process group")
-        self.ranks = ranks
-
-
-def rejoin(world: World, rank: int, size: int, generation: int, unless: Callable[[], bool]) -> World:
-    """Form a new process group of `size` workers, in which this one is `rank`; they must have left theirs.
-
-    Every one must call it. `generation` is a number that no group of this job had before. Raises RuntimeError if
-    `unless` holds meanwhile, and MissingRanks if one does not come within the time that a step may take.
+    Rank 0 serves their store at the verdict's port; they stay with the one that they have if that is 0. Raises
+    RuntimeError if `unless` holds meanwhile, and MissingRanks if one does not come within the time that a step may
+    take.
     """
-    assert world.group is not None
+    rank, size, before = verdict.rank, verdict.size, world.group
+    assert rank is not None
+    assert before is not None
     _abandon()
-    group = replace(world.group, connections=Connections())
-    store = PrefixStore(f"generation-{generation}", group.store)
-    _wait_for_all(store, rank, size, group.hang_timeout_s, unless)
+    port, shared, in_time = verdict.port or before.port, before.store, before.hang_timeout_s
+    if shared is None or port != before.port:
+        shared = met_again(port, serves=rank == 0, timeout=before.timeout, hang_timeout_s=in_time, unless=unless)
+    group = replace(before, store=shared, port=port, connections=Connections())
+    store = PrefixStore(f"generation-{verdict.generation}", shared)
+    _wait_for_all(store, rank, size, in_time, unless)
     # Torch numbers its groups, counts one that failed to form, too, and has ranks with other numbers wait for ever.
     dist.distributed_c10d._world.group_count = 0
     with group.connections.noted(group.port):

@@ -73,16 +73,29 @@ def report_finished() -> None:
 
 
 def report_ready(
-    *, is_ready: bool = False, joins: bool = False, generation: int = 0, failed: bool = False, hung: Sequence[int] = ()
+    *,
+    is_ready: bool = False,
+    can_lead: bool = False,
+    joins: bool = False,
+    generation: int = 0,
+    failed: bool = False,
+    hung: Sequence[int] = (),
 ) -> None:
     """Write to the launcher's file whether this worker can continue without another one, or waits to join them.
 
-    In this `generation`: `failed` if its group did not form, or broke although no worker died; `hung` are the ranks
-    that hold up the others.
+    It `can_lead` if that other may be rank 0. In this `generation`: `failed` if its group did not form, or broke
+    although no worker died; `hung` are the ranks that hold up the others.
     """
     error_file = os.environ.get(ERROR_FILE)
     if error_file and launched_by() in OUR_LAUNCHERS:
-        words = {"ready": is_ready, "joins": joins, "generation": generation, "failed": failed, "hung": list(hung)}
+        words = {
+            "ready": is_ready,
+            "leads": can_lead,
+            "joins": joins,
+            "generation": generation,
+            "failed": failed,
+            "hung": list(hung),
+        }
         with suppress(OSError):
             _write(error_file, words)
 

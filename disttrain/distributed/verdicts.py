@@ -27,6 +27,7 @@ class Verdict:
         lost: who died of what, in words; empty if none did.
         lost_ranks: the ranks that they were started with.
         time: when the launcher noticed, in seconds since 1970.
+        port: where they meet, on this machine.
     """
 
     generation: int
@@ -36,6 +37,7 @@ class Verdict:
     lost: str = ""
     lost_ranks: tuple[int, ...] = ()
     time: float = 0.0
+    port: int = 0
 
     def line(self) -> bytes:
         """As it goes down a worker's pipe: less than what a pipe takes at once."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -41,7 +41,7 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "
 class _Group:
     """The process group of this worker."""
 
-    store: Store  # which all ranks share
+    store: Store | None  # which all ranks share; None for a worker that has not joined them yet
     port: int  # of the store
     timeout: timedelta  # of a collective
     hang_timeout_s: float
@@ -131,18 +131,20 @@ def join_world(
         try:
             if size > 1:
                 host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                store = MeetingPlace(host, port, rank, size, local_size == size, timeout).next_store()
-                group = _Group(store, port, timeout, timeout_s)
+                place = MeetingPlace(host, port, rank, size, local_size == size, timeout)
+                # Where the others meet by now, a worker that joins them later reads in its verdict.
+                shared, store = (None, HashStore()) if joins_later() else place.stores()
+                group = _Group(shared, port, timeout, timeout_s)
             if joins_later():
                 rank, local_rank, size, local_size = 0, 0, 1, 1
             if group is None or size == 1:
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
             else:
-                _all_have_the_same_device(group.store, rank, size, chosen)
+                _all_have_the_same_device(store, rank, size, chosen)
                 device_id = chosen if chosen.type == "cuda" else None
                 with group.connections.noted(group.port):
                     dist.init_process_group(
-                        backend, store=group.store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+                        backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
                     )
             remark = why_not_gpus(device, chosen, local_size)
             yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark, group)
@@ -182,11 +184,25 @@ def store_for_a_thread(timeout_s: float) -> Store | None:
 
     A key that is not there is waited for `timeout_s`.
     """
+    connect = way_to_the_store(timeout_s)
+    return connect() if connect is not None else None
+
+
+def way_to_the_store(timeout_s: float) -> Callable[[], Store] | None:
+    """What makes a connection as `store_for_a_thread` does, for the thread itself to call.
+
+    It may take long if the process that serves the store has just died.
+    """
     if dist.get_world_size() == 1:
         return None
-    store: Store = dist.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=timeout_s))
-    return store
+    shared = dist.distributed_c10d._get_default_store()
+
+    def connect() -> Store:
+        store: Store = shared.clone()
+        store.set_timeout(timedelta(seconds=timeout_s))
+        return store
+
+    return connect
 
 
 def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) -> int:

@@ -55,16 +55,17 @@ class StopRequest:
 
 
 @contextmanager
-def stop_file(path: Path, request: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
+def stop_file(path: Path, request: StopRequest, say: Callable[[str], None], *, is_new: bool = True) -> Iterator[None]:
     """Take the file `path` for a request to stop as soon as it is there, within a second or so.
 
     It is removed when the block ends, so that the next start resumes. One that is there already was meant for a job
-    that has ended since: it is removed, and `say` is called.
+    that has ended since, if this one `is_new`: it is removed, and `say` is called.
     """
-    if path.exists():
-        say(f"{path} was left over from an earlier start and is removed")
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
+    if is_new:
+        if path.exists():
+            say(f"{path} was left over from an earlier start and is removed")
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
     ended = threading.Event()
 
     def look() -> None:

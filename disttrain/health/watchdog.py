@@ -28,7 +28,7 @@ from typing import IO, Any, Self
 from torch._C._distributed_c10d import Store
 
 from disttrain.distributed.collectives import gather_objects, num_issued
-from disttrain.distributed.world import World, store_for_a_thread
+from disttrain.distributed.world import World, way_to_the_store
 from disttrain.files import open_to_append
 from disttrain.health.progress import Progress
 from disttrain.health.stacks import innermost, waits_for_others
@@ -117,11 +117,11 @@ class Watchdog:
         return self
 
     def _begin(self) -> None:
-        store, closed, heard = store_for_a_thread(_STORE_TIMEOUT_S), self._closed, self._heard
+        connect, closed, heard = way_to_the_store(_STORE_TIMEOUT_S), self._closed, self._heard
         for beat in gather_objects(self._own_beat()):
             self._hear(beat, heard)
         self._beating.append(
-            threading.Thread(target=self._beat_on, args=(store, closed, heard), name="disttrain-beats", daemon=True)
+            threading.Thread(target=self._beat_on, args=(connect, closed, heard), name="disttrain-beats", daemon=True)
         )
         self._judging = threading.Thread(target=self._judge, name="disttrain-judge", daemon=True)
         self._beating[-1].start()
@@ -153,10 +153,12 @@ class Watchdog:
         self._world, self._heard, self._closed = world, {}, threading.Event()
         self._begin()
 
-    def _beat_on(self, store: Store | None, closed: threading.Event, heard: dict[int, _Heard]) -> None:
+    def _beat_on(self, connect: Callable[[], Store] | None, closed: threading.Event, heard: dict[int, _Heard]) -> None:
+        store: Store | None = None
         while not closed.wait(self._interval_s):
-            if store is not None:
+            if connect is not None:
                 with suppress(RuntimeError):  # the store's end is gone, or stands still: silence is answer enough
+                    store = store or connect()
                     self._beat(store, heard)
 
     def _beat(self, store: Store, heard: dict[int, _Heard]) -> None:

@@ -212,6 +212,19 @@ def last_status(path: str | os.PathLike[str]) -> str | None:
     return status if isinstance(status, str) else None
 
 
+def events_of_this_start(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The events that a journal holds since the job was last started. Raises OSError."""
+    events: list[dict[str, Any]] = []
+    with open_to_read(path) as file:
+        for line in file:
+            if b'"event"' in line and (record := _decode(line)) is not None and record["kind"] == "event":
+                if record.get("name") in ("start", "resume"):
+                    events.clear()
+                else:
+                    events.append(record)
+    return events
+
+
 def last_step(path: str | os.PathLike[str]) -> int:
     """The step of the last metrics in a journal; 0 if there are none, or no journal that can be read."""
     step = 0

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from disttrain.errors import printable
+from disttrain.terminal.output import take_the_launchers_streams
 
 if TYPE_CHECKING:
     from disttrain.terminal.bar import Bar
@@ -101,6 +102,11 @@ class Console:
             from disttrain.terminal.bar import Bar
 
             self._bar = Bar(step, total_steps)
+
+    def take_over(self) -> None:
+        """Speak to the user in the place of a worker that has died."""
+        take_the_launchers_streams()
+        self._speaks = True
 
     def measured(self, loss: float, pace: str) -> None:
         """What `progress` shows from now on; `loss` is the mean over a global batch, `pace` such as "9 images/s"."""

@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
+from disttrain.layout import CONSOLE
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
@@ -46,6 +48,18 @@ def have_unbreakable_output() -> None:
     """
     have_standard_streams()
     sys.stdout, sys.stderr = _stream(1, like=sys.stdout), _stream(2, like=sys.stderr)
+
+
+def take_the_launchers_streams() -> None:
+    """Print where the launcher does from now on, if it has left descriptors of its streams."""
+    numbers = os.environ.get(CONSOLE, "").split()
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        return
+    for stream, number, descriptor in zip((sys.stdout, sys.stderr), numbers, (1, 2), strict=True):
+        with suppress(OSError, ValueError):
+            stream.flush()
+        with suppress(OSError):
+            os.dup2(int(number), descriptor)
 
 
 def unfailing(stream: TextIO) -> IO[str]:

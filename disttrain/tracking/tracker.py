@@ -16,6 +16,7 @@ from disttrain.faultpoints import reached
 from disttrain.layout import EVALUATION, EXPORTED, JOURNAL, RECIPE
 from disttrain.runs.journal import Journal
 from disttrain.runs.redact import redact
+from disttrain.tracking.handover import Event, Latest, events_done
 from disttrain.tracking.mlflow.delivery_state import Backlog, load_state
 from disttrain.tracking.mlflow.sender import MlflowSender, backlog_at
 from disttrain.tracking.mlflow.server_uri import TrackingSettings, resolve_uri
@@ -37,11 +38,13 @@ class TrackedRecipe(Protocol):
 class Tracker:
     """Writes a job's journal and has MLflow fed from it. For rank 0; that of the other ranks is not enabled.
 
+    One that is not keeps what it was called with last: if rank 0 dies, it can take over, and none of that is lost.
+
     Args:
         run_dir: the run directory; it exists.
         recipe: its `tracking` section says where MLflow is.
         world_info: facts about this start of the job that become tags: world size, launcher, host.
-        enabled: False makes every call do nothing.
+        enabled: False makes every call do nothing, until it takes over.
         warn: called with messages for the user, from within the tracker's calls; a logger's warnings if None.
 
     Raises ConfigurationError if `tracking.uri` cannot be one of MLflow's; nothing raises after that.
@@ -64,6 +67,8 @@ class Tracker:
         self._sender: MlflowSender | None = None
         self._step = 0
         self._troubled = self._is_prepared = False
+        self._latest = Latest()
+        self._done: set[Event] = set()  # in the journal of a worker that this one has taken over from
         self.uri = resolve_uri(self._settings.uri, self._run_dir) if enabled else None
 
     @property
@@ -88,6 +93,28 @@ class Tracker:
             self._journal.append("status", status="RUNNING")
             if (self._run_dir / RECIPE).exists():
                 self._journal.artifact(RECIPE)
+        self._start_sender()
+
+    def take_over(self, step: int) -> None:
+        """Continue, at this step of the job, the journal of a worker that has died, and feed MLflow in its place.
+
+        What all ranks have recorded since, and that worker has not, is journalled now.
+        """
+        self._enabled, self._step = True, step
+        self.uri = resolve_uri(self._settings.uri, self._run_dir)
+        with self._harmless():
+            path, first_step = self._run_dir / JOURNAL, self._latest.first_step()
+            self._done = events_done(path)
+            self._journal = Journal(path, step if first_step is None else min(step, first_step))
+            self._journal.append("status", status="RUNNING")  # the other's sender may have reported that it ended
+            for what in self._latest.take():
+                if isinstance(what, Event):
+                    self.event(what.name, **what.fields)
+                else:
+                    self.metrics(*what)
+        self._start_sender()
+
+    def _start_sender(self) -> None:
         with self._harmless():
             if self.uri is not None and self._journal is not None:
                 experiment = self._settings.experiment
@@ -99,14 +126,19 @@ class Tracker:
             if self._journal is not None:
                 self._step = step
                 self._journal.metrics(step, metrics)
+            elif not self._enabled:
+                self._latest.metrics(step, metrics)
             if self._sender is not None:
                 self._sender.poll()
 
     def event(self, name: str, **fields: Any) -> None:
         """Record that something happened: checkpoint, evaluated, stopped, finished, failed, …"""
         with self._harmless():
-            if self._journal is not None:
+            event = Event(name, fields)
+            if self._journal is not None and event not in self._done:
                 self._journal.event(name, **fields)
+            elif not self._enabled:
+                self._latest.event(event)
 
     def restore(self) -> None:
         """Recreate the journal if it was deleted."""

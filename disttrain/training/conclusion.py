@@ -47,11 +47,11 @@ def tracked(
 
     `is_done`: as `is_concluded` had it.
     """
-    if not job.world.is_main or is_done:
-        yield Tracker(run_dir, job.recipe, {}, enabled=False)
     if not job.world.is_main:
-        return
+        yield Tracker(run_dir, job.recipe, {}, enabled=False, warn=console.warn)
+        return  # also if it has taken the place of rank 0 meanwhile
     if is_done:
+        yield Tracker(run_dir, job.recipe, {}, enabled=False)
         tracker = Tracker(run_dir, job.recipe, {}, warn=console.warn)
         if missing := tracker.backlog():
             console.line(f"MLflow lacks {missing} of it: sending (Ctrl-C leaves the rest to `{sync_command(address)}`)")
@@ -69,10 +69,22 @@ def tracked(
     tracker.start(
         resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.environment_fingerprint(), step=job.step
     )
+    with concluding(job, run_dir, address, console, stop, tracker, started):
+        yield tracker
+
+
+@contextmanager
+def concluding(
+    job: Job, run_dir: Path, address: str, console: Console, stop: StopRequest, tracker: Tracker, started: float
+) -> Iterator[None]:
+    """Around the training: its progress, and how it ended. For the worker that keeps the journal.
+
+    `started`: when the job was, by time.monotonic().
+    """
     if not job.is_finished:
         console.start_progress(job.step, job.total_steps)
     try:
-        yield tracker
+        yield
     except BaseException as error:
         console.end_progress()
         if isinstance(error, RolledBack):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from disttrain.distributed.collectives import gather_objects
 from disttrain.errors import ConfigurationError
@@ -25,7 +26,8 @@ class Evaluations:
     def __init__(self, job: Job, run_dir: Path, saver: Saver, tracker: Tracker, console: Console) -> None:
         self._job, self._run_dir, self._saver = job, run_dir, saver
         self._tracker, self._console = tracker, console
-        self._has_warned = False  # that evaluation.json cannot be written
+        self._newest: dict[str, Any] | None = None  # what evaluation.json is to hold
+        self._has_warned = False  # that it cannot be written
 
     def evaluate(self, pace: str, context: Callable[[], HookContext]) -> None:
         """Evaluate, save a checkpoint that holds the result, and report it, with the epoch's `pace` in words.
@@ -47,10 +49,10 @@ class Evaluations:
             measured = self._measured()  # those who have it take part for the others' sake
             if job.metrics is None:
                 self._record(*measured, pace, context)
-                if job.world.is_main and not job.is_finished:
+                if not job.is_finished:
                     self._saver.save()
         if job.is_finished:
-            self._saver.save_or_fail()
+            self._saver.save_unless_there()
 
     def _measured(self) -> tuple[Evaluation, str]:
         """The evaluation, and its headline."""
@@ -110,12 +112,16 @@ class Evaluations:
         self._console.busy(f"step {self._job.step} of {self._job.total_steps}: evaluating")
 
     def _write(self, result: Evaluation) -> None:
-        job = self._job
-        if not job.world.is_main:
+        self._newest = {"step": self._job.step, "epoch": self._job.epoch, **result.to_json()}
+        if self._job.world.is_main:
+            self.write_newest()
+
+    def write_newest(self) -> None:
+        """Write the newest evaluation, if this worker has taken part in one, to evaluation.json."""
+        if self._newest is None:
             return
-        content = {"step": job.step, "epoch": job.epoch, **result.to_json()}
         try:
-            write_evaluation(self._run_dir, content)
+            write_evaluation(self._run_dir, self._newest)
         except OSError as error:
             if not self._has_warned:
                 self._has_warned = True

@@ -87,7 +87,7 @@ class Job:
     hooks: Hooks = field(default_factory=lambda: Hooks({}))
     best: Best = field(default_factory=Best)  # the metric that decides which checkpoints are kept as best
     compiled: set[tuple[str, int]] = field(default_factory=set)  # for which stages and sizes of batches the model is
-    digest: Digest = field(default_factory=lambda: Digest(None, None))  # of the training set; rank 0 has it
+    digest: Digest = field(default_factory=Digest)  # of the training set; whoever saves has it
 
     @property
     def model_name(self) -> str:
@@ -291,7 +291,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
         hooks=build_hooks(recipe.train.hooks, given.hooks or ()),
         best=best,
-        digest=digest_of(data.train) if world.is_main else Digest(None, None),
+        digest=digest_of(data.train) if world.is_main or recipe.parallel.on_lost_worker == "continue" else Digest(),
     )
 
 

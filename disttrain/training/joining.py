@@ -41,9 +41,14 @@ def open_joining(
         until_the_end.enter_context(closing(job))
         job.progress, job.watchdog = progress, watchdog
         check_model(job, console.warn)
-        store = CheckpointStore(path / CHECKPOINTS)
-        tracker = Tracker(path, recipe, {}, enabled=False)
-        monitor = RunMonitor(job, path, store, tracker, console, stop, None, address)
+        store = CheckpointStore(
+            path / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
+        )
+        store.rank_by(job.best)
+        tracker = Tracker(path, recipe, {}, enabled=False, warn=console.warn)
+        until_the_end.enter_context(console)
+        later = until_the_end.enter_context(ExitStack())
+        monitor = RunMonitor(job, path, store, tracker, console, stop, None, address, later)
         until_the_end.enter_context(closing(monitor))
         try:
             yield monitor

@@ -37,6 +37,7 @@ from disttrain.training.preflight.model import rehearse
 from disttrain.training.recovery import Recovery
 from disttrain.training.session import open_session
 from disttrain.training.shortage import shortage_in_evaluation, shortage_in_step
+from disttrain.training.succession import Succession
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
 
 def _fit_through_losses(job: Job, monitor: RunMonitor) -> dict[str, float]:
     """As `fit`, without the workers that die meanwhile, where that is possible."""
-    recovery = Recovery(job, monitor, job.watchdog)
+    succession = Succession(monitor, leads=job.world.is_main and not joins_later())
+    recovery = Recovery(job, monitor, succession, job.watchdog)
     if joins_later():
         recovery.join()
     while True:

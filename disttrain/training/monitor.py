@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,15 +38,19 @@ class RunMonitor:
         stop: StopRequest,
         sampler: SystemSampler | None,
         address: str,
+        until_the_end: ExitStack,
         *,
         is_done: bool = False,
     ) -> None:
-        """`is_done`: the run was concluded before, and nothing happens in it any more."""
+        """`until_the_end`: what is closed after this monitor, in the writing worker.
+
+        `is_done`: the run was concluded before, and nothing happens in it any more.
+        """
         self.job = job
         self.run_dir = run_dir
         self.saver = Saver(job, run_dir, address, store, tracker, console)
-        self.tracker, self.console, self._stop = tracker, console, stop
-        self._machines = MachineReport(job.world, job.recipe, sampler)
+        self.tracker, self.console, self.stop, self.until_the_end = tracker, console, stop, until_the_end
+        self.machines = MachineReport(job.world, job.recipe, sampler)
         self._agreement = Agreement(num_flags=2)
         self._last_log = time.monotonic()
         self._items_since_log = self._items_in_epoch = self._num_items = 0  # of all workers, as the task counts them
@@ -55,7 +59,7 @@ class RunMonitor:
         """What the step made last came to, on every rank."""
         self.last_num_items = 0
         self._logged_step = -1
-        self._evaluations = Evaluations(job, run_dir, self.saver, tracker, console)
+        self.evaluations = Evaluations(job, run_dir, self.saver, tracker, console)
 
     def after_step(self, result: StepResult | None, num_items: int) -> None:
         """Log, save or stop as due after the step just made; `result` is None for a step that was left out.
@@ -77,7 +81,7 @@ class RunMonitor:
         self.saver.poll()
         seconds = recipe.checkpoint.every_seconds
         time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self.saver.last_save
-        self._act(self._agreement.ask(self._stop.received is not None, time_is_up))
+        self._act(self._agreement.ask(self.stop.received is not None, time_is_up))
 
     def receive(self, result: StepResult | None, num_items: int) -> None:
         """Take in what a step came to, made here or by another rank."""
@@ -96,7 +100,7 @@ class RunMonitor:
         if stop:
             self.saver.save_or_fail()
             raise StoppedError(
-                f"stopped on request{self._stop.words()} after step {self.job.step} of {self.job.total_steps}; the "
+                f"stopped on request{self.stop.words()} after step {self.job.step} of {self.job.total_steps}; the "
                 f"checkpoint is saved. Resume with: {resume_command(self.saver.address)}"
             )
         if due or time_is_up:
@@ -143,7 +147,7 @@ class RunMonitor:
         raise RolledBack(self.saver.address)
 
     def _log(self, result: StepResult) -> None:
-        job, machines = self.job, self._machines.summed()
+        job, machines = self.job, self.machines.summed()
         assert result.total_losses is not None
         loss = math.fsum(result.total_losses.tolist())  # only this sum rounds, in the slices' order
         now = time.monotonic()
@@ -157,10 +161,10 @@ class RunMonitor:
         }
         if result.grad_norm is not None:
             metrics["train/grad_norm"] = float(result.grad_norm)
-        metrics.update(self._machines.metrics(machines))
+        metrics.update(self.machines.metrics(machines))
         self.tracker.metrics(job.step, metrics)
         self._logged_step = job.step
-        if short := self._machines.short_of_memory(machines):
+        if short := self.machines.short_of_memory(machines):
             self.tracker.event("short-of-memory", step=job.step, ranks=short)
             self.console.warn(shortage_words(short))
         self.console.measured(loss, f"{rate:,.0f} {items}/s")
@@ -203,7 +207,7 @@ class RunMonitor:
 
     def evaluate(self) -> None:
         """Evaluate, save a checkpoint that holds the result, and report it. Every rank must call it."""
-        self._evaluations.evaluate(self._pace, self._context)
+        self.evaluations.evaluate(self._pace, self._context)
         self._pace = ""
 
     def make_up(self) -> None:
@@ -218,7 +222,7 @@ class RunMonitor:
         every = job.recipe.checkpoint.every_steps
         if job.step % job.steps_per_epoch == 0 or (every > 0 and job.step % every == 0):
             self.saver.save_unless_saved()
-        self._evaluations.make_up(self._pace, self._context)
+        self.evaluations.make_up(self._pace, self._context)
 
     def at_end(self) -> None:
         """Have the hooks see the end of the run, unless it was concluded before. Every rank must call it."""

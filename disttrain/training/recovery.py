@@ -14,7 +14,8 @@ import torch
 
 from disttrain.checkpoint import AVERAGE, optimizer_from_tensors
 from disttrain.distributed.collectives import broadcast_, broadcast_object, gather_objects, interruptible
-from disttrain.distributed.regroup import MissingRanks, let_go, rejoin
+from disttrain.distributed.meeting import MissingRanks
+from disttrain.distributed.regroup import let_go, rejoin
 from disttrain.distributed.report import report_ready
 from disttrain.distributed.verdicts import Verdict, Verdicts
 from disttrain.distributed.world import World
@@ -24,7 +25,9 @@ from disttrain.health.watchdog import Watchdog
 from disttrain.parallel.exact.strategy import Exact
 from disttrain.training.job import Job
 from disttrain.training.monitor import RunMonitor
+from disttrain.training.optim import set_learning_rate
 from disttrain.training.recoverable import continues_after_losses
+from disttrain.training.succession import Succession
 
 _TO_HEAR_S = 3.0  # the launcher notices at once when a worker dies
 _TO_HEAR_AGAIN_S = 30.0
@@ -38,25 +41,36 @@ class _AnotherGroup(RuntimeError):
 class Recovery:
     """Keeps what an unfinished step must be put back to, and leads this rank through a loss."""
 
-    def __init__(self, job: Job, monitor: RunMonitor, watchdog: Watchdog | None) -> None:
-        self._job, self._monitor, self._watchdog = job, monitor, watchdog
+    def __init__(self, job: Job, monitor: RunMonitor, succession: Succession, watchdog: Watchdog | None) -> None:
+        self._job, self._monitor, self._succession, self._watchdog = job, monitor, succession, watchdog
         self._verdicts = Verdicts.of_this_process() if continues_after_losses(job) else None
         self._generation, self._is_ready = 0, False
         self._is_new = False  # among workers that have a state to hand out
         self._unreported: list[Verdict] = []
         self._accused: list[int] = []  # of holding up the others, as reported last
         self._kept: tuple[int, list[float] | None, dict[str, int]] | None = None
+        monitor.saver.is_passed_on = self._verdicts is not None and succession.is_possible
         if watchdog is not None and self._verdicts is not None:
             watchdog.cure = self._report_hung
 
     def _report_hung(self, ranks: Sequence[int]) -> bool:
         """Have the launcher kill the ranks that hold up the others; on the watchdog's thread, while it watches."""
-        if not self._is_ready or 0 in ranks:
+        if not self._is_ready or (0 in ranks and not self._succession.is_possible):
             return False
-        if list(ranks) != self._accused:
-            self._accused = list(ranks)
-            report_ready(is_ready=True, generation=self._generation, hung=ranks)
+        accused = [0] if 0 in ranks else list(ranks)  # as it serves the store, nothing is known of others without it
+        if accused != self._accused:
+            self._accused = accused
+            self._declare(hung=accused)
         return True
+
+    def _declare(self, *, is_ready: bool = True, failed: bool = False, hung: Sequence[int] = ()) -> None:
+        report_ready(
+            is_ready=is_ready,
+            can_lead=is_ready and self._succession.is_possible and not self._is_new,
+            generation=self._generation,
+            failed=failed,
+            hung=hung,
+        )
 
     def before_step(self) -> None:
         """Note where the step begins."""
@@ -71,7 +85,7 @@ class Recovery:
             return
         if not self._is_ready:
             self._is_ready = True
-            report_ready(is_ready=True)
+            self._declare()
         if self._verdicts.have_come():
             raise _AnotherGroup
 
@@ -79,7 +93,7 @@ class Recovery:
         """From now on a loss ends in a restart."""
         if self._is_ready:
             self._is_ready = False
-            report_ready(is_ready=False)
+            self._declare(is_ready=False)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -103,7 +117,7 @@ class Recovery:
             hung = failure.ranks if isinstance(failure, MissingRanks) else []
             verdict = None if hung else self._next_verdict(self._verdicts, _TO_HEAR_S)
             if verdict is None:  # no worker has died
-                report_ready(is_ready=True, generation=self._generation, failed=not hung, hung=hung)
+                self._declare(failed=not hung, hung=hung)
                 verdict = self._next_verdict(self._verdicts, _TO_HEAR_AGAIN_S)
             if verdict is None or verdict.rank is None:
                 raise failure
@@ -143,21 +157,26 @@ class Recovery:
         self._monitor.saver.finish_copy()  # before the weights change
         try:
             with self.interrupting():
-                self._undo(rejoin(job.world, verdict.rank, verdict.size, verdict.generation, verdicts.have_come))
+                self._undo(rejoin(job.world, verdict, verdicts.have_come))
                 reached("recovery: joined", step=job.step)
                 if self._watchdog is not None:
                     self._watchdog.resume(job.world)
                 steps_of = self._agree()
                 reached("recovery: agreed", step=job.step)
+                self._succession.settle()
                 self._monitor.make_up()
                 for loss in self._unreported:
                     self._report(loss, steps_of)
         except RuntimeError as error:
             _log.info("generation %d broke: %s", verdict.generation, error)
             return error
-        if self._is_new:
-            report_ready(is_ready=True, generation=self._generation)
-        self._unreported, self._accused, self._is_new = [], [], False
+        except DisttrainError:
+            self.over()  # it is not to be waited for
+            raise
+        was_new, self._is_new = self._is_new, False
+        if was_new:
+            self._declare()
+        self._unreported, self._accused = [], []
         return None
 
     def _report(self, loss: Verdict, stood_at: Sequence[int]) -> None:
@@ -168,7 +187,12 @@ class Recovery:
         workers = f"{world_size} worker{'s' if world_size > 1 else ''}"
         if loss.num_new:
             monitor.tracker.event(
-                "worker-joined", step=step, joined=loss.num_new, seconds=seconds, world_size=world_size
+                "worker-joined",
+                step=step,
+                joined=loss.num_new,
+                noticed=loss.time,
+                seconds=seconds,
+                world_size=world_size,
             )
             monitor.console.line(f"continuing with {workers} from step {step}: {loss.num_new} joined")
         if not loss.lost:
@@ -196,6 +220,7 @@ class Recovery:
             job.non_finite.undo_step(non_finite)
         self._kept = None
         job.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step - 1))
         job.world = world
         strategy.rejoin(world, expected)
         job.loader.deal(world.rank, world.size, strategy.slices)
@@ -242,7 +267,7 @@ class Recovery:
         job.non_finite.load_state(state["non_finite"])
         job.strategy.load_state(state, "the state of another worker")
         job.early_stopping.load_state(state["best_evaluation"])
-        job.step, job.metrics = state["step"], state["metrics"] or None
+        job.step, job.metrics, job.init = state["step"], state["metrics"] or None, state.get("init")
         monitor.receive(result, num_items)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from disttrain.distributed.joint_failure import all_fail
 from disttrain.distributed.sharded import gathered, local
 from disttrain.errors import AgreedError, ConfigurationError, DisttrainError, is_circumstance
 from disttrain.health.nonfinite import is_finite
-from disttrain.layout import RECIPE, step_of
+from disttrain.layout import RECIPE, metrics_of, step_of
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker
@@ -26,6 +26,7 @@ from disttrain.training.apart import gathered_apart
 from disttrain.training.job import Job
 
 _WORTH_A_WORD_S = 0.5
+_MOST_UNREPORTED = 3
 _PATIENCE_S = 60.0  # how long a URL that cannot be reached is retried while it lacks the newest checkpoint
 
 
@@ -52,15 +53,20 @@ class Saver:
         is_copy = (is_sharded and self._shards is None) or self._is_apart
         self._writer = CheckpointWriter(self._shards or store, None if is_copy else job.optimizer)
         self._tracker, self._console = tracker, console
-        self._saved_step = job.step
+        self._first_step = job.step
+        self.saved = [(job.step, bool(job.metrics))]
+        """Of the checkpoints that were begun last, step and whether it has an evaluation: on every rank."""
+        self.is_passed_on = False
+        """Whether rank 1 keeps a copy of what is saved, so that it can write it if rank 0 dies meanwhile."""
         self._has_waited = False
 
     def save(self, instead: Mapping[str, Any] | None = None) -> None:
         """Save beside the training; a save that fails is a warning. `instead`: what parts of the state are to be."""
         job = self._job
-        self.last_save, self._saved_step = time.monotonic(), job.step
+        self.last_save, instead = time.monotonic(), instead or {}
+        self.saved = [*self.saved[-_MOST_UNREPORTED:], (job.step, bool(instead.get("metrics", job.metrics)))]
         if self._is_apart:
-            self._save_apart(instead or {})
+            self._save_apart(instead)
             return
         model: Tensors = job.model_tensors()
         optimizer: Tensors = job.optimizer_tensors()[0]
@@ -68,8 +74,9 @@ class Saver:
             model, optimizer = self._shards.mine(model, optimizer)
         elif job.strategy.is_sharded:
             model, optimizer = gathered(job.world, model), gathered(job.world, optimizer)
-        if job.world.is_main:
-            self._report(self._writer.save(model, optimizer, {**job.state(), **(instead or {})}))
+        if job.world.is_main or (self.is_passed_on and job.world.rank == 1):
+            self._writer.find = None if job.world.is_main else self._store.find
+            self._report(self._writer.save(model, optimizer, {**job.state(), **instead}))
         elif self._shards is not None:
             self._writer.save(model, optimizer, {"step": job.step})  # rank 0 reports it
 
@@ -83,7 +90,7 @@ class Saver:
 
     def save_unless_saved(self) -> None:
         """Save, but for a step that is saved, or will be with its evaluation."""
-        if self._saved_step != self._job.step and not self._job.evaluation_is_due:
+        if self.saved[-1][0] != self._job.step and not self._job.evaluation_is_due:
             self.save()
 
     def save_unless_spoilt(self) -> None:
@@ -111,6 +118,20 @@ class Saver:
                 f"{self._run_dir}, and resume with: {resume_command(self.address)}"
             )
         self.settle(_PATIENCE_S)
+
+    def save_unless_there(self) -> None:
+        """As `save_or_fail`, unless the checkpoint is there already, with the evaluation that was made."""
+
+        def is_there() -> bool:
+            self.finish()
+            return self._store.find({"step": self._job.step, "metrics": self._job.metrics}) is not None
+
+        with self._job.progress.patiently("saving"):
+            found = broadcast_from_main(self._job.world, is_there)
+        if found:
+            self.settle(_PATIENCE_S)
+        else:
+            self.save_or_fail()
 
     @contextmanager
     def saving_if_it_fails(self) -> Iterator[None]:
@@ -154,6 +175,29 @@ class Saver:
         arrival = self._store.settle(patience_s)
         while not broadcast_from_main(self._job.world, lambda: next(arrival)):
             pass
+
+    def take_over(self, saved: Sequence[tuple[int, bool]]) -> None:
+        """Be the one who writes from now on; write what rank 0 has begun to save and was lost with it.
+
+        `saved` is what was begun last, as the ranks that were there have it in `Saver.saved`: while the last is begun,
+        the one before may not be written yet. What neither the disk nor this worker has is replaced by a checkpoint of
+        now. Raises DisttrainError if that cannot take its place.
+        """
+        self._store.clear_unfinished()
+        kept = self._writer.kept
+        for step, is_evaluated in saved:  # rank 0 may have died before it reported them
+            path = self._store.find({"step": step, "metrics": is_evaluated})
+            if path is not None and step > self._first_step:
+                self._report(Outcome(step, path))
+        for outcome in self._writer.take_over():
+            self._report(outcome)
+        paths = self._store.paths()
+        newest = (step_of(paths[-1]), bool(metrics_of(paths[-1]))) if paths else (0, False)
+        lost = [one for one in saved[-2:] if one > newest and one not in kept]
+        if any(is_evaluated and step != self._job.step for step, is_evaluated in lost):  # it may have been the best
+            raise DisttrainError(f"the checkpoint of step {lost[0][0]} was lost with the worker that wrote it.")
+        if lost and not self._job.evaluation_is_due:  # which is saved in a moment
+            self.save()
 
     def finish_copy(self) -> None:
         """Wait until what is being saved is copied: to be called before the weights change."""

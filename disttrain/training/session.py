@@ -152,7 +152,10 @@ def _session_in(
             closing(job),
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
             tracked(job, path, address, console, stop, resumed=resumed, is_done=is_done) as tracker,
-            closing(RunMonitor(job, path, store, tracker, console, stop, sampler, address, is_done=is_done)) as monitor,
+            ExitStack() as until_the_end,
+            closing(
+                RunMonitor(job, path, store, tracker, console, stop, sampler, address, until_the_end, is_done=is_done)
+            ) as monitor,
             stop_file(path / STOP, stop, console.line) if world.is_main else nullcontext(),
         ):
             try:

@@ -40,9 +40,9 @@ class WorkerGroup:
     grace_s: float = 5.0
     options: str = ""
 
-    def log(self, rank: int) -> Path | None:
-        """The file with what a worker prints, if it has one; rank 0 prints to the user."""
-        return self.log_dir / log_name(rank) if self.log_dir is not None and rank > 0 else None
+    def log(self, rank: int, *, joins: bool = False) -> Path | None:
+        """The file with what a worker prints, if it has one; rank 0 prints to the user, unless it `joins` later."""
+        return self.log_dir / log_name(rank) if self.log_dir is not None and (rank > 0 or joins) else None
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
         """A worker's environment: this process's own, and the variables that torchrun would set."""

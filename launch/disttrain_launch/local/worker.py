@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
 from disttrain.distributed.ending import Report, left_early, says_finished
 from disttrain.distributed.verdicts import Verdict
 from disttrain.errors import ExitCode
-from disttrain.layout import ERROR_FILE, JOINS, VERDICTS
+from disttrain.layout import CONSOLE, ERROR_FILE, JOINS, VERDICTS
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.outcome import LocalEnding, content_of
 
@@ -23,10 +24,13 @@ from disttrain_launch.outcome import LocalEnding, content_of
 class Worker:
     """A running worker. It has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone."""
 
-    def __init__(self, group: WorkerGroup, rank: int, port: int, lifeline: int, *, joins: bool = False) -> None:
+    def __init__(
+        self, group: WorkerGroup, rank: int, port: int, lifeline: int, console: tuple[int, int], *, joins: bool = False
+    ) -> None:
+        """`console`: where rank 0 prints, and whoever takes its place."""
         self.ending: LocalEnding | None = None
         self.was_killed = self.was_shot = False
-        self._group, self.rank = group, rank
+        self._group, self.rank, self._joins = group, rank, joins
         self._asked_to_end = False
         # Files without a name vanish with their last user: they need not be removed, however this process dies.
         self._report = _memory_file()
@@ -36,8 +40,9 @@ class Worker:
         verdicts, self._verdicts = os.pipe()
         os.set_blocking(self._verdicts, False)
         environment = group.environment(rank, port) | {ERROR_FILE: f"/dev/fd/{report}", VERDICTS: str(verdicts)}
-        environment[JOINS] = "1" if joins else ""
-        self._process = self._start(group.arguments, environment, lifeline, self._output, (report, verdicts))
+        environment |= {JOINS: "1" if joins else "", CONSOLE: "{} {}".format(*console)}
+        keep = (report, verdicts, *console)
+        self._process = self._start(group.arguments, environment, lifeline, self._output, keep)
         os.close(verdicts)
 
     @staticmethod
@@ -79,7 +84,7 @@ class Worker:
                 time=time.time(),
                 asked=self._asked_to_end,
                 report=report,
-                log=self._group.log(self.rank),
+                log=self._log,
                 last_words=self._last_words(),
             )
         return self.ending is not None
@@ -87,6 +92,10 @@ class Worker:
     def is_ready(self) -> bool:
         """Whether it says that it can continue without another worker."""
         return self._says("ready") is True
+
+    def can_lead(self) -> bool:
+        """Whether it says that it can take the place of rank 0."""
+        return self._says("leads") is True
 
     def waits_to_join(self) -> bool:
         """Whether it says that it can take its place among the others."""
@@ -147,10 +156,15 @@ class Worker:
         if self._output is not None:
             self._output.close()
 
+    @property
+    def _log(self) -> Path | None:
+        """The file with what it prints, if it has one."""
+        return self._group.log(self.rank, joins=self._joins)
+
     def _open_output(self) -> IO[bytes] | None:
-        if self.rank == 0:
+        if self.rank == 0 and not self._joins:
             return None  # the launcher's own
-        path = self._group.log(self.rank)
+        path = self._log
         if path is None:
             return TemporaryFile()
         from disttrain.recipe import ConfigurationError, open_to_append

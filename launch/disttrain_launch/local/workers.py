@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -41,10 +41,10 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoRetur
     with _signals() as signals:
         while True:
             with reserved_port() as port, _started(group, port) as (workers, replace):
-                watch = _Watch(group, workers, signals, replace)
+                watch = _Watch(group, workers, signals, replace, port)
                 outcome = watch.until_the_end()
-            if sys.stdout.isatty() and workers[0].was_killed:
-                say("\x1b[?25h")  # its progress bar had hidden the cursor
+            if sys.stdout.isatty() and watch.has_lost_the_console:
+                say("\x1b[?25h")  # a progress bar had hidden the cursor
             if outcome.traceback:
                 say(outcome.traceback.rstrip(), err=True)
             complain(outcome.message)
@@ -86,32 +86,39 @@ def _started(group: WorkerGroup, port: int) -> Iterator[tuple[list[Worker], Call
     """The group's workers, and what starts another in the place of one. Whatever happens, none outlives the block."""
     # Each worker reads its standard input and ends when that closes: however this process dies, the kernel closes it.
     lifeline_of_workers, lifeline = os.pipe()
+    console = os.dup(1), os.dup(2)
     workers: list[Worker] = []
 
     def replace(dead: Worker) -> Worker:
         workers.remove(dead)
         dead.close()
-        workers.append(Worker(group, dead.rank, port, lifeline_of_workers, joins=True))
+        workers.append(Worker(group, dead.rank, port, lifeline_of_workers, console, joins=True))
         return workers[-1]
 
     try:
         for rank in range(group.size):
-            workers.append(Worker(group, rank, port, lifeline_of_workers))
+            workers.append(Worker(group, rank, port, lifeline_of_workers, console))
         yield workers[:], replace
     finally:
         for worker in workers:
             worker.kill()
             worker.close()
-        os.close(lifeline_of_workers)
-        os.close(lifeline)
+        for descriptor in (lifeline_of_workers, lifeline, *console):
+            os.close(descriptor)
 
 
 class _Watch:
     """Waits for workers to end and for signals to arrive, and passes on what each means to the others."""
 
     def __init__(
-        self, group: WorkerGroup, workers: list[Worker], signals: int, replace: Callable[[Worker], Worker]
+        self,
+        group: WorkerGroup,
+        workers: list[Worker],
+        signals: int,
+        replace: Callable[[Worker], Worker],
+        port: int,
     ) -> None:
+        """`port`: where the workers meet; another one each time that rank 0, which serves there, is lost."""
         self._group = group
         self._workers = workers
         self._signals = signals
@@ -122,10 +129,16 @@ class _Watch:
         self._replace = replace
         self._losses: list[float] = []  # when, by time.monotonic()
         self._coming: list[Worker] = []  # replacements, which do not count yet
-        self._generation = 0
+        self._generation, self._port = 0, port
+        self._ports = ExitStack()  # while they are in use
+        self.has_lost_the_console = False
 
     def until_the_end(self) -> Outcome:
         """Wait until no worker runs any more."""
+        with self._ports:
+            return self._until_the_end()
+
+    def _until_the_end(self) -> Outcome:
         while running := [worker for worker in self._workers if not worker.has_ended()]:
             if all(worker.waits_to_join() for worker in running):
                 self._workers = [worker for worker in self._workers if worker not in running]
@@ -154,6 +167,8 @@ class _Watch:
             return False
         self._kill_the_hung()
         dead = [worker for worker in self._workers if worker.ending and worker.ending.calls_for_an_end]
+        has_lost_rank_0 = self._workers[0] in dead
+        self.has_lost_the_console |= has_lost_rank_0 and self._workers[0].was_killed
         new = self._those_to_join()
         has_failed = any(worker.failed_in(self._generation) for worker in running)
         if not dead and not new and not has_failed:
@@ -163,7 +178,7 @@ class _Watch:
         is_possible = (
             len(dead) + len(running) == len(self._workers)
             and all(worker.was_killed for worker in dead)
-            and self._workers[0] not in dead
+            and (not has_lost_rank_0 or running[0].can_lead())
             and all(worker.is_ready() for worker in running)
         )
         if is_possible and len(recent) + len(dead) + has_failed > _MOST_LOSSES:
@@ -176,6 +191,8 @@ class _Watch:
             for worker in running:
                 worker.hear(Verdict(self._generation, None))
             return False
+        if has_lost_rank_0:
+            self._port = self._ports.enter_context(reserved_port())
         self._losses += [now] * (len(dead) + has_failed)
         self._workers = [*running, *new]
         self._coming = [worker for worker in self._coming if worker not in new]
@@ -187,6 +204,7 @@ class _Watch:
             lost="; ".join(worker.lost_words() for worker in dead),
             lost_ranks=tuple(worker.rank for worker in dead),
             time=min((worker.ending.time for worker in dead if worker.ending), default=time.time()),
+            port=self._port,
         )
         for rank, worker in enumerate(self._workers):
             worker.hear(dataclasses.replace(verdict, rank=rank))

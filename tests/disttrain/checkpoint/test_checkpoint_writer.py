@@ -275,3 +275,28 @@ def test_a_closed_writer_has_let_go_of_the_optimizer(tmp_path: Path) -> None:
     assert_holds(tmp_path / "step-00000001", weights, moments)
     loop.step()
     assert not loop.optimizer._optimizer_step_pre_hooks
+
+
+def test_what_another_process_did_not_write_is_written_from_the_copies(tmp_path: Path) -> None:
+    """Two at most: the other begins a save once it has written the one before."""
+    store = CheckpointStore(tmp_path, keep_last=9)
+    writer = CheckpointWriter(store)
+    writer.find = store.find
+    weights = tensors(0.0)
+    for step in (1, 2, 3):
+        weights["a"].fill_(float(step))
+        writer.save(weights, {}, state(step))
+        if step == 1:
+            assert writer.wait() is None, "nothing is written"
+            store.save(weights, {}, state(step))  # by the other one
+    weights["a"].fill_(9.0)
+    assert writer.kept == [(2, False), (3, False)]
+    assert [outcome.path for outcome in writer.take_over()] == [tmp_path / "step-00000002"]
+    last = writer.wait()
+    assert last is not None
+    assert last.path == tmp_path / "step-00000003"
+    for path in store.paths():
+        assert torch.equal(read_checkpoint(path).model["a"], torch.full((3, 2), float(str(path)[-1])))
+    writer.save(weights, {}, state(4))
+    assert writer.wait() is not None, "from now on, all is written"
+    writer.close()

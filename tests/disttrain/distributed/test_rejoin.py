@@ -35,12 +35,12 @@ def _loses_rank_2() -> tuple[float, float]:
             if world.rank == 0:  # as after a group that failed to form: torch has counted it
                 dist.destroy_process_group()
                 dist.distributed_c10d._world.group_count += 5
-            three = rejoin(world, [0, 1, 3].index(world.rank), 3, generation=1, unless=lambda: False)
+            three = rejoin(world, Verdict(1, [0, 1, 3].index(world.rank), 3), lambda: False)
             first = sum_(torch.full((1,), float(world.rank))).item()
             three.leave_group()
             if three.rank == 1:
                 return first, 0.0
-            two = rejoin(three, [0, 2].index(three.rank), 2, generation=2, unless=lambda: False)
+            two = rejoin(three, Verdict(2, [0, 2].index(three.rank), 2), lambda: False)
             assert (two.rank, two.size, dist.get_world_size()) == ([0, 2].index(three.rank), 2, 2)
             return first, sum_(torch.ones(1)).item()
 

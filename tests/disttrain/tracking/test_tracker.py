@@ -370,3 +370,29 @@ def test_a_disabled_tracker_does_nothing(run_dir: Path, recipe: Any) -> None:
     tracker.model(nn.Linear(1, 1), lambda model: None, dict)
     assert not tracker.finish("FINISHED")
     assert os.listdir(run_dir) == []
+
+
+def test_who_takes_over_adds_what_the_other_did_not_write_and_nothing_twice(run_dir: Path, recipe: Any) -> None:
+    """Both have recorded the same; the one that kept the journal died before the end of it."""
+    settings = recipe(uri="none")
+    first, second = (Tracker(run_dir, settings, {}, enabled=enabled) for enabled in (True, False))
+    first.start(resumed=False, params={}, tags={})
+    for tracker in (first, second):
+        tracker.metrics(1, {"train/loss": 1.0})
+        tracker.event("evaluated", step=1)
+        tracker.event("worker-lost", step=1, noticed=5.0)
+    with (run_dir / "journal.jsonl").open("a") as journal:
+        journal.write('{"time": 1, "kind": "metr')  # in the middle of a line
+    second.metrics(2, {"train/loss": 0.5})
+    second.event("worker-lost", step=1, noticed=6.0)
+    assert kinds(run_dir).count("metrics") == 1
+    second.take_over(2)
+    second.metrics(2, {"train/loss": 0.5})
+    second.event("evaluated", step=1)
+    second.event("evaluated", step=2)
+    second.finish("FINISHED")
+    records = list(read_journal(run_dir / "journal.jsonl"))
+    assert [record["step"] for record in records if record["kind"] == "metrics"] == [1, 2]
+    assert [record["step"] for record in records if record.get("name") == "evaluated"] == [1, 2]
+    assert [record["noticed"] for record in records if record.get("name") == "worker-lost"] == [5.0, 6.0]
+    assert last_status(run_dir / "journal.jsonl") == "FINISHED"

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -28,7 +29,7 @@ from disttrain import faultpoints
 from disttrain.distributed.ports import reserved_port
 from disttrain.distributed.report import report_failure, report_finished
 from disttrain.errors import is_lost_peer
-from disttrain.layout import ERROR_FILE, VERDICTS
+from disttrain.layout import CONSOLE, ERROR_FILE, VERDICTS
 from disttrain_launch.local import worker as worker_module
 from disttrain_launch.local import workers as workers_module
 from disttrain_launch.local.group import WorkerGroup
@@ -84,7 +85,7 @@ def _become_a_worker(work: Callable[[], object], environment: Mapping[str, str],
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         os.environ.update(environment)
-        os.environ[ERROR_FILE] = f"/dev/fd/{keep[0]}"
+        os.environ |= {ERROR_FILE: f"/dev/fd/{keep[0]}", CONSOLE: "2 2"}
         os.dup2(2, 1)  # standard output is the launcher's
         for name in os.listdir("/dev/fd"):
             if int(name) > 2 and int(name) not in keep:
@@ -111,8 +112,8 @@ class Run:
         folder: of the run.
         size: how many workers.
         signals: (point, rank, count, number): the worker that was started as this rank gets signal `number` when it
-            passes the named point for this time. For a rank's first replacement it is the rank + NEW, for the second
-            the rank + 2 * NEW.
+            passes the named point for this time, or so much later: "step + 0.01". For a rank's first replacement it is
+            the rank + NEW, for the second the rank + 2 * NEW.
         waits_at: before its steps of these numbers, counted with those that it repeats, rank 0 waits until the launcher
             gives a verdict, `waits_s` seconds at most.
         overrides: of the recipe.
@@ -139,10 +140,19 @@ class _Script:
     def reached(self, name: str, where: Mapping[str, Any]) -> None:
         """As a test's faults have it."""
         self._passed[name] = count = self._passed.get(name, 0) + 1
-        if (name, count) in self._signals:
-            os.kill(os.getpid(), self._signals[name, count])
+        for point, when in self._signals:
+            at, _, seconds = point.partition(" + ")
+            if (at, when) == (name, count):
+                self._send(self._signals[point, when], float(seconds or 0.0))
         if name == "step" and count in self._waits_at:
             select.select([int(os.environ[VERDICTS])], [], [], self._waits_s)
+
+    @staticmethod
+    def _send(number: int, after_s: float) -> None:
+        if after_s:
+            threading.Timer(after_s, os.kill, (os.getpid(), number)).start()
+        else:
+            os.kill(os.getpid(), number)
 
 
 def train_through(run: Run) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def train_through(run: Run) -> dict[str, Any]:
         reserved_port() as port,
         workers_module._started(group, port) as (workers, replace),
     ):
-        outcome = workers_module._Watch(group, workers, signals, replace).until_the_end()
+        outcome = workers_module._Watch(group, workers, signals, replace, port).until_the_end()
     return {"exit_code": outcome.exit_code, "message": outcome.message}
 
 

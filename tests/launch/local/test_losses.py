@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.runs.journal import read_journal
 from tests.disttrain.parallel.exact_runs import outcome
 from tests.launch.local.forked import NEW, Run
@@ -48,6 +49,7 @@ IN_MANY_PLACES: dict[str, list[tuple[str, int, int, int]]] = {
     ],
 }
 FORKED_TESTS_S = 480
+SAVING = "checkpoint.every_steps=2"
 
 
 def launch(*runs: Run) -> list[dict[str, Any]]:
@@ -75,19 +77,45 @@ def lost_ranks(run_dir: Path) -> list[int]:
     return sorted(rank for event in events(run_dir, "worker-lost") for rank in event["lost_ranks"])
 
 
-def check(tmp_path: Path, ended: Sequence[dict[str, Any]], lost: Sequence[int]) -> None:
-    """The second run has become what the first has, without these."""
+def check(tmp_path: Path, ended: Sequence[dict[str, Any]], lost: Sequence[int], name: str = "disturbed") -> None:
+    """The run of this name has become what the undisturbed one has, without these."""
     for one in ended:
         assert one["exit_code"] == 0, (one["message"], one["stderr"])
-    assert outcome(tmp_path / "disturbed") == outcome(tmp_path / "undisturbed")
-    assert lost_ranks(tmp_path / "disturbed") == sorted(lost)
+    assert outcome(tmp_path / name) == outcome(tmp_path / "undisturbed")
+    assert lost_ranks(tmp_path / name) == sorted(lost)
 
 
 def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path: Path) -> None:
     signals = [("step", 1, 3, SIGKILL), ("recovery: agreed", 2, 1, SIGKILL), ("after the commit", 1 + NEW, 2, SIGKILL)]
-    ended = launch(undisturbed(tmp_path), disturbed(tmp_path, signals, size=3, waits_at=[6]))
+    # Rank 0 dies when it writes a checkpoint, and later on who took its place.
+    of_rank_0 = [("checkpoint: state", 0, 1, SIGKILL), ("after the commit", 1, 7, SIGKILL)]
+    ended = launch(
+        undisturbed(tmp_path, SAVING),
+        disturbed(tmp_path, signals, size=3, waits_at=[6]),
+        Run(str(tmp_path / "without rank 0"), size=3, signals=of_rank_0, overrides=(CONTINUE, SAVING)),
+    )
     check(tmp_path, ended, [1, 1, 2])
     assert events(tmp_path / "disturbed", "worker-joined")
+    check(tmp_path, ended, [0, 1], "without rank 0")
+    check_what_is_written(tmp_path / "without rank 0", tmp_path / "undisturbed")
+    assert ended[0]["stderr"].count("done in") == 3, "whoever takes the place of rank 0 speaks to the user"
+
+
+def check_what_is_written(run_dir: Path, undisturbed: Path) -> None:
+    """Each checkpoint and evaluation is there and reported, once; of those that wrote before, nothing is left."""
+    for name in ("checkpoint", "evaluated"):
+        assert [event["step"] for event in events(run_dir, name)] == [e["step"] for e in events(undisturbed, name)]
+    assert [record["status"] for record in read_journal(run_dir / "journal.jsonl") if "status" in record][-1] == (
+        "FINISHED"
+    )
+    assert weights(run_dir) == weights(undisturbed)
+    assert not [path for path in (*run_dir.iterdir(), *(run_dir / "checkpoints").iterdir()) if path.name[0] == "."]
+
+
+def weights(run_dir: Path) -> dict[str, tuple[str, str]]:
+    """Of each checkpoint, the weights and what was measured."""
+    found = [read_checkpoint(path) for path in CheckpointStore(run_dir / "checkpoints").paths()]
+    return {Path(one.path).name: (weights_sha256(one.model), str(one.state["metrics"])) for one in found}
 
 
 @pytest.mark.long
@@ -100,13 +128,12 @@ def test_losses_in_many_places(tmp_path: Path, where: str) -> None:
 
 
 @pytest.mark.long
-def test_without_rank_0_or_by_default_all_are_ended_to_be_restarted(tmp_path: Path) -> None:
-    lost_0 = Run(str(tmp_path / "without rank 0"), signals=[("step", 0, 4, SIGKILL)], overrides=[CONTINUE])
+def test_by_default_all_are_ended_to_be_restarted(tmp_path: Path) -> None:
     default = Run(str(tmp_path / "default"), signals=[("step", 1, 4, SIGKILL)])
-    for ended, rank in zip(launch(lost_0, default), (0, 1), strict=True):
-        assert ended["exit_code"] != 0
-        assert f"rank {rank} " in ended["message"]
-        assert "SIGKILL" in ended["message"]
+    (ended,) = launch(default)
+    assert ended["exit_code"] != 0
+    assert "rank 1 " in ended["message"]
+    assert "SIGKILL" in ended["message"]
 
 
 @pytest.mark.long

@@ -1,0 +1,63 @@
+"""When rank 0 dies: what it did alone for the run, and the worker that takes its place.
+
+Rank 0 owns the run directory, writes checkpoints, keeps the journal, feeds MLflow, measures the machine, looks for a
+request to stop, and talks to the user. All of that is continued from the run directory, as a start that resumes does,
+and from what each worker has in memory: what it would have written itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from disttrain.distributed.collectives import gather_objects
+from disttrain.errors import ConfigurationError, DisttrainError
+from disttrain.faultpoints import reached
+from disttrain.health.stop import stop_file
+from disttrain.layout import STOP
+from disttrain.recipe.address import is_url
+from disttrain.runs.lock import owned
+from disttrain.tracking import SystemSampler
+from disttrain.training.conclusion import concluding
+from disttrain.training.machine_report import MachineReport
+from disttrain.training.monitor import RunMonitor
+
+_TO_BE_FREE_S = 2.0  # the system frees the lock of a process that ends
+
+
+class Succession:
+    """Lets this worker take the place of rank 0; `leads`: it is rank 0, from the start."""
+
+    def __init__(self, monitor: RunMonitor, *, leads: bool) -> None:
+        self._monitor, self._leads, self._started = monitor, leads, time.monotonic()
+        self.is_possible = not is_url(monitor.saver.address)
+        """Not behind a URL: there is more to own than a folder, and the run restarts."""
+
+    def settle(self) -> None:
+        """Have the worker that is rank 0 by now do what rank 0 does, if it does not yet.
+
+        Every rank must call it. Raises DisttrainError if it cannot.
+        """
+        saved = max(gather_objects(self._monitor.saver.saved), key=lambda of_rank: of_rank[-1])
+        if self._leads or not self._monitor.job.world.is_main:
+            return
+        try:
+            self._take_over(saved)
+        except (ConfigurationError, OSError) as error:
+            raise DisttrainError(f"rank 0 was lost, and this worker cannot take its place: {error}") from error
+        self._leads = True
+
+    def _take_over(self, saved: Sequence[tuple[int, bool]]) -> None:
+        monitor, enter = self._monitor, self._monitor.until_the_end.enter_context
+        job, run_dir, console, tracker = monitor.job, monitor.run_dir, monitor.console, monitor.tracker
+        enter(owned(run_dir, _TO_BE_FREE_S))  # which it cannot as long as the other lives
+        reached("succession: owner", step=job.step)
+        console.take_over()
+        if job.recipe.tracking.system_metrics:
+            monitor.machines = MachineReport(job.world, job.recipe, enter(SystemSampler()))
+        tracker.take_over(job.step)
+        enter(concluding(job, run_dir, monitor.saver.address, console, monitor.stop, tracker, self._started))
+        monitor.saver.take_over(saved)
+        monitor.evaluations.write_newest()
+        reached("succession: journal", step=job.step)
+        enter(stop_file(run_dir / STOP, monitor.stop, console.line, is_new=False))
