@@ -180,7 +180,7 @@ class ExactSlices:
     def _are_finite(self, largest: Mapping[str, float]) -> bool:
         """Whether sums of gradients of these magnitudes must be finite."""
         return all(
-            largest[name] * self.num_slices < torch.finfo(parameter.dtype).max
+            largest[name] == ABSENT or largest[name] * self.num_slices < torch.finfo(parameter.dtype).max
             for name, parameter in self._parameters.items()
         )
 

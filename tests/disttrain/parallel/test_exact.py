@@ -156,12 +156,16 @@ def test_the_gradient_is_the_mean_over_the_global_batch(world_size: int) -> None
 
 
 class Counting(nn.Module):
-    """Buffers of every kind: a mean, a counter, a constant with small numbers beside a large one, an infinite mask."""
+    """Buffers of every kind: a mean, a counter, a constant with small numbers beside a large one, an infinite mask.
+
+    Besides, a frozen parameter of integers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.idle = nn.Parameter(torch.zeros(1))
+        self.table = nn.Parameter(torch.arange(2), requires_grad=False)
         self.register_buffer("mean", torch.zeros(1))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("constant", torch.tensor([1e30, 1e-30]), persistent=False)
