@@ -50,14 +50,18 @@ class ApartNonFiniteGuard(NonFiniteGuard):
         if ending is not None:
             raise DivergedError(ending)
 
+    @property
+    def ends(self) -> bool:
+        """Whether `agree` will raise."""
+        return self._ending is not None
+
     def own_state(self) -> dict[str, Any]:
-        """What a checkpoint has of this rank's."""
-        return {**self.state(), "ending": self._ending, "incidents": [asdict(one) for one in self._untold]}
+        """What a checkpoint has of this rank's. There is none while `ends` holds on any."""
+        return {**self.state(), "incidents": [asdict(one) for one in self._untold]}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Put back what `own_state` gave. Raises KeyError or TypeError for anything else."""
         self.load_state(state)
-        self._ending = state["ending"]
         self._untold = tuple(Incident(**{**one, "samples": tuple(one["samples"])}) for one in state["incidents"])
 
     def _gathered(self, mine: Finding | NotComputed | None) -> list[Finding | NotComputed | None]:

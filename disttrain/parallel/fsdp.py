@@ -223,6 +223,12 @@ def _refuse(model: nn.Module, world: World) -> None:
             f"the model: the parameter '{scalar}' is a scalar, which parallel.strategy = 'fsdp' cannot cut: give it "
             "the shape (1,), or use parallel.strategy = 'ddp'."
         )
+    turned = next((name for name, one in model.named_parameters() if not one.is_contiguous()), None)
+    if turned is not None:
+        raise ConfigurationError(
+            f"the model: the parameter '{turned}' is not contiguous in memory (torch.channels_last, a transpose), "
+            "which parallel.strategy = 'fsdp' cannot cut: call its contiguous(), or use parallel.strategy = 'ddp'."
+        )
     by_rank = gather_objects(mine := [(name, tuple(one.shape)) for name, one in tensors.items()])
     if any(theirs != mine for theirs in by_rank):
         raise ConfigurationError("the model: its parameters or buffers are not the same on all workers.")

@@ -29,7 +29,8 @@ _WORKER, _OUTER, _OPTIMIZER, _MODEL = "worker.", "outer.", "optimizer.", "model.
 def gathered_apart(job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What a checkpoint has in place of an optimizer's tensors, and as part of its state: on rank 0, else nothing.
 
-    Every rank must call it.
+    Every rank must call it. Raises DivergedError, on every rank, if one is about to end the run and only waits for the
+    others: a run that resumed from there, with what ended it mended, would end all the same.
     """
     strategy, guard = _parts(job)
     of_optimizer, rest = job.optimizer_tensors()
@@ -37,9 +38,11 @@ def gathered_apart(job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     mine |= {f"{_MODEL}{name}": tensor for name, tensor in strategy.own_tensors().items()}
     state = {"values": rest["values"], "scaler": job.scaler.state_dict(), "non_finite": guard.own_state()}
     outlines = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()}
-    by_rank: list[tuple[dict[str, Any], Outline]] = gather_objects((state, outlines))
+    by_rank: list[tuple[dict[str, Any], Outline, bool]] = gather_objects((state, outlines, guard.ends))
+    if any(ends for *_, ends in by_rank):
+        guard.agree()
     found: dict[str, torch.Tensor] = {}
-    for name, shape, dtype in _forms(theirs for _, theirs in by_rank):
+    for name, shape, dtype in _forms(theirs for _, theirs, _ in by_rank):
         fits = outlines.get(name) == (shape, dtype)
         tensors = gather_to_main(mine[name] if fits else torch.empty(shape, dtype=dtype))
         for rank, tensor in enumerate(tensors):
@@ -48,7 +51,7 @@ def gathered_apart(job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not job.world.is_main:
         return {}, {}
     found |= {f"{_OUTER}{name}": tensor for name, tensor in strategy.outer_tensors().items()}
-    return found, {WORKERS: [theirs for theirs, _ in by_rank]}
+    return found, {WORKERS: [theirs for theirs, *_ in by_rank]}
 
 
 def resume_apart(job: Job, checkpoint: Checkpoint) -> None:

@@ -75,6 +75,14 @@ class BySample(Odd):
         return self.last(layer(self.first(inputs)))  # type: ignore[no-any-return]
 
 
+class Turned(Odd):
+    """A weight that lies in memory column by column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.weight = nn.Parameter(torch.ones(6, 5).t())
+
+
 def train(run_dir: Path, model: Any, *overrides: str) -> dict[str, float]:
     recipe = load_recipe("digits", [*SMALL, *overrides])
     sets = {"train_set": samples(20, 1), "test_set": samples(10, 2)}  # 4 batches of 3 for three workers to evaluate
@@ -116,13 +124,14 @@ def test_what_would_mix_up_weights_or_cannot_begin_anew_is_refused(tmp_path: Pat
     def refused() -> list[str]:
         given, said = Odd(), []
         train(tmp_path / "given", given, FSDP, "train.non_finite=zero", "train.max_steps=1")
-        for model, *overrides in ((BySample,), (given,), (Odd(), "train.spike_factor=3")):
+        for model, *overrides in ((BySample,), (given,), (Odd(), "train.spike_factor=3"), (Turned,)):
             with pytest.raises(ConfigurationError) as caught:
                 train(tmp_path / str(len(said)), model, FSDP, *overrides)
             said.append(str(caught.value))
         return said
 
-    for by_sample, again, spikes in run_workers(refused, 2, process_group=False):
+    for by_sample, again, spikes, turned in run_workers(refused, 2, process_group=False):
         assert "not all workers called the same blocks and gave gradients to the same parameters" in by_sample
         assert "the model given is sharded already" in again
         assert "cannot be combined with train.spike_factor and a model given as an object" in spikes
+        assert "the parameter 'first.weight' is not contiguous in memory" in turned

@@ -189,16 +189,14 @@ def spoilt(run_dir: Path, *overrides: str) -> str:
 
 
 def test_what_is_not_finite_on_one_worker_is_known_to_all_when_they_meet(tmp_path: Path) -> None:
-    for overrides in ((), ("train.max_steps=3",)):  # in an outer step, and at an end that comes before it
-        first, second = run_workers(
-            spoilt, 2, args=(tmp_path / f"stop{len(overrides)}", *overrides), process_group=False
-        )
+    # In an outer step, at an end that comes before it, and at a checkpoint that does.
+    for override in ("train.max_steps=5", "train.max_steps=3", "checkpoint.every_steps=2"):
+        run_dir = tmp_path / override
+        first, second = run_workers(spoilt, 2, args=(run_dir, override), process_group=False)
         assert first == second
         assert "the loss is not finite at step 2" in first
         assert f"on rank 1, in sample {SPOILT} of the training set" in first
-        assert not list((tmp_path / f"stop{len(overrides)}" / "checkpoints").glob("step-*")), (
-            "it would resume without it"
-        )
+        assert not list((run_dir / "checkpoints").glob("step-*")), "it would resume without it"
 
     assert run_workers(spoilt, 2, args=(tmp_path / "skip", "train.non_finite=skip"), process_group=False) == ["", ""]
     events = [one for one in read_journal(tmp_path / "skip" / "journal.jsonl") if one.get("name") == "non-finite"]
