@@ -13,7 +13,7 @@ from disttrain.checkpoint.folder import Checkpoint, write_file
 from disttrain.checkpoint.stored import outline_of
 from disttrain.checkpoint.tensors import safetensors_pieces
 from disttrain.errors import ConfigurationError, UsageError, brief
-from disttrain.files import being_written, fsync, make_folder
+from disttrain.files import being_written, fsync
 from disttrain.layout import MODEL
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -21,7 +21,7 @@ _METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
 def export_weights(checkpoint: Checkpoint, folder: Path, max_bytes: float = math.inf) -> list[str]:
-    """Write the weights into a new folder, one tensor in memory at a time; returns the names of the files.
+    """Write the weights into a new or empty folder, one tensor in memory at a time; returns the names of the files.
 
     If they have more than `max_bytes`, they are divided among several files, of which only one with a single tensor is
     larger, and an index says which has which. Tied weights are there once, under their first name.
@@ -34,9 +34,11 @@ def export_weights(checkpoint: Checkpoint, folder: Path, max_bytes: float = math
     outlines = {name: one for name, one in outline_of(checkpoint.model).items() if name not in shared}
     sizes = {name: one.numel() * one.element_size() for name, one in outlines.items()}
     files = _divided(sizes, max_bytes)
-    temporary = being_written(folder)
+    # The current folder, or where a disk is mounted, cannot be replaced.
+    is_there = folder.exists()
+    temporary = folder / ".writing" if is_there else being_written(folder)
     try:
-        make_folder(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)  # links are followed: the user has named it
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for file, names in files.items():
@@ -47,7 +49,12 @@ def export_weights(checkpoint: Checkpoint, folder: Path, max_bytes: float = math
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             write_file(temporary / f"{MODEL}.index.json", [memoryview(f"{json.dumps(index, indent=2)}\n".encode())])
         fsync(temporary)
-        temporary.rename(folder)
+        if not is_there:
+            temporary.rename(folder)
+        else:
+            for path in sorted(temporary.iterdir()):  # an index comes last
+                path.rename(folder / path.name)
+            fsync(folder)
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be written: {brief(error)}.") from error
     finally:

@@ -204,13 +204,14 @@ def export(run: str, folder: Path, max_size: str | None, raw: bool, as_json: boo
     """
     from disttrain.checkpoint.export import export_weights, size_in_bytes
     from disttrain.commands.locate import find_checkpoint
+    from disttrain.recipe.address import expanded
 
     try:
         max_bytes = size_in_bytes(max_size) if max_size is not None else float("inf")
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--max-size") from None
     checkpoint = find_checkpoint(run, raw=raw)
-    folder = folder.expanduser()
+    folder = expanded(str(folder))
     files = export_weights(checkpoint, folder, max_bytes)
     if as_json:
         print(json.dumps({"checkpoint": str(checkpoint.path), "folder": str(folder), "files": files}))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from disttrain.checkpoint import write_checkpoint
 from disttrain.checkpoint.weights import read_weights
 from disttrain.commands import runs
-from disttrain.errors import UsageError
+from disttrain.errors import ConfigurationError, UsageError
 from tests.disttrain.checkpoint.test_checkpoint import state
 
 WEIGHTS = {"a": torch.arange(50.0).view(5, 10), "b": torch.ones(30), "c": torch.ones(30, dtype=torch.bfloat16)}
@@ -46,7 +46,8 @@ def test_one_file_has_the_averages_or_the_raw_weights_and_says_what_it_is(tmp_pa
     assert torch.equal(found["c"], WEIGHTS["c"])
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
-    export(checkpoint, tmp_path / "raw", "--raw")
+    (tmp_path / "link").symlink_to(tmp_path)
+    export(checkpoint, tmp_path / "link" / "raw", "--raw")
     assert all(
         torch.equal(one, WEIGHTS[name]) for name, one in load_file(tmp_path / "raw" / "model.safetensors").items()
     )
@@ -54,8 +55,12 @@ def test_one_file_has_the_averages_or_the_raw_weights_and_says_what_it_is(tmp_pa
         export(checkpoint, tmp_path / "raw")
 
 
-def test_files_of_at_most_a_size_have_an_index_that_is_read(tmp_path: Path, checkpoint: Path) -> None:
-    files = export(checkpoint, tmp_path / "parts", "--raw", "--max-size", "190B")["files"]
+def test_files_of_at_most_a_size_have_an_index_that_is_read(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parts").mkdir()
+    monkeypatch.chdir(tmp_path / "parts")
+    files = export(checkpoint, ".", "--raw", "--max-size", "190B")["files"]
     first, second, index = files
     assert (first, second) == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     content = json.loads((tmp_path / "parts" / index).read_text())
@@ -64,6 +69,8 @@ def test_files_of_at_most_a_size_have_an_index_that_is_read(tmp_path: Path, chec
     assert content["weight_map"] == {"a": first, "b": second, "c": second}, "only one that is larger is alone"
     found = read_weights(tmp_path / "parts")  # as model.init reads it
     assert all(torch.equal(found[name], one) for name, one in WEIGHTS.items())
+    with pytest.raises(ConfigurationError, match="that home folder is unknown"):
+        export(checkpoint, "~no-such-user/weights")
     with pytest.raises(SystemExit):
         export(checkpoint, tmp_path / "other", "--max-size", "5 bananas")
     assert not (tmp_path / "other").exists()
