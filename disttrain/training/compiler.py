@@ -46,7 +46,7 @@ class _StandIn(ModuleType):
     def __init__(self) -> None:
         super().__init__(_NAME)
         self.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
-        self.finder, self.utils = _Finder(self), _Utils(self)
+        self.finder, self.utils, self.trace_rules = _Finder(self), _Utils(self), _TraceRules(self)
         self._left_alone: list[Any] = []
         self._lock = threading.Lock()
 
@@ -92,6 +92,17 @@ class _Utils:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stand_in.real().utils, name)
+
+
+class _TraceRules:
+    def __init__(self, stand_in: _StandIn) -> None:
+        self._stand_in = stand_in
+
+    def clear_lru_cache(self) -> None:
+        """Nothing, as none of the rules was looked at yet; `init_process_group` asks for it, after a loss for one."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stand_in.real().trace_rules, name)
 
 
 class _Finder(MetaPathFinder):

@@ -107,21 +107,24 @@ class Recovery:
         Another loss meanwhile has all begin again: until the end, nothing is changed that a second time would spoil.
         """
         failure: RuntimeError | None = error
-        while failure is not None:
-            if self._verdicts is None or not self._is_ready or not _is_of_a_loss(failure):
-                raise failure
-            self._job.world.leave_group()  # first of all: the others may wait for this rank
-            let_go(failure)
-            if self._watchdog is not None:
-                self._watchdog.pause()
-            hung = failure.ranks if isinstance(failure, MissingRanks) else []
-            verdict = None if hung else self._next_verdict(self._verdicts, _TO_HEAR_S)
-            if verdict is None:  # no worker has died
-                self._declare(failed=not hung, hung=hung)
-                verdict = self._next_verdict(self._verdicts, _TO_HEAR_AGAIN_S)
-            if verdict is None or verdict.rank is None:
-                raise failure
-            failure = self._continue(verdict, self._verdicts)
+        try:
+            while failure is not None:
+                if self._verdicts is None or not self._is_ready or not _is_of_a_loss(failure):
+                    raise failure
+                self._job.world.leave_group()  # first of all: the others may wait for this rank
+                let_go(failure)
+                if self._watchdog is not None:
+                    self._watchdog.pause()
+                hung = failure.ranks if isinstance(failure, MissingRanks) else []
+                verdict = None if hung else self._next_verdict(self._verdicts, _TO_HEAR_S)
+                if verdict is None:  # no worker has died
+                    self._declare(failed=not hung, hung=hung)
+                    verdict = self._next_verdict(self._verdicts, _TO_HEAR_AGAIN_S)
+                if verdict is None or verdict.rank is None:
+                    raise failure
+                failure = self._continue(verdict, self._verdicts)
+        finally:  # an error whose own frames hold it would keep the process group, for which the other ranks wait
+            del error, failure
 
     def join(self) -> None:
         """Wait for a place among the workers of a run under way, and take it, with their state."""

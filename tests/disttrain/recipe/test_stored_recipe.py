@@ -75,6 +75,12 @@ def test_a_key_that_was_not_given_is_called_unset() -> None:
         refuse_other_recipe("runs/one", RECIPE, clipped, "wait")
 
 
+def test_what_happens_to_lost_workers_may_change() -> None:
+    """It is no part of the bits, and whoever learns of it wants it for the run that they have."""
+    parallel = RECIPE.parallel.model_copy(update={"on_lost_worker": "continue"})
+    refuse_other_recipe("runs/one", RECIPE, RECIPE.model_copy(update={"parallel": parallel}), "wait")
+
+
 def test_a_damaged_checkpoint_vouches_for_nothing(copy: Path) -> None:
     newest, older = copy / "checkpoints/step-00000002", copy / "checkpoints/step-00000001"
     found = recipe_of_checkpoints(copy)

@@ -14,6 +14,8 @@ seen = []
 
 class Look(disttrain.Hook):
     def after_step(self, context):
+        if context.step == 1:
+            torch._dynamo.trace_rules.clear_lru_cache()  # as where a process group forms anew after a loss
         seen.append("torch._dynamo.symbolic_convert" in sys.modules)
         if context.step == 2:
             import torch._dynamo.config as config
