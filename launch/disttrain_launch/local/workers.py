@@ -131,7 +131,7 @@ class _Watch:
         self._coming: list[Worker] = []  # replacements, which do not count yet
         self._generation, self._port = 0, port
         self._ports = ExitStack()  # while they are in use
-        self.has_lost_the_console = False
+        self._console_was_lost = False
 
     def until_the_end(self) -> Outcome:
         """Wait until no worker runs any more."""
@@ -157,6 +157,11 @@ class _Watch:
         )
 
     @property
+    def has_lost_the_console(self) -> bool:
+        """Whether a worker that printed to the user was killed, also by this launcher."""
+        return self._console_was_lost or self._workers[0].was_killed
+
+    @property
     def was_asked_to_stop(self) -> bool:
         """Whether the launcher was asked to stop."""
         return self._stop_requested_at is not None
@@ -168,7 +173,7 @@ class _Watch:
         self._kill_the_hung()
         dead = [worker for worker in self._workers if worker.ending and worker.ending.calls_for_an_end]
         has_lost_rank_0 = self._workers[0] in dead
-        self.has_lost_the_console |= has_lost_rank_0 and self._workers[0].was_killed
+        self._console_was_lost |= has_lost_rank_0 and self._workers[0].was_killed
         new = self._those_to_join()
         has_failed = any(worker.failed_in(self._generation) for worker in running)
         if not dead and not new and not has_failed:

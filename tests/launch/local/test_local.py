@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from disttrain.distributed.ports import reserved_port
-from disttrain_launch.local import worker
+from disttrain_launch.local import worker, workers
+from disttrain_launch.local.group import WorkerGroup
 from tests.launch.conftest import Launcher, StartLauncher
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped worker ends when it is continued")
@@ -229,6 +230,15 @@ def test_a_terminal_that_closes_is_a_request_though_nothing_can_be_said_to_it(st
     time.sleep(0.1)
     (launcher.folder / "go").touch()
     assert launcher.end()[0] == 75
+
+
+def test_a_killed_worker_that_had_the_console_is_known_also_when_none_is_left() -> None:
+    """Its progress bar has hidden the terminal's cursor, which is shown again."""
+    group = WorkerGroup(("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"), 1)
+    with workers._signals() as signals, reserved_port() as port, workers._started(group, port) as (started, replace):
+        watch = workers._Watch(group, started, signals, replace, port)
+        watch.until_the_end()
+    assert watch.has_lost_the_console
 
 
 def test_a_second_request_kills(start_launcher: StartLauncher) -> None:
