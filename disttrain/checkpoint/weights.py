@@ -20,7 +20,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, or of those of a folder, on the CPU, without the prefixes of wrappers.
+    """The tensors of a safetensors file, or of those of a folder or an index, on the CPU, without wrappers' prefixes.
 
     A folder is read as `transformers` writes one: `model.safetensors`, or what `model.safetensors.index.json` names.
     Raises ConfigurationError if there is no such file, or one that cannot be read.
@@ -48,12 +48,12 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         if not path.exists():
             raise ConfigurationError(f"{path} does not exist; give a run, a checkpoint, or a safetensors file.")
-        return [path]
+        return _named_in(path) if path.name.endswith(f"{_ENDING}.index.json") else [path]
     if (path / MODEL).is_file():
         return [path / MODEL]
     index = path / f"{MODEL}.index.json"
     if index.is_file():
-        return [path / name for name in _named_in(index)]
+        return _named_in(index)
     found = sorted(path.glob(f"*{_ENDING}"))
     if len(found) == 1:
         return found
@@ -67,7 +67,7 @@ def _files(path: Path) -> list[Path]:
     raise ConfigurationError(f"{path} should hold a run, a checkpoint, or {MODEL}; of safetensors files it has {what}.")
 
 
-def _named_in(index: Path) -> list[str]:
+def _named_in(index: Path) -> list[Path]:
     try:
         content: Any = parse_json(read_text(index))
         names = sorted(set(content["weight_map"].values()))
@@ -75,4 +75,4 @@ def _named_in(index: Path) -> list[str]:
             raise ValueError("it names other files than those beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{index} is not an index of safetensors files: {brief(error)}.") from error
-    return names
+    return [index.parent / name for name in names]

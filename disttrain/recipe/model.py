@@ -118,7 +118,7 @@ class ParallelRecipe(Section):
     )
     outer_learning_rate: Positive = Field(default=0.7, description="sync_every: what the outer step is multiplied by")
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.9, description="sync_every: the outer step's Nesterov momentum (0: none)"
+        default=0.9, description="sync_every: the outer step's Nesterov momentum (0: none); often too much with SGD"
     )
     exact: bool = Field(default=False, description="the same bits at every number of workers")
     slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")

@@ -29,4 +29,4 @@ def why_it_restarts(job: Job) -> str | None:
         "data.workers read ahead": job.loader.streams,
     }
     found = [reason for reason, applies in reasons.items() if applies]
-    return f"parallel.on_lost_worker: all workers restart when one is lost: {found[0]}" if found else None
+    return f"parallel.on_lost_worker: a loss needs a restart (--max-restarts): {found[0]}" if found else None

@@ -13,6 +13,7 @@ from torch import nn
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
+from disttrain.checkpoint.weights import read_weights
 from disttrain.errors import ConfigurationError
 from disttrain.models.freeze import freeze, hold_statistics
 from disttrain.recipe import load_recipe
@@ -114,6 +115,7 @@ def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         train(tmp_path / f"run-{number}", model, f"model.init={folder / source}", "optim.lr=0.0", "train.max_steps=1")
         assert torch.equal(model.head.weight, Net(seed=7).head.weight), source
         assert report in capsys.readouterr().out
+    assert read_weights(folder / "split" / "model.safetensors.index.json").keys() == Net(seed=7).state_dict().keys()
 
 
 @pytest.mark.parametrize(
