@@ -90,6 +90,10 @@ class Strategy:
         """
         return nullcontext()
 
+    def without_borders(self) -> AbstractContextManager[None]:
+        """A context within `made_whole` in which gradients are added in the order that they are without shards."""
+        return nullcontext()
+
     def close_slice(self, slice_index: int) -> None:
         """To be called after the backward pass of a slice's last micro-batch."""
 

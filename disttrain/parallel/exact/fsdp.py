@@ -6,9 +6,10 @@ are taken when the backward pass has come out of it, before they would pile up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -102,6 +103,24 @@ class ExactFsdp(SlicesSummed, Fsdp):
         loss.backward()  # type: ignore[no-untyped-call]
         self._sums.mark_gradients()
         self._called = 0
+
+    @contextmanager
+    def without_borders(self) -> Iterator[None]:
+        """As `Strategy` has it. FSDP2 has a node before each block, which adds up what the block has of a gradient."""
+        kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        for block in self._blocks.values():
+            state_of_fsdp = type(cast("Any", block)._get_fsdp_state())
+            for hooks in (block._forward_pre_hooks, block._forward_hooks):
+                kept.append((hooks, dict(hooks)))
+                for key, hook in dict(hooks).items():
+                    if isinstance(getattr(hook, "__self__", None), state_of_fsdp):
+                        del hooks[key]
+        try:
+            yield
+        finally:
+            for hooks, before in kept:
+                hooks.clear()
+                hooks.update(before)
 
     def gradient_norm(self) -> torch.Tensor:
         """As `Strategy` has it."""

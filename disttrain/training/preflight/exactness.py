@@ -29,8 +29,9 @@ def try_exactness(job: Job) -> None:
 
     Raises ConfigurationError, on every rank alike, for a data set that draws from a generator of its own, an operator
     without a deterministic kernel, sparse gradients, parts of a step that are too small for the model, state that
-    changes where no checkpoint or no other worker would see it, and results that differ from the first time to the
-    second, as they do when a model keeps state or a generator of its own.
+    changes where no checkpoint or no other worker would see it, gradients that are not those without shards, and
+    results that differ from the first time to the second, as they do when a model keeps state or a generator of its
+    own.
     """
     broadcast_from_main(job.world, lambda: _read_again(job))
     kept = frozenset(job.model.state_dict())  # not among what follows: a state dict shards the model again
@@ -51,6 +52,9 @@ def _try_model(job: Job, kept: frozenset[str]) -> None:
                 _restore(model, buffers)
                 second = _results(job)
                 _restore(model, buffers)
+                with job.strategy.without_borders():
+                    unsharded = _results(job) if job.strategy.is_sharded else second
+                _restore(model, buffers)
                 _evaluate(job)
             _refuse_changes_in_evaluation(model, buffers)
             _refuse_changed_parameters(model, parameters, versions)
@@ -62,6 +66,12 @@ def _try_model(job: Job, kept: frozenset[str]) -> None:
                 f"{_MODEL} gives another result for '{key}' when it computes the same samples again, so it keeps state "
                 f"or a random generator of its own: keep state in buffers and draw from torch's global generator, "
                 f"{_OR_FAST}."
+            )
+        if not torch.equal(tensor.nan_to_num(), unsharded[key].nan_to_num()):
+            raise ConfigurationError(
+                f"{_MODEL}: the gradient of '{key}' is added up in another order with parallel.strategy = 'fsdp', "
+                "because something that goes into a block is used outside of it, too (a connection past the block): "
+                f"name other blocks in parallel.shard_modules, set parallel.strategy = 'ddp', {_OR_FAST}."
             )
 
 

@@ -120,25 +120,43 @@ class InPlace(Signs):
         return super().loss(model, batch)
 
 
+class Past(Odd):
+    """What goes into a block, which uses it twice, is used outside of it, too."""
+
+    class Block(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x.tanh())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past = Past.Block(5, 5)
+
+    def scores(self, inputs: torch.Tensor) -> torch.Tensor:
+        x = self.first(inputs)
+        return self.last(x + self.past(x))  # type: ignore[no-any-return]
+
+
 def test_what_shards_cannot_do_exactly_is_refused_by_name(tmp_path: Path) -> None:
     def refused() -> list[str]:
         said = []
-        for task, override in (
-            (Signs, "optim.fused=true"),
-            (Signs, "optim.name=Adafactor"),
-            (InPlace, "optim.lr=0.1"),
+        for model, task, override in (
+            (Odd, Signs, "optim.fused=true"),
+            (Odd, Signs, "optim.name=Adafactor"),
+            (Odd, InPlace, "optim.lr=0.1"),
+            (Past, Signs, "parallel.shard_modules=['Block']"),
         ):
             recipe = load_recipe("digits", [*ODD, *FSDP, "train.non_finite=skip", override])
             sets = {"train_set": samples(20, 1), "test_set": samples(10, 2)}
             with pytest.raises(ConfigurationError) as caught:
-                disttrain.train(recipe, run_dir=tmp_path / str(len(said)), model=Odd, task=task, **sets)
+                disttrain.train(recipe, run_dir=tmp_path / str(len(said)), model=model, task=task, **sets)
             said.append(str(caught.value))
         return said
 
-    for fused, whole, twice in run_workers(refused, 2, process_group=False):
+    for fused, whole, twice, past in run_workers(refused, 2, process_group=False):
         assert "cannot be combined with optim.fused = true in exact mode" in fused
         assert "cannot be combined with optim.name = 'Adafactor'" in whole
         assert "was computed twice" in twice
+        assert "the gradient of 'first.weight' is added up in another order" in past
 
 
 def bits(run_dir: Path) -> Any:
