@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,6 +46,7 @@ class _StandIn(ModuleType):
     def __init__(self) -> None:
         super().__init__(_NAME)
         self.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+        self.__spec__ = PathFinder.find_spec(_NAME, torch.__path__)  # for `importlib.util.find_spec`
         self.finder, self.utils, self.trace_rules = _Finder(self), _Utils(self), _TraceRules(self)
         self._left_alone: list[Any] = []
         self._lock = threading.Lock()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import sys
+import importlib.util, sys
 import torch, disttrain
 
 seen = []
@@ -16,6 +16,9 @@ class Look(disttrain.Hook):
     def after_step(self, context):
         if context.step == 1:
             torch._dynamo.trace_rules.clear_lru_cache()  # as where a process group forms anew after a loss
+            assert importlib.util.find_spec("torch._dynamo").origin == importlib.util.find_spec("torch").origin.replace(
+                "__init__.py", "_dynamo/__init__.py"
+            )
         seen.append("torch._dynamo.symbolic_convert" in sys.modules)
         if context.step == 2:
             import torch._dynamo.config as config
