@@ -129,13 +129,14 @@ def _conclude(
             console.line(f"{label:<10}  {text}")
 
 
-def prepare_conclusion(job: Job, tracker: Tracker) -> None:
+def prepare_conclusion(job: Job, tracker: Tracker, console: Console) -> None:
     """Do beforehand, between two epochs, what need not wait for the last step. Every rank must call it."""
     if job.is_finished:
         return
     job.progress.at("preparing to export the model", job.step, patient=True)  # of rank 0; the others wait for it
     if _exports_model(job, tracker):
-        tracker.prepare_model()
+        with console.saying_if_slow("importing what exporting the model for MLflow takes; training waits for it"):
+            tracker.prepare_model()
 
 
 def _exports_model(job: Job, tracker: Tracker) -> bool:

@@ -37,7 +37,7 @@ class Evaluations:
         """
         self._record(*self._measured(), pace, context)
         (self._saver.save_or_fail if self._job.is_finished else self._saver.save)()
-        prepare_conclusion(self._job, self._tracker)
+        prepare_conclusion(self._job, self._tracker, self._console)
 
     def make_up(self, pace: str, context: Callable[[], HookContext]) -> None:
         """After the loss of a worker: if some ranks have recorded an evaluation of this step, have the others do so."""
