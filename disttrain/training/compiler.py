@@ -100,7 +100,7 @@ class _TraceRules:
         self._stand_in = stand_in
 
     def clear_lru_cache(self) -> None:
-        """Nothing, as none of the rules was looked at yet; forming a process group asks for it, after a loss for one."""
+        """Nothing, as none of the rules was looked at yet; forming a group asks for it, after a loss for one."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stand_in.real().trace_rules, name)
