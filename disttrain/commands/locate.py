@@ -130,7 +130,7 @@ def restore_model(checkpoint: Checkpoint, recipe: Recipe, task: Task, train_set:
             f"{brief(error) or type(error).__name__}"
         ) from error
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(dict(checkpoint.model))  # which a method of the model's own may change
     except RuntimeError as error:
         raise ConfigurationError(
             f"{checkpoint.path}: the weights do not fit model.name = '{recipe.model.name}': "
