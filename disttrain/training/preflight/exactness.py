@@ -50,29 +50,40 @@ def _try_model(job: Job, kept: frozenset[str]) -> None:
                 first = _results(job)
                 _refuse_lost_buffers(model, buffers, kept)
                 _restore(model, buffers)
-                second = _results(job)
+                again = _unlike(first, _results(job))
                 _restore(model, buffers)
                 with job.strategy.without_borders():
-                    unsharded = _results(job) if job.strategy.is_sharded else second
+                    unsharded = _unlike(first, _results(job)) if job.strategy.is_sharded else None
                 _restore(model, buffers)
                 _evaluate(job)
             _refuse_changes_in_evaluation(model, buffers)
             _refuse_changed_parameters(model, parameters, versions)
         finally:
             _put_back(model, buffers, parameters)
-    for key, tensor in first.items():
-        if key not in second or not torch.equal(tensor.nan_to_num(), second[key].nan_to_num()):
-            raise ConfigurationError(
-                f"{_MODEL} gives another result for '{key}' when it computes the same samples again, so it keeps state "
-                f"or a random generator of its own: keep state in buffers and draw from torch's global generator, "
-                f"{_OR_FAST}."
-            )
-        if not torch.equal(tensor.nan_to_num(), unsharded[key].nan_to_num()):
-            raise ConfigurationError(
-                f"{_MODEL}: the gradient of '{key}' is added up in another order with parallel.strategy = 'fsdp', "
-                "because something that goes into a block is used outside of it, too (a connection past the block): "
-                f"name other blocks in parallel.shard_modules, set parallel.strategy = 'ddp', {_OR_FAST}."
-            )
+    if again is not None:
+        raise ConfigurationError(
+            f"{_MODEL} gives another result for '{again}' when it computes the same samples again, so it keeps state "
+            f"or a random generator of its own: keep state in buffers and draw from torch's global generator, "
+            f"{_OR_FAST}."
+        )
+    if unsharded is not None:
+        raise ConfigurationError(
+            f"{_MODEL}: the gradient of '{unsharded}' is added up in another order with parallel.strategy = 'fsdp', "
+            "because something that goes into a block is used outside of it, too (a connection past the block): "
+            f"name other blocks in parallel.shard_modules, set parallel.strategy = 'ddp', {_OR_FAST}."
+        )
+
+
+def _unlike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str | None:
+    """The first result in which the two differ."""
+    return next(
+        (
+            key
+            for key, tensor in one.items()
+            if key not in other or not torch.equal(tensor.nan_to_num(), other[key].nan_to_num())
+        ),
+        None,
+    )
 
 
 def _read_again(job: Job) -> None:
