@@ -53,8 +53,10 @@ class Connections:
         before = _open_sockets()
         yield
         for descriptor, identity in _open_sockets().items():
+            if before.get(descriptor) == identity:
+                continue
             with suppress(OSError), _borrowed(descriptor, identity) as connection:
-                if before.get(descriptor) == identity or not _is_connected(connection):
+                if not _is_connected(connection):
                     continue
                 if store_port not in (connection.getsockname()[1], connection.getpeername()[1]):
                     self._sockets[descriptor] = identity
@@ -73,7 +75,13 @@ def _open_sockets() -> dict[int, _Identity]:
 @contextmanager
 def _borrowed(descriptor: int, identity: _Identity) -> Iterator[socket.socket]:
     """The socket by a descriptor of its own. Raises OSError if another file has taken its number."""
-    with socket.socket(fileno=os.dup(descriptor)) as connection:
+    duplicate = os.dup(descriptor)
+    is_blocking = os.get_blocking(duplicate)
+    with socket.socket(fileno=duplicate) as connection:
+        if connection.gettimeout() is not None:
+            # The program has called `socket.setdefaulttimeout`, and Python has changed this for whoever has the socket.
+            connection.settimeout(0.0)
+            os.set_blocking(duplicate, is_blocking)
         status = os.fstat(connection.fileno())
         if (status.st_dev, status.st_ino) != identity:
             raise OSError

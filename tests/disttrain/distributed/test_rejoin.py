@@ -70,6 +70,25 @@ def test_a_cut_spares_the_store_and_a_descriptor_that_has_a_new_owner() -> None:
             connection.close()
 
 
+def test_a_default_timeout_of_the_program_neither_reaches_the_connections_nor_breaks_them() -> None:
+    """Torch reads from its store by a socket that blocks."""
+    before, connections = socket.getdefaulttimeout(), Connections()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as store:
+        socket.setdefaulttimeout(60.0)
+        try:
+            with connections.noted(0):
+                group = os.dup(store.fileno())
+            peer, _ = server.accept()
+            assert len(connections) == 1
+            assert not connections.are_broken()
+            assert os.get_blocking(store.fileno())
+            peer.close()
+            assert connections.are_broken()
+            os.close(group)
+        finally:
+            socket.setdefaulttimeout(before)
+
+
 def test_verdicts_are_read_in_order_and_announced() -> None:
     reader, writer = os.pipe()
     verdicts = Verdicts(reader)
