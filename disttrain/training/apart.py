@@ -26,6 +26,14 @@ Outline: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _WORKER, _OUTER, _OPTIMIZER, _MODEL = "worker.", "outer.", "optimizer.", "model."
 
 
+def why_no_outer_step(job: Job) -> str | None:
+    """Why the run makes no outer step, if its workers train apart and never make one."""
+    every = job.recipe.parallel.sync_every
+    if not job.strategy.trains_apart or every <= job.total_steps:
+        return None
+    return f"parallel.sync_every = {every}, and the run has {job.total_steps} steps: it makes no outer step"
+
+
 def gathered_apart(job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What a checkpoint has in place of an optimizer's tensors, and as part of its state: on rank 0, else nothing.
 

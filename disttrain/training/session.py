@@ -36,6 +36,7 @@ from disttrain.runs.rundir import (
 )
 from disttrain.terminal.console import Console
 from disttrain.tracking import SystemSampler
+from disttrain.training.apart import why_no_outer_step
 from disttrain.training.conclusion import is_concluded, tracked
 from disttrain.training.given import Given
 from disttrain.training.init import start_from_weights
@@ -186,7 +187,7 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     frozen = f", {num_frozen:,} frozen" if num_frozen else ""
     console.line(f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_words}")
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
-    for remark in filter(None, (world.remark, why_it_restarts(job))):
+    for remark in filter(None, (world.remark, why_it_restarts(job), why_no_outer_step(job))):
         console.line(remark)
     early = f"; {job.early_stopping.words()}" if job.step < job.total_steps else ""
     if is_done:

@@ -102,6 +102,13 @@ def test_a_run_resumes_at_any_step_to_the_same_bits(tmp_path: Path) -> None:
     assert newest(tmp_path / "other workers").state["step"] == 10
 
 
+def test_a_run_that_ends_before_the_first_outer_step_says_so(tmp_path: Path) -> None:
+    overrides = (FAST, "train.max_steps=2", "parallel.sync_every=3")
+    run_workers(exact_runs.train, 1, args=(tmp_path, *overrides), process_group=False)
+    log = (tmp_path / "logs" / "worker-0.log").read_text()
+    assert "parallel.sync_every = 3, and the run has 2 steps: it makes no outer step" in log
+
+
 @pytest.mark.distributed(world_size=1)
 def test_the_outer_step_is_that_of_sgd_with_nesterov_momentum() -> None:
     local = parallelize(network(), ALONE, ParallelRecipe(sync_every=2, outer_learning_rate=0.7, outer_momentum=0.9))
