@@ -63,8 +63,13 @@ class Connections:
 
 
 def _open_sockets() -> dict[int, _Identity]:
-    found = {}
-    for name in os.listdir("/dev/fd"):
+    """The sockets of this process; none where the system does not tell (a chroot without /dev/fd)."""
+    found: dict[int, _Identity] = {}
+    try:
+        names = os.listdir("/dev/fd")
+    except OSError:
+        return found
+    for name in names:
         with suppress(OSError):  # the descriptor of this very listing
             status = os.fstat(int(name))
             if stat.S_ISSOCK(status.st_mode):

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -190,7 +190,8 @@ class Tracker:
                 from disttrain.tracking.export import warm_up
 
                 self._is_prepared = True
-                warm_up()
+                with suppress(Exception):  # export_model will say it
+                    warm_up()
 
     def conclude(self) -> None:
         """Training has ended: have MLflow sent what there is, and the charts, while the rest is made."""

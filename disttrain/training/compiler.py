@@ -1,7 +1,7 @@
 """PyTorch's compiler, imported by the first that needs it.
 
-An optimizer, its steps and DistributedDataParallel import `torch._dynamo`, and with it SymPy and 900 modules: a second
-of processor time in every worker, only to ask a compiler that is not at work to leave them alone.
+An optimizer, its steps and DistributedDataParallel import `torch._dynamo`, and with it hundreds of modules: a good part
+of a second of processor time in every worker, only to ask a compiler that is not at work to leave them alone.
 """
 
 from __future__ import annotations

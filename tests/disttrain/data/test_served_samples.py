@@ -127,6 +127,7 @@ def test_evaluation_prediction_and_the_model_for_mlflow_agree(
         write_folder(tmp_path)
     if "data.dataset=cifar10" in kind.keys:
         write_cifar(tmp_path)
+    monkeypatch.setattr(Tracker, "exports_models", True)
     monkeypatch.setattr(Tracker, "model", lambda _, *arguments: export_model(tmp_path / "model", *arguments))
     recipe = load_recipe("digits", [*QUIET, "data.batch_size=6", "data.workers=0", "data.crop_padding=0", *kind.keys])
     result = disttrain.train(recipe, run_dir=tmp_path / "run", **kind.objects)
