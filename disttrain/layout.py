@@ -52,6 +52,7 @@ LAUNCHER_PID = "DISTTRAIN_LAUNCHER_PID"
 JOINS = "DISTTRAIN_JOINS"  # set for a worker that joins a run under way
 CONSOLE = "DISTTRAIN_CONSOLE"  # the descriptors of the launcher's output and errors, for whoever takes rank 0's place
 VERDICTS = "DISTTRAIN_VERDICTS"  # the descriptor of the pipe by which the launcher reports lost workers
+NODE_SLOT = "DISTTRAIN_NODE_SLOT"  # "2 8": this machine is the third of at most eight, as long as it takes part
 LAUNCHER_OPTIONS = "DISTTRAIN_OPTIONS"
 DEVICE = "DISTTRAIN_DEVICE"
 """What `train.device = "auto"` stands for: cuda where GPUs were asked for, so that none trains on a CPU unnoticed."""

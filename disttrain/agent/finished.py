@@ -10,7 +10,6 @@ from disttrain.files import parse_json, read_bytes
 from disttrain.layout import JOURNAL, RECIPE
 from disttrain.recipe import Recipe, load_recipe, load_recipe_for, recipe_of_checkpoints
 from disttrain.recipe.address import is_url
-from disttrain.remote import RemoteRun
 from disttrain.runs.rundir import refuse_other_recipe
 
 
@@ -31,6 +30,8 @@ def is_finished(run: str, source: str, overrides: Sequence[str]) -> bool:
 def _recipe_of_finished(run: str) -> Recipe | None:
     try:
         if is_url(run):
+            from disttrain.remote import RemoteRun  # not above: it imports torch, and launchers do without
+
             lines = RemoteRun(run).read_journal().splitlines()
         else:
             lines = read_bytes(Path(run) / JOURNAL).splitlines()

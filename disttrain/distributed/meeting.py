@@ -18,7 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 from disttrain.errors import DisttrainError
 
 _BACKLOG = 2048  # as torch has it: all workers may connect at once
-_LOOPBACK = "127.0.0.1"
 _TO_CONNECT = timedelta(seconds=1)
 _LOOK_EVERY_S = 0.002
 
@@ -76,23 +75,24 @@ def _met_at(place: MeetingPlace) -> tuple[Store, Iterator[int]]:
 
 
 def met_again(
-    port: int, *, serves: bool, timeout: timedelta, hang_timeout_s: float, unless: Callable[[], bool]
+    host: str, port: int, *, serves: bool, timeout: timedelta, hang_timeout_s: float, unless: Callable[[], bool]
 ) -> Store:
-    """The store of all ranks at another port of this machine, which one of them `serves`.
+    """The store of all ranks at another port, of this machine or another, which one of them `serves`.
 
     Raises RuntimeError if `unless` holds meanwhile, and MissingRanks if it does not come in time.
     """
-    store = _served_at(port) if serves else _reached_at(port, hang_timeout_s, unless)
+    store = _served_at(host, port) if serves else _reached_at(host, port, hang_timeout_s, unless)
     store.set_timeout(timeout)
     return store
 
 
 @functools.cache  # for as long as the process lives: a group that fails to form is tried again there
-def _served_at(port: int) -> Store:
-    listener = _loopback_listener(_LOOPBACK, port)
-    assert listener is not None
+def _served_at(host: str, port: int) -> Store:
+    listener = _loopback_listener(host, port)
+    if listener is None:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
     return TCPStore(
-        _LOOPBACK,
+        host,
         port,
         is_master=True,
         wait_for_workers=False,
@@ -101,12 +101,12 @@ def _served_at(port: int) -> Store:
     )
 
 
-def _reached_at(port: int, timeout_s: float, unless: Callable[[], bool]) -> Store:
+def _reached_at(host: str, port: int, timeout_s: float, unless: Callable[[], bool]) -> Store:
     deadline = time.monotonic() + timeout_s
     while True:
-        if _answers(port):  # torch would wait a second before it tries again
+        if _answers(host, port):  # torch would wait a second before it tries again
             with suppress(RuntimeError):  # it died just then, or is slow: see what the launcher says
-                return TCPStore(_LOOPBACK, port, is_master=False, wait_for_workers=False, timeout=_TO_CONNECT)
+                return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_TO_CONNECT)
         if unless():
             raise RuntimeError("Timed out waiting for another worker, which is lost")
         if time.monotonic() > deadline:
@@ -114,9 +114,12 @@ def _reached_at(port: int, timeout_s: float, unless: Callable[[], bool]) -> Stor
         time.sleep(_LOOK_EVERY_S)
 
 
-def _answers(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as attempt:
-        return attempt.connect_ex((_LOOPBACK, port)) == 0
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), _TO_CONNECT.total_seconds()):
+            return True
+    except OSError:
+        return False
 
 
 def _loopback_listener(host: str, port: int) -> socket.socket | None:

@@ -25,7 +25,7 @@ _LOOK_EVERY_S = 0.002
 def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
     """Form the process group that the `verdict` names; its workers must have left theirs, and every one must call it.
 
-    Rank 0 serves their store at the verdict's port; they stay with the one that they have if that is 0. Raises
+    Rank 0 serves their store where the verdict says; they stay with the one that they have if it names no other. Raises
     RuntimeError if `unless` holds meanwhile, and MissingRanks if one does not come within the time that a step may
     take.
     """
@@ -33,10 +33,11 @@ def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
     assert rank is not None
     assert before is not None
     _abandon()
-    port, shared, in_time = verdict.port or before.port, before.store, before.hang_timeout_s
-    if shared is None or port != before.port:
-        shared = met_again(port, serves=rank == 0, timeout=before.timeout, hang_timeout_s=in_time, unless=unless)
-    group = replace(before, store=shared, port=port, connections=Connections())
+    host, port = verdict.host or before.host, verdict.port or before.port
+    shared, in_time = before.store, before.hang_timeout_s
+    if shared is None or (host, port) != (before.host, before.port):
+        shared = met_again(host, port, serves=rank == 0, timeout=before.timeout, hang_timeout_s=in_time, unless=unless)
+    group = replace(before, store=shared, host=host, port=port, connections=Connections())
     store = PrefixStore(f"generation-{verdict.generation}", shared)
     _wait_for_all(store, rank, size, in_time, unless)
     # Torch numbers its groups, counts one that failed to form, too, and has ranks with other numbers wait for ever.
@@ -44,7 +45,8 @@ def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
     with group.connections.noted(group.port):
         init_gloo(store, rank, size, _TO_CONNECT)
     dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(group.timeout)
-    return replace(world, rank=rank, local_rank=rank, size=size, local_size=size, group=group)
+    local_rank, local_size = (rank, size) if verdict.local_rank is None else (verdict.local_rank, verdict.local_size)
+    return replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size, group=group)
 
 
 def let_go(error: BaseException) -> None:

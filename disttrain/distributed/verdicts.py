@@ -27,7 +27,8 @@ class Verdict:
         lost: who died of what, in words; empty if none did.
         lost_ranks: the ranks that they were started with.
         time: when the launcher noticed, in seconds since 1970.
-        port: where they meet, on this machine.
+        host, port: where they meet; where they met before if these are empty.
+        local_rank, local_size: the reader's place among the workers of its machine; None if one machine has all.
     """
 
     generation: int
@@ -38,6 +39,9 @@ class Verdict:
     lost_ranks: tuple[int, ...] = ()
     time: float = 0.0
     port: int = 0
+    host: str = ""
+    local_rank: int | None = None
+    local_size: int = 0
 
     def line(self) -> bytes:
         """As it goes down a worker's pipe: less than what a pipe takes at once."""
@@ -70,6 +74,11 @@ class Verdicts:
     def have_come(self) -> bool:
         """Whether there is one that was not waited for yet."""
         return b"\n" in self._read or self._take(0.0)
+
+    def say_that_one_is_lost(self) -> bool:
+        """Whether one that was not waited for yet says so: of a machine that is cut off, nothing else tells."""
+        self._take(0.0)
+        return any(parse_json(line)["lost_ranks"] for line in self._read.split(b"\n")[:-1])
 
     def _take(self, timeout_s: float | None) -> bool:
         ready, _, _ = select.select([self._descriptor], [], [], timeout_s)

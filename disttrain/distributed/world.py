@@ -30,7 +30,7 @@ from disttrain.distributed.device import choose_device, pci_address, refuse_a_mi
 from disttrain.distributed.launched import launched_by
 from disttrain.distributed.meeting import MeetingPlace
 from disttrain.errors import ConfigurationError
-from disttrain.layout import JOINS
+from disttrain.layout import JOINS, NODE_SLOT
 
 _AFTER_THE_WATCHDOG_S = 15.0
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -42,7 +42,8 @@ class _Group:
     """The process group of this worker."""
 
     store: Store | None  # which all ranks share; None for a worker that has not joined them yet
-    port: int  # of the store
+    host: str  # of the store
+    port: int
     timeout: timedelta  # of a collective
     hang_timeout_s: float
     connections: Connections = field(default_factory=Connections)
@@ -62,6 +63,9 @@ class World:
     """What a user should know about the device; empty if it is the expected one."""
     group: _Group | None = field(default=None, compare=False, repr=False)
     """What it takes to form the group anew; None for one worker."""
+    slot: int | None = None
+    """Of this machine among `num_slots`, where machines come and go and each keeps its own; else None."""
+    num_slots: int = 0
 
     def leave_group(self) -> None:
         """Cut the connections of the process group, so that collectives raise RuntimeError here and on the peers."""
@@ -129,12 +133,13 @@ def join_world(
     group = None
     with near_memory(local_rank, local_size, pci_address(chosen)), _gloo_on_loopback(is_alone=local_size == size):
         try:
-            if size > 1:
+            slot, num_slots = _slot(os.environ)
+            if size > 1 or num_slots > 1:
                 host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
                 place = MeetingPlace(host, port, rank, size, local_size == size, timeout)
                 # Where the others meet by now, a worker that joins them later reads in its verdict.
-                shared, store = (None, HashStore()) if joins_later() else place.stores()
-                group = _Group(shared, port, timeout, timeout_s)
+                shared, store = (None, HashStore()) if joins_later() or size == 1 else place.stores()
+                group = _Group(shared, host, port, timeout, timeout_s)
             if joins_later():
                 rank, local_rank, size, local_size = 0, 0, 1, 1
             if group is None or size == 1:
@@ -147,7 +152,8 @@ def join_world(
                         backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
                     )
             remark = why_not_gpus(device, chosen, local_size)
-            yield World(rank, local_rank, size, local_size, chosen, socket.gethostname(), remark, group)
+            here = socket.gethostname()
+            yield World(rank, local_rank, size, local_size, chosen, here, remark, group, slot, num_slots)
         except BaseException:
             if dist.is_initialized() and not is_whole_process:
                 _leave_in_failure(chosen, size)
@@ -257,6 +263,12 @@ def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(_GLOO_INTERFACE, None)
+
+
+def _slot(environment: Mapping[str, str]) -> tuple[int | None, int]:
+    """(slot of this machine, number of slots), if the launcher gave it one."""
+    slot, _, number = environment.get(NODE_SLOT, "").partition(" ")
+    return (int(slot), int(number)) if slot.isdecimal() and number.isdecimal() else (None, 0)
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

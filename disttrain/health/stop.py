@@ -15,7 +15,7 @@ from types import FrameType
 
 from disttrain.distributed.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
 from disttrain.distributed.requests import STOP_SIGNALS, heard_requests, name_of
-from disttrain.layout import LAUNCHER_PID
+from disttrain.layout import LAUNCHER_PID, VERDICTS
 
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from the launcher: within this time it is one.
 _SAME_REQUEST_S = 2.0
@@ -122,7 +122,7 @@ def end_with_launcher() -> None:
     """End this process when the launcher that started it is gone, if it is one of ours.
 
     The kernel ends it (prctl(2), PR_SET_PDEATHSIG), even if it has been stopped. What counts as parent is a thread: our
-    launchers start workers from their main one. The launcher of one machine also holds the other end of standard input.
+    launchers start workers from their main one. One that gives verdicts also holds the other end of standard input.
     """
     launcher = launched_by()
     if launcher not in OUR_LAUNCHERS:
@@ -137,5 +137,5 @@ def end_with_launcher() -> None:
             pass
         os._exit(1)
 
-    if launcher == LAUNCHER:
+    if launcher == LAUNCHER or VERDICTS in os.environ:
         threading.Thread(target=wait, name="launcher-watch", daemon=True).start()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from disttrain.errors import ConfigurationError
-from disttrain.files import open_safely
+from disttrain.files import open_safely, read_text
 from disttrain.layout import LOCK
 
 # How long the workers of a job that was killed a moment ago may take to exit.
@@ -47,6 +47,14 @@ def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
                     "has ended, stop it, or choose another --run-dir."
                 )
         time.sleep(0.1)
+
+
+def owner_of(folder: Path) -> str:
+    """Who owns the folder, or owned it last, in words; empty if that cannot be seen from here."""
+    try:
+        return read_text(folder / LOCK)
+    except (OSError, ValueError):
+        return ""
 
 
 def _locked(descriptor: int) -> bool:

@@ -21,22 +21,31 @@ class MachineReport:
         self._is_logged = recipe.tracking.system_metrics
         self._bits_matter = recipe.parallel.exact or recipe.train.deterministic
         self._names = SYSTEM_METRICS if self._is_logged else ()
+        # Machines that come and go keep their slots: the vector is the same on all, whoever is there.
+        self._slot, self._num_slots = world.node, world.num_nodes
+        if world.slot is not None:
+            self._slot, self._num_slots = world.slot, world.num_slots
         self._num_gpus = world.size if has_gpu(world) else 0
         self._shortages = gpu_memory(world)[1] if self._num_gpus else 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether this worker samples its machine."""
+        return self._sampler is not None
 
     def summed(self) -> list[float]:
         """What all workers know, for `metrics` and `short_of_memory` on rank 0. Every rank must call it."""
         mine = self.mine()
-        if self._world.num_nodes > 1 or self._num_gpus:  # else rank 0 knows all there is
+        if self._num_slots > 1 or self._num_gpus:  # else rank 0 knows all there is
             sum_(mine)
         return mine.tolist()
 
     def mine(self) -> torch.Tensor:
         """What this worker knows, to be summed over all."""
         names, world = self._names, self._world
-        machines = torch.zeros(world.num_nodes, len(names), dtype=torch.float64)
+        machines = torch.zeros(self._num_slots, len(names), dtype=torch.float64)
         if self._sampler is not None:
-            machines[world.node] = torch.tensor(self._sampler.latest(), dtype=torch.float64)
+            machines[self._slot] = torch.tensor(self._sampler.latest(), dtype=torch.float64)
         gpus = torch.zeros(self._num_gpus, 2, dtype=torch.float64)
         if self._num_gpus:
             peak, shortages = gpu_memory(world)
@@ -48,9 +57,10 @@ class MachineReport:
         """The sum of what all workers know, under the names that it has in the journal."""
         found: dict[str, float] = {}
         if self._is_logged:
-            for node in range(self._world.num_nodes):
-                start = node * len(self._names)
-                found.update(node_metrics(node, summed[start : start + len(self._names)]))
+            for node in range(self._num_slots):
+                of_node = summed[node * len(self._names) : (node + 1) * len(self._names)]
+                if any(of_node) or self._num_slots == 1:  # else it is not there
+                    found.update(node_metrics(node, of_node))
             for rank, peak in enumerate(self._of_gpus(summed)[::2]):
                 found[f"system/rank-{rank}/gpu_memory_peak_gib"] = peak
         return found
@@ -62,7 +72,7 @@ class MachineReport:
         return [rank for rank, shortages in enumerate(self._of_gpus(summed)[1::2]) if shortages]
 
     def _of_gpus(self, summed: list[float]) -> list[float]:
-        return summed[self._world.num_nodes * len(self._names) :]
+        return summed[self._num_slots * len(self._names) :]
 
 
 def shortage_words(ranks: list[int]) -> str:

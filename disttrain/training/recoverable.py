@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from disttrain.distributed.launched import LAUNCHER, launched_by
+from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by
 from disttrain.training.job import Job
 
 
@@ -20,7 +20,7 @@ def why_it_restarts(job: Job) -> str | None:
     reasons = {
         "only exact mode has the same bits without it (parallel.exact)": job.strategy.bits_depend_on_world_size,
         "a lost shard has no copy": job.strategy.is_sharded,
-        "only `disttrain train` on one machine continues": launched_by() != LAUNCHER or world.num_nodes > 1,
+        "only workers of `disttrain train` and `disttrain node` continue": launched_by() not in OUR_LAUNCHERS,
         "NCCL cannot continue": world.device.type != "cpu",
         "hooks see each step once": bool(job.hooks),
         "train.spike_factor is set": job.spikes.is_on,

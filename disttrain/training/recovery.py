@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -98,7 +98,11 @@ class Recovery:
     @contextmanager
     def interrupting(self) -> Iterator[None]:
         """Have no collective in the block wait on after a loss."""
-        with nullcontext() if self._verdicts is None else interruptible(lambda: self._job.world.group_is_broken):
+        verdicts, job = self._verdicts, self._job
+        if verdicts is None:
+            yield
+            return
+        with interruptible(lambda: job.world.group_is_broken or verdicts.say_that_one_is_lost()):
             yield
 
     def survive(self, error: RuntimeError) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from disttrain.distributed.collectives import gather_objects
+from disttrain.distributed.collectives import broadcast_object, gather_objects
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.faultpoints import reached
 from disttrain.health.stop import stop_file
 from disttrain.layout import STOP
 from disttrain.recipe.address import is_url
-from disttrain.runs.lock import owned
+from disttrain.runs.lock import owned, owner_of
 from disttrain.tracking import SystemSampler
 from disttrain.training.conclusion import concluding
 from disttrain.training.machine_report import MachineReport
@@ -30,8 +30,18 @@ class Succession:
 
     def __init__(self, monitor: RunMonitor, *, leads: bool) -> None:
         self._monitor, self._leads, self._started = monitor, leads, time.monotonic()
-        self.is_possible = not is_url(monitor.saver.address)
+        self.is_possible = self._reaches_the_run()
         """Not behind a URL: there is more to own than a folder, and the run restarts."""
+
+    def _reaches_the_run(self) -> bool:
+        """Whether this worker could write where rank 0 does. Every rank must call it."""
+        monitor, world = self._monitor, self._monitor.job.world
+        if is_url(monitor.saver.address):
+            return False
+        if world.slot is None:
+            return True
+        here = owner_of(monitor.run_dir)  # another machine may have another folder of this name
+        return bool(here) and here == broadcast_object(here if world.is_main else None, 0)
 
     def settle(self) -> None:
         """Have the worker that is rank 0 by now do what rank 0 does, if it does not yet.
@@ -39,13 +49,18 @@ class Succession:
         Every rank must call it. Raises DisttrainError if it cannot.
         """
         saved = max(gather_objects(self._monitor.saver.saved), key=lambda of_rank: of_rank[-1])
-        if self._leads or not self._monitor.job.world.is_main:
-            return
-        try:
-            self._take_over(saved)
-        except (ConfigurationError, OSError) as error:
-            raise DisttrainError(f"rank 0 was lost, and this worker cannot take its place: {error}") from error
-        self._leads = True
+        world = self._monitor.job.world
+        if world.is_main and not self._leads:
+            try:
+                self._take_over(saved)
+            except (ConfigurationError, OSError) as error:
+                raise DisttrainError(f"rank 0 was lost, and this worker cannot take its place: {error}") from error
+            self._leads = True
+        if world.slot is not None:
+            self.is_possible = self._reaches_the_run()
+            self._monitor.saver.is_passed_on = self.is_possible
+            if world.is_local_main:
+                self._sample()
 
     def _take_over(self, saved: Sequence[tuple[int, bool]]) -> None:
         monitor, enter = self._monitor, self._monitor.until_the_end.enter_context
@@ -53,11 +68,17 @@ class Succession:
         enter(owned(run_dir, _TO_BE_FREE_S))  # which it cannot as long as the other lives
         reached("succession: owner", step=job.step)
         console.take_over()
-        if job.recipe.tracking.system_metrics:
-            monitor.machines = MachineReport(job.world, job.recipe, enter(SystemSampler()))
+        self._sample()
         tracker.take_over(job.step)
         enter(concluding(job, run_dir, monitor.saver.address, console, monitor.stop, tracker, self._started))
         monitor.saver.take_over(saved)
         monitor.evaluations.write_newest()
         reached("succession: journal", step=job.step)
         enter(stop_file(run_dir / STOP, monitor.stop, console.line, is_new=False))
+
+    def _sample(self) -> None:
+        """Measure this machine, if nobody does."""
+        monitor, job = self._monitor, self._monitor.job
+        if job.recipe.tracking.system_metrics and not monitor.machines.samples:
+            sampler = monitor.until_the_end.enter_context(SystemSampler())
+            monitor.machines = MachineReport(job.world, job.recipe, sampler)

@@ -21,11 +21,17 @@ class LocalEnding(Ending):
         asked: whether the launcher had asked it to end.
         log: where all it wrote can be read.
         last_words: the end of what it wrote, where no log has it.
+        host: that of the worker, if it is not this one.
     """
 
     asked: bool
     log: Path | None
     last_words: str
+    host: str | None = None
+
+    def told(self, host: str | None = None) -> str:
+        """The message with the rank and the host it happened to."""
+        return super().told(host or self.host)
 
     @property
     def failed_by_itself(self) -> bool:

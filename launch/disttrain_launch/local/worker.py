@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,20 +22,91 @@ from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.outcome import LocalEnding, content_of
 
 
-class Worker:
-    """A running worker. It has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone."""
+class Member(ABC):
+    """A worker of a group, wherever it runs.
+
+    Args:
+        rank: that it was started with.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.ending: LocalEnding | None = None
+        self.was_killed = self.was_shot = False
+
+    @property
+    @abstractmethod
+    def pid(self) -> int | None:
+        """The number of its process, if that is one of this machine."""
+
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Whether it has ended. The first time it has, `ending` is set."""
+
+    @abstractmethod
+    def hear(self, verdict: Verdict) -> None:
+        """Send it a verdict."""
+
+    @abstractmethod
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End it and its children, and wait until it has ended."""
+
+    @abstractmethod
+    def shoot(self) -> None:
+        """Kill it, and let its death count as one that has no cause in the others."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of its files; it has ended."""
+
+    @abstractmethod
+    def _says(self, what: str) -> object:
+        """What it reports under this name."""
+
+    def is_ready(self) -> bool:
+        """Whether it says that it can continue without another worker."""
+        return self._says("ready") is True
+
+    def can_lead(self) -> bool:
+        """Whether it says that it can take the place of rank 0."""
+        return self._says("leads") is True
+
+    def waits_to_join(self) -> bool:
+        """Whether it says that it can take its place among the others."""
+        return self._says("joins") is True
+
+    def failed_in(self, generation: int) -> bool:
+        """Whether it says that this generation's group did not form, or broke although no worker died."""
+        return self._says("generation") == generation and self._says("failed") is True
+
+    def hung_in(self, generation: int) -> list[int]:
+        """The ranks of this generation that, as it says, hold up the others."""
+        hung = self._says("hung") if self._says("generation") == generation else None
+        return hung if isinstance(hung, list) else []
+
+    def lost_words(self) -> str:
+        """Who was lost, and of what; it has ended."""
+        assert self.ending is not None
+        return f"rank {self.rank} held up the others" if self.was_shot else self.ending.told().splitlines()[0]
+
+
+class Worker(Member):
+    """A worker of this machine. It has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone."""
 
     def __init__(
         self, group: WorkerGroup, rank: int, port: int, lifeline: int, console: tuple[int, int], *, joins: bool = False
     ) -> None:
         """`console`: where rank 0 prints, and whoever takes its place."""
-        self.ending: LocalEnding | None = None
-        self.was_killed = self.was_shot = False
-        self._group, self.rank, self._joins = group, rank, joins
+        super().__init__(rank)
+        self._group, self._joins = group, joins
         self._asked_to_end = False
         # Files without a name vanish with their last user: they need not be removed, however this process dies.
         self._report = _memory_file()
-        self._said: object = None
+        self._said: dict[str, object] = {}
         self._output = self._open_output()
         report = self._report.fileno()
         verdicts, self._verdicts = os.pipe()
@@ -89,43 +161,21 @@ class Worker:
             )
         return self.ending is not None
 
-    def is_ready(self) -> bool:
-        """Whether it says that it can continue without another worker."""
-        return self._says("ready") is True
-
-    def can_lead(self) -> bool:
-        """Whether it says that it can take the place of rank 0."""
-        return self._says("leads") is True
-
-    def waits_to_join(self) -> bool:
-        """Whether it says that it can take its place among the others."""
-        return self._says("joins") is True
-
-    def failed_in(self, generation: int) -> bool:
-        """Whether it says that this generation's group did not form, or broke although no worker died."""
-        return self._says("generation") == generation and self._says("failed") is True
-
-    def hung_in(self, generation: int) -> list[int]:
-        """The ranks of this generation that, as it says, hold up the others."""
-        hung = self._says("hung") if self._says("generation") == generation else None
-        return hung if isinstance(hung, list) else []
-
     def shoot(self) -> None:
         """Kill it, and let its death count as one that has no cause in the others."""
         self.was_shot = True
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
 
-    def _says(self, what: str) -> object:
+    def said(self) -> dict[str, object]:
+        """What it reports."""
         content = content_of(self._report)
         if isinstance(content, dict):  # else it is just writing: what it said before holds
             self._said = content
-        return self._said.get(what) if isinstance(self._said, dict) else None
+        return self._said
 
-    def lost_words(self) -> str:
-        """Who was lost, and of what; it has ended."""
-        assert self.ending is not None
-        return f"rank {self.rank} held up the others" if self.was_shot else self.ending.told().splitlines()[0]
+    def _says(self, what: str) -> object:
+        return self.said().get(what)
 
     def hear(self, verdict: Verdict) -> None:
         """Send it a verdict."""

@@ -8,10 +8,10 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from disttrain.distributed.ports import reserved_port
 from disttrain.distributed.requests import SAME_REQUEST_S, STOP_SIGNALS, asking, heard_requests
@@ -19,7 +19,7 @@ from disttrain.distributed.suspended import LOOK_EVERY_S, Suspended
 from disttrain.distributed.verdicts import Verdict
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.hung import hung_ranks
-from disttrain_launch.local.worker import Worker
+from disttrain_launch.local.worker import Member, Worker
 from disttrain_launch.messages import complain, say
 from disttrain_launch.outcome import Outcome, settle
 from disttrain_launch.restarts import Restarts
@@ -38,10 +38,10 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoRetur
     After a failure that is worth a retry it is restarted, as `restarts` allow.
     """
     restarts = restarts or Restarts()
-    with _signals() as signals:
+    with signals_heard() as signals:
         while True:
             with reserved_port() as port, _started(group, port) as (workers, replace):
-                watch = _Watch(group, workers, signals, replace, port)
+                watch = Watch(group, workers, signals, replace, port)
                 outcome = watch.until_the_end()
             if sys.stdout.isatty() and watch.has_lost_the_console:
                 say("\x1b[?25h")  # a progress bar had hidden the cursor
@@ -57,7 +57,7 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoRetur
 
 
 @contextmanager
-def _signals() -> Iterator[int]:
+def signals_heard() -> Iterator[int]:
     """A file descriptor that gives the number of each signal received.
 
     Under `nohup`, SIGHUP stays ignored. SIGINT does not, although shells have background jobs ignore it: a user who
@@ -107,20 +107,20 @@ def _started(group: WorkerGroup, port: int) -> Iterator[tuple[list[Worker], Call
             os.close(descriptor)
 
 
-class _Watch:
+class Watch:
     """Waits for workers to end and for signals to arrive, and passes on what each means to the others."""
 
     def __init__(
         self,
         group: WorkerGroup,
-        workers: list[Worker],
+        workers: Sequence[Member],
         signals: int,
-        replace: Callable[[Worker], Worker],
+        replace: Callable[[Any], Member | None],
         port: int,
     ) -> None:
         """`port`: where the workers meet; another one each time that rank 0, which serves there, is lost."""
         self._group = group
-        self._workers = workers
+        self._workers: list[Member] = [*workers]
         self._signals = signals
         self._suspended = Suspended()
         self._stop_requested_at: float | None = None  # this and the next two: time.monotonic()
@@ -128,8 +128,8 @@ class _Watch:
         self._kill_at = _NEVER
         self._replace = replace
         self._losses: list[float] = []  # when, by time.monotonic()
-        self._coming: list[Worker] = []  # replacements, which do not count yet
-        self._generation, self._port = 0, port
+        self._coming: list[Member] = []  # replacements, which do not count yet
+        self._generation, self._host, self._port = 0, "", port
         self._ports = ExitStack()  # while they are in use
         self._console_was_lost = False
 
@@ -146,7 +146,7 @@ class _Watch:
             if self._continues_in_another_group(running):
                 continue
             self._end_after_a_failure(running)
-            for news in self._suspended.news({worker.rank: worker.pid for worker in running}):
+            for news in self._suspended.news({worker.rank: worker.pid for worker in running if worker.pid}):
                 complain(news)
             for number in self._next_signals():
                 if number in STOP_SIGNALS and self._is_second_request(number):
@@ -166,7 +166,7 @@ class _Watch:
         """Whether the launcher was asked to stop."""
         return self._stop_requested_at is not None
 
-    def _continues_in_another_group(self, running: list[Worker]) -> bool:
+    def _continues_in_another_group(self, running: list[Member]) -> bool:
         """Whether a new group forms: some died just now, some have come, or the last one failed."""
         if self._kill_at != _NEVER:
             return False
@@ -175,6 +175,8 @@ class _Watch:
         has_lost_rank_0 = self._workers[0] in dead
         self._console_was_lost |= has_lost_rank_0 and self._workers[0].was_killed
         new = self._those_to_join()
+        if has_lost_rank_0:  # who does not reach the run directory cannot take its place
+            running.sort(key=lambda worker: not worker.can_lead())
         has_failed = any(worker.failed_in(self._generation) for worker in running)
         if not dead and not new and not has_failed:
             return False
@@ -197,7 +199,7 @@ class _Watch:
                 worker.hear(Verdict(self._generation, None))
             return False
         if has_lost_rank_0:
-            self._port = self._ports.enter_context(reserved_port())
+            self._host, self._port = self._meeting_place(running[0])
         self._losses += [now] * (len(dead) + has_failed)
         self._workers = [*running, *new]
         self._coming = [worker for worker in self._coming if worker not in new]
@@ -210,12 +212,21 @@ class _Watch:
             lost_ranks=tuple(worker.rank for worker in dead),
             time=min((worker.ending.time for worker in dead if worker.ending), default=time.time()),
             port=self._port,
+            host=self._host,
         )
         for rank, worker in enumerate(self._workers):
-            worker.hear(dataclasses.replace(verdict, rank=rank))
+            worker.hear(self._verdict_for(worker, dataclasses.replace(verdict, rank=rank)))
         if not self.was_asked_to_stop:
-            self._coming += [self._replace(worker) for worker in dead]
+            self._coming += filter(None, map(self._replace, dead))
         return True
+
+    def _meeting_place(self, leader: Member) -> tuple[str, int]:
+        """The host and the port at which this worker can meet the others."""
+        return "", self._ports.enter_context(reserved_port())
+
+    def _verdict_for(self, worker: Member, verdict: Verdict) -> Verdict:
+        """The verdict with this worker's place on its machine, if there are several."""
+        return verdict
 
     def _kill_the_hung(self) -> None:
         reports = {
@@ -226,14 +237,14 @@ class _Watch:
                 complain(f"rank {worker.rank} holds up the others (train.hang_timeout_s): killing it")
                 worker.shoot()
 
-    def _those_to_join(self) -> list[Worker]:
+    def _those_to_join(self) -> list[Member]:
         for worker in self._coming:
             if worker.has_ended() and worker.ending is not None:
                 complain(f"continuing without a replacement: {worker.ending.told()}")
         self._coming = [worker for worker in self._coming if not worker.has_ended()]
         return [worker for worker in self._coming if worker.waits_to_join()]
 
-    def _end_after_a_failure(self, running: list[Worker]) -> None:
+    def _end_after_a_failure(self, running: list[Member]) -> None:
         now = time.monotonic()
         failed = [worker.ending for worker in self._workers if worker.ending and worker.ending.calls_for_an_end]
         if failed and self._kill_at == _NEVER:

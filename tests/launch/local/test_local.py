@@ -235,8 +235,12 @@ def test_a_terminal_that_closes_is_a_request_though_nothing_can_be_said_to_it(st
 def test_a_killed_worker_that_had_the_console_is_known_also_when_none_is_left() -> None:
     """Its progress bar has hidden the terminal's cursor, which is shown again."""
     group = WorkerGroup(("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"), 1)
-    with workers._signals() as signals, reserved_port() as port, workers._started(group, port) as (started, replace):
-        watch = workers._Watch(group, started, signals, replace, port)
+    with (
+        workers.signals_heard() as signals,
+        reserved_port() as port,
+        workers._started(group, port) as (started, replace),
+    ):
+        watch = workers.Watch(group, started, signals, replace, port)
         watch.until_the_end()
     assert watch.has_lost_the_console
 
