@@ -15,7 +15,7 @@ from disttrain.checkpoint.folder import WRITING, hidden, write_file
 from disttrain.checkpoint.store import CheckpointStore
 from disttrain.checkpoint.tensors import Tensors, safetensors_pieces
 from disttrain.distributed.notices import Notices
-from disttrain.distributed.sharded import is_first_copy, is_sharded, local, rows_of
+from disttrain.distributed.sharded import is_sharded, local, place_of, rows_of
 from disttrain.distributed.world import World
 from disttrain.errors import brief
 from disttrain.faultpoints import reached
@@ -45,15 +45,22 @@ class ShardStore:
         return self._mine(MODEL, model), self._mine(OPTIMIZER, optimizer)
 
     def _mine(self, file: str, tensors: Tensors) -> Tensors:
-        parts = {}
+        parts: dict[str, torch.Tensor] = {}
+        loads: list[int] = []  # how much the ranks of each copy write: what several have, the least busy writes
         for name, tensor in tensors.items():
-            here = local(tensor.detach())
-            if not (is_first_copy(tensor) if is_sharded(tensor) else self._world.is_main):
-                continue
-            if self._world.is_main or here.numel():  # the shape and type of an empty one must be somewhere
+            here, begin, writes = local(tensor.detach()), 0, self._world.is_main
+            if is_sharded(tensor):
+                place = place_of(tensor)
+                loads += [0] * (place.num_copies - len(loads))
+                writer = loads.index(min(loads[: place.num_copies]))
+                loads[writer] += tensor.numel()
+                # The shape and type of an empty one must be somewhere.
+                writes = place.copy == writer and bool(here.numel() or place.part == 0)
+                begin = rows_of(tensor).start
+            if writes:
                 parts[name] = here
                 # Where a tensor is cut stays as it is for the life of a model, so a save under way may see this.
-                self._places[file][name] = [list(tensor.shape), rows_of(tensor).start if is_sharded(tensor) else 0]
+                self._places[file][name] = [list(tensor.shape), begin]
         return parts
 
     def save(self, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Path:

@@ -58,9 +58,9 @@ def _wait(work: dist.Work) -> None:
     work.wait()  # raises if it has failed
 
 
-def sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """Replace `tensor` by its sum over all ranks."""
-    _complete(lambda is_async: dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=is_async))
+def sum_(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Replace `tensor` by its sum over all ranks, or those of a group."""
+    _complete(lambda is_async: dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group, async_op=is_async))
     return tensor
 
 
@@ -167,11 +167,13 @@ def _are_as_expected(counters: list[int]) -> bool:
     return not exceeding and num_lists not in faint
 
 
-def deal_out(pieces: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Send each rank its `pieces`, all of one type, joined; return what each rank sent here, (sizes[rank],)."""
+def deal_out(
+    pieces: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """Send each rank of a group its `pieces`, all of one type, joined; return what each sent here, (sizes[rank],)."""
     sent = torch.cat([piece.reshape(-1) for of_rank in pieces for piece in of_rank])
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, list(sizes), [sum(map(torch.numel, of_rank)) for of_rank in pieces])
+    dist.all_to_all_single(received, sent, list(sizes), [sum(map(torch.numel, of_rank)) for of_rank in pieces], group)
     return list(torch.split(received, list(sizes)))
 
 
@@ -201,15 +203,18 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def num_issued(device: torch.device) -> int:
-    """How many collectives this rank has begun in the group of all, finished or not; any thread may ask.
+    """How many collectives this rank has begun, in whatever group, finished or not; any thread may ask.
 
     All ranks begin the same ones in the same order: one that has begun fewer than another is behind it.
     """
-    group: Any = dist.group.WORLD
-    if group is None:
-        return 0
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     places = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
-    return sum(group._get_backend(place)._get_sequence_number_for_group() for place in places)
+    return sum(
+        one._get_backend(place)._get_sequence_number_for_group()
+        for one in groups
+        for place in places
+        if place in one._device_types
+    )
 
 
 @contextmanager

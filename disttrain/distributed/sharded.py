@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,11 +51,26 @@ def rows_of(tensor: torch.Tensor) -> range:
     return rows
 
 
-def is_first_copy(tensor: torch.Tensor) -> bool:
-    """Whether this rank is the first of those that hold the same part of a sharded tensor."""
+@dataclass(frozen=True)
+class Place:
+    """Which part of a sharded tensor a rank has, and of how many ranks that have the same part it is which."""
+
+    part: int
+    copy: int
+    num_copies: int
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """This rank's part of a sharded tensor, among all parts and copies."""
     sharded: Any = tensor
-    mesh, placements = sharded.device_mesh, sharded.placements
-    return all(one.is_shard() or mesh.get_local_rank(axis) == 0 for axis, one in enumerate(placements))
+    mesh, part, copy, num_copies = sharded.device_mesh, 0, 0, 1
+    for axis, placement in enumerate(sharded.placements):
+        if placement.is_shard():
+            part = mesh.get_local_rank(axis)
+        else:
+            copy = copy * mesh.size(axis) + mesh.get_local_rank(axis)
+            num_copies *= mesh.size(axis)
+    return Place(part, copy, num_copies)
 
 
 def from_part(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

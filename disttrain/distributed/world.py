@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -178,6 +179,13 @@ def _leave_in_failure(device: torch.device, size: int) -> None:
 def init_gloo(store: Store, rank: int, size: int, timeout: timedelta) -> None:
     """Start a process group over gloo alone; `timeout` is that of forming it and of its collectives."""
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def new_group(world: World, ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """The one of these groups of ranks that this rank is in: each is in one. Every rank must call it alike."""
+    timeout = world.group.timeout if world.group is not None else None  # torch's own may be longer than the watchdog's
+    found, _ = dist.new_subgroups_by_enumeration([list(of_group) for of_group in ranks], timeout=timeout)
+    return cast("dist.ProcessGroup", found)
 
 
 def joins_later() -> bool:

@@ -78,8 +78,8 @@ def _shard(model: nn.Module, world: World, recipe: ParallelRecipe) -> Strategy:
     from disttrain.parallel.fsdp import Fsdp
 
     if recipe.exact:
-        return ExactFsdp(model, world, recipe.slices, recipe.shard_modules)
-    return Fsdp(model, world, recipe.shard_modules)
+        return ExactFsdp(model, world, recipe)
+    return Fsdp(model, world, recipe)
 
 
 def _visible_gpus(device: torch.device) -> int:

@@ -15,48 +15,55 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from disttrain.distributed.collectives import broadcast_, gather_objects, max_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.mesh import mesh_of
 from disttrain.parallel.modules import refuse_renormalising
 from disttrain.parallel.strategy import Strategy
+from disttrain.recipe import ParallelRecipe
 
 
 class Fsdp(Strategy):
-    """Each parameter is cut among the workers along its first dimension. Every rank must call each method alike."""
+    """Each parameter is cut among the workers along its first dimension: all of them, or those of each replica.
+
+    Every rank must call each method alike.
+    """
 
     name = "fsdp"
     is_sharded = True
 
-    def __init__(self, model: nn.Module, world: World, shard_modules: Sequence[str] = ()) -> None:
-        """All start from rank 0's weights and buffers; `shard_modules` are names of classes, empty: see `blocks_of`.
+    def __init__(self, model: nn.Module, world: World, recipe: ParallelRecipe) -> None:
+        """All start from rank 0's weights and buffers.
 
-        Raises ConfigurationError for a model that cannot be sharded.
+        Raises ConfigurationError for a model that cannot be sharded, or not among so many workers.
         """
+        self._mesh = mesh = mesh_of(world, recipe.shard_size)
         _refuse(model, world)
-        blocks = blocks_of(model, shard_modules)
-        super().__init__(model, f"FSDP2: {world.size} workers, each with its part of the model ({_words(blocks)})")
+        blocks = blocks_of(model, recipe.shard_modules)
+        super().__init__(model, f"FSDP2: {mesh.words()} ({_words(blocks)})")
         self._world = world
         self.slices, self.num_slices = range(world.rank, world.rank + 1), world.size
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 broadcast_(tensor.detach())
-        mesh = init_device_mesh(world.device.type, (world.size,))
         self._called = 0  # a checksum of which blocks this step has called, in their order
         self._blocks = blocks
+        policy = self._offload_policy(recipe.cpu_offload)
         for number, block in enumerate(blocks.values()):
             block.register_forward_pre_hook(partial(self._note, number))
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh.devices, offload_policy=policy)
         self._call = _Call(model)
-        self._root: Any = fully_shard(self._call, mesh=mesh)
+        self._root: Any = fully_shard(self._call, mesh=mesh.devices, offload_policy=policy)
         self._modules: list[Any] = [module for module in self._call.modules() if isinstance(module, FSDPModule)]
         for module in self._modules:
             # A loss is divided by the size of the global batch already, and gloo cannot scale while it sums.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        self._depth = recipe.prefetch
+        self._prefetch(self._depth)
         self._parameters = dict(model.named_parameters())
         self._trainable = self._trainable_now()
 
@@ -113,10 +120,13 @@ class Fsdp(Strategy):
     @torch.no_grad()
     def score(self, compute: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         """As `Strategy` has it."""
+        # FSDP2 would keep the weights of a block that is gathered ahead and not called here for a later step's.
+        self._prefetch(0)
         try:
             return self._call(compute, batch)
         finally:
             self._root.reshard()  # what a backward pass does otherwise
+            self._prefetch(self._depth)
 
     @torch.no_grad()
     def share_buffers_(self) -> None:
@@ -139,6 +149,19 @@ class Fsdp(Strategy):
             for module in self._modules:
                 module.set_reshard_after_forward(module is not self._root, recurse=False)
                 module.reshard()
+
+    def _offload_policy(self, is_wanted: bool) -> OffloadPolicy:
+        if is_wanted and self._world.device.type == "cpu":
+            self.reason += "; parallel.cpu_offload has no effect on CPUs"
+            return OffloadPolicy()
+        return CPUOffloadPolicy() if is_wanted else OffloadPolicy()
+
+    def _prefetch(self, depth: int) -> None:
+        """Have each block gather so many of those that are called next, in the order that the model has them."""
+        blocks: list[Any] = list(self._blocks.values()) if self._depth else []
+        for number, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + depth])
+            block.set_modules_to_backward_prefetch(blocks[max(0, number - depth) : number][::-1])
 
     def _note(self, block: int, *_: Any) -> None:
         self._called = zlib.crc32(block.to_bytes(4, "little"), self._called)

@@ -126,6 +126,17 @@ class ParallelRecipe(Section):
         default=[],
         description="fsdp: the classes of the blocks that are gathered as one (left out: as the model has them)",
     )
+    shard_size: WholeNumber = Field(
+        default=0,
+        description="fsdp: the workers that hold one copy of the model together, of several that are trained (0: all)",
+    )
+    prefetch: WholeNumber = Field(
+        default=0, description="fsdp: how many blocks ahead weights are gathered (0: as FSDP2 does by itself)"
+    )
+    cpu_offload: bool = Field(
+        default=False,
+        description="fsdp: GPUs keep weights and optimizer state in main memory, and get them block by block",
+    )
     on_lost_worker: Literal["restart", "continue"] = Field(
         default="restart", description="exact, gloo, one machine: continue without a worker that dies, or restart all"
     )
@@ -137,6 +148,8 @@ class ParallelRecipe(Section):
                 f'compress = "{self.compress}" is for several workers, and strategy = "{self.strategy}" is for one; '
                 "leave one of the two out"
             )
+        if self.shard_size == 1:
+            raise ValueError('shard_size = 1 has every worker hold the whole model, which is strategy = "ddp"')
         if self.sync_every and self.strategy in ("fsdp", "dp"):
             raise ValueError(
                 f"sync_every = {self.sync_every} has every worker train a whole model by itself, which strategy = "

@@ -25,6 +25,7 @@ from disttrain.layout import CHECKPOINTS, STOP, log_file
 from disttrain.parallel.conditions import unlike_the_first
 from disttrain.recipe import Recipe
 from disttrain.recipe.address import is_url, settled, working_folder
+from disttrain.recipe.partners import keys_without_effect
 from disttrain.remote import Mirror, MirroredStore, RemoteRun
 from disttrain.runs.rundir import (
     log_to_file,
@@ -187,7 +188,8 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     frozen = f", {num_frozen:,} frozen" if num_frozen else ""
     console.line(f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_words}")
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
-    for remark in filter(None, (world.remark, why_it_restarts(job), why_no_outer_step(job))):
+    remarks = (world.remark, why_it_restarts(job), why_no_outer_step(job), *keys_without_effect(job.recipe))
+    for remark in filter(None, remarks):
         console.line(remark)
     early = f"; {job.early_stopping.words()}" if job.step < job.total_steps else ""
     if is_done:

@@ -26,6 +26,9 @@ def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
         "optim.fused = true in exact mode, since its kernel's bits depend on how a parameter is cut: set it to false": (
             recipe.parallel.exact and bool(recipe.optim.options.get("fused"))
         ),
+        "parallel.cpu_offload = true in exact mode, which is not tried: set one of the two to false": (
+            recipe.parallel.exact and recipe.parallel.cpu_offload and world.device.type != "cpu"
+        ),
         "train.compile = true: set it to false": recipe.train.compile,
         "train.spike_factor and a model given as an object, since the run begins anew after a spike: give a function "
         "that makes it": recipe.train.spike_factor > 0 and isinstance(given.model, nn.Module),

@@ -6,7 +6,7 @@ are taken when the backward pass has come out of it, before they would pile up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -24,6 +24,7 @@ from disttrain.parallel.exact.sharded import Block, ShardedSlices
 from disttrain.parallel.exact.slices import slices_of
 from disttrain.parallel.exact.strategy import SlicesSummed
 from disttrain.parallel.fsdp import Fsdp
+from disttrain.recipe import ParallelRecipe
 
 
 class ExactFsdp(SlicesSummed, Fsdp):
@@ -32,17 +33,18 @@ class ExactFsdp(SlicesSummed, Fsdp):
     name = "exact-fsdp"
     _sums: ShardedSlices
 
-    def __init__(self, model: nn.Module, world: World, num_slices: int, shard_modules: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, world: World, recipe: ParallelRecipe) -> None:
         """All start from rank 0's weights and buffers. Raises as `ExactSlices` and `Fsdp` do."""
+        num_slices = recipe.slices
         sums = ShardedSlices(model, world, num_slices)  # while the parameters are whole
-        Fsdp.__init__(self, model, world, shard_modules)
+        Fsdp.__init__(self, model, world, recipe)
         self.reason = f"exact mode, {num_slices} slices, the same bits with 1 to {num_slices} workers; {self.reason}"
         self._sums, self.slices, self.num_slices = sums, sums.slices, num_slices
         self.passes_of = [slices_of(rank, world.size, num_slices) for rank in range(world.size)]
         self._root.set_requires_gradient_sync(False)
         self._is_dealing = self._is_filler = False
         modules = [*self._blocks.values(), self._call]
-        for module, block in zip(modules, sums.attach(self._blocks), strict=True):
+        for module, block in zip(modules, sums.attach(self._blocks, self._mesh), strict=True):
             # FSDP2 has put its own hook before: here the block's parameters are gathered.
             module.register_forward_pre_hook(partial(self._enter, block), with_kwargs=True)
 
@@ -125,7 +127,7 @@ class ExactFsdp(SlicesSummed, Fsdp):
     def gradient_norm(self) -> torch.Tensor:
         """As `Strategy` has it."""
         gradients = [one.grad for one in self._parameters.values() if one.grad is not None]
-        return norm_of_whole(gradients, self._world)
+        return norm_of_whole(gradients, self._mesh)
 
     def clip_(self, max_norm: float) -> torch.Tensor:
         """As `Strategy` has it."""

@@ -8,36 +8,37 @@ import torch
 
 from disttrain.distributed.collectives import deal_out, sum_
 from disttrain.distributed.sharded import local
-from disttrain.distributed.world import World
 from disttrain.parallel.exact.sharded import rows_of_all
+from disttrain.parallel.mesh import ShardMesh
 
 
 @torch.no_grad()
-def norm_of_whole(gradients: Sequence[torch.Tensor], world: World) -> torch.Tensor:
-    """The 2-norm, (), of sharded gradients as `torch.nn.utils.get_total_norm` has it of whole ones.
+def norm_of_whole(gradients: Sequence[torch.Tensor], mesh: ShardMesh) -> torch.Tensor:
+    """The 2-norm, (), of gradients sharded on `mesh` as `torch.nn.utils.get_total_norm` has it of whole ones.
 
     A sum of squares depends on how it is cut. So each gradient is put together on one rank, which computes its norm;
     all ranks have some, of about as many numbers. Every rank must call it, with gradients of the same shapes.
     """
     if not gradients:
         return torch.tensor(0.0)
-    owners = _owners([gradient.numel() for gradient in gradients], world.size)
-    mine = [gradient for gradient, owner in zip(gradients, owners, strict=True) if owner == world.rank]
-    pieces = [
-        [local(gradient) for gradient, owner in zip(gradients, owners, strict=True) if owner == rank]
-        for rank in range(world.size)
-    ]
-    # By rank, the numbers that it has of each gradient that is put together here.
-    sizes = [[_size_on(rank, gradient.shape, world.size) for gradient in mine] for rank in range(world.size)]
-    received = deal_out(pieces, [sum(of_rank) for of_rank in sizes])
+    size, first = mesh.shard_size, mesh.replica * mesh.shard_size
+    owners = _owners([gradient.numel() for gradient in gradients], size * mesh.num_replicas)
+    of_ranks = [[index for index, owner in enumerate(owners) if owner == first + part] for part in range(size)]
+    mine = of_ranks[mesh.part]
+    shapes = [gradients[index].shape for index in mine]
+    # By rank of this replica, the numbers that it has of each gradient that is put together here.
+    sizes = [[_size_on(part, shape, size) for shape in shapes] for part in range(size)]
+    nothing = local(gradients[0]).reshape(-1)[:0]  # beside few gradients, a whole replica may have none to put together
+    received = deal_out(
+        [[nothing, *(local(gradients[index]) for index in of_rank)] for of_rank in of_ranks],
+        [sum(of_rank) for of_rank in sizes],
+        mesh.shard_group,
+    )
     cut = [torch.split(part, of_rank) for part, of_rank in zip(received, sizes, strict=True)]
-    wholes = [
-        torch.cat([of_rank[index] for of_rank in cut]).view(gradient.shape) for index, gradient in enumerate(mine)
-    ]
+    wholes = [torch.cat([of_rank[index] for of_rank in cut]).view(shape) for index, shape in enumerate(shapes)]
     norms = torch.zeros(len(gradients), dtype=torch.float64, device=gradients[0].device)
     if wholes:
-        places = [index for index, owner in enumerate(owners) if owner == world.rank]
-        norms[places] = torch.stack(torch._foreach_norm(wholes, 2.0)).double()
+        norms[mine] = torch.stack(torch._foreach_norm(wholes, 2.0)).double()
     norm: torch.Tensor = torch.linalg.vector_norm(sum_(norms).to(gradients[0].dtype), 2.0)
     return norm
 

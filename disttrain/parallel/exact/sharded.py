@@ -1,7 +1,8 @@
 """What a step's slices leave behind in a sharded model: gradients dealt out block by block, summed part by part.
 
 A slice's gradients are whole on its worker for the length of a block's backward pass. Each worker then gets its part of
-them, from every worker one slice's, and adds them to its integers. Their grids must be known before: they are those of
+them, from every worker of its replica one slice's, and adds them to its integers; at the end of the step, those of the
+replicas are added up. Their grids must be known before: they are those of
 the bounds that the step before makes us expect. Where these do not hold, which shows when all slices are through, the
 step is computed a second time, on the grids of the magnitudes that were found.
 """
@@ -20,6 +21,7 @@ from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, bounds_afte
 from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World
 from disttrain.parallel.exact.slices import ExactSlices, zeroed
+from disttrain.parallel.mesh import ShardMesh
 
 Gradients = Sequence[torch.Tensor | None]
 
@@ -27,16 +29,16 @@ Gradients = Sequence[torch.Tensor | None]
 class Block:
     """Parameters whose gradients are dealt out together: those of a block, or of what is in none."""
 
-    def __init__(self, model: nn.Module, sharded: Mapping[str, torch.Tensor], world: World) -> None:
-        """`sharded` are the parameters that can be trained, by their names in the model."""
+    def __init__(self, model: nn.Module, sharded: Mapping[str, torch.Tensor], mesh: ShardMesh) -> None:
+        """`sharded` are the parameters that can be trained, by their names in the model; `mesh` is how they are."""
         self.names = list(sharded)
         self._places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in sharded]
-        self._world = world
+        self._mesh = mesh
         self.parts = [local(one.detach()) for one in sharded.values()]
-        self._rows = [rows_of_all(one.shape[0], world.size) for one in sharded.values()]
+        self._rows = [rows_of_all(one.shape[0], mesh.shard_size) for one in sharded.values()]
         self._sizes = [part.numel() for part in self.parts]
         # Lives as long as the run, as ExactSlices' own.
-        self._scratch = torch.empty(sum(self._sizes), dtype=torch.int64, device=world.device)
+        self._scratch = torch.empty(sum(self._sizes), dtype=torch.int64, device=mesh.devices.device_type)
         self._total: FixedPointSum | None = None
         self.whole: list[torch.Tensor] = []
         """The gathered parameters of the pass under way: their gradients arrive there."""
@@ -63,20 +65,26 @@ class Block:
         self._total = FixedPointSum(self.parts, [largest[name] for name in self.names], num_slices, self._scratch)
 
     def deal_out(self, gradients: Gradients) -> None:
-        """Add a gradient, of one slice, of every worker: every rank must call it; None adds nothing."""
+        """Add a gradient, of one slice, of every worker of this replica: every rank must call it; None adds nothing."""
         assert self._total is not None, "a sum must have begun"
-        pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world.size)]
+        size = self._mesh.shard_size
+        pieces: list[list[torch.Tensor]] = [[] for _ in range(size)]
         for parameter, gradient, rows in zip(self.whole, gradients, self._rows, strict=True):
             whole = torch.zeros_like(parameter) if gradient is None else gradient
             for rank, (start, end) in enumerate(rows):
                 pieces[rank].append(whole[start:end])
-        for received in deal_out(pieces, [sum(self._sizes)] * self._world.size):
+        for received in deal_out(pieces, [sum(self._sizes)] * size, self._mesh.shard_group):
             self._total.add(torch.split(received, self._sizes))
 
     def sums(self) -> list[torch.Tensor]:
-        """This worker's parts of the sums; what is not summed has any numbers. The sum is over then."""
+        """This worker's parts of the sums; what is not summed has any numbers. The sum is over then.
+
+        Every rank must call it: the replicas' sums are added up, as integers.
+        """
         assert self._total is not None, "a sum must have begun"
-        self._total.integers()
+        integers, replicas = self._total.integers(), self._mesh.replica_group
+        if replicas is not None and integers.numel():
+            sum_(integers, replicas)
         into = [torch.empty_like(part) for part in self.parts]
         self._total.write(into)
         self._total = None
@@ -94,15 +102,15 @@ class ShardedSlices(ExactSlices):
     def _num_integers(self) -> int:
         return 0  # each block has its own
 
-    def attach(self, modules: Mapping[str, nn.Module]) -> list[Block]:
+    def attach(self, modules: Mapping[str, nn.Module], mesh: ShardMesh) -> list[Block]:
         """Follow the parameters, which are sharded now; `modules` are the blocks, by name. The last is of the rest."""
         self._parameters = dict(self._model.named_parameters())
         rest = {name: one for name, one in self._parameters.items() if one.requires_grad}
         for path in modules:
             inside = {name: one for name, one in rest.items() if name.startswith(f"{path}.")}
             rest = {name: one for name, one in rest.items() if name not in inside}
-            self._blocks.append(Block(self._model, inside, self._world))
-        self._blocks.append(Block(self._model, rest, self._world))
+            self._blocks.append(Block(self._model, inside, mesh))
+        self._blocks.append(Block(self._model, rest, mesh))
         return self._blocks
 
     def _begin_step(self) -> None:

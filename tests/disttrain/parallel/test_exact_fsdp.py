@@ -19,6 +19,7 @@ from tests.disttrain.parallel.exact_runs import outcome
 from tests.disttrain.parallel.test_fsdp_models import Odd, Signs, samples
 
 EXACT, FSDP = ("parallel.exact=true",), ("parallel.exact=true", "parallel.strategy=fsdp")
+TWO_BY_TWO = (*FSDP, "parallel.shard_size=2")
 # 3 samples in the last batch: a slice is empty, and with three workers all their slices come in uneven numbers.
 GPT = (
     "data.batch_size=7",
@@ -58,15 +59,6 @@ def train_gpt(folder: Path, name: str, *overrides: str) -> None:
     disttrain.train(recipe, run_dir=folder / name)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "texts").mkdir()
-    for number in range(1, 21):
-        text = "The cat sat on the mat. It was a small, black cat, and an old mat."[: number * 3]
-        (tmp_path / "texts" / f"{number:02}.txt").write_text(text)
-    return tmp_path
-
-
 def on(size: int, train: Callable[..., Any], *arguments: Any) -> None:
     run_workers(train, size, args=arguments, process_group=False)
 
@@ -76,7 +68,8 @@ def test_a_gpt_has_the_bits_of_one_worker_also_when_it_was_stopped_and_resumed_o
     train_gpt(folder, "alone", *FSDP)
     on(3, train_gpt, folder, "mixed", "train.max_steps=2", *FSDP)
     on(2, train_gpt, folder, "mixed", "train.max_steps=3", *EXACT)
-    on(2, train_gpt, folder, "mixed", "train.max_steps=5", "parallel.shard_modules=['MLP']", *FSDP)
+    on(4, train_gpt, folder, "mixed", "train.max_steps=4", "parallel.shard_modules=['MLP']", *TWO_BY_TWO)
+    on(2, train_gpt, folder, "mixed", "train.max_steps=5", *FSDP)
     train_gpt(folder, "mixed", *FSDP)
     assert bits(folder / "mixed") == bits(folder / "alone")
     assert step_of(folder / "alone") == 6
@@ -104,11 +97,12 @@ def train_odd(run_dir: Path, *overrides: str) -> None:
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 def test_an_odd_model_has_the_bits_of_one_worker(tmp_path: Path, policy: str) -> None:
     """Tied, frozen and unused parameters, one that only some slices use, BatchNorm, a step that is not finite."""
-    overrides = (*FSDP, "model.freeze=blocks.0.0.*", f"train.non_finite={policy}")
-    train_odd(tmp_path / "alone", *overrides)
-    on(3, train_odd, tmp_path / "three", *overrides)
-    assert repr(outcome(tmp_path / "three")) == repr(outcome(tmp_path / "alone"))  # a loss that is NaN is one of them
-    state = read_checkpoint(CheckpointStore(tmp_path / "three" / "checkpoints").paths()[-1]).state
+    overrides = ("model.freeze=blocks.0.0.*", f"train.non_finite={policy}")
+    size, strategy = (3, FSDP) if policy == "skip" else (4, TWO_BY_TWO)
+    train_odd(tmp_path / "alone", *FSDP, *overrides)
+    on(size, train_odd, tmp_path / "several", *strategy, *overrides)
+    assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))  # a loss that is NaN is among it
+    state = read_checkpoint(CheckpointStore(tmp_path / "several" / "checkpoints").paths()[-1]).state
     assert state["non_finite"]["total"] > 0
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import disttrain
 from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from disttrain.distributed.collectives import num_issued
+from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
+from disttrain.layout import MODEL, shard_names
 from disttrain.models.gpt import GPT
 from disttrain.models.resnet import resnet18
-from disttrain.parallel.fsdp import blocks_of
-from disttrain.recipe import load_recipe
+from disttrain.parallel.fsdp import Fsdp, blocks_of
+from disttrain.recipe import ParallelRecipe, load_recipe
 from disttrain.testing import run_workers
 
 # 3 samples in the last batch: shares are uneven, and with three workers and micro-batches some are empty.
@@ -35,21 +40,12 @@ SMALL = (
     "tracking.uri=none",
     "tracking.system_metrics=false",
 )
-FSDP, MLPS = "parallel.strategy=fsdp", "parallel.shard_modules=['MLP']"
+FSDP, MLPS, TWO = "parallel.strategy=fsdp", "parallel.shard_modules=['MLP']", "parallel.shard_size=2"
 
 
 def train(folder: Path, name: str, *overrides: str) -> None:
     recipe = load_recipe("text-gpt", [*SMALL, f"data.root={folder / 'texts'}", *overrides])
     disttrain.train(recipe, run_dir=folder / name)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "texts").mkdir()
-    for number in range(1, 21):
-        text = "The cat sat on the mat. It was a small, black cat, and an old mat."[: number * 3]
-        (tmp_path / "texts" / f"{number:02}.txt").write_text(text)
-    return tmp_path
 
 
 def newest(run_dir: Path) -> Checkpoint:
@@ -72,7 +68,11 @@ def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(folder: 
     run_workers(train, 3, args=(folder, "mixed", "train.max_steps=3", FSDP), process_group=False)
     assert (CheckpointStore(folder / "mixed" / "checkpoints").paths()[-1] / "model.rank-00002.safetensors").exists()
     run_workers(train, 2, args=(folder, "mixed", "train.max_steps=4", "parallel.strategy=ddp"), process_group=False)
-    run_workers(train, 2, args=(folder, "mixed", "train.max_steps=5", FSDP, MLPS), process_group=False)
+    run_workers(train, 4, args=(folder, "mixed", "train.max_steps=5", FSDP, MLPS, TWO), process_group=False)
+    written = CheckpointStore(folder / "mixed" / "checkpoints").paths()[-1]
+    files = [load_file(written / name) for name in shard_names(MODEL, 4)]
+    assert all(files), "the ranks of both copies write"
+    assert sum(one.numel() for file in files for one in file.values()) == 4032, "each number once"
     train(folder, "mixed", FSDP)  # one worker, with nothing to shard
     alone = newest(folder / "alone")
     assert alone.state["step"] == 6
@@ -85,6 +85,7 @@ REFUSED = {
     "optim.name=Adafactor": "cannot be combined with optim.name = 'Adafactor'",
     "train.precision=fp16": "cannot be combined with train.precision = 'fp16'",
     "train.compile=true": "cannot be combined with train.compile",
+    "parallel.shard_size=3": "the number of workers, 2, is not a multiple of it",
     "parallel.shard_modules=['Blok']": "shard_modules: the model has no module of class 'Blok'",
 }
 
@@ -132,6 +133,44 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_all_workers_with_its_caus
     assert "the gradient of" in one
     assert "is not finite at step 1" in one
     assert newest(folder / "run").state["step"] == 0
+
+
+class Counting(nn.Linear):
+    """Notes in both passes how many collectives were begun before."""
+
+    def __init__(self, begun: list[int]) -> None:
+        super().__init__(4, 4)
+        self.begun = begun
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            self.note()
+            y.register_hook(self.note)
+        return y
+
+    def note(self, *_: Any) -> None:
+        self.begun.append(num_issued(torch.device("cpu")))
+
+
+def test_blocks_are_gathered_ahead_of_their_use() -> None:
+    """In both passes, as far as asked for; one that is then not called is let go of after an evaluation, too."""
+
+    def gathered(depth: int) -> tuple[list[int], list[bool]]:
+        begun: list[int] = []
+        model = nn.Sequential(*(nn.Sequential(Counting(begun)) for _ in range(4)))
+        with join_world("cpu", threads=1) as world:
+            strategy = Fsdp(model, world, ParallelRecipe(strategy="fsdp", prefetch=depth))
+            strategy.loss(lambda model, batch: model(batch).sum(), torch.ones(2, 4), num_samples=2).backward()  # type: ignore[no-untyped-call]
+            strategy.score(lambda model, batch: model[0](batch), torch.ones(2, 4))
+            states = [cast("Any", block)._get_fsdp_state()._fsdp_param_group for block in model]
+            held = [one.is_unsharded or one._all_gather_result is not None for one in states]
+            return [count - begun[0] for count in begun], held
+
+    for depth, expected in ((0, [0, 1, 2, 3]), (2, [0, 1, 1, 1])):
+        for counts, held in run_workers(gathered, 2, args=(depth,), process_group=False):
+            assert counts[:4] == expected, counts
+            assert held == [False] * 4
 
 
 def test_blocks_are_those_of_transformers_and_resnets() -> None:
