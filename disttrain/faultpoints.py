@@ -59,6 +59,8 @@ class _Armed:
             raise OSError(fault["errno"], os.strerror(fault["errno"]), fault.get("path"))
         elif action == "tear":
             os.truncate(fault["path"], int(os.path.getsize(fault["path"]) * fault["keep"]))
+        elif action == "flip":
+            _flip(where["model"], fault["what"], fault["bit"])
         elif action == "refuse":
             _refuse_writes(fault["path"], fault["errno"])
 
@@ -73,12 +75,23 @@ def _record(fault: dict[str, Any], point: str, where: dict[str, Any]) -> bool:
         with open(record) as lines:
             if sum(1 for _ in lines) >= times:
                 return False
-    line = {"point": point, "pid": os.getpid(), "rank": os.environ.get("RANK"), "time": time.time(), **where}
+    line = {"point": point, "pid": os.getpid(), "rank": os.environ.get("RANK"), "time": time.time()}
+    line |= {key: value for key, value in where.items() if key != "model"}
     with open(record, "a") as file:
         file.write(json.dumps(line, default=str) + "\n")
         file.flush()
         os.fsync(file.fileno())
     return True
+
+
+def _flip(model: Any, what: str, bit: int) -> None:
+    """Flip a bit of the first number of a model's first weight, or of its gradient, and leave no other trace."""
+    torch = sys.modules["torch"]
+    for parameter in model.parameters():
+        tensor = parameter.data if what == "weight" else parameter.grad
+        if tensor is not None:
+            tensor.data.view(-1)[:1].view(torch.uint8)[bit // 8] ^= 1 << bit % 8
+            return
 
 
 def _refuse_writes(path: str, error: int) -> None:

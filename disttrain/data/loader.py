@@ -135,6 +135,12 @@ class Loader:
         fetched = self._reader.take(samples, rng.derive(self._seed, epoch))
         return Fetched(self._prepared(fetched.data, epoch, samples), fetched.weight)
 
+    def parts(self, epoch: int, step: int, slice_index: int) -> list[Batch]:
+        """One slice of a step, as the worker that serves it has it; read in this process."""
+        seed = rng.derive(self._seed, epoch)
+        pieces = self._cut(epoch, step, slice_index)
+        return [self._batch(epoch, piece, self._reader.take(piece.samples, seed)) for piece in pieces]
+
     def _steps(self, epoch: int, steps: range) -> Iterator[StepBatch]:
         plan, ahead = tee(self._pieces(epoch, step) for step in steps)
         # A stream's workers read ahead of what is handed out.
@@ -148,15 +154,17 @@ class Loader:
     def _pieces(self, epoch: int, step: int) -> list[_Piece]:
         if self._passes_of:
             return self._paced(epoch, step)
+        return [piece for slice_index in self._slices for piece in self._cut(epoch, step, slice_index)]
+
+    def _cut(self, epoch: int, step: int, slice_index: int) -> list[_Piece]:
         pieces = []
-        for slice_index in self._slices:
-            whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
-            cut = [part for part in whole.tensor_split(self._accumulate) if len(part) or self._fills_empty]
-            for number, samples in enumerate(cut, start=1):
-                is_filler = not len(samples)
-                if is_filler:
-                    samples = self._sampler.indices(epoch, step, 0, 1)[:1]
-                pieces.append(_Piece(samples, is_filler, slice_index, number == 1, number == len(cut)))
+        whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
+        cut = [part for part in whole.tensor_split(self._accumulate) if len(part) or self._fills_empty]
+        for number, samples in enumerate(cut, start=1):
+            is_filler = not len(samples)
+            if is_filler:
+                samples = self._sampler.indices(epoch, step, 0, 1)[:1]
+            pieces.append(_Piece(samples, is_filler, slice_index, number == 1, number == len(cut)))
         return pieces
 
     def _paced(self, epoch: int, step: int) -> list[_Piece]:

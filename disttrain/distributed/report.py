@@ -80,11 +80,12 @@ def report_ready(
     generation: int = 0,
     failed: bool = False,
     hung: Sequence[int] = (),
+    corrupt: Sequence[int] = (),
 ) -> None:
     """Write to the launcher's file whether this worker can continue without another one, or waits to join them.
 
     It `can_lead` if that other may be rank 0. In this `generation`: `failed` if its group did not form, or broke
-    although no worker died; `hung` are the ranks that hold up the others.
+    although no worker died; `hung` are the ranks that hold up the others, `corrupt` those that compute wrong numbers.
     """
     error_file = os.environ.get(ERROR_FILE)
     if error_file and launched_by() in OUR_LAUNCHERS:
@@ -95,6 +96,7 @@ def report_ready(
             "generation": generation,
             "failed": failed,
             "hung": list(hung),
+            "corrupt": list(corrupt),
         }
         with suppress(OSError):
             _write(error_file, words)

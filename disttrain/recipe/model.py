@@ -140,6 +140,11 @@ class ParallelRecipe(Section):
     on_lost_worker: Literal["restart", "continue"] = Field(
         default="restart", description="exact, gloo, one machine: continue without a worker that dies, or restart all"
     )
+    audit_every_steps: WholeNumber = Field(
+        default=0,
+        description="exact: in every so many steps one slice is computed by a second worker as well, and the bits are "
+        "compared (0: off)",
+    )
 
     @model_validator(mode="after")
     def _something_to_compress(self) -> Self:
@@ -251,6 +256,15 @@ class Recipe(Section):
         ):
             if self.parallel.exact and stands:
                 raise ValueError(f"{key} cannot be exact, since {why}; change it or set parallel.exact = false")
+        if self.parallel.audit_every_steps and not self.parallel.exact:
+            raise ValueError(
+                "parallel.audit_every_steps compares bits that only exact mode has in common; set parallel.exact = true"
+            )
+        if self.parallel.audit_every_steps and self.parallel.strategy == "fsdp":
+            raise ValueError(
+                "parallel.audit_every_steps has a second worker compute a slice by itself, and with "
+                'parallel.strategy = "fsdp" none has the whole model; leave one of the two out'
+            )
         return self
 
     @model_validator(mode="after")

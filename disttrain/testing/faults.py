@@ -8,6 +8,7 @@
     faults.leave(1, code=3, step=5)                 rank 1 exits on the spot
     faults.fail(0, errno.ENOSPC, at="...")          the point raises OSError in rank 0
     faults.tear(path, at="...")                     the file loses its second half
+    faults.flip(1, "gradient", step=5)              a bit of a gradient, or of a "weight", is another one, silently
     faults.refuse_writes(path, errno.EIO)           nothing can be created, renamed or removed under the path any more
 
 Hand them to `workers(faults=[...])`, to `@pytest.mark.distributed(faults=[...])`, or arm processes of your own:
@@ -162,6 +163,23 @@ def tear(
 ) -> Fault:
     """The file keeps only this part of its bytes, as after a power cut in the middle of a write."""
     return Fault({"action": "tear", "path": os.fspath(path), "keep": keep} | _when(rank, at, step, count, None, 1))
+
+
+def flip(
+    rank: int | None,
+    what: Literal["gradient", "weight"],
+    *,
+    step: int | None = None,
+    count: int | None = None,
+    bit: int = 20,
+    times: int | None = 1,
+) -> Fault:
+    """A bit of the model's first weight, at the beginning of a step, or of its gradient, after a backward pass.
+
+    As a broken core or memory has it: nothing fails, and nothing says so.
+    """
+    at = {"weight": "step", "gradient": "backward"}[what]
+    return Fault({"action": "flip", "what": what, "bit": bit} | _when(rank, at, step, count, None, times))
 
 
 def refuse_writes(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from disttrain import rng
-from disttrain.data import StepBatch
+from disttrain.data import Batch, StepBatch
 from disttrain.distributed.allocator import freed_memory_kept
 from disttrain.distributed.collectives import sum_
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by, rank_hint
@@ -26,6 +26,7 @@ from disttrain.parallel.conditions import exact_conditions, float32_by_default, 
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for, old_names_in
 from disttrain.recipe.reference import look_for_code
 from disttrain.task import Task, named_at
+from disttrain.training.audit import Corruption, audit, is_audited
 from disttrain.training.compiler import compiler_when_used
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
@@ -170,7 +171,9 @@ def _fit_through_losses(job: Job, monitor: RunMonitor) -> dict[str, float]:
         try:
             with recovery.interrupting():
                 metrics = fit(job, monitor, recovery)
-        except RuntimeError as error:
+        except (RuntimeError, Corruption) as error:
+            if isinstance(error, Corruption):
+                monitor.tracker.event("corruption", **error.facts)
             recovery.survive(error)
         else:
             recovery.over()
@@ -188,7 +191,7 @@ def fit(job: Job, monitor: RunMonitor, recovery: Recovery) -> dict[str, float]:
             return job.evaluation()
         with monitor.epoch():
             for batch in _batches(job):
-                reached("step", step=job.step)
+                reached("step", step=job.step, model=job.model)
                 recovery.before_step()
                 with shortage_in_step(job, batch):
                     result = None if job.step in job.spikes.skipped else train_step(job, batch)
@@ -222,6 +225,8 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
     losses = _compute_slices(job, batch)
     if strategy.needs_second_pass():
         losses = _compute_slices(job, batch)
+    if is_audited(job):
+        audit(job, batch, losses, _compute_part)
     strategy.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
     verdict = job.non_finite.check(job.step, batch, losses)
@@ -255,24 +260,30 @@ def _compute_slices(job: Job, batch: StepBatch) -> torch.Tensor:
     strategy = job.strategy
     losses = torch.zeros(strategy.num_slices, device=job.world.device)
     for part in batch.parts:
-        is_last = part.closes_slice
         if part.is_filler and strategy.passes_of:
             with job.computing:
-                strategy.keep_pace(job.task.loss, part.data, is_last=is_last)
+                strategy.keep_pace(job.task.loss, part.data, is_last=part.closes_slice)
             continue
-        if part.opens_slice:
-            rng.seed_layers(job.world.device, job.recipe.train.seed, job.step, part.slice_index)
-            strategy.open_slice()
-        with named_at(job.task, "loss", f" at step {job.step + 1}"), job.computing:
-            loss = strategy.loss(job.task.loss, part.data, num_samples=len(part.samples), is_last=is_last)
-        share = loss.detach() / max(1, batch.global_weight)
-        if part.is_filler:
-            share = share * 0.0
-        # The gradient of that share, scaled. Autograd would find the same bits by five more nodes, which take longer.
-        gradient = torch.full_like(share, 0.0 if part.is_filler else strategy.loss_scale)
-        gradient = job.scaler.scale(gradient).to(share.dtype)
-        loss.backward(marked(gradient, share) / max(1, batch.global_weight))  # type: ignore[no-untyped-call]
-        losses[part.slice_index].add_(share)
+        losses[part.slice_index].add_(_compute_part(job, part, batch))
         if part.closes_slice:
             strategy.close_slice(part.slice_index)
     return losses
+
+
+def _compute_part(job: Job, part: Batch, batch: StepBatch) -> torch.Tensor:
+    """Forward and backward pass of a part of a slice; returns its share of the step's loss, ()."""
+    strategy = job.strategy
+    if part.opens_slice:
+        rng.seed_layers(job.world.device, job.recipe.train.seed, job.step, part.slice_index)
+        strategy.open_slice()
+    with named_at(job.task, "loss", f" at step {job.step + 1}"), job.computing:
+        loss = strategy.loss(job.task.loss, part.data, num_samples=len(part.samples), is_last=part.closes_slice)
+    share = loss.detach() / max(1, batch.global_weight)
+    if part.is_filler:
+        share = share * 0.0
+    # The gradient of that share, scaled. Autograd would find the same bits by five more nodes, which take longer.
+    gradient = torch.full_like(share, 0.0 if part.is_filler else strategy.loss_scale)
+    gradient = job.scaler.scale(gradient).to(share.dtype)
+    loss.backward(marked(gradient, share) / max(1, batch.global_weight))  # type: ignore[no-untyped-call]
+    reached("backward", step=job.step, slice=part.slice_index, model=job.model)
+    return share

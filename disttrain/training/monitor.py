@@ -17,6 +17,7 @@ from disttrain.health.stop import StopRequest
 from disttrain.runs.rundir import resume_command
 from disttrain.terminal.console import Console
 from disttrain.tracking import SystemSampler, Tracker
+from disttrain.training.audit import agree_on_state
 from disttrain.training.evaluations import Evaluations
 from disttrain.training.hooks import HookContext
 from disttrain.training.job import Job, StepResult
@@ -96,6 +97,7 @@ class RunMonitor:
         if due or any(answer):
             # What was asked at this very step must be known before anything is written.
             answer = [early or late for early, late in zip(answer, self._agreement.finish(), strict=True)]
+            agree_on_state(self.job)
         stop, time_is_up = answer
         if stop:
             self.saver.save_or_fail()
@@ -186,6 +188,7 @@ class RunMonitor:
         self._act(self._agreement.finish())
         self._refuse_no_items()
         if self.job.step % self.job.steps_per_epoch == 0:
+            agree_on_state(self.job)
             self.saver.save_unless_saved()
         num_steps, of = self.job.step - first_step, self.job.steps_per_epoch
         is_whole = num_steps == of
@@ -207,12 +210,15 @@ class RunMonitor:
 
     def evaluate(self) -> None:
         """Evaluate, save a checkpoint that holds the result, and report it. Every rank must call it."""
+        if self.job.step % self.job.steps_per_epoch:
+            agree_on_state(self.job)
         self.evaluations.evaluate(self._pace, self._context)
         self._pace = ""
 
     def make_up(self) -> None:
         """Do what the loss of a worker has kept from being done after the last step. Every rank must call it."""
         job = self.job
+        agree_on_state(job)
         self._agreement = Agreement(num_flags=2)  # the question under way is lost: it is asked again at the next step
         counted = gather_objects((self._num_items, self._logged_step))
         self._num_items = max(of_rank for of_rank, _ in counted)  # a newcomer has seen none

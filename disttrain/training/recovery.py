@@ -23,6 +23,7 @@ from disttrain.errors import DisttrainError, is_lost_peer
 from disttrain.faultpoints import reached
 from disttrain.health.watchdog import Watchdog
 from disttrain.parallel.exact.strategy import Exact
+from disttrain.training.audit import Corruption
 from disttrain.training.job import Job
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rate
@@ -63,13 +64,16 @@ class Recovery:
             self._declare(hung=accused)
         return True
 
-    def _declare(self, *, is_ready: bool = True, failed: bool = False, hung: Sequence[int] = ()) -> None:
+    def _declare(
+        self, *, is_ready: bool = True, failed: bool = False, hung: Sequence[int] = (), corrupt: Sequence[int] = ()
+    ) -> None:
         report_ready(
             is_ready=is_ready,
             can_lead=is_ready and self._succession.is_possible and not self._is_new,
             generation=self._generation,
             failed=failed,
             hung=hung,
+            corrupt=corrupt,
         )
 
     def before_step(self) -> None:
@@ -105,30 +109,38 @@ class Recovery:
         with interruptible(lambda: job.world.group_is_broken or verdicts.say_that_one_is_lost()):
             yield
 
-    def survive(self, error: RuntimeError) -> None:
+    def survive(self, error: RuntimeError | Corruption) -> None:
         """Continue without the worker whose loss caused `error`, or raise it. Every survivor must call it.
 
         Another loss meanwhile has all begin again: until the end, nothing is changed that a second time would spoil.
         """
-        failure: RuntimeError | None = error
+        failure: RuntimeError | Corruption | None = error
         try:
             while failure is not None:
-                if self._verdicts is None or not self._is_ready or not _is_of_a_loss(failure):
+                if self._verdicts is None or not self._is_ready or not self._can_continue_after(failure):
                     raise failure
+                if isinstance(failure, Corruption):
+                    self._monitor.console.warn(str(failure))
                 self._job.world.leave_group()  # first of all: the others may wait for this rank
                 let_go(failure)
                 if self._watchdog is not None:
                     self._watchdog.pause()
                 hung = failure.ranks if isinstance(failure, MissingRanks) else []
-                verdict = None if hung else self._next_verdict(self._verdicts, _TO_HEAR_S)
+                corrupt = failure.ranks if isinstance(failure, Corruption) else []
+                verdict = None if hung or corrupt else self._next_verdict(self._verdicts, _TO_HEAR_S)
                 if verdict is None:  # no worker has died
-                    self._declare(failed=not hung, hung=hung)
+                    self._declare(failed=not hung and not corrupt, hung=hung, corrupt=corrupt)
                     verdict = self._next_verdict(self._verdicts, _TO_HEAR_AGAIN_S)
                 if verdict is None or verdict.rank is None:
                     raise failure
                 failure = self._continue(verdict, self._verdicts)
         finally:  # an error whose own frames hold it would keep the process group, for which the other ranks wait
             del error, failure
+
+    def _can_continue_after(self, error: RuntimeError | Corruption) -> bool:
+        if isinstance(error, Corruption):
+            return bool(error.ranks) and (0 not in error.ranks or self._succession.is_possible)
+        return isinstance(error, _AnotherGroup) or is_lost_peer(error)
 
     def join(self) -> None:
         """Wait for a place among the workers of a run under way, and take it, with their state."""
@@ -286,7 +298,3 @@ def _broadcast_named(own: Mapping[str, torch.Tensor], source: int) -> dict[str, 
         room = own[name].detach() if own else torch.empty_like(shape, device="cpu")
         received[name] = broadcast_(room, source)
     return received
-
-
-def _is_of_a_loss(error: RuntimeError) -> bool:
-    return isinstance(error, _AnotherGroup) or is_lost_peer(error)

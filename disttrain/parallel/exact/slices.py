@@ -17,6 +17,8 @@ from disttrain.distributed.collectives import broadcast_, exact_sum_
 from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.exact.changes import changes_of
+from disttrain.parallel.exact.checksums import checksums
 
 
 class ExactSlices:
@@ -83,6 +85,7 @@ class ExactSlices:
         self._buffers_at_start: list[torch.Tensor] | None = None
         self._discrete_of_first: list[torch.Tensor] | None = None
         self._summands: list[Summands] = []
+        self._closed: list[int] = []  # the slices that they are of
 
     def _num_integers(self) -> int:
         """The integers of a sum, and a counter for each tensor, see `exact_sum_`."""
@@ -121,11 +124,34 @@ class ExactSlices:
 
         Raises ConfigurationError if the model has written to a parameter of its own.
         """
+        self._summands.append(self._take(slice_index))
+        self._closed.append(slice_index)
+
+    def checksums(self, slice_index: int) -> list[int]:
+        """Of what a slice that is closed here adds to the step, by `audited`."""
+        return checksums(self._what_travels(slice_index, self._summands[self._closed.index(slice_index)]))
+
+    @torch.no_grad()
+    def checksums_apart(self, slice_index: int) -> list[int]:
+        """As `close`, and then `checksums`, of a slice that another worker serves: it adds nothing to the step."""
+        return checksums(self._what_travels(slice_index, self._take(slice_index)))
+
+    @property
+    def audited(self) -> list[str]:
+        """The names of the tensors that a slice's checksums are of."""
+        return [*self.summed, *(name for name in self._places if name not in self._floating_buffers())]
+
+    def _what_travels(self, slice_index: int, summands: Summands) -> list[torch.Tensor | None]:
+        discrete = self._discrete_of_first if slice_index == 0 else None
+        return [*summands, *(discrete or [])]
+
+    def _take(self, slice_index: int) -> list[torch.Tensor | None]:
         self._refuse_writing(self._parameters, self._versions_at_start)
         changes = self._take_changes(slice_index)
-        self._summands.append([*(parameter.grad for parameter in self._parameters.values()), *changes])
+        taken = [*(parameter.grad for parameter in self._parameters.values()), *changes]
         for parameter in self._parameters.values():
             parameter.grad = None
+        return taken
 
     @torch.no_grad()
     def finish(self, num_filled: int) -> None:
@@ -202,7 +228,7 @@ class ExactSlices:
             self._discrete_of_first = [buffer.clone() for buffer in buffers if not buffer.is_floating_point()]
         pairs = zip(self._buffers_at_start, buffers, strict=True)
         floating = [(before, after) for before, after in pairs if after.is_floating_point()]
-        return _changes(floating, may_look=self._may_look)
+        return changes_of(floating, may_look=self._may_look)
 
     def _floating_buffers(self) -> dict[str, torch.Tensor]:
         named = zip(self._places, self._buffers(), strict=True)
@@ -259,28 +285,6 @@ def _places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         path, _, name = full_name.rpartition(".")
         places[full_name] = (modules[path], name)
     return places
-
-
-def _changes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, may_look: bool) -> list[torch.Tensor | None]:
-    """What a slice has added to each buffer (before, after), (elements,) float64; None, or zeros, for nothing.
-
-    Infinite numbers and NaN may stay as they are. With `may_look` it is asked first which have changed.
-    """
-    changed = [not may_look or not torch.equal(before, after) for before, after in pairs]
-    some = [pair for pair, is_changed in zip(pairs, changed, strict=True) if is_changed]
-    if not some:
-        return [None] * len(changed)
-    before, after = (_in_a_row(side) for side in zip(*some, strict=True))
-    stays = (before == after) | (before.isnan() & after.isnan())
-    each = iter(torch.split(torch.where(stays, 0.0, after - before), [one.numel() for _, one in some]))
-    return [next(each) if is_changed else None for is_changed in changed]
-
-
-def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All their numbers in one vector of float64: a few operations for all buffers, rather than some for each."""
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        tensors = [tensor.double() for tensor in tensors]
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]).double()
 
 
 def zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -107,3 +107,16 @@ class Exact(SlicesSummed):
         super().__init__(model, f"exact mode: {num_slices} slices, the same bits with 1 to {num_slices} workers")
         self._sums = ExactSlices(model, world, num_slices)
         self.slices, self.num_slices = self._sums.slices, num_slices
+
+    @property
+    def audited(self) -> list[str]:
+        """The names of the tensors that `checksums` and `checksums_apart` are of."""
+        return self._sums.audited
+
+    def checksums(self, slice_index: int) -> list[int]:
+        """Checksums of what a slice, which this worker has closed in the step, adds to it."""
+        return self._sums.checksums(slice_index)
+
+    def checksums_apart(self, slice_index: int) -> list[int]:
+        """The same for a slice that was computed once more, in place of closing it: it adds nothing to the step."""
+        return self._sums.checksums_apart(slice_index)

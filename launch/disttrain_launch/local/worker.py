@@ -33,6 +33,8 @@ class Member(ABC):
         self.rank = rank
         self.ending: LocalEnding | None = None
         self.was_killed = self.was_shot = False
+        self.computed_wrong = False
+        """Whether the others name it as one that computes wrong numbers."""
 
     @property
     @abstractmethod
@@ -85,13 +87,21 @@ class Member(ABC):
 
     def hung_in(self, generation: int) -> list[int]:
         """The ranks of this generation that, as it says, hold up the others."""
-        hung = self._says("hung") if self._says("generation") == generation else None
-        return hung if isinstance(hung, list) else []
+        return self._named("hung", generation)
+
+    def corrupt_in(self, generation: int) -> list[int]:
+        """The ranks of this generation that, as it says, compute wrong numbers."""
+        return self._named("corrupt", generation)
+
+    def _named(self, why: str, generation: int) -> list[int]:
+        named = self._says(why) if self._says("generation") == generation else None
+        return named if isinstance(named, list) else []
 
     def lost_words(self) -> str:
         """Who was lost, and of what; it has ended."""
         assert self.ending is not None
-        return f"rank {self.rank} held up the others" if self.was_shot else self.ending.told().splitlines()[0]
+        why = "computed wrong numbers" if self.computed_wrong else "held up the others"
+        return f"rank {self.rank} {why}" if self.was_shot else self.ending.told().splitlines()[0]
 
 
 class Worker(Member):

@@ -171,6 +171,7 @@ class Watch:
         if self._kill_at != _NEVER:
             return False
         self._kill_the_hung()
+        self._leave_out_the_corrupt()
         dead = [worker for worker in self._workers if worker.ending and worker.ending.calls_for_an_end]
         has_lost_rank_0 = self._workers[0] in dead
         self._console_was_lost |= has_lost_rank_0 and self._workers[0].was_killed
@@ -217,7 +218,8 @@ class Watch:
         for rank, worker in enumerate(self._workers):
             worker.hear(self._verdict_for(worker, dataclasses.replace(verdict, rank=rank)))
         if not self.was_asked_to_stop:
-            self._coming += filter(None, map(self._replace, dead))
+            # One that computed wrong numbers would be replaced on the same machine, and might do so again.
+            self._coming += filter(None, [self._replace(one) for one in dead if not one.computed_wrong])
         return True
 
     def _meeting_place(self, leader: Member) -> tuple[str, int]:
@@ -235,6 +237,18 @@ class Watch:
         for worker in (self._workers[rank] for rank in hung_ranks(reports)):
             if not worker.was_shot:
                 complain(f"rank {worker.rank} holds up the others (train.hang_timeout_s): killing it")
+                worker.shoot()
+
+    def _leave_out_the_corrupt(self) -> None:
+        reports = {
+            rank: worker.corrupt_in(self._generation)
+            for rank, worker in enumerate(self._workers)
+            if worker.ending is None
+        }
+        for worker in (self._workers[rank] for rank in hung_ranks(reports)):
+            if not worker.was_shot:
+                complain(f"rank {worker.rank} computes wrong numbers (parallel.audit_every_steps): leaving it out")
+                worker.computed_wrong = True
                 worker.shoot()
 
     def _those_to_join(self) -> list[Member]:

@@ -112,7 +112,8 @@ class Run:
         folder: of the run.
         size: how many workers.
         signals: (point, rank, count, number): the worker that was started as this rank gets signal `number` when it
-            passes the named point for this time, or so much later: "step + 0.01". For a rank's first replacement it is
+            passes the named point for this time, or so much later: "step + 0.01"; with "flip" as the number, a bit of a
+            gradient flips. For a rank's first replacement it is
             the rank + NEW, for the second the rank + 2 * NEW.
         waits_at: before its steps of these numbers, counted with those that it repeats, rank 0 waits until the launcher
             gives a verdict, `waits_s` seconds at most.
@@ -143,7 +144,10 @@ class _Script:
         for point, when in self._signals:
             at, _, seconds = point.partition(" + ")
             if (at, when) == (name, count):
-                self._send(self._signals[point, when], float(seconds or 0.0))
+                if self._signals[point, when] == "flip":
+                    faultpoints._flip(where["model"], "gradient", 20)
+                else:
+                    self._send(self._signals[point, when], float(seconds or 0.0))
         if name == "step" and count in self._waits_at:
             select.select([int(os.environ[VERDICTS])], [], [], self._waits_s)
 

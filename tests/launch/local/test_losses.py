@@ -49,6 +49,7 @@ IN_MANY_PLACES: dict[str, list[tuple[str, int, int, int]]] = {
     ],
 }
 FORKED_TESTS_S = 480
+AUDIT = "parallel.audit_every_steps=1"
 SAVING = "checkpoint.every_steps=2"
 
 
@@ -93,12 +94,19 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
         undisturbed(tmp_path, SAVING),
         disturbed(tmp_path, signals, size=3, waits_at=[6]),
         Run(str(tmp_path / "without rank 0"), size=3, signals=of_rank_0, overrides=(CONTINUE, SAVING)),
+        # In step 5 rank 0 computes its slice, which is that step's audited one, wrong.
+        Run(
+            str(tmp_path / "corrupt"), size=3, signals=[("backward", 0, 7, "flip")], overrides=(CONTINUE, SAVING, AUDIT)
+        ),
     )
     check(tmp_path, ended, [1, 1, 2])
     assert events(tmp_path / "disturbed", "worker-joined")
     check(tmp_path, ended, [0, 1], "without rank 0")
     check_what_is_written(tmp_path / "without rank 0", tmp_path / "undisturbed")
-    assert ended[0]["stderr"].count("done in") == 3, "whoever takes the place of rank 0 speaks to the user"
+    check(tmp_path, ended, [0], "corrupt")
+    assert [(event["step"], event["ranks"]) for event in events(tmp_path / "corrupt", "corruption")] == [(5, [0])]
+    assert not events(tmp_path / "corrupt", "worker-joined")
+    assert ended[0]["stderr"].count("done in") == 4, "whoever takes the place of rank 0 speaks to the user"
 
 
 def check_what_is_written(run_dir: Path, undisturbed: Path) -> None:
