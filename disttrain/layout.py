@@ -60,6 +60,8 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """torchrun's name for the file in which a worker says how it ended."""
 
 STEP = "step-"
+NEEDS_A_RESTART = "parallel.on_lost_worker: a loss needs a restart (--max-restarts): "
+"""How the line begins by which a run says why it does not continue without a lost worker."""
 CHECKPOINT_NAME = re.compile(rf"{STEP}(\d{{8,}})")
 
 

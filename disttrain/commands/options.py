@@ -97,6 +97,17 @@ def max_restarts_option(function: _Function) -> _Function:
     )(function)
 
 
+def max_losses_option(function: _Function) -> _Function:
+    """`--max-losses`."""
+    return click.option(
+        "--max-losses",
+        type=click.IntRange(min=0),
+        default=10,
+        show_default=True,
+        help="Continue without lost workers (parallel.on_lost_worker) at most this many times within ten minutes.",
+    )(function)
+
+
 def dry_run_option(function: _Function) -> _Function:
     """`--dry-run`."""
     return click.option("--dry-run", is_flag=True, help="Print what would be run, and run nothing.")(function)

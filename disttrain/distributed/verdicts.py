@@ -24,6 +24,7 @@ class Verdict:
         rank: the reader's from now on; None: it is not to continue, and neither are the others.
         size: how many workers continue.
         num_new: how many of them are new.
+        new_ranks: whose places those take.
         lost: who died of what, in words; empty if none did.
         lost_ranks: the ranks that they were started with.
         time: when the launcher noticed, in seconds since 1970.
@@ -37,6 +38,7 @@ class Verdict:
     num_new: int = 0
     lost: str = ""
     lost_ranks: tuple[int, ...] = ()
+    new_ranks: tuple[int, ...] = ()
     time: float = 0.0
     port: int = 0
     host: str = ""
@@ -69,7 +71,7 @@ class Verdicts:
                 return None
         line, _, self._read = self._read.partition(b"\n")
         fields = parse_json(line)
-        return Verdict(**fields | {"lost_ranks": tuple(fields["lost_ranks"])})
+        return Verdict(**fields | {name: tuple(fields[name]) for name in ("lost_ranks", "new_ranks")})
 
     def have_come(self) -> bool:
         """Whether there is one that was not waited for yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by
+from disttrain.layout import NEEDS_A_RESTART
 from disttrain.training.job import Job
 
 
@@ -29,4 +30,4 @@ def why_it_restarts(job: Job) -> str | None:
         "data.workers read ahead": job.loader.streams,
     }
     found = [reason for reason, applies in reasons.items() if applies]
-    return f"parallel.on_lost_worker: a loss needs a restart (--max-restarts): {found[0]}" if found else None
+    return f"{NEEDS_A_RESTART}{found[0]}" if found else None

@@ -209,6 +209,7 @@ class Recovery:
                 "worker-joined",
                 step=step,
                 joined=loss.num_new,
+                joined_ranks=list(loss.new_ranks),
                 noticed=loss.time,
                 seconds=seconds,
                 world_size=world_size,

@@ -14,6 +14,7 @@ from disttrain import layout
 from disttrain.commands.arguments import RECIPE, run_dir_callback
 from disttrain.commands.options import (
     dry_run_option,
+    max_losses_option,
     max_restarts_option,
     num_workers_option,
     override_arguments,
@@ -53,6 +54,7 @@ _OF_A_KILLED_START = {layout.LOGS, layout.LOCK, being_written(Path(layout.RECIPE
 @overrides_option
 @trust_option
 @max_restarts_option
+@max_losses_option
 @node_options
 @dry_run_option
 def train(
@@ -62,6 +64,7 @@ def train(
     overrides: tuple[str, ...],
     trust: bool,
     max_restarts: int,
+    max_losses: int,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -71,7 +74,7 @@ def train(
     With --nodes and --rendezvous this machine is one of several: start the same command on each.
     """
     from disttrain_launch.local.group import WorkerGroup, module_arguments
-    from disttrain_launch.local.workers import run_workers
+    from disttrain_launch.local.workers import MOST_LOSSES, run_workers
     from disttrain_launch.restarts import Restarts
 
     several = NodeOptions(**options)
@@ -96,14 +99,14 @@ def train(
         (*arguments, *override_arguments(overrides)),
         num_workers,
         log_dir=folder / layout.LOGS,
-        options=" ".join(told),
+        options=" ".join(told + [f"--max-losses {max_losses}"] * (max_losses != MOST_LOSSES)),
     )
     if dry_run:
         click.echo(group.described())
         return
     say(f"starting {num_workers} worker{'s' if num_workers > 1 else ''}…")
     try:
-        run_workers(group, Restarts(max_restarts, folder))
+        run_workers(group, Restarts(max_restarts, folder), max_losses)
     except SystemExit as ending:
         if not is_named and ExitCode.explains(int(ending.code or 0)):
             _remove_unused(folder)

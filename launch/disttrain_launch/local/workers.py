@@ -29,19 +29,22 @@ from disttrain_launch.restarts import Restarts
 _TO_REPORT_S = 2.0
 _NEVER = float("inf")
 _LOOK_FOR_NEWCOMERS_EVERY_S = 0.05
-_MOST_LOSSES, _LOSSES_WITHIN_S = 10, 600.0  # as many as a run continues after: more have a cause
+MOST_LOSSES = 10
+"""After so many within ten minutes a run does not continue: they have a cause."""
+_LOSSES_WITHIN_S = 600.0
 
 
-def run_workers(group: WorkerGroup, restarts: Restarts | None = None) -> NoReturn:
+def run_workers(group: WorkerGroup, restarts: Restarts | None = None, max_losses: int = MOST_LOSSES) -> NoReturn:
     """Run the group to its end, report what went wrong if something did, and exit with the workers' own code.
 
-    After a failure that is worth a retry it is restarted, as `restarts` allow.
+    After a failure that is worth a retry it is restarted, as `restarts` allow. Where workers continue without one that
+    is lost, they do so after `max_losses` within ten minutes.
     """
     restarts = restarts or Restarts()
     with signals_heard() as signals:
         while True:
             with reserved_port() as port, _started(group, port) as (workers, replace):
-                watch = Watch(group, workers, signals, replace, port)
+                watch = Watch(group, workers, signals, replace, port, max_losses)
                 outcome = watch.until_the_end()
             if sys.stdout.isatty() and watch.has_lost_the_console:
                 say("\x1b[?25h")  # a progress bar had hidden the cursor
@@ -117,6 +120,7 @@ class Watch:
         signals: int,
         replace: Callable[[Any], Member | None],
         port: int,
+        max_losses: int = MOST_LOSSES,
     ) -> None:
         """`port`: where the workers meet; another one each time that rank 0, which serves there, is lost."""
         self._group = group
@@ -128,6 +132,7 @@ class Watch:
         self._kill_at = _NEVER
         self._replace = replace
         self._losses: list[float] = []  # when, by time.monotonic()
+        self._max_losses = max_losses
         self._coming: list[Member] = []  # replacements, which do not count yet
         self._generation, self._host, self._port = 0, "", port
         self._ports = ExitStack()  # while they are in use
@@ -189,8 +194,11 @@ class Watch:
             and (not has_lost_rank_0 or running[0].can_lead())
             and all(worker.is_ready() for worker in running)
         )
-        if is_possible and len(recent) + len(dead) + has_failed > _MOST_LOSSES:
-            complain(f"more than {_MOST_LOSSES} losses within {_LOSSES_WITHIN_S / 60:g} minutes: not continuing")
+        if is_possible and len(recent) + len(dead) + has_failed > self._max_losses:
+            complain(
+                f"more than {self._max_losses} losses within {_LOSSES_WITHIN_S / 60:g} minutes (--max-losses): "
+                "not continuing"
+            )
             is_possible = False
         if not dead and not has_failed and not is_possible:
             return False
@@ -209,6 +217,7 @@ class Watch:
             rank=None,
             size=len(self._workers),
             num_new=len(new),
+            new_ranks=tuple(worker.rank for worker in new),
             lost="; ".join(worker.lost_words() for worker in dead),
             lost_ranks=tuple(worker.rank for worker in dead),
             time=min((worker.ending.time for worker in dead if worker.ending), default=time.time()),

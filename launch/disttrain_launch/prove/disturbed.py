@@ -20,6 +20,7 @@ import psutil
 from disttrain.layout import JOURNAL, newest_checkpoint, step_of
 from disttrain.runs.journal import read_journal
 from disttrain_launch.local.group import module_arguments
+from disttrain_launch.prove.losses import Group, Loss, Losses, Pace
 
 _POLL_S = 0.01
 _TO_END_S = 60.0
@@ -51,17 +52,20 @@ class Story:
     starts: list[Start] = field(default_factory=list)
     kills: int = 0
     steps_repeated: int = 0
+    losses: list[Loss] = field(default_factory=list)
+    restarts: int = 0  # by the launcher itself, after a loss that the others did not continue without
 
 
 class DisturbedRun:
     """`disttrain train` in a folder of its own. Whatever happens in the `with` block, no process outlives it."""
 
     def __init__(self, run_dir: Path, arguments: Sequence[str], strategies: Sequence[str] = ()) -> None:
-        """`arguments`: the recipe and its overrides, as on the command line. Each start takes the next strategy."""
+        """`arguments`: those of the command. Each start takes the next strategy."""
         self.run_dir, self.story, self._strategies = run_dir, Story(), strategies
         self._arguments = arguments
         self._launcher: subprocess.Popen[bytes] | None = None
         self._log = run_dir.with_suffix(".log")
+        self._seen: set[psutil.Process] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -71,11 +75,11 @@ class DisturbedRun:
     ) -> None:
         self._kill(self._processes())
 
-    def run(self, workers: int) -> None:
+    def run(self, workers: int, meanwhile: Callable[[Group], None] = lambda group: None) -> None:
         """Start the run and let it come to its end. Raises RunFailed."""
-        self._start(workers)
-        assert self._launcher is not None
-        self._conclude(self._launcher.wait())
+        meanwhile(self._start(workers))
+        while not self._has_ended():
+            time.sleep(_POLL_S)
 
     def run_until(self, workers: int, checkpoint: Path) -> None:
         """Start the run and end it once the checkpoint is there. Raises RunFailed."""
@@ -86,22 +90,31 @@ class DisturbedRun:
             time.sleep(_POLL_S)
         self._kill(self._processes())
 
-    def run_until_killed(self, workers: int, target: str, step: int, after_s: float, delay_s: float) -> bool:
+    def run_until_killed(
+        self,
+        workers: int,
+        target: str,
+        step: int,
+        after_s: float,
+        delay_s: float,
+        meanwhile: Callable[[Group], None] = lambda group: None,
+    ) -> bool:
         """Start the run and kill `target`: "worker" (one of them, at random), "launcher" or "all".
 
         That happens `delay_s` after the journal holds `step`, or `after_s` after the start if that is earlier. False if
         the run came to its end before. Raises RunFailed.
         """
-        self._start(workers)
+        group = self._start(workers)
         latest = time.monotonic() + after_s
+        meanwhile(group)
         if not self._wait(lambda: time.monotonic() >= latest or self.newest_step() >= step):
             return False
         due = min(latest, time.monotonic() + delay_s)
         if not self._wait(lambda: time.monotonic() >= due):
             return False
         launcher, *others = self._processes()
-        group = [process for process in others if _parent(process) == launcher.pid]
-        victims = {"worker": [random.choice(group)] if group else [], "launcher": [launcher]}
+        own = [process for process in others if _parent(process) == launcher.pid]
+        victims = {"worker": [random.choice(own)] if own else [], "launcher": [launcher]}
         for victim in victims.get(target) or [launcher, *others]:
             _kill(victim)
         self.story.kills += 1
@@ -124,7 +137,35 @@ class DisturbedRun:
         """Remove everything it wrote."""
         shutil.rmtree(self.run_dir, ignore_errors=True)
 
-    def _start(self, workers: int) -> None:
+    def workers(self) -> dict[int, psutil.Process]:
+        """The worker processes, by the rank that each was started as."""
+        found: dict[int, psutil.Process] = {}
+        launcher, *others = self._processes() or [None]
+        for process in sorted(others, key=psutil.Process.create_time):  # a replacement after whom it replaces
+            with suppress(psutil.Error, ValueError):  # it has ended, or is just being started
+                if launcher is not None and process.ppid() == launcher.pid:
+                    found[int(process.environ().get("RANK", ""))] = process
+        self._seen.update(found.values())
+        return found
+
+    def pause(self, seconds: float) -> bool:
+        """Wait for a moment; False if the run has ended. Raises RunFailed."""
+        time.sleep(seconds)
+        return not self._has_ended()
+
+    def num_slices_recomputed(self) -> int:
+        """How many slices were computed again since workers were lost."""
+        events = (row for row in read_journal(self.run_dir / JOURNAL) if row.get("name") == "worker-lost")
+        return sum(event["slices_recomputed"] for event in events)
+
+    def words_after(self, beginning: str) -> str | None:
+        """The rest of the first line that begins so, of what it has printed."""
+        if not self._log.exists():
+            return None
+        lines = self._log.read_text(errors="replace").splitlines()
+        return next((line.removeprefix(beginning) for line in lines if line.startswith(beginning)), None)
+
+    def _start(self, workers: int) -> Group:
         newest = newest_checkpoint(self.run_dir)
         step = step_of(newest) if newest else 0
         turn = len(self.story.starts)
@@ -133,6 +174,7 @@ class DisturbedRun:
         self.story.steps_repeated += max(0, self.newest_step() - step)
         chosen = [] if strategy is None else ["-o", f"parallel.strategy={strategy}"]
         command = [sys.executable, *module_arguments("disttrain_launch", "train", *self._arguments, *chosen)]
+        group = Group(self.run_dir / JOURNAL, workers)
         with self._log.open("ab") as log:
             self._launcher = subprocess.Popen(
                 [*command, "-n", str(workers), "--run-dir", str(self.run_dir)],
@@ -141,6 +183,7 @@ class DisturbedRun:
                 stderr=log,
                 start_new_session=True,
             )
+        return group
 
     def _processes(self) -> list[psutil.Process]:
         """The launcher and everything below it."""
@@ -161,6 +204,9 @@ class DisturbedRun:
         return True
 
     def _conclude(self, code: int) -> None:
+        left = [process for process in self._seen if process.is_running()]
+        if left:
+            raise RunFailed(1, f"{left[0]} outlived the run that it belonged to")
         if code != 0:
             words = self._log.read_text(errors="replace").strip().splitlines()
             raise RunFailed(code if code > 0 else 1, "\n".join(words[-5:]))
@@ -191,38 +237,46 @@ class DisturbedRun:
         self._launcher = None
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How fast a run goes, about: seconds from its start to its first step, and from step to step."""
-
-    start_up_s: float
-    step_s: float
-
-
-def disturb(run: DisturbedRun, first: int, sizes: Sequence[int], kills: int, num_steps: int, pace: Pace) -> None:
-    """Run to the end, with `kills` SIGKILLs at random moments on the way, resuming with other numbers of workers.
+def disturb(
+    run: DisturbedRun, first: int, sizes: Sequence[int], kills: int, losses: int, num_steps: int, pace: Pace
+) -> None:
+    """Run to the end, with SIGKILLs at random moments on the way, resuming with other numbers of workers.
 
     Args:
         run: not started yet.
         first: how many workers it starts with.
         sizes: what it may resume with.
-        kills: how many; fewer if the run ends before.
+        kills: how many of them end the run; fewer if it ends before.
+        losses: how many hit one worker whose loss the others survive; fewer if the run ends before.
         num_steps: how many the whole run has.
         pace: that of an undisturbed run.
 
     Raises RunFailed.
     """
-    workers = first
+    workers, dealt = first, Losses(run.workers, run.pause, num_steps, pace)
+    run.story.losses = dealt.made
+
+    def lose(group: Group, until: int, due: int) -> None:
+        try:
+            dealt.deal(group, due - len(dealt.made), until)
+        finally:
+            run.story.restarts += group.restarts
+
     # Sorted, since the journal shows a step only once: so the kills are spread over the whole run.
     for moment in sorted(random.uniform(0, 0.9 * num_steps) for _ in range(kills)):
-        target = random.choice(["worker", "launcher", "all"])
+        target = random.choice(["launcher", "all"] if losses else ["worker", "launcher", "all"])
         at_start_up = random.random() < _AT_START_UP
         step = max(math.ceil(moment), run.newest_step() + 1)
         after_s = random.uniform(0, pace.start_up_s) if at_start_up else math.inf
-        if not run.run_until_killed(workers, target, step, after_s, random.uniform(0, 2 * pace.step_s)):
+        due = 0 if at_start_up else round(losses * moment / (0.9 * num_steps))
+
+        def meanwhile(group: Group, until: int = step, due: int = due) -> None:
+            lose(group, until, due)
+
+        if not run.run_until_killed(workers, target, step, after_s, random.uniform(0, 2 * pace.step_s), meanwhile):
             return
         workers = random.choice([size for size in sizes if size != workers] or [workers])
-    run.run(workers)
+    run.run(workers, lambda group: lose(group, num_steps, losses))
 
 
 def _parent(process: psutil.Process) -> int:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from disttrain.layout import CHECKPOINTS, RECIPE, checkpoint_name
-from disttrain.recipe import DisttrainError, ExitCode
+from disttrain.layout import CHECKPOINTS, NEEDS_A_RESTART, RECIPE, checkpoint_name
+from disttrain.recipe import ConfigurationError, DisttrainError, ExitCode
 from disttrain_launch.local.group import module_arguments
-from disttrain_launch.prove.disturbed import DisturbedRun, Pace, RunFailed, Start, Story, disturb
+from disttrain_launch.prove.disturbed import DisturbedRun, RunFailed, Start, Story, disturb
+from disttrain_launch.prove.losses import Pace
 from disttrain_launch.prove.report import counted
 
 
@@ -29,10 +32,18 @@ class Proof:
         kills: int,
         say: Callable[[str], None],
         strategies: Sequence[str] = (),
+        *,
+        losses: int = 0,
+        with_steps: Callable[[int], Sequence[str]] | None = None,
     ) -> None:
-        """The starts of a disturbed run take `strategies` in turn (empty: the recipe's)."""
+        """The starts of a disturbed run take `strategies` in turn (empty: the recipe's).
+
+        `losses`: how many workers each disturbed run loses beside its kills. `with_steps` gives the arguments for
+        another number of steps, if the runs may be longer so that there is time for all losses.
+        """
         self._folder, self._arguments, self._strategies = folder, arguments, strategies
-        self._workers, self._kills, self._say = workers, kills, say
+        self._workers, self._kills, self._say, self._losses = workers, kills, say, losses
+        self._with_steps = with_steps
         self._reference = folder / "undisturbed"
         self._different: list[tuple[Path, dict[str, Any], Story]] = []
 
@@ -43,6 +54,11 @@ class Proof:
         """
         try:
             reference, pace = self._undisturbed()
+            steps = pace.steps_for(self._losses, min(self._workers))
+            if self._losses and self._with_steps is not None and steps > reference["steps"]:
+                self._say(f"  too short for {counted(self._losses, 'loss', 'losses')}: {counted(steps, 'step')}")
+                self._arguments = self._with_steps(steps)
+                reference, pace = self._undisturbed()
             runs = [self._disturbed(first, reference["steps"], pace) for first in self._workers]
             first_difference = self._first_difference()
         except RunFailed as failure:
@@ -56,11 +72,15 @@ class Proof:
 
     def _undisturbed(self) -> tuple[dict[str, Any], Pace]:
         workers = self._workers[0]
+        shutil.rmtree(self._reference, ignore_errors=True)
         self._say(f"undisturbed, with {counted(workers, 'worker')} ...")
         started = time.time()
         with DisturbedRun(self._reference, self._arguments) as run:
             run.run(workers)
             times = [moment for moment, _ in run.steps()]
+            why = run.words_after(NEEDS_A_RESTART)
+            if self._losses and why is not None:
+                raise ConfigurationError(f"--lose: this recipe cannot continue without a lost worker: {why}")
         report = self._compared(self._reference)
         self._say(f"  {time.time() - started:.1f} s, {counted(report['step'], 'step')}")
         pace = Pace(times[0] - started, (times[-1] - times[0]) / max(1, len(times) - 1))
@@ -68,12 +88,18 @@ class Proof:
         return {"workers": workers, "kills": 0, "steps": report["step"], "steps_repeated": 0, **hashes}, pace
 
     def _disturbed(self, first: int, num_steps: int, pace: Pace) -> dict[str, Any]:
-        self._say(f"{counted(self._kills, 'kill')}, starting with {counted(first, 'worker')} ...")
+        losses = [counted(self._losses, "loss", "losses")] * (self._losses > 0)
+        kills = [counted(self._kills, "kill")] * (self._kills > 0 or not losses)
+        self._say(f"{', '.join([*kills, *losses])}, starting with {counted(first, 'worker')} ...")
         started = time.time()
-        with DisturbedRun(self._folder / f"workers-{first}", self._arguments, self._strategies) as run:
-            disturb(run, first, self._workers, self._kills, num_steps, pace)
+        # A loss that restarts the run shows in the table; so many in so little time would do it by themselves.
+        limits = ["--max-losses", str(self._losses), "--max-restarts", str(self._losses)] if self._losses else []
+        run_dir = self._folder / f"workers-{first}"
+        with DisturbedRun(run_dir, [*self._arguments, *limits], self._strategies) as run:
+            disturb(run, first, self._workers, self._kills, self._losses, num_steps, pace)
         report, story = self._compared(run.run_dir), run.story
         self._say(f"  {time.time() - started:.1f} s, {'the same' if report['same'] else 'NOT THE SAME'}")
+        losses_made = _of_losses(run) if self._losses else {}
         if report["same"]:
             run.remove()
         else:
@@ -84,6 +110,7 @@ class Proof:
             **({"strategies": [start.strategy for start in story.starts]} if self._strategies else {}),
             "kills": story.kills,
             "steps_repeated": story.steps_repeated,
+            **losses_made,
             "weights_sha256": report["weights_sha256"],
             "optimizer_sha256": report["optimizer_sha256"],
             "same": report["same"],
@@ -140,6 +167,22 @@ class Proof:
         if found is not None:
             found["same_until"] = max(begin, found["same_until"])
         return found
+
+
+def _of_losses(run: DisturbedRun) -> dict[str, Any]:
+    """What became of the losses of a run."""
+    story = run.story
+    seconds = [loss.seconds for loss in story.losses]
+    ranks = Counter(loss.rank for loss in story.losses)
+    return {
+        "losses": len(seconds),
+        "lost_ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
+        "seconds_per_loss": {"median": round(statistics.median(seconds), 3), "worst": max(seconds)}
+        if seconds
+        else None,
+        "slices_recomputed": run.num_slices_recomputed(),
+        "restarts": story.restarts,
+    }
 
 
 def _step_of_difference(report: dict[str, Any]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _HEADINGS = ("workers", "resumed with", "kills", "steps repeated", "weights", "optimizer", "same bits")
+_OF_LOSSES = ("workers", "losses", "of ranks", "s per loss", "worst", "slices again", "restarts")
 _HASH_DIGITS = 12
 
 
@@ -15,12 +16,32 @@ def as_table(result: dict[str, Any]) -> str:
     rows = [_row(reference, "reference"), *(_row(run, "yes" if run["same"] else "NO") for run in runs)]
     widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
     lines = [_line(row, widths) for row in (_HEADINGS, ["-" * width for width in widths], *rows)]
-    return "\n".join([*lines, "", _verdict(result)])
+    return "\n".join([*lines, *_of_losses(result["runs"]), "", _verdict(result)])
 
 
-def counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str, plural: str | None = None) -> str:
     """1 worker, 2 workers, 0 kills."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def _of_losses(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A second table, of the workers that runs lost, if any were to."""
+    rows = [
+        [
+            str(run["workers"]),
+            str(run["losses"]),
+            ", ".join(f"{rank} x{count}" for rank, count in run["lost_ranks"].items()) or "-",
+            *([f"{run['seconds_per_loss'][name]:.2f}" for name in ("median", "worst")] if run["losses"] else "--"),
+            str(run["slices_recomputed"]),
+            str(run["restarts"]),
+        ]
+        for run in runs
+        if "losses" in run
+    ]
+    if not rows:
+        return []
+    widths = [max(map(len, column)) for column in zip(_OF_LOSSES, *rows, strict=True)]
+    return ["", *(_line(row, widths) for row in (_OF_LOSSES, ["-" * width for width in widths], *rows))]
 
 
 def _row(run: dict[str, Any], same: str) -> list[str]:
@@ -49,10 +70,12 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _verdict(result: dict[str, Any]) -> str:
     reference, runs = result["reference"], result["runs"]
     kills, repeated = (sum(run[name] for run in runs) for name in ("kills", "steps_repeated"))
+    losses, restarts = (sum(run.get(name, 0) for run in runs) for name in ("losses", "restarts"))
     scene = ", ".join(
         (
             counted(reference["steps"], "step"),
             counted(len(runs), "disturbed run"),
+            *([counted(losses, "loss", "losses")] if any("losses" in run for run in runs) else []),
             counted(kills, "kill"),
             f"{counted(repeated, 'step')} repeated",
         )
@@ -61,7 +84,10 @@ def _verdict(result: dict[str, Any]) -> str:
         where = (
             "" if result["exact"] else f" with {counted(reference['workers'], 'worker')} (fast mode promises no more)"
         )
-        return f"same bits{where}: {scene}"
+        lines = [f"same bits{where}: {scene}"]
+        if restarts:
+            lines.append(f"But {counted(restarts, 'loss', 'losses')} restarted the run.")
+        return "\n".join(lines)
     difference = result["first_difference"]
     what = f"'{difference['tensor']}'" if difference["tensor"] else f"the metric {difference['metric'] or 'state'}"
     until = f", after step {difference['same_until']} was the same" if difference["same_until"] is not None else ""

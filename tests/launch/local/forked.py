@@ -167,14 +167,13 @@ def train_through(run: Run) -> dict[str, Any]:
         train(Path(run.folder), *run.overrides)
 
     worker_module.Worker._start = staticmethod(_forking(work))  # type: ignore[assignment, method-assign]
-    workers_module._MOST_LOSSES = run.most_losses
     group = WorkerGroup((), run.size)
     with (
         workers_module.signals_heard() as signals,
         reserved_port() as port,
         workers_module._started(group, port) as (workers, replace),
     ):
-        outcome = workers_module.Watch(group, workers, signals, replace, port).until_the_end()
+        outcome = workers_module.Watch(group, workers, signals, replace, port, run.most_losses).until_the_end()
     return {"exit_code": outcome.exit_code, "message": outcome.message}
 
 
