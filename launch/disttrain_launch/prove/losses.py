@@ -103,6 +103,7 @@ class Losses:
         workers: gives the run's worker processes by the rank that each was started as.
         pause: waits for a moment; False if the run has ended.
         num_steps: how many the whole run has.
+        draw: by which it draws the moments and the victims.
     """
 
     def __init__(
@@ -111,9 +112,11 @@ class Losses:
         pause: Callable[[float], bool],
         num_steps: int,
         pace: Pace,
+        draw: random.Random | None = None,
     ) -> None:
         self.made: list[Loss] = []
         self._workers, self._pause, self._pace = workers, pause, pace
+        self._draw = draw or random.Random(random.random())
         self._last_step = num_steps - max(_MARGIN_STEPS, round(_MARGIN_S / max(pace.step_s, 1e-4)))
 
     def deal(self, group: Group, most: int, until: int) -> None:
@@ -127,7 +130,7 @@ class Losses:
         """Whether one was lost: not if the run comes to step `last` before."""
         room_s = (last - group.step) * self._pace.step_s / left
         # A full group takes a replacement's start to wait for, and so does any group once all but one are lost.
-        least = group.size if room_s > 2 * self._pace.start_up_s or random.random() < 0.2 else 2
+        least = group.size if room_s > 2 * self._pace.start_up_s or self._draw.random() < 0.2 else 2
         due = None
         while True:
             group.read()
@@ -135,8 +138,8 @@ class Losses:
                 return False
             is_ready = len(group.places) >= least and group.num_steps > 1
             if is_ready and due is None:
-                due = time.monotonic() + random.uniform(0.0, min(_LONGEST_PAUSE_S, max(room_s / 2, 0.05)))
-                rank = random.randrange(len(group.places))
+                due = time.monotonic() + self._draw.uniform(0.0, min(_LONGEST_PAUSE_S, max(room_s / 2, 0.05)))
+                rank = self._draw.randrange(len(group.places))
             # Rank 1 keeps a copy of what rank 0 is saving, for the case that this dies. Both would be lost together.
             if is_ready and due is not None and time.monotonic() >= due and (rank > 0 or group.is_saved):
                 if rank < len(group.places) and self._kill(group, rank):

@@ -110,6 +110,8 @@ def test_fast_mode_is_proven_at_one_number_of_workers(tmp_path: Path) -> None:
         (["--workers", "0"], 2, "give numbers between 1 and"),
         (["--strategy", "ddp,dp"], 2, "'dp' should be one of ddp, fsdp"),
         (["--kills", "-1"], 2, "--kills"),
+        (["--workers", "1,2", "--lose", "3"], 2, "--lose: a run of one worker has none to lose"),
+        (["--lose", "3", "-o", "parallel.exact=false"], 2, "--lose: only exact mode has the same bits"),
         (["-o", "optim.lr=fast"], 78, "-o optim.lr"),
     ],
 )

@@ -1,0 +1,203 @@
+"""Single workers killed from outside while a run goes on, as `disttrain prove --lose` does it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from disttrain_launch.prove.losses import Group, Losses, Pace
+from disttrain_launch.prove.report import as_table
+from tests.launch.local.forked import Run
+from tests.launch.local.test_losses import CONTINUE, check, events, launch, lost_ranks
+from tests.launch.prove.test_prove import ROOT, left_in, prove
+
+LONGER = ("train.epochs=8", "train.eval_every_epochs=8", "checkpoint.every_steps=5")
+STEPS = 40
+
+
+class _Outside:
+    """What `prove` sees of a run whose launcher forks: its processes, in the order in which they were started."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._journal, self._size = folder / "journal.jsonl", size
+        self._deadline = time.monotonic() + 240.0
+
+    def workers(self) -> Mapping[int, psutil.Process]:
+        (launcher,) = [one for one in psutil.Process().children() if "tests.launch.local.forked" in one.cmdline()]
+        children = sorted(launcher.children(), key=lambda one: (one.create_time(), one.pid))
+        replaced = {child.pid for child in children[self._size :]}
+        return {rank: child for rank, child in enumerate(children) if child.pid not in replaced}
+
+    def pause(self, seconds: float) -> bool:
+        time.sleep(seconds)
+        is_over = self._journal.exists() and '"FINISHED"' in self._journal.read_text()
+        return not is_over and time.monotonic() < self._deadline
+
+
+def test_workers_killed_from_outside_are_counted_with_the_time_until_the_next_step(tmp_path: Path) -> None:
+    reference = Run(str(tmp_path / "undisturbed"), size=1, overrides=LONGER)
+    lossy = Run(str(tmp_path / "disturbed"), size=3, overrides=(CONTINUE, *LONGER), waits_at=[20])
+    outside = _Outside(tmp_path / "disturbed", 3)
+    losses = Losses(outside.workers, outside.pause, STEPS, Pace(start_up_s=1.0, step_s=0.2))
+    group = Group(tmp_path / "disturbed" / "journal.jsonl", 3)
+    dealing = threading.Thread(target=losses.deal, args=(group, 1, STEPS))
+    dealing.start()
+    ended = launch(lossy, reference)
+    dealing.join()
+    (loss,) = losses.made
+    assert 0.0 < loss.seconds < 240.0
+    check(tmp_path, ended, lost_ranks(tmp_path / "disturbed"))
+    assert lost_ranks(tmp_path / "disturbed") == [loss.rank]
+    assert group.restarts == 0
+    for event in events(tmp_path / "disturbed", "worker-joined"):
+        assert event["joined_ranks"] == [loss.rank]
+
+
+class _Zero(random.Random):
+    """Draws the least there is."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def randrange(self, *arguments: Any) -> int:
+        return 0
+
+
+def journalled(folder: Path, *records: Mapping[str, Any]) -> Group:
+    group = Group(folder / "journal.jsonl", 3)
+    lines = [json.dumps({"time": time.time() + 1.0 + number, **record}) for number, record in enumerate(records)]
+    (folder / "journal.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    group.read()
+    return group
+
+
+def step(number: int) -> dict[str, Any]:
+    return {"kind": "metrics", "step": number, "metrics": {"train/loss": 1.0}}
+
+
+def event(name: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": "event", "name": name, **fields}
+
+
+def test_the_journal_shows_who_makes_the_steps(tmp_path: Path) -> None:
+    lost = event("worker-lost", lost_ranks=[0])
+    group = journalled(tmp_path, event("start"), step(1), event("checkpoint"), lost, step(2), step(3))
+    assert (group.places, group.num_steps, group.step, group.is_saved) == ([1, 2], 2, 3, False)
+    joined = event("worker-joined", joined_ranks=[0])
+    group = journalled(tmp_path, event("start"), step(1), lost, step(2), joined, step(3), event("checkpoint"))
+    assert (group.places, group.num_steps, group.losses, group.is_saved) == ([1, 2, 0], 1, 1, True)
+    group = journalled(tmp_path, event("start"), step(1), lost, event("resume"), step(2))
+    assert (group.places, group.restarts, group.num_steps) == ([0, 1, 2], 1, 1)
+
+
+def test_rank_0_is_spared_until_its_checkpoint_is_there_and_the_last_steps_are_left_alone(tmp_path: Path) -> None:
+    """Else a run would have to restart."""
+    looks = 0
+
+    def pause(seconds: float) -> bool:
+        nonlocal looks
+        looks += 1
+        return looks < 200
+
+    def workers() -> Mapping[int, psutil.Process]:
+        raise AssertionError("a worker was to be killed")
+
+    start = event("start")
+    group = journalled(tmp_path, start, step(1), step(2))
+    losses = Losses(workers, pause, 1000, Pace(0.0, 0.1), _Zero())
+    losses.deal(group, 1, 1000)
+    assert looks == 200
+    ending = journalled(tmp_path, start, step(996), step(997), event("checkpoint"))
+    losses.deal(ending, 5, 1000)
+    assert losses.made == []
+
+
+def test_the_table_of_losses_says_what_each_cost() -> None:
+    run = {"workers": 4, "kills": 0, "steps_repeated": 0, "weights_sha256": "ab" * 32, "optimizer_sha256": "cd" * 32}
+    lossy = {
+        "losses": 3,
+        "lost_ranks": {"0": 1, "3": 2},
+        "seconds_per_loss": {"median": 0.164, "worst": 1.4},
+        "slices_recomputed": 8,
+        "restarts": 1,
+    }
+    none = {"losses": 0, "lost_ranks": {}, "seconds_per_loss": None, "slices_recomputed": 0, "restarts": 0}
+    result = {
+        "same": True,
+        "exact": True,
+        "reference": {**run, "steps": 50},
+        "runs": [{**run, **lossy, "same": True}, {**run, **none, "same": True}],
+    }
+    table = as_table(result)
+    assert "4        3       0 x1, 3 x2  0.16        1.40   8             1" in table
+    assert "4        0       -           -           -      0             0" in table
+    assert table.endswith(
+        "same bits: 50 steps, 2 disturbed runs, 3 losses, 0 kills, 0 steps repeated\nBut 1 loss restarted the run."
+    )
+
+
+@pytest.mark.long
+def test_losses_and_kills_in_one_proof(tmp_path: Path) -> None:
+    answer = json.loads(prove(tmp_path, "--workers", "2,3", "--lose", "4", "--kills", "1", "--json").stdout)
+    assert answer["same"] is True
+    for run in answer["runs"]:
+        assert (run["kills"], run["losses"], run["restarts"]) == (1, 4, 0)
+        assert sum(run["lost_ranks"].values()) == 4
+        assert 0 < run["seconds_per_loss"]["median"] <= run["seconds_per_loss"]["worst"]
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.long
+def test_a_recipe_that_cannot_continue_is_refused_with_the_reason(tmp_path: Path) -> None:
+    done = prove(tmp_path, "--workers", "2", "--lose", "1", "--steps", "3", "-o", "train.spike_factor=9", code=78)
+    assert done.stderr.splitlines()[-1] == (
+        "disttrain: --lose: this recipe cannot continue without a lost worker: train.spike_factor is set"
+    )
+
+
+@pytest.mark.long
+def test_a_thousand_losses(tmp_path: Path) -> None:
+    """Of real workers, in ten runs; the hash of one undisturbed run, and nothing is left on the machine."""
+    shared_memory = set(os.listdir("/dev/shm"))
+    arguments = [
+        sys.executable,
+        "-m",
+        "disttrain_launch",
+        "prove",
+        "digits",
+        "--workers",
+        "8",
+        "--lose",
+        "100",
+        "--json",
+    ]
+    tiny = ("data.dataset=synthetic", "data.options={num_train=128, num_test=8}", "data.batch_size=32")
+    overrides = [word for one in (*tiny, "parallel.slices=8", "train.eval_every_epochs=50") for word in ("-o", one)]
+    mark = f"DISTTRAIN_TEST_MARK_{os.getpid()}"
+    total = 0
+    for seed in range(30):
+        command = [*arguments, *overrides, "--seed", str(seed)]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, mark: "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        answer = json.loads(done.stdout)
+        (run,) = answer["runs"]
+        assert run["weights_sha256"] == answer["reference"]["weights_sha256"]
+        assert run["restarts"] == 0
+        total += run["losses"]
+        if total >= 1000:
+            break
+    assert total >= 1000
+    left = [one for one in psutil.process_iter(["environ"]) if mark in (one.info["environ"] or {})]
+    assert left == []
+    assert set(os.listdir("/dev/shm")) <= shared_memory
