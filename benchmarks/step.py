@@ -48,7 +48,7 @@ from disttrain.testing import run_workers
 from disttrain.training.given import Given
 from disttrain.training.job import StepResult
 from disttrain.training.monitor import RunMonitor
-from disttrain.training.optim import set_learning_rate
+from disttrain.training.optim import set_learning_rates
 from disttrain.training.session import open_session
 from disttrain.training.shortage import shortage_in_step
 
@@ -187,7 +187,7 @@ def parts_of(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
         "notes for the watchdog": notes,
         "out of memory named": short,
         "unfreezing": strategy.follow_unfreezing,
-        "learning rate": lambda: set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step)),
+        "learning rate": lambda: set_learning_rates(job.optimizer, job.schedule, job.step),
         "buffers kept": job.non_finite.begin_step,
         "losses": lambda: torch.zeros(strategy.num_slices, device=job.world.device),
         "seeds": lambda: rng.seed_layers(job.world.device, settings.seed, job.step, 0),

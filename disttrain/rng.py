@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_NO_EPOCH = -1
 
 
 def _mix(value: int) -> int:
@@ -61,6 +63,24 @@ def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Ten
     state = (state ^ _shift_right(state, 27)) * _signed(_MIX_2)
     state = state ^ _shift_right(state, 31)
     return _shift_right(state, 40).to(torch.float32) / (1 << 24)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Draws numbers for the samples of a batch, (B,) int64, in an epoch, on a device."""
+
+    seed: int
+    epoch: int
+    samples: torch.Tensor
+    device: torch.device
+
+    def __call__(self, num: int) -> torch.Tensor:
+        """(B, num) float32 in [0, 1), a function of (seed, epoch, sample) alone."""
+        return uniform(self.seed, self.epoch, self.samples, num).to(self.device, non_blocking=True)
+
+    def for_all_epochs(self, num: int) -> torch.Tensor:
+        """(B, num) float32 in [0, 1), a function of (seed, sample) alone."""
+        return uniform(self.seed, _NO_EPOCH, self.samples, num).to(self.device, non_blocking=True)
 
 
 def seed_layers(device: torch.device, seed: int, step: int, slice_index: int) -> None:

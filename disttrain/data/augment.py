@@ -18,19 +18,44 @@ NUM_UNIFORM = 5
 CROP_COLUMNS, FLIP_COLUMN, CUTOUT_COLUMNS = slice(0, 2), 2, slice(3, 5)
 
 
-def crop(images: torch.Tensor, padding: int, u: torch.Tensor) -> torch.Tensor:
-    """Pad each side by `padding` zeros and cut out the old size at random. `images`: (B, C, H, W), `u`: (B, 2)."""
+def crop(images: torch.Tensor, padding: int, u: torch.Tensor, *, reflect: bool = False) -> torch.Tensor:
+    """Pad each side by `padding` zeros and cut out the old size at random. `images`: (B, C, H, W), `u`: (B, 2).
+
+    With `reflect` the padding mirrors the image at its outermost pixels, which are not doubled.
+    """
     batch, _, height, width = images.shape
     offsets = (u * (2 * padding + 1)).long()
-    padded = functional.pad(images, (padding, padding, padding, padding))
+    padded = reflected(images, padding) if reflect else functional.pad(images, (padding, padding, padding, padding))
     # A view that holds every possible window, (B, C, 2 * padding + 1, 2 * padding + 1, H, W): indexing copies one each.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(batch, device=images.device), :, offsets[:, 0], offsets[:, 1]]
 
 
+def reflected(images: torch.Tensor, padding: int) -> torch.Tensor:
+    """Pad each side by `padding` pixels, which mirror the image: (B, C, H, W), of any type.
+
+    `functional.pad` cannot do so with bytes. The padding may be at most one less than the image's side.
+    """
+    for dim in (2, 3):
+        side = images.shape[dim]
+        places = torch.arange(-padding, side + padding, device=images.device).abs()
+        images = images.index_select(dim, (side - 1) - ((side - 1) - places).abs())
+    return images
+
+
 def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Mirror left to right, with probability one half. `images`: (B, C, H, W), `u`: (B,)."""
     return torch.where((u < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def flip_alternately(images: torch.Tensor, u: torch.Tensor, epoch: int) -> torch.Tensor:
+    """Mirror left to right what the epoch before has not, and the other way round; at first, those with u < 0.5.
+
+    `images`: (B, C, H, W), `u`: (B,), the same in every epoch. So two epochs show both sides of every image, where
+    chance shows half of them one side twice: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
+    """
+    mirrored = (u < 0.5) == (epoch % 2 == 0)
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def cutout(images: torch.Tensor, side: int, u: torch.Tensor) -> torch.Tensor:

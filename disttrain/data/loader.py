@@ -130,6 +130,11 @@ class Loader:
         """These samples of the split, (b,) int64, as they come in this epoch, in one batch; read in this process."""
         return self.fetched(epoch, samples).data
 
+    def as_evaluated(self, samples: torch.Tensor) -> Any:
+        """These samples of the split, (b,) int64, as an evaluation would get them; read in this process."""
+        data = self._reader.take(samples, 0).data
+        return _prepared(self._task, data, 0, 0, samples, self._device, training=False)
+
     def fetched(self, epoch: int, samples: torch.Tensor) -> Fetched:
         """As `samples`, with the batch's weight."""
         fetched = self._reader.take(samples, rng.derive(self._seed, epoch))
@@ -219,17 +224,12 @@ def _prepared(
     task: Batching, data: Any, seed: int, epoch: int, samples: torch.Tensor, device: torch.device, *, training: bool
 ) -> Any:
     """What the task makes of a batch; what it draws from the global generators follows from the samples, too."""
-    draw = _drawing(seed, epoch, samples, device)
+    draw = rng.Draw(seed, epoch, samples, device)
     if (type(task).prepare.__module__ or "").startswith("disttrain."):  # ours draw by `draw` alone: time saved
         return task.prepare(data, draw, training=training)
     with generators_restored():
         rng.seed_layers(device, rng.derive(seed, epoch, *samples.tolist()), 0, 0)
         return prepared(task, data, draw, training=training)
-
-
-def _drawing(seed: int, epoch: int, samples: torch.Tensor, device: torch.device) -> Callable[[int], torch.Tensor]:
-    """What draws random numbers for samples, which follow from (seed, epoch, sample) alone."""
-    return lambda num: rng.uniform(seed, epoch, samples, num).to(device, non_blocking=True)
 
 
 class EvalBatch(NamedTuple):

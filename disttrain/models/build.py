@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from disttrain.errors import ConfigurationError, failures_named
+from disttrain.models.airbench import Airbench
 from disttrain.models.buffers import own_memory
 from disttrain.models.gpt import GPT
 from disttrain.models.mlp import Mlp
@@ -21,7 +22,13 @@ from disttrain.recipe import ModelRecipe
 from disttrain.recipe.names import TORCHVISION, misfit
 from disttrain.recipe.reference import import_callable
 
-_OWN: dict[str, Callable[..., nn.Module]] = {"net": Net, "resnet18": resnet18, "mlp": Mlp, "gpt": GPT}
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "net": Net,
+    "resnet18": resnet18,
+    "airbench": Airbench,
+    "mlp": Mlp,
+    "gpt": GPT,
+}
 
 
 def build_model(model: ModelRecipe, *, pretrained: bool = True, **arguments: Any) -> nn.Module:
@@ -72,7 +79,9 @@ _FITTING = (("vocab_size", "text", "gpt"), ("num_outputs", "rows of numbers", "m
 
 
 def _build(model: ModelRecipe, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
-    is_of_images = model.name in ("net", "resnet18") or model.name.startswith(TORCHVISION) or is_of_timm(model.name)
+    is_of_images = (
+        model.name in ("net", "resnet18", "airbench") or model.name.startswith(TORCHVISION) or is_of_timm(model.name)
+    )
     for argument, samples, fitting in _FITTING:
         if is_of_images and argument in arguments and "sample_shape" not in arguments:
             raise ConfigurationError(

@@ -55,7 +55,12 @@ def known_keys() -> list[str]:
     return [
         *AT_THE_TOP,
         *dotted,
-        *(f"optim.{key}" for key in section_keys("optim", "adam") if f"optim.{key}" not in dotted),
+        *dict.fromkeys(
+            f"optim.{key}"
+            for optimizer in ("adam", "muon")
+            for key in section_keys("optim", optimizer)
+            if f"optim.{key}" not in dotted
+        ),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from disttrain.errors import ConfigurationError
 from disttrain.recipe.address import is_text, settled
@@ -24,6 +24,12 @@ class TaskRecipe(Section):
         description="image-classification, language-modeling, tabular, or package.module:callable",
     )
     options: dict[str, Any] = Field(default={}, description="arguments of the task's constructor")
+
+
+def _is_flip(value: Any) -> Any:
+    if type(value) is not bool and value != "alternate":
+        raise ValueError(f'should be true, false or "alternate", not {value!r}')
+    return value
 
 
 class DataRecipe(Section):
@@ -47,7 +53,13 @@ class DataRecipe(Section):
         default=None, description="per channel, for pixels in 0..1 (left out: the dataset's own)"
     )
     crop_padding: WholeNumber = Field(default=0, description="pad by this many pixels, then crop at random (0: off)")
-    flip: bool = Field(default=False, description="mirror each image with probability one half")
+    crop_fill: Literal["black", "reflect"] = Field(
+        default="black", description="what the padding holds: black, or the image's own edge mirrored"
+    )
+    flip: Annotated[bool | Literal["alternate"], BeforeValidator(_is_flip)] = Field(
+        default=False,
+        description="mirror each image with probability one half; alternate: in every second epoch, half of them first",
+    )
     cutout: WholeNumber = Field(default=0, description="blank out a square of this many pixels a side (0: off)")
     layout: Literal["auto", "memory", "stream"] = Field(
         default="auto", description="hold the set as one tensor in memory, or stream it through DataLoader workers"
@@ -78,7 +90,8 @@ class ModelRecipe(Section):
     """What learns."""
 
     name: Annotated[str, AfterValidator(check_model)] = Field(
-        default="net", description="net, resnet18, gpt, mlp, torchvision:NAME, timm:NAME, or package.module:callable"
+        default="net",
+        description="net, resnet18, airbench, gpt, mlp, torchvision:NAME, timm:NAME, or package.module:callable",
     )
     options: dict[str, Any] = Field(default={}, description="further arguments of the model's constructor")
     sync_batchnorm: bool = Field(
@@ -89,11 +102,24 @@ class ModelRecipe(Section):
     )
     init_skip: Patterns = Field(default=[], description='tensors that init leaves alone, by patterns: ["head.*"]')
     freeze: Patterns = Field(default=[], description='parameters that are not trained, by patterns: ["backbone.*"]')
+    dirac: Patterns = Field(
+        default=[], description='convolutions whose first filters pass their input on, by patterns: ["layers.*"]'
+    )
+    whiten: Annotated[str | None, NoneIfSaid] = Field(
+        default=None, description="the convolution that gets filters which whiten the training images, and keeps them"
+    )
 
     @model_validator(mode="after")
     def _something_to_skip_from(self) -> Self:
         if self.init_skip and self.init is None:
             raise ValueError("init_skip is set and init is not; give what to start from, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        for key, value in (("whiten", self.whiten), ("dirac", self.dirac)):
+            if value and self.init is not None:
+                raise ValueError(f"{key} and init both say what the weights are at the start; leave one of the two out")
         return self
 
 
@@ -287,7 +313,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _learning_rate_does_not_climb(self) -> Self:
-        if self.schedule.name == "cosine" and self.schedule.min_lr > self.optim.lr:
+        if self.schedule.name in ("cosine", "linear") and self.schedule.min_lr > self.optim.lr:
             raise ValueError(
                 f"schedule.min_lr is {self.schedule.min_lr}, above optim.lr, which is {self.optim.lr}; lower it"
             )

@@ -12,9 +12,10 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]
 
 TASKS = ("image-classification", "language-modeling", "tabular")
 DATASETS = ("cifar10", "cifar100", "folder", "digits", "text", "table", "synthetic")
-MODELS = ("net", "resnet18", "gpt", "mlp")
+MODELS = ("net", "resnet18", "airbench", "gpt", "mlp")
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
+OWN_OPTIMIZER = "muon"  # torch's takes matrices only
 # These need more than a gradient: a closure that computes the loss again, or sparse gradients.
 UNFIT_OPTIMIZERS = frozenset({"LBFGS", "SparseAdam", "Optimizer"})
 
@@ -81,7 +82,7 @@ def check_model(name: str) -> str:
 
 def check_optimizer(name: str, classes: Iterable[str]) -> None:
     """Raises ConfigurationError unless `name`, in any case, is one of torch.optim's `classes` that fit."""
-    known = sorted(each.lower() for each in classes if each not in UNFIT_OPTIMIZERS)
+    known = sorted({OWN_OPTIMIZER, *(each.lower() for each in classes if each not in UNFIT_OPTIMIZERS)})
     if name.lower() not in known:
         near = nearest(name, known)
         raise ConfigurationError(

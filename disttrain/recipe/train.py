@@ -13,12 +13,14 @@ from disttrain.recipe.section import Count, NoneIfSaid, NonNegative, Patterns, P
 class ScheduleRecipe(Section):
     """The learning rate as a function of the step."""
 
-    name: Literal["constant", "step", "cosine"] = Field(default="constant", description="constant, step or cosine")
+    name: Literal["constant", "step", "cosine", "linear"] = Field(
+        default="constant", description="constant, step, cosine or linear"
+    )
     warmup_steps: WholeNumber = Field(default=0, description="increase linearly to optim.lr over this many steps")
     warmup_epochs: NonNegative = Field(default=0.0, description="the same in epochs; give one of the two")
     step_epochs: Count = Field(default=30, description="step: multiply by gamma each time this many epochs have passed")
     gamma: Positive = Field(default=0.1, description="step: the factor")
-    min_lr: NonNegative = Field(default=0.0, description="cosine: the learning rate at the end")
+    min_lr: NonNegative = Field(default=0.0, description="cosine, linear: the learning rate at the end")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -79,6 +81,10 @@ class TrainRecipe(Section):
     log_every_steps: Count = Field(default=50, description="steps between two rows of metrics")
     eval_every_epochs: Count = Field(default=1, description="epochs between two evaluations")
     eval_batch_size: Count = Field(default=500, description="samples per evaluation batch")
+    eval_views: Literal["one", "mirror", "mirror-translate"] = Field(
+        default="one",
+        description="images: average the scores of the image and its mirror image, or also of both moved by a pixel",
+    )
     patience: WholeNumber = Field(
         default=0, description="stop after this many evaluations without a better one, by checkpoint.best (0: off)"
     )

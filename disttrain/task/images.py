@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from disttrain.data import Split, crop, cutout, flip, labels_of, normalise, read_picture
+from disttrain import rng
+from disttrain.data import Split, crop, cutout, flip, flip_alternately, labels_of, normalise, read_picture
 from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM
 from disttrain.data.dataset import SplitOutline
 from disttrain.data.mix import NUM_MIX, mix
@@ -22,6 +23,7 @@ from disttrain.task.class_weights import checked_class_weights
 from disttrain.task.multi_label import MultiLabel
 from disttrain.task.served_images import ServedImages, example_images
 from disttrain.task.single_label import SingleLabel, most_probable, probable_in_words
+from disttrain.task.views import over_views
 
 Images = tuple[torch.Tensor, torch.Tensor]
 """images (B, C, H, W) uint8 or float32, and labels: (B,) int64, or (B, K) float32, a number for each class."""
@@ -80,6 +82,13 @@ class ImageClassification(Task):
         self.classes, self.sample_shape = train_set.classes, train_set.sample_shape
         self.mean, self.std = train_set.mean, train_set.std
         self.crop_padding, self.flip, self.cutout = recipe.data.crop_padding, recipe.data.flip, recipe.data.cutout
+        self.crop_reflects, self.views = recipe.data.crop_fill == "reflect", recipe.train.eval_views
+        side = min(self.sample_shape[1:])
+        if (self.crop_reflects and self.crop_padding >= side) or (self.views == "mirror-translate" and side < 2):
+            raise ConfigurationError(
+                f"data.crop_padding = {self.crop_padding} cannot mirror images of {side} pixels: set data.crop_fill = "
+                "'black', or pad by less than the images' side."
+            )
         self.label_smoothing = recipe.train.label_smoothing
 
     def prepare(
@@ -94,8 +103,10 @@ class ImageClassification(Task):
             return self._normalised(images), labels
         u = draw(NUM_UNIFORM + NUM_MIX * mixes)
         if self.crop_padding:
-            images = crop(images, self.crop_padding, u[:, CROP_COLUMNS])
-        if self.flip:
+            images = crop(images, self.crop_padding, u[:, CROP_COLUMNS], reflect=self.crop_reflects)
+        if self.flip == "alternate":
+            images = flip_alternately(images, *_first_side(draw))
+        elif self.flip:
             images = flip(images, u[:, FLIP_COLUMN])
         images = self._normalised(images)
         if self.cutout:
@@ -129,7 +140,11 @@ class ImageClassification(Task):
     def score(self, model: nn.Module, batch: Images) -> dict[str, Any]:
         """The loss without smoothing and class weights, and what the metrics follow from."""
         images, labels = batch
-        return dict(self.labels.score(self._scores(model, images), labels))
+        return dict(self.labels.score(self._evaluated(model, images), labels))
+
+    def _evaluated(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The scores, (B, num_classes), as the mean over the views that the recipe evaluates."""
+        return over_views(lambda view: self._scores(model, view), images, self.views)
 
     def _scores(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """(B, num_classes). Raises ConfigurationError for a model that returns something else."""
@@ -164,7 +179,7 @@ class ImageClassification(Task):
     def predict(self, model: nn.Module, batch: Images | torch.Tensor, *, top: int = 3) -> list[dict[str, Any]]:
         """The `top` most probable classes of each image."""
         images = batch if isinstance(batch, torch.Tensor) else batch[0]
-        return most_probable(self.classes, self.labels.probabilities(self._scores(model, images)), top)
+        return most_probable(self.classes, self.labels.probabilities(self._evaluated(model, images)), top)
 
     def in_words(self, prediction: Any) -> str:
         """The classes with their probabilities."""
@@ -187,7 +202,7 @@ class ImageClassification(Task):
 
     def export(self, model: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]]:
         """From images as the data set holds them to probabilities: see ServedImages."""
-        served = ServedImages(model, self.mean, self.std, self.labels.probabilities).eval()
+        served = ServedImages(model, self.mean, self.std, self.labels.probabilities, self.views).eval()
         return served, (example_images(2, self.sample_shape, are_pixels=self.mean is not None),)
 
     def export_notes(self) -> dict[str, Any]:
@@ -207,3 +222,10 @@ class ImageClassification(Task):
     def model_arguments(self, train_set: Any) -> dict[str, Any]:
         """`num_classes` and `sample_shape`, (C, H, W)."""
         return {"num_classes": len(self.classes), "sample_shape": self.sample_shape}
+
+
+def _first_side(draw: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """A number for each image that no epoch changes, and the epoch. Raises ConfigurationError without a rng.Draw."""
+    if not isinstance(draw, rng.Draw):
+        raise ConfigurationError("data.flip = 'alternate': the task's prepare has to pass on the draw that it gets.")
+    return draw.for_all_epochs(1)[:, 0], draw.epoch

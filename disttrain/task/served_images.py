@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from disttrain.task.views import over_views
+
 
 class ServedImages(nn.Module):
     """Images (N, C, H, W) float32 as the data set holds them -> the probability of each class, (N, num_classes).
@@ -23,9 +25,11 @@ class ServedImages(nn.Module):
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         probabilities: Callable[[torch.Tensor], torch.Tensor],
+        views: str = "one",
     ) -> None:
+        """`views`: as `over_views` takes it."""
         super().__init__()
-        self.model, self.probabilities = model, probabilities
+        self.model, self.probabilities, self.views = model, probabilities, views
         self.normalised = mean is not None and std is not None
         if self.normalised:
             self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
@@ -35,7 +39,7 @@ class ServedImages(nn.Module):
         """The probabilities."""
         if self.normalised:
             images = ((images / 255) - self.mean) / self.std
-        return self.probabilities(self.model(images))
+        return self.probabilities(over_views(self.model, images, self.views))
 
 
 def example_images(num: int, sample_shape: tuple[int, ...], *, are_pixels: bool = True) -> torch.Tensor:

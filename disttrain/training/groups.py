@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,32 @@ from torch import nn
 from disttrain.errors import ConfigurationError
 from disttrain.models.patterns import matching
 from disttrain.recipe import OptimRecipe
+from disttrain.recipe.optimizers import MuonRecipe
 
 Group = dict[str, Any]
 """As torch's optimizers take it: `params`, options, and `lr_scale`, which the schedule's rate is multiplied by."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is different for a parameter; None: nothing."""
+
+    weight_decay: float | None = None
+    lr_scale: float = 1.0
+    epochs: float | None = None
+    of_other: bool = False
+
+    def given(self) -> Group:
+        """As a group has them."""
+        return {
+            "lr_scale": self.lr_scale,
+            **({} if self.weight_decay is None else {"weight_decay": self.weight_decay}),
+            **({} if self.epochs is None else {"epochs": self.epochs}),
+            **({"orthogonalised": False} if self.of_other else {}),
+        }
+
+
+_ALIKE = _Options()
 
 
 def parameter_groups(
@@ -25,14 +49,15 @@ def parameter_groups(
     its own. Raises ConfigurationError for a pattern that matches nothing, and for groups of a task that do not fit.
     """
     named = dict(model.named_parameters())
+    others = recipe.other_match if isinstance(recipe, MuonRecipe) else []
     if of_task is not None:
-        if recipe.groups or not recipe.decay_biases_and_norms:
+        if recipe.groups or not recipe.decay_biases_and_norms or others:
             raise ConfigurationError(
-                "optim: the task gives the optimizer's parameter groups itself (param_groups); leave out groups and "
-                "decay_biases_and_norms."
+                "optim: the task gives the optimizer's parameter groups itself (param_groups); leave out groups, "
+                "decay_biases_and_norms and other_match."
             )
         return _checked(of_task, named)
-    options: dict[str, tuple[float | None, float]] = {}
+    options: dict[str, _Options] = {}
     for number, group in enumerate(recipe.groups):
         key = f"optim.groups.{number}.match"
         found = [name for name in matching(group.match, named, key) if name not in options]
@@ -41,19 +66,17 @@ def parameter_groups(
                 f"{key}: earlier groups already have every parameter that it matches; the first match counts, so put "
                 "the narrower pattern first."
             )
-        options |= dict.fromkeys(found, (group.weight_decay, group.lr_scale))
-    members: dict[tuple[float | None, float], list[nn.Parameter]] = {}
+        options |= dict.fromkeys(found, _Options(group.weight_decay, group.lr_scale, group.epochs))
+    of_other = matching(others, named, "optim.other_match")
+    members: dict[_Options, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        decay, scale = options.get(name, (None, 1.0))
-        if decay is None and not recipe.decay_biases_and_norms and parameter.ndim < 2:
-            decay = 0.0
-        members.setdefault((decay, scale), []).append(parameter)
-    if set(members) == {(None, 1.0)}:
-        return [{"params": members[None, 1.0]}]
-    return [
-        {"params": parameters, "lr_scale": scale, **({} if decay is None else {"weight_decay": decay})}
-        for (decay, scale), parameters in members.items()
-    ]
+        of = replace(options.get(name, _ALIKE), of_other=name in of_other)
+        if of.weight_decay is None and not recipe.decay_biases_and_norms and parameter.ndim < 2:
+            of = replace(of, weight_decay=0.0)
+        members.setdefault(of, []).append(parameter)
+    if set(members) == {_ALIKE}:
+        return [{"params": members[_ALIKE]}]
+    return [{"params": parameters, **of.given()} for of, parameters in members.items()]
 
 
 def _checked(groups: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> list[Group]:
@@ -74,6 +97,11 @@ def _checked(groups: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Paramet
             raise ConfigurationError(
                 f"the task's param_groups: lr_scale is {scale!r}, and has to be a number of 0 or more."
             )
+        epochs = group.get("epochs")
+        if epochs is not None and (
+            isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < math.inf
+        ):
+            raise ConfigurationError(f"the task's param_groups: epochs is {epochs!r}, and has to be a number above 0.")
         given: Any = group["params"]
         if not isinstance(given, nn.Parameter | Iterable):
             raise ConfigurationError(

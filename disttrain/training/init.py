@@ -1,9 +1,9 @@
-"""Weights to start from: those of a run, a checkpoint or a safetensors file, as far as their names and shapes fit."""
+"""Weights to start from: those of a run, a checkpoint or a safetensors file, as far as they fit, or of the images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import nn
 from disttrain.checkpoint import Checkpoint, shared_names, weights_sha256
 from disttrain.checkpoint.handout import hand_out, hand_out_parts, read_by_main
 from disttrain.checkpoint.weights import read_weights
+from disttrain.data import tensors_in
 from disttrain.distributed.sharded import local
 from disttrain.errors import ConfigurationError, UsageError
 from disttrain.layout import MANIFEST
 from disttrain.models.buffers import same_bits
 from disttrain.models.patterns import listed, matching
+from disttrain.models.start import convolution_to_whiten, whitening_filters
 from disttrain.recipe import ModelRecipe
 from disttrain.recipe.address import is_url
 from disttrain.remote.find import find_checkpoint
@@ -25,6 +27,7 @@ from disttrain.runs.rundir import is_run
 from disttrain.training.job import Job
 
 _log = logging.getLogger("disttrain")
+_MOST_IMAGES = 5000
 
 
 def start_from_weights(job: Job) -> list[str]:
@@ -33,7 +36,19 @@ def start_from_weights(job: Job) -> list[str]:
     Every rank must call it; rank 0 reads. The log has every name. Raises ConfigurationError if nothing can be read or
     nothing fits, and for a shape that does not, unless `model.init_skip` matches its name.
     """
-    found = read_by_main(job.world, lambda: _fitting(job.model, job.recipe.model))
+    return _started_from(job, lambda: _fitting(job.model, job.recipe.model))
+
+
+def start_from_images(job: Job) -> list[str]:
+    """Give the layer that `model.whiten` names its filters; return a line for the console.
+
+    Every rank must call it; rank 0 computes. Raises ConfigurationError for samples that are not images, or do not fit.
+    """
+    return _started_from(job, lambda: _whitening(job))
+
+
+def _started_from(job: Job, read: Callable[[], Checkpoint]) -> list[str]:
+    found = read_by_main(job.world, read)
     job.init = found.state["init"]
     here = job.model.state_dict()
     if job.strategy.is_sharded:
@@ -45,6 +60,26 @@ def start_from_weights(job: Job) -> list[str]:
         job.ema.restart()
     lines: list[str] = found.state["lines"]
     return lines
+
+
+def _whitening(job: Job) -> Checkpoint:
+    name = job.recipe.model.whiten
+    assert name is not None
+    layer = convolution_to_whiten(job.model, name)
+    num = min(_MOST_IMAGES, len(job.data.train))
+    images = next(iter(tensors_in(job.loader.as_evaluated(torch.arange(num)))), None)
+    shape = tuple(layer.weight.shape)
+    if images is None or images.ndim != 4 or not images.is_floating_point() or images.shape[1] != shape[1]:
+        found = "no tensors" if images is None else f"tensors {tuple(images.shape[1:])}"
+        raise ConfigurationError(
+            f"model.whiten: '{name}' takes images of {shape[1]} channels, and the training samples are {found}: name "
+            "the layer that gets the images, or leave it out."
+        )
+    filters = whitening_filters(images, *shape[2:])
+    source = f"whitening filters of {num:,} training images"
+    init = {"source": source, "sha256": weights_sha256({name: filters})}
+    line = f"starting from {source} in {name}"
+    return Checkpoint(Path(source), {f"{name}.weight": filters}, {}, {"lines": [line], "init": init})
 
 
 def _fitting(model: nn.Module, recipe: ModelRecipe) -> Checkpoint:

@@ -22,7 +22,8 @@ from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
 from disttrain.health.watchdog import Watchdog
 from disttrain.layout import EVAL, Best
-from disttrain.models.freeze import freeze, hold_statistics
+from disttrain.models.freeze import hold_statistics
+from disttrain.models.start import made_and_frozen
 from disttrain.parallel.choose import parallelize
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
@@ -233,8 +234,7 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         raise ConfigurationError(
             f"{model_words(recipe, is_given=given.model is not None)}: it has no parameters to train."
         )
-    freeze(model, recipe.model.freeze)
-    model = model.to(world.device)
+    model = made_and_frozen(model, recipe.model).to(world.device)
     if recipe.train.compile:
         compile_model(model, recipe.train, world.device)
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)

@@ -33,7 +33,7 @@ from disttrain.training.hooks import Hook
 from disttrain.training.job import Job, StepResult
 from disttrain.training.joining import open_joining
 from disttrain.training.monitor import RunMonitor
-from disttrain.training.optim import set_learning_rate
+from disttrain.training.optim import set_learning_rates
 from disttrain.training.preflight.model import rehearse
 from disttrain.training.recovery import Recovery
 from disttrain.training.session import open_session
@@ -220,7 +220,7 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
     settings, strategy = job.recipe.train, job.strategy
     if strategy.follow_unfreezing():
         rehearse(job)
-    set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step))
+    set_learning_rates(job.optimizer, job.schedule, job.step)
     job.non_finite.begin_step()
     losses = _compute_slices(job, batch)
     if strategy.needs_second_pass():

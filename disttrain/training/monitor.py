@@ -158,7 +158,7 @@ class RunMonitor:
         metrics = {
             "train/loss": loss,
             f"train/{'_'.join(items.split())}_per_second": rate,
-            **learning_rates(job.optimizer, job.schedule.learning_rate(job.step - 1)),
+            **learning_rates(job.optimizer, job.schedule, job.step - 1),
             "train/epoch": job.step / job.steps_per_epoch,
         }
         if result.grad_norm is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import OptimRecipe, ScheduleRecipe
 from disttrain.recipe.names import check_optimizer, nearest
+from disttrain.training.muon import Muon
 
 
 def build_optimizer(
@@ -26,7 +27,7 @@ def build_optimizer(
     params: list[Any] = list(parameters)
     known: dict[str, Any] = {
         name: kind
-        for name, kind in vars(torch.optim).items()
+        for name, kind in {**vars(torch.optim), "Muon": Muon}.items()
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     }
     check_optimizer(recipe.name, known)
@@ -45,8 +46,8 @@ def build_optimizer(
             f"optim: {kind.__name__} has no weight_decay, which a parameter group gives; leave it out there."
         )
     for key in (key for group in params if isinstance(group, Mapping) for key in group):
-        if key not in (*allowed, "params", "lr_scale", "name"):
-            near = nearest(key, [*allowed, "lr_scale"])
+        if key not in (*allowed, "params", "lr_scale", "epochs", "name"):
+            near = nearest(key, [*allowed, "lr_scale", "epochs"])
             hint = f"; did you mean '{near}'?" if near else "."
             raise ConfigurationError(f"the task's param_groups: {kind.__name__} has no option '{key}'{hint}")
     options = {name: _tuple(value) for name, value in recipe.options.items()}
@@ -78,7 +79,7 @@ class Schedule:
     total_steps: int
 
     def learning_rate(self, step: int) -> float:
-        """The rate for `step`: linear warm-up from base/warm-up steps, then constant, steps or cosine."""
+        """The rate for `step`: linear warm-up from base/warm-up steps, then constant, steps, cosine or linear."""
         warmup = self.warmup_steps
         if step < warmup:
             return self.base_lr * (step + 1) / warmup
@@ -88,7 +89,18 @@ class Schedule:
         if self.recipe.name == "cosine":
             progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
             return self.recipe.min_lr + (self.base_lr - self.recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.recipe.name == "linear":
+            progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+            return self.base_lr + (self.recipe.min_lr - self.base_lr) * progress
         return self.base_lr
+
+    def of_group(self, group: Mapping[str, Any], step: int) -> float:
+        """The rate of a parameter group for `step`: scaled, and zero after its `epochs`, where its schedule ends."""
+        if (epochs := group.get("epochs")) is None:
+            return self.learning_rate(step) * float(group.get("lr_scale", 1.0))
+        last = min(self.total_steps, round(epochs * self.steps_per_epoch))
+        rate = replace(self, total_steps=last).learning_rate(step) if step < last else 0.0
+        return rate * float(group.get("lr_scale", 1.0))
 
     @property
     def warmup_steps(self) -> int:
@@ -96,14 +108,17 @@ class Schedule:
         return self.recipe.warmup_steps or round(self.recipe.warmup_epochs * self.steps_per_epoch)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this learning rate, times the group's own scale."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    """Give every parameter group its learning rate for `step`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+        group["lr"] = schedule.of_group(group, step)
 
 
-def learning_rates(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, float]:
-    """The rate, and that of each parameter group with a scale of its own, under the names that metrics have."""
-    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-    own = {f"train/learning_rate_group_{number}": rate * scale for number, scale in enumerate(scales) if scale != 1}
-    return {"train/learning_rate": rate, **own}
+def learning_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> dict[str, float]:
+    """The rate for `step`, and that of each parameter group with one of its own, under the names that metrics have."""
+    own = {
+        f"train/learning_rate_group_{number}": schedule.of_group(group, step)
+        for number, group in enumerate(optimizer.param_groups)
+        if group.get("lr_scale", 1.0) != 1 or "epochs" in group
+    }
+    return {"train/learning_rate": schedule.learning_rate(step), **own}

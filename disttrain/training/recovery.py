@@ -26,7 +26,7 @@ from disttrain.parallel.exact.strategy import Exact
 from disttrain.training.audit import Corruption
 from disttrain.training.job import Job
 from disttrain.training.monitor import RunMonitor
-from disttrain.training.optim import set_learning_rate
+from disttrain.training.optim import set_learning_rates
 from disttrain.training.recoverable import continues_after_losses
 from disttrain.training.succession import Succession
 
@@ -240,7 +240,7 @@ class Recovery:
             job.non_finite.undo_step(non_finite)
         self._kept = None
         job.optimizer.zero_grad(set_to_none=True)
-        set_learning_rate(job.optimizer, job.schedule.learning_rate(job.step - 1))
+        set_learning_rates(job.optimizer, job.schedule, job.step - 1)
         job.world = world
         strategy.rejoin(world, expected)
         job.loader.deal(world.rank, world.size, strategy.slices)

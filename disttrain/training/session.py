@@ -40,7 +40,7 @@ from disttrain.tracking import SystemSampler
 from disttrain.training.apart import why_no_outer_step
 from disttrain.training.conclusion import is_concluded, tracked
 from disttrain.training.given import Given
-from disttrain.training.init import start_from_weights
+from disttrain.training.init import start_from_images, start_from_weights
 from disttrain.training.job import Job, build_job, newest_checkpoint
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.exactness import try_exactness
@@ -138,6 +138,9 @@ def _session_in(
                 console.warn(f"the environment has changed since the checkpoint: {difference}; the bits may differ.")
         elif recipe.model.init is not None:
             for line in start_from_weights(job):
+                console.line(line)
+        elif recipe.model.whiten is not None:
+            for line in start_from_images(job):
                 console.line(line)
         checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
         if not job.is_finished:

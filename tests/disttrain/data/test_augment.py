@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from disttrain.data import crop, cutout, flip, normalise
+from disttrain.data import crop, cutout, flip, flip_alternately, normalise
 from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM
+from disttrain.rng import Draw
 
 
 def images(batch: int, height: int = 7, width: int = 9, seed: int = 0) -> torch.Tensor:
@@ -42,6 +43,30 @@ def test_flip_mirrors_the_lower_half_of_the_numbers() -> None:
     assert torch.equal(after[0], before[0].flip(-1))
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], before[2].flip(-1))
+
+
+def test_crop_can_mirror_the_edge_in_place_of_a_black_border() -> None:
+    before, u = images(4), uniform(4, 2, seed=3)
+    after = crop(before, 3, u, reflect=True)
+    for image, cropped, (down, right) in zip(before, after, (u * 7).int().tolist(), strict=True):
+        padded = functional.pad(image.double(), (3,) * 4, "reflect").byte()
+        assert torch.equal(cropped, padded[:, down : down + 7, right : right + 9])
+
+
+def test_alternate_flips_show_each_image_from_both_sides_in_any_two_epochs() -> None:
+    before, samples = images(40), torch.arange(40)
+    shown = []
+    for epoch in range(4):
+        draw = Draw(7, epoch, samples, torch.device("cpu"))
+        shown.append(flip_alternately(before, draw.for_all_epochs(1)[:, 0], epoch))
+    assert torch.equal(shown[0], shown[2])
+    assert torch.equal(shown[1], shown[3])
+    assert torch.equal(shown[0], shown[1].flip(-1))
+    mirrored = sum(torch.equal(one, other.flip(-1)) for one, other in zip(shown[0], before, strict=True))
+    assert 10 < mirrored < 30, "chance decides on the first epoch"
+    # By the sample alone, whatever batch it is in.
+    draw = Draw(7, 1, samples[30:], torch.device("cpu"))
+    assert torch.equal(flip_alternately(before[30:], draw.for_all_epochs(1)[:, 0], 1), shown[1][30:])
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 50))

@@ -135,7 +135,7 @@ def test_the_last_override_counts() -> None:
         ("train.label_smoothing=1", "-o train.label_smoothing: should be less than 1, not 1"),
         ("train.hang_timeout_s=0", "-o train.hang_timeout_s: should be greater than 0, not 0"),
         ("train.seed=-1", "-o train.seed: should be at least 0, not -1"),
-        ("data.flip=yes", "-o data.flip: should be true or false, not 'yes'"),
+        ("data.flip=yes", "-o data.flip: should be true, false or \"alternate\", not 'yes'"),
         ("data.mean=0.5", "-o data.mean: should be a list, not 0.5"),
         ("data.options=3", "-o data.options: should be a table, not 3"),
         ("data.root.x=1", "-o data.root.x: should be text, not {'x': 1}"),
@@ -144,10 +144,10 @@ def test_the_last_override_counts() -> None:
         ("data.options.n=1", "recipe 'digits': data: options: dataset 'digits' takes none; leave them out"),
         ("data.dataset=cifar11", "-o data.dataset: no dataset 'cifar11'; give one of cifar10, cifar100, folder, "
                                  "digits, text, table, synthetic or package.module:callable; did you mean cifar10?"),
-        ("model.name=resnet", "-o model.name: no model 'resnet'; give one of net, resnet18, gpt, mlp, "
+        ("model.name=resnet", "-o model.name: no model 'resnet'; give one of net, resnet18, airbench, gpt, mlp, "
                               "torchvision:NAME, timm:NAME or package.module:callable; did you mean resnet18?"),
-        ("model.name=torchvision:", "-o model.name: no model 'torchvision:'; give one of net, resnet18, gpt, mlp, "
-                                    "torchvision:NAME, timm:NAME or package.module:callable"),
+        ("model.name=torchvision:", "-o model.name: no model 'torchvision:'; give one of net, resnet18, airbench, "
+                                    "gpt, mlp, torchvision:NAME, timm:NAME or package.module:callable"),
         ("optim.betas=[0.9, 0.99]", "-o optim.betas: is not an option of this optimizer; [optim] has name, lr, "
                                     "decay_biases_and_norms, groups, weight_decay, maximize, foreach, fused, "
                                     "differentiable, momentum, dampening, nesterov"),

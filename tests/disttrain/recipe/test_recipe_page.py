@@ -25,7 +25,7 @@ def test_every_key_stands_in_the_table_of_its_section_with_its_default() -> None
     models: list[tuple[str, Any]] = [
         (section, Recipe.model_fields[section].annotation) for section in sections() if section != "optim"
     ]
-    models += [("optim", OPTIM_MODELS["adam"]), ("optim", OPTIM_MODELS["sgd"])]
+    models += [("optim", OPTIM_MODELS[name]) for name in ("adam", "muon", "sgd")]
     defaults = {(section, key): field.default for section, model in models for key, field in model.model_fields.items()}
     assert listed.keys() == defaults.keys()
     wrong = {

@@ -12,7 +12,7 @@ from disttrain.checkpoint import optimizer_from_tensors, optimizer_to_tensors
 from disttrain.errors import ConfigurationError, RecipeError
 from disttrain.recipe import OptimRecipe, load_recipe, parse_recipe, to_toml
 from disttrain.training.groups import parameter_groups
-from disttrain.training.optim import build_optimizer, set_learning_rate
+from disttrain.training.optim import Schedule, build_optimizer, set_learning_rates
 
 HEAD = {"match": "head.*", "lr_scale": 10.0, "weight_decay": 0.3}
 
@@ -55,7 +55,7 @@ def test_each_parameter_has_the_decay_and_the_rate_of_its_first_match() -> None:
     optimizer = optimizer_of(
         model, decay_biases_and_norms=False, groups=[HEAD, {"match": ["*.weight"], "lr_scale": 2.0}]
     )
-    set_learning_rate(optimizer, 0.01)
+    set_learning_rates(optimizer, Schedule(parse_recipe({}).schedule, 0.01, 1, 1), 0)
     decays, rates = by_name(model, optimizer, "weight_decay"), by_name(model, optimizer, "lr")
     assert decays == {
         "body.0.weight": 0.1, "body.0.bias": 0, "body.1.weight": 0, "body.1.bias": 0, "head.weight": 0.3,
@@ -91,7 +91,7 @@ def test_a_task_gives_groups_of_its_own_or_the_recipe_does() -> None:
     model = Net()
     groups = [{"params": model.head.parameters(), "lr_scale": 3.0}, {"params": list(model.body.parameters())}]
     optimizer = optimizer_of(model, groups)
-    set_learning_rate(optimizer, 1.0)
+    set_learning_rates(optimizer, Schedule(parse_recipe({}).schedule, 1.0, 1, 1), 0)
     assert by_name(model, optimizer, "lr") == {
         name: 3.0 if name.startswith("head") else 1.0 for name, _ in model.named_parameters()
     }
@@ -111,7 +111,7 @@ def test_what_a_task_leaves_out_frozen_is_trained_once_it_is_unfrozen() -> None:
     model = Net()
     model.body.requires_grad_(False)
     optimizer = optimizer_of(model, [{"params": model.head.parameters(), "lr_scale": 3.0}])
-    set_learning_rate(optimizer, 1.0)
+    set_learning_rates(optimizer, Schedule(parse_recipe({}).schedule, 1.0, 1, 1), 0)
     assert by_name(model, optimizer, "lr") == {
         name: 3.0 if name.startswith("head") else 1.0 for name, _ in model.named_parameters()
     }

@@ -65,6 +65,20 @@ def test_step_drops_by_gamma() -> None:
     assert [round(steps.learning_rate(step), 6) for step in (0, 29, 30, 59, 60)] == [1.0, 1.0, 0.1, 0.1, 0.01]
 
 
+def test_linear_climbs_and_falls_to_its_end() -> None:
+    triangle = schedule(total=8, name="linear", warmup_steps=4, min_lr=0.2)
+    rates = [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
+    assert [triangle.learning_rate(step) for step in range(9)] == pytest.approx(rates)
+
+
+def test_a_group_with_epochs_of_its_own_ends_its_schedule_there() -> None:
+    whole = schedule(total=40, name="linear")
+    assert [whole.of_group({"epochs": 1.5, "lr_scale": 2.0}, step) for step in (0, 5, 10, 14, 15, 39)] == pytest.approx(
+        [2.0, 2 * 10 / 15, 2 * 5 / 15, 2 / 15, 0.0, 0.0]
+    )
+    assert whole.of_group({"lr_scale": 2.0}, 10) == 1.5
+
+
 def test_cosine_agrees_with_pytorchs() -> None:
     ours = schedule(name="cosine", min_lr=0.1)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
