@@ -45,6 +45,7 @@ from disttrain.health.stop import stop_requests
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.task import named_at
 from disttrain.testing import run_workers
+from disttrain.training.backward import backward_from, constant_over
 from disttrain.training.given import Given
 from disttrain.training.job import StepResult
 from disttrain.training.monitor import RunMonitor
@@ -52,7 +53,8 @@ from disttrain.training.optim import set_learning_rates
 from disttrain.training.session import open_session
 from disttrain.training.shortage import shortage_in_step
 
-BATCH, NUM_IMAGES, STEPS_PER_TURN, CALLS = 100, 5000, 20, 100
+# As many images as CIFAR-10 has: a checkpoint is saved after an epoch, and after 50 steps it would count tenfold.
+BATCH, NUM_IMAGES, STEPS_PER_TURN, CALLS = 100, 50000, 20, 100
 MOST = 1.02  # so many times as long as the loop by hand
 QUIET = ("tracking.uri=none", "data.dataset=synthetic", f"data.options={{num_train={NUM_IMAGES}, num_test=100}}")
 
@@ -158,10 +160,10 @@ def parts_of(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
 
     def share() -> None:
         loss = leaf * 1.0
-        one = loss.detach() / max(1, batch.global_weight)
-        gradient = torch.full_like(one, strategy.loss_scale)
-        gradient = job.scaler.scale(gradient).to(one.dtype)
-        loss.backward(marked(gradient, one) / max(1, batch.global_weight))
+        weight = max(1, batch.global_weight)
+        one = loss.detach() / weight
+        start = constant_over(weight, strategy.loss_scale, one.shape, one.dtype, one.device)
+        backward_from(loss, marked(start, one))
         losses[0].add_(one)
 
     def in_contexts() -> None:
@@ -202,7 +204,7 @@ def parts_of(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
         "result": lambda: StepResult(losses, None),
         "after the step": after,
         "agreement": lambda: monitor._agreement.ask(False, False),
-        "progress": lambda: monitor._console.progress(3, 1, 2),
+        "progress": lambda: monitor.console.progress(3, 1, 2),
         "poll": monitor.saver.poll,
     }
 

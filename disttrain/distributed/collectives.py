@@ -40,10 +40,11 @@ def _complete(begin: Callable[[bool], dist.Work | None]) -> None:
     if _is_broken.get() is None:
         begin(False)
     elif work := begin(True):
-        _wait(work)
+        wait_for(work)
 
 
-def _wait(work: dist.Work) -> None:
+def wait_for(work: dist.Work) -> None:
+    """Wait for a collective that was begun before, as `interruptible` has it."""
     is_broken = _is_broken.get()
     was_broken = False
     while is_broken is not None and not work.is_completed():
@@ -75,7 +76,7 @@ def sum_ahead(number: int, num_ranks: int) -> Callable[[], int]:
     work = dist.all_reduce(total, op=dist.ReduceOp.SUM, async_op=True)
 
     def finish() -> int:
-        _wait(work)
+        wait_for(work)
         return int(total)
 
     return finish
@@ -262,33 +263,3 @@ def _portable(failure: Exception | None) -> DisttrainError | None:
         return failure
     what = str(failure) if isinstance(failure, DisttrainError) else f"{type(failure).__name__}: {failure}"
     return PeerError(f"rank {dist.get_rank()} failed: {what}")
-
-
-class Agreement:
-    """Whether any rank raised one of its flags, agreed by all ranks at the same step, without waiting.
-
-    Each step's question travels while the next step computes, and is answered after it. So all ranks get the same
-    answer at the same step, and no step waits for the network. Every rank must call each method at the same step.
-    """
-
-    def __init__(self, num_flags: int) -> None:
-        self._flags = torch.zeros(num_flags)
-        self._alone = dist.get_world_size() == 1
-        self._work: dist.Work | None = None
-
-    def ask(self, *flags: bool) -> list[bool]:
-        """Send this rank's flags for this step; return which were raised anywhere at the step before."""
-        if self._alone:
-            return list(flags)
-        answer = self.finish()
-        self._flags = torch.tensor(flags, dtype=torch.float32)
-        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
-        return answer
-
-    def finish(self) -> list[bool]:
-        """Wait for the question under way and return its answer; all false if there is none."""
-        if self._work is None:
-            return [False] * len(self._flags)
-        _wait(self._work)
-        self._work = None
-        return [flag > 0 for flag in self._flags.tolist()]

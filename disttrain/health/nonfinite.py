@@ -7,8 +7,7 @@ then do the ranks exchange what they know.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -21,6 +20,7 @@ from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World
 from disttrain.errors import DivergedError
 from disttrain.health.diagnosis import TUNE, Finding, NotComputed, Rerun, listed
+from disttrain.health.finite import QuickCheck, all_finite
 from disttrain.models.buffers import BufferCopies
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import TrainRecipe
@@ -87,6 +87,7 @@ class NonFiniteGuard:
         self._policy, self._limit = recipe.non_finite, recipe.non_finite_limit
         self._strategy, self._optimizer, self._scaler, self._world = strategy, optimizer, scaler, world
         self._parameters = dict(strategy.model.named_parameters())
+        self._quick = None if strategy.is_sharded else QuickCheck.of(list(self._parameters.values()))
         self._buffers = BufferCopies(strategy.model)
         self._rerun = Rerun(strategy.model, task, recipe, world.device, autocast, read)
         self._incidents: list[Incident] = []
@@ -152,6 +153,8 @@ class NonFiniteGuard:
         return self._strategy.sums_are_finite and not self._scaler.is_enabled()
 
     def _all_finite(self) -> bool:
+        if self._quick is not None and (quickly := self._quick.all_finite()) is not None:
+            return quickly
         finite = all_finite(self._gradients())
         if self._strategy.is_sharded:  # each rank has looked at its shards alone
             finite = not max_(torch.tensor(0.0 if finite else 1.0))
@@ -220,34 +223,4 @@ def marked(gradient: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 
     `share`: the loss, or what it adds to the step's.
     """
-    return gradient + 0.0 * share
-
-
-def is_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether every number in them is finite, asked of one tensor after the other: for rare occasions."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether every number in these gradients is finite. On a GPU it is one kernel for each type, and one wait."""
-    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        alike.setdefault((real.device, real.dtype), []).append(real)
-    found = []
-    for (device, dtype), group in alike.items():
-        if _has_check(device.type, dtype):
-            # A gradient scaler's own operator: it multiplies by one, which leaves every number as it is.
-            is_bad = torch.zeros(1, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(group, is_bad, torch.ones(1, device=device))
-            found.append(is_bad == 0)
-        elif filled := [tensor for tensor in group if tensor.numel()]:  # an empty tensor has no largest number
-            found.append(torch.stack(torch._foreach_norm(filled, math.inf)).isfinite().all())
-    if len(found) == 1:
-        return bool(found[0])
-    return bool(torch.stack([is_good.to(found[0].device).view(()) for is_good in found]).all()) if found else True
-
-
-def _has_check(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the gradient scaler's operator takes this type: on GPUs it has no kernel for bfloat16."""
-    return device_type == "cpu" or dtype in (torch.float64, torch.float32, torch.float16)
+    return torch.add(gradient, share, alpha=0.0)

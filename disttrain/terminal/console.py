@@ -114,17 +114,19 @@ class Console:
 
     def progress(self, step: int, epoch: int, num_epochs: int) -> None:
         """Show that `step` is made: on the bar, or else in a line if nothing was printed for a while."""
-        title = f"epoch {epoch}/{num_epochs}"
         if self._bar is not None:
-            self._bar.update(step, title, self._words)
-        else:
-            self.busy(f"{title}: {', '.join((f'step {step} of {self._total_steps}', *self._words))}")
+            self._bar.update(step, f"epoch {epoch}/{num_epochs}", self._words)
+        elif self._is_due():
+            steps = f"step {step} of {self._total_steps}"
+            self._show(f"epoch {epoch}/{num_epochs}: {', '.join((steps, *self._words))}")
 
     def busy(self, text: str) -> None:
         """Report where training is, if there is no bar and nothing was printed for a while."""
-        is_under_way = self._total_steps is not None and self._bar is None
-        if is_under_way and time.monotonic() - self._last_words >= self._every_s:
+        if self._bar is None and self._is_due():
             self._show(text)
+
+    def _is_due(self) -> bool:
+        return self._total_steps is not None and time.monotonic() - self._last_words >= self._every_s
 
     @contextmanager
     def saying_if_slow(self, text: str, after_s: float = 1.0) -> Iterator[None]:

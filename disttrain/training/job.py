@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -114,6 +114,8 @@ class Job:
     @cached_property
     def computing(self) -> AbstractContextManager[None]:
         """The context of a forward pass in training. It can be entered again and again; making it takes longer."""
+        if self.autocast is None and not torch.is_autocast_enabled(self.world.device.type):
+            return nullcontext()
         return torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     @property

@@ -27,6 +27,7 @@ from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_reci
 from disttrain.recipe.reference import look_for_code
 from disttrain.task import Task, named_at
 from disttrain.training.audit import Corruption, audit, is_audited
+from disttrain.training.backward import backward_from, constant_over
 from disttrain.training.compiler import compiler_when_used
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
@@ -278,12 +279,15 @@ def _compute_part(job: Job, part: Batch, batch: StepBatch) -> torch.Tensor:
         strategy.open_slice()
     with named_at(job.task, "loss", f" at step {job.step + 1}"), job.computing:
         loss = strategy.loss(job.task.loss, part.data, num_samples=len(part.samples), is_last=part.closes_slice)
-    share = loss.detach() / max(1, batch.global_weight)
+    weight, scale = max(1, batch.global_weight), strategy.loss_scale
+    share = loss.detach() / weight
     if part.is_filler:
-        share = share * 0.0
+        share, scale = share * 0.0, 0.0
     # The gradient of that share, scaled. Autograd would find the same bits by five more nodes, which take longer.
-    gradient = torch.full_like(share, 0.0 if part.is_filler else strategy.loss_scale)
-    gradient = job.scaler.scale(gradient).to(share.dtype)
-    loss.backward(marked(gradient, share) / max(1, batch.global_weight))  # type: ignore[no-untyped-call]
+    if job.scaler.is_enabled():
+        gradient = marked(job.scaler.scale(torch.full_like(share, scale)).to(share.dtype), share) / weight
+    else:
+        gradient = marked(constant_over(weight, scale, share.shape, share.dtype, share.device), share)
+    backward_from(loss, gradient)
     reached("backward", step=job.step, slice=part.slice_index, model=job.model)
     return share

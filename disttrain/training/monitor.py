@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from disttrain.checkpoint import CheckpointStore
-from disttrain.distributed.collectives import Agreement, broadcast_from_main, gather_objects
+from disttrain.distributed.agreement import Agreement
+from disttrain.distributed.collectives import broadcast_from_main, gather_objects
 from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
@@ -82,7 +83,9 @@ class RunMonitor:
         self.saver.poll()
         seconds = recipe.checkpoint.every_seconds
         time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self.saver.last_save
-        self._act(self._agreement.ask(self.stop.received is not None, time_is_up))
+        # What was asked for by then must be known before anything is written, and at the end of an epoch.
+        now = self._save_is_due() or job.step % job.steps_per_epoch == 0 or job.step == job.total_steps
+        self._act(self._agreement.ask(self.stop.received is not None, time_is_up, now=now))
 
     def receive(self, result: StepResult | None, num_items: int) -> None:
         """Take in what a step came to, made here or by another rank."""
@@ -92,10 +95,8 @@ class RunMonitor:
         self._num_items += num_items
 
     def _act(self, answer: list[bool]) -> None:
-        every = self.job.recipe.checkpoint.every_steps
-        due = every > 0 and self.job.step % every == 0
+        due = self._save_is_due()
         if due or any(answer):
-            # What was asked at this very step must be known before anything is written.
             answer = [early or late for early, late in zip(answer, self._agreement.finish(), strict=True)]
             agree_on_state(self.job)
         stop, time_is_up = answer
@@ -107,6 +108,10 @@ class RunMonitor:
             )
         if due or time_is_up:
             self.saver.save_unless_saved()
+
+    def _save_is_due(self) -> bool:
+        every = self.job.recipe.checkpoint.every_steps
+        return every > 0 and self.job.step % every == 0
 
     def _report_incidents(self) -> None:
         """Journal steps that were not finite; warn of the first, the second, the fourth, the eighth and so on."""
@@ -225,8 +230,7 @@ class RunMonitor:
         result = self.last_result
         if result is not None and result.total_losses is not None and counted[0][1] < job.step:
             self._log(result)
-        every = job.recipe.checkpoint.every_steps
-        if job.step % job.steps_per_epoch == 0 or (every > 0 and job.step % every == 0):
+        if job.step % job.steps_per_epoch == 0 or self._save_is_due():
             self.saver.save_unless_saved()
         self.evaluations.make_up(self._pace, self._context)
 

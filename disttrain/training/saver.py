@@ -17,7 +17,7 @@ from disttrain.distributed.collectives import broadcast_from_main, max_
 from disttrain.distributed.joint_failure import all_fail
 from disttrain.distributed.sharded import gathered, local
 from disttrain.errors import AgreedError, ConfigurationError, DisttrainError, is_circumstance
-from disttrain.health.nonfinite import is_finite
+from disttrain.health.finite import is_finite
 from disttrain.layout import RECIPE, metrics_of, step_of
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console

@@ -14,7 +14,7 @@ import disttrain
 from disttrain.distributed.fixed_point import FixedPointSum, magnitudes
 from disttrain.distributed.world import join_world
 from disttrain.health import stacks
-from disttrain.health.nonfinite import all_finite
+from disttrain.health.finite import all_finite
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.training.given import Given
 from disttrain.training.job import build_job

@@ -8,7 +8,8 @@ import socket
 import torch
 import torch.distributed as dist
 
-from disttrain.distributed.collectives import Agreement, sum_
+from disttrain.distributed.agreement import Agreement
+from disttrain.distributed.collectives import sum_
 from disttrain.distributed.connections import Connections
 from disttrain.distributed.regroup import rejoin
 from disttrain.distributed.verdicts import Verdict, Verdicts

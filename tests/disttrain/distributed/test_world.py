@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from disttrain.distributed import agreement as agreement_module
 from disttrain.distributed import world as world_module
+from disttrain.distributed.agreement import Agreement
 from disttrain.distributed.collectives import (
-    Agreement,
     broadcast_from_main,
     gather_objects,
+    num_issued,
     one_per_machine_first,
     sum_,
 )
@@ -196,6 +198,21 @@ def test_all_ranks_learn_of_a_flag_at_the_same_step(rank: int, who: int) -> None
         answers = [agreement.ask(False, rank == who and step == 1) for step in range(3)]
         nothing, raised = [False, False], [False, True]
         assert [*answers, agreement.finish()] == [nothing, nothing, raised, nothing]
+
+
+@three_workers
+def test_short_steps_ask_less_often_and_all_learn_of_a_flag_at_the_same_step(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement_module, "_ASK_EVERY_S", 1e9)  # compared with it, each step is short
+    with join_world("cpu") as world:
+        agreement, begun = Agreement(num_flags=1), num_issued(world.device)
+        learned = [step for step in range(200) if agreement.ask(rank == 1 and step >= 150)[0]]
+        assert num_issued(world.device) - begun < 40
+        agreement.ask(rank == 2, now=True)
+        assert agreement.finish() == [True]
+        assert gather_objects(learned) == [learned] * 3
+        assert 150 < min(learned) <= 150 + 17
 
 
 def listening_addresses() -> set[str]:

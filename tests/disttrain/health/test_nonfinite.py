@@ -13,8 +13,9 @@ from torch import nn
 import disttrain
 from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.errors import DivergedError
-from disttrain.health import nonfinite
-from disttrain.health.nonfinite import all_finite, marked
+from disttrain.health import finite
+from disttrain.health.finite import QuickCheck, all_finite
+from disttrain.health.nonfinite import marked
 from disttrain.models.buffers import BufferCopies
 from disttrain.recipe import load_recipe
 from disttrain.rng import permutation
@@ -289,19 +290,33 @@ def test_a_loss_that_is_not_finite_marks_every_gradient_and_no_other_is_touched(
         assert str(weight.grad.tolist()) == str(expected)
 
 
+def test_gradients_of_one_kind_are_looked_at_by_one_call_and_sparse_ones_are_left_to_another() -> None:
+    embedding, linear = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1)
+    check = QuickCheck.of([*linear.parameters(), *embedding.parameters()])
+    assert check is not None
+    linear(torch.ones(1, 2)).sum().backward()
+    for value, good in ((1.0, True), (math.nan, False), (-0.0, True), (math.inf, False), (3e38, True)):
+        linear.weight.grad[0, 1] = value  # type: ignore[index]
+        assert check.all_finite() is good, value
+        assert str(linear.weight.grad[0, 1].item()) == str(torch.tensor(value).item())  # type: ignore[index]
+    linear(embedding(torch.tensor([1]))).sum().backward()
+    assert check.all_finite() is None
+    assert QuickCheck.of([linear.weight, torch.zeros(1, dtype=torch.float64)]) is None
+
+
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_all_finite_looks_at_every_kind_of_number_and_changes_none(
     device_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that a GPU's operator does not take, too: here it is the CPU's, which takes no more than that either."""
-    operator, has_check = torch._amp_foreach_non_finite_check_and_unscale_, nonfinite._has_check
+    operator, has_check = torch._amp_foreach_non_finite_check_and_unscale_, finite._has_check
 
     def on_device(tensors: list[torch.Tensor], *rest: torch.Tensor) -> None:
         assert device_type == "cpu" or tensors[0].dtype != torch.bfloat16, "not implemented for 'BFloat16'"
         operator(tensors, *rest)
 
     monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", on_device)
-    monkeypatch.setattr(nonfinite, "_has_check", lambda _, dtype: has_check(device_type, dtype))
+    monkeypatch.setattr(finite, "_has_check", lambda _, dtype: has_check(device_type, dtype))
     tensors = [torch.tensor([3e38, -0.0, 1e-45]), torch.tensor([1e300], dtype=torch.float64), torch.tensor([1 + 2j]),
                torch.tensor([3.3e38, 1.5], dtype=torch.bfloat16), torch.zeros(0),
                torch.zeros(0, dtype=torch.bfloat16)]  # fmt: skip

@@ -19,7 +19,7 @@ class Look(disttrain.Hook):
             assert importlib.util.find_spec("torch._dynamo").origin == importlib.util.find_spec("torch").origin.replace(
                 "__init__.py", "_dynamo/__init__.py"
             )
-        seen.append("torch._dynamo.symbolic_convert" in sys.modules)
+        seen.append("torch._dynamo.symbolic_convert" in sys.modules or "sympy" in sys.modules)
         if context.step == 2:
             import torch._dynamo.config as config
             assert config is sys.modules["torch._dynamo.config"] is torch._dynamo.config
