@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from disttrain.checkpoint.folder import WRITING, Checkpoint, hidden, identity_of, open_checkpoint
-from disttrain.checkpoint.shards import ShardStore
+from disttrain.checkpoint.shards import Elsewhere, ShardStore
 from disttrain.checkpoint.store import CheckpointStore
 from disttrain.distributed.collectives import broadcast_from_main, max_
 from disttrain.distributed.notices import Notices
@@ -20,19 +20,26 @@ from disttrain.files import make_folder
 from disttrain.layout import STEP
 
 
-def sharded_store(store: CheckpointStore, world: World, patience_s: float) -> ShardStore | None:
-    """The store with each rank writing its part; None if not every rank can write there. Every rank must call it."""
+def sharded_store(
+    store: CheckpointStore, world: World, patience_s: float, elsewhere: Elsewhere | None = None
+) -> ShardStore | None:
+    """The store with each rank writing its part. Every rank must call it.
+
+    `elsewhere`, on all ranks or none, is where ranks that cannot write there bring their parts to. Without it None if
+    there are such.
+    """
     token = broadcast_from_main(world, lambda: secrets.token_hex(8))
     probe = hidden(store.folder / f"{STEP}{token}", WRITING)  # what is left of it is cleared up like a checkpoint
 
-    def make() -> None:
+    def make() -> bool:
         try:
             make_folder(store.folder)
             probe.mkdir()
         except OSError:
-            pass  # the saves will fail, with a warning
+            return False  # the saves will fail, with a warning
+        return True
 
-    broadcast_from_main(world, make)
+    is_made = broadcast_from_main(world, make)
     try:
         (probe / str(world.rank)).mkdir()
         is_reached = True
@@ -41,7 +48,11 @@ def sharded_store(store: CheckpointStore, world: World, patience_s: float) -> Sh
     is_shared = _all(is_reached)
     if world.is_main:
         shutil.rmtree(probe, ignore_errors=True)
-    return ShardStore(store, Notices(f"disttrain/saves/{token}"), world, patience_s) if is_shared else None
+    if not is_shared and (elsewhere is None or not is_made):
+        return None
+    scratch = None if is_reached else hidden(store.folder / f"{STEP}rank-{world.rank}", WRITING)
+    notices = Notices(f"disttrain/saves/{token}")
+    return ShardStore(store, notices, world, patience_s, None if is_shared else elsewhere, scratch)
 
 
 def opened_by_all(world: World, checkpoint: Checkpoint) -> Checkpoint | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,19 +26,48 @@ _PATIENCE_AT_THE_END_S = 10.0  # for ranks that may have gone
 _SIGN_OF_LIFE_S = 1.0
 
 
+class Elsewhere(Protocol):
+    """Where a checkpoint comes together that no folder has whole, since the machines share none."""
+
+    def reserve(self, checkpoint: str) -> str:
+        """A name for the checkpoint under which there is none, and nothing is cleared up until `release`.
+
+        Rank 0 asks. Raises OSError.
+        """
+
+    def release(self, name: str) -> None:
+        """The save is over, one way or the other."""
+
+    def put(self, file: Path, name: str, is_alive: Callable[[], None]) -> None:
+        """Bring a file there, and call `is_alive` again and again meanwhile. Raises OSError."""
+
+
 class ShardStore:
     """Saves to a store what the ranks hold together. Every rank has one, and all save the same steps in the same order.
 
     Rank 0 makes the folder; each rank writes its files into it, and leaves a notice with their size and SHA-256; when
     all have, rank 0 writes the manifest. Only notices are waited for, and only on the writers' threads.
+
+    With `elsewhere`, ranks that cannot reach the folder bring their files there from a folder of their own, `scratch`,
+    before they leave the notice: rank 0's folder then lacks these.
     """
 
-    def __init__(self, store: CheckpointStore, notices: Notices, world: World, patience_s: float) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        notices: Notices,
+        world: World,
+        patience_s: float,
+        elsewhere: Elsewhere | None = None,
+        scratch: Path | None = None,
+    ) -> None:
         """`patience_s`: how long a rank may write nothing of its part until the save fails."""
         self._store, self._notices, self._world, self._patience_s = store, notices, world, patience_s
+        self._elsewhere, self._scratch = elsewhere, scratch
         self._numbers = itertools.count()
         self._places: dict[str, dict[str, list[Any]]] = {MODEL: {}, OPTIMIZER: {}}  # shape, and first row here
         self._closed_at: float | None = None
+        self._last_sign = time.monotonic()
 
     @torch.no_grad()
     def mine(self, model: Tensors, optimizer: Tensors) -> tuple[Tensors, Tensors]:
@@ -84,12 +114,12 @@ class ShardStore:
         self._patience_s, self._closed_at = _PATIENCE_AT_THE_END_S, time.monotonic()
 
     def _lead(self, number: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-        has_begun = False
+        has_begun, name = False, ""
 
         def write_tensors(folder: Path) -> dict[str, Any]:
             nonlocal has_begun
             has_begun = True
-            self._notices.post(f"{number}/begun", folder.name)
+            self._notices.post(f"{number}/begun", name or folder.name)
             reports = [self._written(number, folder, tensors, state["step"])]
             reports += [self._report_of(number, rank) for rank in range(1, self._world.size)]  # all, before any fails
             failure = next((report["error"] for report in reports if "error" in report), None)
@@ -98,17 +128,43 @@ class ShardStore:
             return _manifest(reports)
 
         try:
+            if self._elsewhere is not None:
+                name = self._elsewhere.reserve(checkpoint_name(state["step"]))
             return self._store.commit(state, write_tensors)
         finally:
+            if self._elsewhere is not None and name:
+                self._elsewhere.release(name)
             if not has_begun:
                 self._notices.post(f"{number}/begun", "")
 
     def _follow(self, number: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
         path = self._store.folder / checkpoint_name(state["step"])
-        if self._notices.wait_for(f"{number}/begun", self._gives_up):
-            self._report(number, self._written(number, hidden(path, WRITING), tensors, state["step"]))
+        if name := self._notices.wait_for(f"{number}/begun", self._gives_up):
+            if self._scratch is None:
+                report = self._written(number, hidden(path, WRITING), tensors, state["step"])
+            else:
+                report = self._brought(number, self._scratch, name, tensors, state["step"])
+            self._report(number, report)
             reached("shard: reported", step=state["step"])
         return path
+
+    def _brought(
+        self, number: int, scratch: Path, name: str, tensors: Mapping[str, Tensors], step: int
+    ) -> dict[str, Any]:
+        """As `_written`, and the files are then where the checkpoint `name` comes together, and not here."""
+        assert self._elsewhere is not None
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            report = self._written(number, scratch, tensors, step)
+            for file in report.get("files", ()):
+                self._elsewhere.put(scratch / file, name, lambda: self._show_life(f"{number}.{time.monotonic()}"))
+            reached("shard: brought", step=step)
+        except Exception as error:
+            return self._failure(error)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return report
 
     def _written(self, number: int, folder: Path, tensors: Mapping[str, Tensors], step: int) -> dict[str, Any]:
         """Write this rank's files; what the manifest says of them, or why they could not be written."""
@@ -126,12 +182,14 @@ class ShardStore:
 
     def _showing_life(self, number: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         """The pieces, with a sign of life every second or so."""
-        last = time.monotonic()
         for count, piece in enumerate(pieces):
-            if not self._world.is_main and time.monotonic() - last >= _SIGN_OF_LIFE_S:
-                last = time.monotonic()
-                self._notices.post(f"life-{self._world.rank}", f"{number}.{count}")
+            self._show_life(f"{number}.{count}")
             yield piece
+
+    def _show_life(self, sign: str) -> None:
+        if not self._world.is_main and time.monotonic() - self._last_sign >= _SIGN_OF_LIFE_S:
+            self._last_sign = time.monotonic()
+            self._notices.post(f"life-{self._world.rank}", sign)
 
     def _failure(self, why: object) -> dict[str, Any]:
         return {"error": f"rank {self._world.rank} on {self._world.host}: {why}"}

@@ -5,5 +5,6 @@ from disttrain.remote.copy import runs_behind as runs_behind
 from disttrain.remote.copy import verify_behind as verify_behind
 from disttrain.remote.lease import Lease as Lease
 from disttrain.remote.mirror import Mirror as Mirror
-from disttrain.remote.mirror import MirroredStore as MirroredStore
 from disttrain.remote.place import RemoteRun as RemoteRun
+from disttrain.remote.store import Brought as Brought
+from disttrain.remote.store import MirroredStore as MirroredStore

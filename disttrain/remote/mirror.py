@@ -6,10 +6,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from disttrain.checkpoint import CheckpointStore
 from disttrain.checkpoint.folder import LEAVING, hidden
@@ -28,11 +28,12 @@ from disttrain.layout import (
     RECIPE,
     SPIKES,
     Best,
+    contents_of,
     metrics_of,
 )
 from disttrain.recipe import recipe_of_checkpoints, to_toml
 from disttrain.remote.lease import Lease
-from disttrain.remote.place import RemoteRun, next_revision, step_and_revision
+from disttrain.remote.place import RemoteRun, as_json, next_revision, step_and_revision
 
 _OWNER = ".remote"  # in the working folder: the id of the lease under which it was worked on last
 _AT_THE_END = (LOGS, CHARTS, EXPORTED)
@@ -59,6 +60,10 @@ class Mirror:
         self._metrics: dict[str, dict[str, float]] = {}
         self._sent: dict[str, bytes] = {}
         self._journal_there = 0
+        # Of checkpoints that several machines bring, until they are over and the thread has seen what became of them.
+        self._names = threading.Lock()
+        self._reserved: set[str] = set()
+        self._released: set[str] = set()
         self._thread = threading.Thread(target=self._serve, name="mirror", daemon=True)
 
     def __enter__(self) -> Self:
@@ -69,7 +74,7 @@ class Mirror:
             last = read_text(mark) if mark.exists() else ""
             self._lease.acquire(dead=last)
             try:
-                if last != self._lease.previous or not last:
+                if last != self._lease.previous or not last or self._lacks_parts():
                     self._fetch()
                 replace_file(mark, self._lease.id)
                 for name in self.run.checkpoints().unfinished:
@@ -105,6 +110,26 @@ class Mirror:
         with self._asked:
             self._wanted += 1
             self._asked.notify_all()
+
+    def reserve(self, checkpoint: str) -> str:
+        """A name for the checkpoint under which there is none: nothing there is removed until it was released.
+
+        Raises OSError if the URL cannot be reached, or is another job's by now.
+        """
+        if not self._lease.is_ours():
+            raise OSError(f"{self.run.url} was taken over by another job")
+        with self._names:  # nothing of that name is being removed
+            name = checkpoint
+            while self.run.manifest(name) is not None:
+                name = next_revision(name)
+            self._reserved.add(name)
+            self._released.discard(name)
+        return name
+
+    def release(self, name: str) -> None:
+        """What has not come to be a checkpoint under a reserved name may be removed."""
+        with self._names:
+            self._released.add(name)
 
     def settle(self, patience_s: float) -> Iterator[bool]:
         """Wait until all that is here is there: false every few seconds, and true in the end.
@@ -155,6 +180,9 @@ class Mirror:
 
     def _bring_checkpoints(self) -> None:
         """Put there what is to be kept and is not there, newest first; then remove what is no longer to be kept."""
+        with self._names:
+            self._reserved -= self._released
+            self._released.clear()
         there = self.run.checkpoints()
         known = [(name, step_and_revision(name), self.best.score(self._metrics_of(name))) for name in there.good]
         missing = {}
@@ -170,8 +198,9 @@ class Mirror:
             if not self._put(missing[name], name):
                 return  # retired meanwhile: another round is due, and until then nothing is removed
         for name in (*there.good, *there.unfinished):
-            if name not in keep:
-                self.run.remove_checkpoint(name)
+            with self._names:
+                if name not in keep and name not in self._reserved:
+                    self.run.remove_checkpoint(name)
 
     def _name_if_missing(self, path: Path, damaged: list[str]) -> str | None:
         """What a local checkpoint is to be called there; None if it is there, or here no more."""
@@ -216,6 +245,15 @@ class Mirror:
                 self.run.write(name, content)
                 self._sent[name] = content
 
+    def _lacks_parts(self) -> bool:
+        """Whether a checkpoint here lacks files that other machines have brought to the URL."""
+        paths = CheckpointStore(self.folder / CHECKPOINTS).paths()
+        manifests = [(path, as_json(read_bytes(path / MANIFEST))) for path in paths if (path / MANIFEST).exists()]
+        return any(
+            "tensors" in manifest and not all((path / file).exists() for file in contents_of(manifest) or ())
+            for path, manifest in manifests
+        )
+
     def _fetch(self) -> None:
         """Rebuild the working folder from what is there."""
         for name in (RECIPE, EVALUATION, SPIKES, DELIVERED, JOURNAL, CHECKPOINTS):
@@ -253,27 +291,3 @@ class Mirror:
                 others = name != names[0]
                 what = "the previous checkpoint is used" if others else "there is no other, so training starts over"
                 self._warn(f"{error} Quarantined; {what}.")
-
-
-class MirroredStore(CheckpointStore):
-    """A store whose checkpoints are uploaded to a URL once they are written."""
-
-    def __init__(self, mirror: Mirror, *, keep_last: int, keep_best: int) -> None:
-        super().__init__(mirror.folder / CHECKPOINTS, keep_last=keep_last, keep_best=keep_best)
-        self._mirror = mirror
-        mirror.keep_last, mirror.keep_best = keep_last, keep_best
-
-    def rank_by(self, best: Best) -> None:
-        """As CheckpointStore's, at the URL, too."""
-        super().rank_by(best)
-        self._mirror.best = best
-
-    def commit(self, state: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> Path:
-        """As CheckpointStore's; the upload is not waited for."""
-        path = super().commit(state, write)
-        self._mirror.bring()
-        return path
-
-    def settle(self, patience_s: float) -> Iterator[bool]:
-        """As the mirror's: until the checkpoints are at the URL."""
-        return self._mirror.settle(patience_s)

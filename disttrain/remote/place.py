@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,21 +119,43 @@ class RemoteRun:
         )
 
     def put_checkpoint(self, folder: Path, name: str) -> None:
-        """Bring a checkpoint there: its manifest last, when every other file is there in its full length."""
+        """Bring a checkpoint there: its manifest last, when every other file is there in its full length.
+
+        Files that other machines have brought by `put` need not be in the folder.
+        """
         place = f"{self._root}/{CHECKPOINTS}/{name}"
         manifest = (folder / MANIFEST).read_bytes()
-        files = contents_of(as_json(manifest)) or CONTENTS
+        listed = as_json(manifest)
+        files = contents_of(listed) or CONTENTS
         with self._explained():
             self._files.makedirs(place, exist_ok=True)
             reached("mirror: begun", checkpoint=name)
             for file in files:
-                self._files.put_file(str(folder / file), f"{place}/{file}")
-                self._files.invalidate_cache()
-                if self._files.info(f"{place}/{file}")["size"] != (folder / file).stat().st_size:
-                    raise OSError(f"{file} of {name} arrived incomplete")
+                local = folder / file
+                if local.exists() or file not in listed.get("files", {}):
+                    self._files.put_file(str(local), f"{place}/{file}")
+                    self._check_size(f"{place}/{file}", local.stat().st_size)
+                else:
+                    self._check_size(f"{place}/{file}", listed["files"][file]["size"])
         reached("mirror: tensors", checkpoint=name)
         self.write(f"checkpoints/{name}/{MANIFEST}", manifest)
         reached("mirror: committed", checkpoint=name)
+
+    def put(self, file: Path, checkpoint: str, is_alive: Callable[[], None]) -> None:
+        """Bring one file of a checkpoint there, calling `is_alive` with each piece, if the library sends pieces."""
+        from fsspec.callbacks import Callback  # only here: runs in folders need no fsspec
+
+        place = f"{self._root}/{CHECKPOINTS}/{checkpoint}"
+        with self._explained():
+            self._files.makedirs(place, exist_ok=True)
+            callback = Callback(hooks={"alive": lambda *_, **__: is_alive()})
+            self._files.put_file(str(file), f"{place}/{file.name}", callback=callback)
+            self._check_size(f"{place}/{file.name}", file.stat().st_size)
+
+    def _check_size(self, path: str, size: int) -> None:
+        self._files.invalidate_cache()
+        if self._files.info(path)["size"] != size:
+            raise OSError(f"{path.removeprefix(f'{self._root}/')} arrived incomplete")
 
     def get_checkpoint(self, name: str, path: Path, files: tuple[str, ...] | None = None) -> None:
         """Fetch a checkpoint, or some of its files, to the folder `path`, which comes to be only if all arrived.

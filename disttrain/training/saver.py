@@ -19,6 +19,8 @@ from disttrain.distributed.sharded import gathered, local
 from disttrain.errors import AgreedError, ConfigurationError, DisttrainError, is_circumstance
 from disttrain.health.finite import is_finite
 from disttrain.layout import RECIPE, metrics_of, step_of
+from disttrain.recipe.address import is_url
+from disttrain.remote import Brought
 from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker
@@ -48,7 +50,9 @@ class Saver:
         """When a checkpoint was last begun, by time.monotonic()."""
         self._job, self._run_dir, self._store = job, run_dir, store
         is_sharded, self._is_apart = job.strategy.is_sharded, job.strategy.trains_apart
-        self._shards = sharded_store(store, job.world, job.recipe.train.hang_timeout_s) if is_sharded else None
+        elsewhere = Brought(address, store) if is_sharded and is_url(address) else None
+        patience_s = job.recipe.train.hang_timeout_s
+        self._shards = sharded_store(store, job.world, patience_s, elsewhere) if is_sharded else None
         # What is gathered from all workers is a copy already.
         is_copy = (is_sharded and self._shards is None) or self._is_apart
         self._writer = CheckpointWriter(self._shards or store, None if is_copy else job.optimizer)

@@ -1,0 +1,98 @@
+"""Machines that share no folder each bring their part of a checkpoint to the URL; the manifest comes last."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from disttrain.checkpoint import (
+    CheckpointStore,
+    CheckpointWriter,
+    Outcome,
+    reach,
+    read_checkpoint,
+    weights_sha256,
+)
+from disttrain.checkpoint.reach import sharded_store
+from disttrain.distributed.world import join_world
+from disttrain.layout import MODEL, OPTIMIZER, shard_names
+from disttrain.remote import Brought, RemoteRun, local_copy
+from disttrain.testing import faults, workers
+from disttrain.training import session
+from tests.disttrain.checkpoint.test_checkpoint import state
+from tests.disttrain.checkpoint.test_shards import in_parts, moments, same, tensors
+from tests.disttrain.parallel.test_fsdp_models import FSDP, Odd, train
+from tests.disttrain.remote.test_remote import machine, settle
+
+
+def save_values(url: str, root: Path, *values: float) -> list[Outcome | None]:
+    """Save tensors of these values, whose whole parts are the steps, each rank on a machine of its own."""
+    with join_world("cpu", threads=1) as world, ExitStack() as until_the_end:
+        here = root / f"machine-{world.rank}"
+        store = CheckpointStore(here / "checkpoints")
+        if world.is_main:
+            store = until_the_end.enter_context(machine(url, here))
+        shards = sharded_store(store, world, 60, Brought(url, store))
+        assert shards is not None
+        writer = CheckpointWriter(shards)
+        outcomes = []
+        for value in values:
+            model = in_parts(world, tensors(value))
+            writer.save(*shards.mine(model, moments(model)), state(int(value)))
+            outcomes.append(writer.wait())
+            if world.is_main:
+                settle(store)  # type: ignore[arg-type]
+        shards.close()
+        writer.close()
+        return outcomes
+
+
+def test_each_machine_brings_its_part_and_another_one_reads_it(tmp_path: Path) -> None:
+    url = (tmp_path / "bucket" / "run").as_uri()
+    full = faults.fail(1, 28, at="shard: brought", step=2)
+    with workers(2, faults=[full], process_group=False) as group:
+        first, second, third, again = group.run(save_values, url, tmp_path, 1.0, 2.0, 3.0, 3.5)[0]
+    assert full.happened
+    assert second.path is None
+    assert second.error.startswith("rank 1 on ")
+    assert [one.error for one in (first, third, again)] == ["", "", ""]
+    there = RemoteRun(url).checkpoints()
+    assert (there.good, there.unfinished) == (["step-00000001", "step-00000003.2"], [])
+    assert not [path for path in (tmp_path / "machine-1").rglob("*") if path.is_file()], "it has nothing left to keep"
+    local = tmp_path / "machine-0" / "checkpoints" / "step-00000003"
+    theirs = [shard_names(file, 2)[1] for file in (MODEL, OPTIMIZER)]
+    assert not [name for name in theirs if (local / name).exists()], "nothing has gone by way of rank 0"
+
+    for folder in (tmp_path / "machine-0", tmp_path / "new"):  # the next start, there and elsewhere
+        with machine(url, folder) as store:
+            found = store.newest(lambda warning: None)
+            assert found is not None
+            assert found.state["step"] == 3
+            assert same(found, 3.5)
+
+
+def train_apart(run_dir: str, scratch: str, *overrides: str) -> None:
+    """Train with each rank on a machine of its own: neither reaches the other's working folder."""
+    os.environ["DISTTRAIN_SCRATCH"] = scratch
+    if os.environ["RANK"] == "1":
+        session.CheckpointStore = lambda folder, **keep: CheckpointStore(folder.parent / "other", **keep)  # type: ignore[attr-defined, assignment, misc]
+        reach.identity_of = lambda _: "another disk"
+    train(run_dir, Odd, FSDP, "train.non_finite=skip", *overrides)  # type: ignore[arg-type]
+
+
+@pytest.mark.long
+def test_machines_that_share_no_folder_stop_and_resume_a_sharded_run_behind_a_url(tmp_path: Path) -> None:
+    hashes = []
+    for name, stops in (("undisturbed", [()]), ("stopped", [("train.max_steps=3",), ()])):
+        url = (tmp_path / name / "run").as_uri()
+        for overrides in stops:
+            with workers(2, process_group=False) as group:
+                group.run(train_apart, url, str(tmp_path / name / "scratch"), *overrides)
+        with local_copy(url, "newest") as found:
+            hashes.append(weights_sha256(read_checkpoint(CheckpointStore(found / "checkpoints").paths()[-1]).model))
+    assert hashes[0] == hashes[1]
+    (local,) = (tmp_path / "stopped" / "scratch").glob("*/run/checkpoints")
+    assert not (local / "step-00000006" / shard_names(MODEL, 2)[1]).exists(), "nothing has gone by way of rank 0"
