@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
+from disttrain.parallel.deterministic import deterministic_algorithms
 from disttrain.recipe import Recipe
 
 _debugging: Any = torch.utils.deterministic
@@ -73,22 +74,19 @@ def exact_conditions(recipe: Recipe) -> Iterator[None]:
         yield
         return
     threads, workspace = torch.get_num_threads(), os.environ.get(_CUBLAS_WORKSPACE)
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
     _read_by_cublas_before()
     filled, benchmarked = _debugging.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     # The machine's cores shared out among its workers would be another number at another world size.
     if recipe.parallel.exact:
         torch.set_num_threads(recipe.train.threads or 1)
-    torch.use_deterministic_algorithms(True)
     _debugging.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
     torch.backends.cudnn.benchmark = False  # it would choose kernels by how fast they happen to be
     os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
     try:
-        yield
+        with deterministic_algorithms():
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(was_deterministic, warn_only=warned_only)
         _debugging.fill_uninitialized_memory = filled
         torch.backends.cudnn.benchmark = benchmarked
         if workspace is None:

@@ -39,6 +39,14 @@ def test_the_conditions_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) ->
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
+def test_a_compiler_that_is_there_is_to_be_deterministic_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(config, "deterministic", False)
+    with exact_conditions(load_recipe("digits", ["train.deterministic=true"])):
+        assert config.deterministic is torch.are_deterministic_algorithms_enabled() is True
+    assert config.deterministic is torch.are_deterministic_algorithms_enabled() is False
+
+
 def test_fast_mode_can_be_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
     threads = torch.get_num_threads()

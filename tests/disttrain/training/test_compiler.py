@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import importlib.util, sys
+import importlib.util, os, sys
 import torch, disttrain
 
 seen = []
@@ -31,10 +31,21 @@ recipe = {
     "name": "digits", "data": {"dataset": "synthetic", "options": {"num_train": 8, "num_test": 8}, "batch_size": 2},
     "train": {"epochs": 1}, "tracking": {"uri": "none"}, "parallel": {"strategy": "ddp"},
 }
+class LookInExactMode(disttrain.Hook):
+    def after_step(self, context):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not {"torch._dynamo.symbolic_convert", "torch._inductor", "sympy"} & sys.modules.keys()
+        assert os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1", "the compiler reads it when it is imported"
+
+exact = {**recipe, "parallel": {"exact": True, "slices": 2}}
+disttrain.train(exact, run_dir=sys.argv[1] + "-exact", hooks=LookInExactMode())
+assert not torch.are_deterministic_algorithms_enabled()
+assert "TORCHINDUCTOR_DETERMINISTIC" not in os.environ
 disttrain.train(recipe, run_dir=sys.argv[1], hooks=Look())
 assert seen == [False, False, True, True], seen
 assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.explain
 assert sys.meta_path == before
+assert torch._inductor.config.deterministic is False
 # What was to be left alone before the compiler was there is left alone by it.
 assert torch._dynamo.is_dynamo_disable_recursive(vars(torch.optim.Optimizer.zero_grad.__wrapped__)["__dynamo_disable"])
 """
@@ -42,6 +53,6 @@ assert torch._dynamo.is_dynamo_disable_recursive(vars(torch.optim.Optimizer.zero
 
 def test_a_run_imports_no_compiler_until_it_is_used(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path / "run"], capture_output=True, text=True, timeout=480, check=False
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "run")], capture_output=True, text=True, timeout=480, check=False
     )
     assert done.returncode == 0, done.stderr
