@@ -1,4 +1,4 @@
-"""Memory that a step frees: kept for the next one, where the C library would return it to the system."""
+"""What becomes of memory that a step frees: kept for the next one, or returned to the system."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
 
 # <malloc.h> of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -14,6 +17,7 @@ _NEVER = -1
 _LARGEST_KEPT = 1 << 30
 # As far as glibc moves its own threshold, and the most that versions before 2.35 take.
 _LARGEST_BY_ITSELF = 32 << 20
+_SMALLEST_RETURNED = 1 << 20
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 _TUNABLES = "GLIBC_TUNABLES"
 
@@ -41,6 +45,29 @@ def freed_memory_kept() -> Iterator[None]:
         glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BY_ITSELF)
         glibc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_BY_ITSELF)
         glibc.malloc_trim(0)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return each large block to the system when it is freed, from now on, and all that is free at once.
+
+    A block of weights that is gathered, cut up and freed again and again leaves holes that the next one does not fit
+    into, since it has to begin at a multiple of 64 bytes (glibc 2.36): the heap grew to several times the model.
+    """
+    glibc = _glibc()
+    if glibc is None or is_set_by_user(os.environ):
+        return
+    glibc.mallopt(_M_MMAP_THRESHOLD, _SMALLEST_RETURNED)
+    glibc.mallopt(_M_TRIM_THRESHOLD, 2 * _SMALLEST_RETURNED)
+    glibc.malloc_trim(0)
+
+
+def available_memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """What programs may take on this machine, in bytes: what is free, and no more than the container's limit."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        return min(available, int(limit_file.read_text()))
+    except (OSError, ValueError):  # no control group of version 2, or "max"
+        return available
 
 
 def is_set_by_user(environment: Mapping[str, str]) -> bool:

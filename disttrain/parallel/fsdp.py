@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
+from disttrain.distributed.allocator import return_freed_memory
 from disttrain.distributed.collectives import broadcast_, gather_objects, max_
+from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.mesh import mesh_of
@@ -46,15 +48,15 @@ class Fsdp(Strategy):
         super().__init__(model, f"FSDP2: {mesh.words()} ({_words(blocks)})")
         self._world = world
         self.slices, self.num_slices = range(world.rank, world.rank + 1), world.size
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                broadcast_(tensor.detach())
+        return_freed_memory()
         self._called = 0  # a checksum of which blocks this step has called, in their order
         self._blocks = blocks
         policy = self._offload_policy(recipe.cpu_offload)
-        for number, block in enumerate(blocks.values()):
+        for number, block in enumerate(blocks.values()):  # one after the other: none has another whole block then
+            _start_from_rank_0(block, world)
             block.register_forward_pre_hook(partial(self._note, number))
             fully_shard(block, mesh=mesh.devices, offload_policy=policy)
+        _start_from_rank_0(model, world)
         self._call = _Call(model)
         self._root: Any = fully_shard(self._call, mesh=mesh.devices, offload_policy=policy)
         self._modules: list[Any] = [module for module in self._call.modules() if isinstance(module, FSDPModule)]
@@ -66,6 +68,7 @@ class Fsdp(Strategy):
         self._prefetch(self._depth)
         self._parameters = dict(model.named_parameters())
         self._trainable = self._trainable_now()
+        return_freed_memory()
 
     def check_modules(self) -> None:
         """As `Strategy` has it."""
@@ -211,6 +214,15 @@ def blocks_of(model: nn.Module, class_names: Sequence[str] = ()) -> dict[str, nn
         for name, module in found.items()
         if any(True for _ in module.parameters()) and all(users[one] == 1 for one in module.parameters())
     }
+
+
+@torch.no_grad()
+def _start_from_rank_0(module: nn.Module, world: World) -> None:
+    """Bring what is whole of a module to its device, with the numbers that rank 0 has."""
+    module.to(world.device)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not is_sharded(tensor):
+            broadcast_(tensor.detach())
 
 
 def _words(blocks: dict[str, nn.Module]) -> str:

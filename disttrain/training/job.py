@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, CheckpointStore, optimizer_to_tensors, shared_names
-from disttrain.checkpoint.handout import read_by_main
+from disttrain.checkpoint import optimizer_to_tensors, shared_names
 from disttrain.data import Datasets, Digest, EvalLoader, Loader, SampleSets, StepSampler, digest_of
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
@@ -38,6 +38,7 @@ from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task
 from disttrain.training.optim import Schedule, build_optimizer
 from disttrain.training.sets import eval_loader, load_sets, model_for, served
+from disttrain.training.sharding import constructing, is_to_shard
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -216,8 +217,8 @@ class Job:
         }
 
 
-def build_job(recipe: Recipe, world: World, given: Given) -> Job:
-    """Build everything that `recipe` names, or take it from what was `given`.
+def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = None) -> Job:
+    """Build everything that `recipe` names, or take it from what was `given`; see `constructing` for the `folder`.
 
     The weights at the start are those of `torch.manual_seed(train.seed)` followed by the model's constructor. Every
     rank must call it. Raises ConfigurationError for whatever does not fit.
@@ -231,12 +232,15 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         batch_size=recipe.data.batch_size,
     )
     torch.manual_seed(recipe.train.seed)
-    model = model_for(recipe, given, data.train, task)
+    with constructing(recipe, world, folder):
+        model = model_for(recipe, given, data.train, task)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             f"{model_words(recipe, is_given=given.model is not None)}: it has no parameters to train."
         )
-    model = made_and_frozen(model, recipe.model).to(world.device)
+    model = made_and_frozen(model, recipe.model)
+    if not is_to_shard(recipe, world):  # what is goes there part by part
+        model = model.to(world.device)
     if recipe.train.compile:
         compile_model(model, recipe.train, world.device)
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
@@ -295,8 +299,3 @@ def build_job(recipe: Recipe, world: World, given: Given) -> Job:
         best=best,
         digest=digest_of(data.train) if world.is_main or recipe.parallel.on_lost_worker == "continue" else Digest(),
     )
-
-
-def newest_checkpoint(store: CheckpointStore, world: World, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest good checkpoint, read and verified by rank 0; its outline on the others. Every rank must call it."""
-    return read_by_main(world, lambda: store.newest(warn))

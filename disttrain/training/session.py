@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from disttrain.checkpoint import CheckpointStore
+from disttrain.checkpoint.handout import read_by_main
 from disttrain.distributed.collectives import broadcast_from_main, gather_objects
 from disttrain.distributed.launched import launched_by
 from disttrain.distributed.report import report_failure
@@ -41,7 +42,7 @@ from disttrain.training.apart import why_no_outer_step
 from disttrain.training.conclusion import is_concluded, tracked
 from disttrain.training.given import Given
 from disttrain.training.init import start_from_images, start_from_weights
-from disttrain.training.job import Job, build_job, newest_checkpoint
+from disttrain.training.job import Job, build_job
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
@@ -122,10 +123,10 @@ def _session_in(
     try:
         if world.is_main:
             store.clear_unfinished()
-        checkpoint = newest_checkpoint(store, world, console.warn)
+        checkpoint = read_by_main(world, lambda: store.newest(console.warn))
         refuse_unshardable(recipe, world, given)
         with console.relaying("disttrain.data"):
-            job = build_job(recipe, world, given)
+            job = build_job(recipe, world, given, path)
         store.rank_by(job.best)
         check_state(job)
         job.progress, job.watchdog = progress, watchdog

@@ -1,11 +1,16 @@
-"""What a run whose model is sharded cannot do, refused by name before anything is built."""
+"""A run whose model is sharded: what it cannot do, refused by name, and how a model is made that fits nowhere whole."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
 from torch import nn
 
+from disttrain.distributed.allocator import available_memory
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.models.spill import LargeTensorsInFiles
 from disttrain.recipe import Recipe
 from disttrain.training.given import Given
 
@@ -17,7 +22,7 @@ _ELEMENTWISE = frozenset(
 
 def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
     """Raise ConfigurationError for settings that `parallel.strategy = "fsdp"` cannot be combined with."""
-    if recipe.parallel.strategy != "fsdp" or world.size == 1:
+    if not is_to_shard(recipe, world):
         return
     why: dict[str, bool] = {
         f"optim.name = '{recipe.optim.name}', which needs whole tensors or is not tried with shards: use "
@@ -36,3 +41,18 @@ def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
     for reason, applies in why.items():
         if applies:
             raise ConfigurationError(f"parallel.strategy = 'fsdp' cannot be combined with {reason}.")
+
+
+def is_to_shard(recipe: Recipe, world: World) -> bool:
+    """Whether each worker is to hold a part of the model only."""
+    return recipe.parallel.strategy == "fsdp" and world.size > 1
+
+
+def constructing(recipe: Recipe, world: World, folder: Path | None) -> AbstractContextManager[object]:
+    """A context for the model's constructor: see `LargeTensorsInFiles`.
+
+    The workers of a machine have half of its memory in it: the other half is for the parts that they keep.
+    """
+    if folder is None or not is_to_shard(recipe, world):
+        return nullcontext()
+    return LargeTensorsInFiles(folder, available_memory() // (2 * world.local_size))

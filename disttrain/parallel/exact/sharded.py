@@ -99,6 +99,9 @@ class ShardedSlices(ExactSlices):
         self._model = model
         self._blocks: list[Block] = []
 
+    def _start_from_rank_0(self) -> None:
+        self._parameters = {}  # as they are cut; and to hold none of them whole
+
     def _num_integers(self) -> int:
         return 0  # each block has its own
 

@@ -54,8 +54,7 @@ class ExactSlices:
         self._parameters = dict(model.named_parameters())
         # Looked up once: a walk through the modules costs more than what a step does with the buffers of a small model.
         self._places = _places_of_buffers(model)
-        for tensor in (*self._parameters.values(), *self._buffers()):
-            broadcast_(tensor.detach())
+        self._start_from_rank_0()
         # Lives as long as the run: mapping that much memory anew at every step would cost more than the additions.
         self._scratch = torch.empty(self._num_integers(), dtype=torch.int64, device=world.device)
         # A look at a buffer is cheaper than a difference; but a GPU would have to be waited for, for each of them.
@@ -86,6 +85,10 @@ class ExactSlices:
         self._discrete_of_first: list[torch.Tensor] | None = None
         self._summands: list[Summands] = []
         self._closed: list[int] = []  # the slices that they are of
+
+    def _start_from_rank_0(self) -> None:
+        for tensor in (*self._parameters.values(), *self._buffers()):
+            broadcast_(tensor.detach())
 
     def _num_integers(self) -> int:
         """The integers of a sum, and a counter for each tensor, see `exact_sum_`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -13,14 +14,20 @@ from torch import nn
 import disttrain
 from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from disttrain.distributed.collectives import num_issued
+from disttrain.distributed.sharded import whole
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
 from disttrain.layout import MODEL, shard_names
+from disttrain.models.buffers import same_bits
 from disttrain.models.gpt import GPT
 from disttrain.models.resnet import resnet18
+from disttrain.models.spill import LargeTensorsInFiles
 from disttrain.parallel.fsdp import Fsdp, blocks_of
 from disttrain.recipe import ParallelRecipe, load_recipe
 from disttrain.testing import run_workers
+from disttrain.training.given import Given
+from disttrain.training.job import build_job
+from disttrain.training.sharding import constructing
 
 # 3 samples in the last batch: shares are uneven, and with three workers and micro-batches some are empty.
 SMALL = (
@@ -77,6 +84,24 @@ def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(folder: 
     alone = newest(folder / "alone")
     assert alone.state["step"] == 6
     assert_alike(newest(folder / "mixed"), alone)
+
+
+def test_a_model_that_is_made_in_files_starts_as_the_whole_one_does(folder: Path) -> None:
+    def unlike() -> tuple[int, list[str]]:
+        large = (*SMALL, f"data.root={folder / 'texts'}", "model.options={num_layers=2, num_heads=2, dim=256}")
+        with join_world("cpu", threads=1) as world:
+            whole_job = build_job(load_recipe("text-gpt", list(large)), world, Given())
+            with mock.patch("disttrain.training.sharding.available_memory", return_value=0):
+                in_files = constructing(load_recipe("text-gpt", [*large, FSDP]), world, folder)
+                with mock.patch("disttrain.training.job.constructing", return_value=in_files):
+                    job = build_job(load_recipe("text-gpt", [*large, FSDP]), world, Given(), folder)
+            pairs = zip(job.model.named_parameters(), whole_job.model.parameters(), strict=True)
+            differ = [name for (name, one), other in pairs if not same_bits(whole(one.detach()), other.detach())]
+            return cast("LargeTensorsInFiles", in_files).num_files, differ
+
+    for num_files, differ in run_workers(unlike, 2, process_group=False):
+        assert num_files >= 4, "the two layers of each MLP"
+        assert differ == []
 
 
 REFUSED = {
