@@ -239,8 +239,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
             f"{model_words(recipe, is_given=given.model is not None)}: it has no parameters to train."
         )
     model = made_and_frozen(model, recipe.model)
-    if not is_to_shard(recipe, world):  # what is goes there part by part
-        model = model.to(world.device)
+    model = model if is_to_shard(recipe, world) else model.to(world.device)  # else it goes there part by part
     if recipe.train.compile:
         compile_model(model, recipe.train, world.device)
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
