@@ -89,8 +89,8 @@ def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) 
     They are brought from the device while it goes on; a call of what is returned gives them.
 
     `largest` is what was known of the summands' magnitudes. A bound is some eight times the largest number of the sum,
-    and ABSENT for a tensor that was not there. After zeros and infinities nothing is expected: a tensor that was not
-    finite has not been summed, so what is in it is this rank's own.
+    so 0 after zeros, and ABSENT for a tensor that was not there. After infinities nothing is expected: a tensor that
+    was not finite has not been summed, so what is in it is this rank's own.
     """
     if math.inf in largest:
         return lambda: None
@@ -101,10 +101,12 @@ def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) 
 
 def bounds_after(found: Sequence[float]) -> list[float] | None:
     """As `expected_magnitudes` has them, from the magnitudes of the sums."""
-    if not all(magnitude == ABSENT or 0 < magnitude < math.inf for magnitude in found):
+    if not all(magnitude == ABSENT or 0 <= magnitude < math.inf for magnitude in found):
         return None
+    # A gradient that is always zero, as that of what is masked out or multiplied by zero, is expected to stay so.
     return [
-        ABSENT if magnitude == ABSENT else math.ldexp(1.0, math.frexp(magnitude)[1] + _MARGIN) for magnitude in found
+        magnitude if magnitude in (0.0, ABSENT) else math.ldexp(1.0, math.frexp(magnitude)[1] + _MARGIN)
+        for magnitude in found
     ]
 
 

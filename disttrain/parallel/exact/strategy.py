@@ -81,7 +81,7 @@ class SlicesSummed(Strategy):
             return
         by_name = expected if isinstance(expected, dict) else dict(zip(names, expected, strict=False))  # a list, once
         bounds = [by_name.get(name, math.nan) for name in names]
-        if len(expected) != len(names) or not all(bound == ABSENT or 0 < bound < math.inf for bound in bounds):
+        if len(expected) != len(names) or not all(bound == ABSENT or 0 <= bound < math.inf for bound in bounds):
             raise ConfigurationError(
                 f"{where}: '{_EXPECTED}' should be {len(names)} bounds, one for each parameter and buffer."
             )

@@ -170,10 +170,10 @@ def test_the_error_is_within_its_bound_where_an_expectation_holds(
     assert abs(Fraction(into[0].item()) - true) <= bound + abs(true) * Fraction(2) ** -52
 
 
-def test_nothing_is_expected_after_zeros_and_infinities_and_what_was_absent_stays_so() -> None:
+def test_nothing_is_expected_after_infinities_and_what_was_absent_or_zero_stays_so() -> None:
     one, zero = torch.tensor([1.0]), torch.tensor([0.0])
     assert expected_magnitudes([one, zero], [1.0, ABSENT])() == [16.0, ABSENT]
-    assert expected_magnitudes([one, zero], [1.0, 1.0])() is None
+    assert expected_magnitudes([one, zero], [1.0, 1.0])() == [16.0, 0.0]
     assert expected_magnitudes([torch.tensor([math.inf])], [math.inf])() is None
     # What was not finite anywhere has not been summed: what is in the tensor is this rank's own, and may be finite.
     assert expected_magnitudes([one, one], [1.0, math.inf])() is None

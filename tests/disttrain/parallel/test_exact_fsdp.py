@@ -13,6 +13,7 @@ from torch import nn
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.recipe import load_recipe
 from disttrain.testing import run_workers
 from tests.disttrain.parallel.exact_runs import outcome
@@ -87,11 +88,11 @@ class OddBySlice(Odd):
         return scores * self.some.sum() if inputs[0].sum() > 0 else scores
 
 
-def train_odd(run_dir: Path, *overrides: str) -> None:
+def train_odd(run_dir: Path, *overrides: str, model: type[nn.Module] = OddBySlice, seed: int = 1) -> None:
     recipe = load_recipe("digits", [*ODD, *overrides])
-    sets = {"train_set": samples(20, 1), "test_set": samples(10, 2)}
+    sets = {"train_set": samples(20, seed), "test_set": samples(10, 2)}
     torch.manual_seed(0)
-    disttrain.train(recipe, run_dir=run_dir, model=OddBySlice, task=Signs, **sets)
+    disttrain.train(recipe, run_dir=run_dir, model=model, task=Signs, **sets)
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero"])
@@ -104,6 +105,40 @@ def test_an_odd_model_has_the_bits_of_one_worker(tmp_path: Path, policy: str) ->
     assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))  # a loss that is NaN is among it
     state = read_checkpoint(CheckpointStore(tmp_path / "several" / "checkpoints").paths()[-1]).state
     assert state["non_finite"]["total"] > 0
+
+
+FINITE = 9  # the seed of samples that are all small
+
+
+class Zeroed(nn.Module):
+    """A parameter whose gradient is always zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
+        self.zeroed = nn.Parameter(torch.ones(7, 1))
+
+    def scores(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(inputs).tanh()) + self.zeroed.sum() * 0.0  # type: ignore[no-any-return]
+
+
+def test_a_gradient_that_is_always_zero_has_no_step_computed_twice(tmp_path: Path) -> None:
+    def second_passes() -> list[bool]:
+        asked, answers = ShardedSlices.needs_second_pass, list[bool]()
+
+        def noted(slices: ShardedSlices) -> bool:
+            answers.append(asked(slices))
+            return answers[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ShardedSlices, "needs_second_pass", noted)
+            train_odd(tmp_path / "several", *FSDP, model=Zeroed, seed=FINITE)
+        return answers
+
+    by_rank = run_workers(second_passes, 2, process_group=False)
+    assert by_rank == [[True, False, False, False]] * 2  # the first step's grids are not known
+    train_odd(tmp_path / "alone", *FSDP, model=Zeroed, seed=FINITE)
+    assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))
 
 
 class InPlace(Signs):
