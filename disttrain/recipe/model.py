@@ -163,8 +163,9 @@ class ParallelRecipe(Section):
         default=False,
         description="fsdp: GPUs keep weights and optimizer state in main memory, and get them block by block",
     )
-    on_lost_worker: Literal["restart", "continue"] = Field(
-        default="restart", description="exact, gloo, one machine: continue without a worker that dies, or restart all"
+    on_lost_worker: Literal["restart", "continue", "stop"] = Field(
+        default="restart",
+        description="restart all when one is killed; continue without it (exact mode, gloo); or stop: end the run",
     )
     audit_every_steps: WholeNumber = Field(
         default=0,

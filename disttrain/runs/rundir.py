@@ -192,15 +192,18 @@ def _shown(value: object) -> str:
     return "unset" if value is None else repr(value)
 
 
-def resume_command(run_dir: Path | str) -> str:
-    """The command that resumes a run, as a shell takes it; in words where only the user who started it can know it."""
-    launcher = launched_by()
+def resume_command(run_dir: Path | str, environment: Mapping[str, str] = os.environ) -> str:
+    """The command that resumes a run, as a shell takes it; in words where only the user who started it can know it.
+
+    `environment`: a worker's.
+    """
+    launcher = launched_by(environment)
     if launcher == NODE_LAUNCHER:
         return "the same command on each machine"
     if launcher == "torchrun":
         return f"the same torchrun command, with --run-dir {shlex.quote(str(run_dir))}"
     folder = working_folder(str(run_dir)) if is_url(str(run_dir)) else Path(run_dir)
-    command = " ".join(["disttrain train", *launcher_options(), f"--run-dir {shlex.quote(str(run_dir))}"])
+    command = " ".join(["disttrain train", *launcher_options(environment), f"--run-dir {shlex.quote(str(run_dir))}"])
     try:
         ask_before_resuming(load_recipe(str(folder / RECIPE), of_run=True), run_dir)
     except RecipeError:

@@ -54,11 +54,15 @@ class LocalEnding(Ending):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The job's exit code, the message for the user, and the traceback of an unexpected failure."""
+    """The job's exit code, the message for the user, and the traceback of an unexpected failure.
+
+    `is_loss`: the cause is a worker that was killed by a signal.
+    """
 
     exit_code: int
     message: str = ""
     traceback: str | None = None
+    is_loss: bool = False
 
 
 def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
@@ -79,7 +83,8 @@ def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
         message = cause.message if cause.report else f"the worker {cause.message}"
     else:
         message = cause.message if is_common else cause.told()
-    return Outcome(cause.exit_code, message, cause.report.traceback if cause.report else None)
+    traceback = cause.report.traceback if cause.report else None
+    return Outcome(cause.exit_code, message, traceback, is_loss=cause.code < 0)
 
 
 def content_of(error_file: IO[bytes]) -> object:

@@ -15,10 +15,11 @@ class Restarts:
     Args:
         most: how many.
         run_dir: the folder of the run, whose journal and checkpoints show its progress.
+        stops_after_loss: whether a worker that is killed ends the run, whatever is allowed.
     """
 
-    def __init__(self, most: int = 0, run_dir: Path | None = None) -> None:
-        self.most, self.made = most, 0
+    def __init__(self, most: int = 0, run_dir: Path | None = None, *, stops_after_loss: bool = False) -> None:
+        self.most, self.made, self._stops_after_loss = most, 0, stops_after_loss
         self.gave_up: str | None = None
         """Why the run is not restarted although restarts are left, if that is so."""
         self._run_dir = run_dir
@@ -27,6 +28,9 @@ class Restarts:
     def helps(self, outcome: Outcome) -> bool:
         """Whether to restart the workers after this outcome; to be called once for each."""
         if ExitCode.is_final(outcome.exit_code) or self.made >= self.most:
+            return False
+        if outcome.is_loss and self._stops_after_loss:
+            self.gave_up = 'parallel.on_lost_worker is "stop": not restarting'
             return False
         before, self._failed_at = self._failed_at, (self._run_dir and newest_step(self._run_dir)) or 0
         if before is not None and self._failed_at == before:  # not <=: a damaged line may have shown too many

@@ -21,6 +21,13 @@ def test_a_failure_that_rank_0_decided_names_no_rank_whoever_told_it_first() -> 
         assert (outcome.exit_code, outcome.message) == (1, words)
 
 
+def test_a_worker_that_is_killed_is_a_loss_and_one_that_fails_is_none() -> None:
+    gone = Report("Connection closed by peer", "a", 9.0, None, is_consequence=True)
+    lost = settle([ending(0, 1, gone), ending(1, -signal.SIGKILL)], stop_requested=False)
+    assert (lost.exit_code, lost.is_loss) == (1, True)
+    assert not settle([ending(0, 1, gone), ending(1, 1)], stop_requested=False).is_loss
+
+
 def test_an_unexpected_failure_names_its_rank() -> None:
     report = Report("ValueError: odd", "b", 9.0, "Traceback …")
     outcome = settle([ending(0, -signal.SIGTERM, asked=True), ending(1, 1, report)], stop_requested=False)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from disttrain.recipe import ExitCode
+from disttrain_launch.cli.train import how_to_resume
+from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.outcome import Outcome
 from disttrain_launch.restarts import Restarts
 from tests.launch.conftest import StartLauncher
@@ -96,6 +98,22 @@ time.sleep(60)
     returncode, _, err = launcher.end()
     assert returncode == 75
     assert err.splitlines()[-1] == "disttrain: stopped on request"
+
+
+def test_a_loss_may_be_the_end_and_an_error_not() -> None:
+    restarts = Restarts(5, None, stops_after_loss=True)
+    assert restarts.helps(Outcome(ExitCode.FAILURE, "ValueError"))
+    assert not restarts.helps(Outcome(ExitCode.FAILURE, "was killed", is_loss=True))
+    assert restarts.gave_up == 'parallel.on_lost_worker is "stop": not restarting'
+
+
+def test_how_a_run_that_a_loss_has_ended_is_resumed(tmp_path: Path) -> None:
+    group = WorkerGroup((), 3, options="-n 3")
+    assert how_to_resume(str(tmp_path), tmp_path, group) == ""
+    (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
+    assert how_to_resume(str(tmp_path), tmp_path, group) == (
+        f"the newest checkpoint is of step 7; resume with: disttrain train -n 3 --run-dir {tmp_path}"
+    )
 
 
 def test_how_far_a_run_has_come_is_seen_in_its_journal_too(tmp_path: Path) -> None:

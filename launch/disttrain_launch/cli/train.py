@@ -36,6 +36,7 @@ from disttrain_launch.messages import say
 
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
+    from disttrain_launch.local.group import WorkerGroup
 
 
 # What a first start leaves that was killed before it had a recipe.
@@ -106,11 +107,22 @@ def train(
         return
     say(f"starting {num_workers} worker{'s' if num_workers > 1 else ''}…")
     try:
-        run_workers(group, Restarts(max_restarts, folder), max_losses)
+        stops_after_loss = checked.parallel.on_lost_worker == "stop"
+        restarts = Restarts(max_restarts, folder, stops_after_loss=stops_after_loss)
+        run_workers(group, restarts, max_losses, lambda: how_to_resume(run_dir, folder, group))
     except SystemExit as ending:
         if not is_named and ExitCode.explains(int(ending.code or 0)):
             _remove_unused(folder)
         raise
+
+
+def how_to_resume(run_dir: str, folder: Path, group: WorkerGroup) -> str:
+    """What to do after the loss of a worker that ended the run; empty if it has no checkpoint."""
+    from disttrain.runs.rundir import resume_command
+
+    newest = layout.newest_checkpoint(folder)
+    command = resume_command(run_dir, group.environment(0, 0))
+    return f"the newest checkpoint is of step {layout.step_of(newest)}; resume with: {command}" if newest else ""
 
 
 def _remove_unused(folder: Path) -> None:

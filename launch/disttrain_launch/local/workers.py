@@ -34,11 +34,16 @@ MOST_LOSSES = 10
 _LOSSES_WITHIN_S = 600.0
 
 
-def run_workers(group: WorkerGroup, restarts: Restarts | None = None, max_losses: int = MOST_LOSSES) -> NoReturn:
+def run_workers(
+    group: WorkerGroup,
+    restarts: Restarts | None = None,
+    max_losses: int = MOST_LOSSES,
+    how_to_resume: Callable[[], str] = str,
+) -> NoReturn:
     """Run the group to its end, report what went wrong if something did, and exit with the workers' own code.
 
     After a failure that is worth a retry it is restarted, as `restarts` allow. Where workers continue without one that
-    is lost, they do so after `max_losses` within ten minutes.
+    is lost, they do so after `max_losses` within ten minutes. If a loss ends the run, `how_to_resume` says what to do.
     """
     restarts = restarts or Restarts()
     with signals_heard() as signals:
@@ -56,6 +61,8 @@ def run_workers(group: WorkerGroup, restarts: Restarts | None = None, max_losses
             complain(f"restart {restarts.made} of {restarts.most} from the latest checkpoint")
     if restarts.gave_up:
         complain(restarts.gave_up)
+    if outcome.is_loss:
+        complain(how_to_resume())
     sys.exit(outcome.exit_code)
 
 
