@@ -130,15 +130,16 @@ class Loader:
         """These samples of the split, (b,) int64, as they come in this epoch, in one batch; read in this process."""
         return self.fetched(epoch, samples).data
 
-    def as_evaluated(self, samples: torch.Tensor) -> Any:
-        """These samples of the split, (b,) int64, as an evaluation would get them; read in this process."""
-        data = self._reader.take(samples, 0).data
-        return _prepared(self._task, data, 0, 0, samples, self._device, training=False)
+    def sizes(self) -> list[int]:
+        """How many samples this worker's batches have, the largest first: those of whole steps and of the last one."""
+        steps = (0, len(self) - 1)
+        found = {len(piece.samples) for step in steps for piece in self._pieces(0, step)}
+        return sorted(found, reverse=True)
 
-    def fetched(self, epoch: int, samples: torch.Tensor) -> Fetched:
-        """As `samples`, with the batch's weight."""
+    def fetched(self, epoch: int, samples: torch.Tensor, *, training: bool = True) -> Fetched:
+        """As `samples`, with the batch's weight; without `training` prepared as for an evaluation."""
         fetched = self._reader.take(samples, rng.derive(self._seed, epoch))
-        return Fetched(self._prepared(fetched.data, epoch, samples), fetched.weight)
+        return Fetched(self._prepared(fetched.data, epoch, samples, training=training), fetched.weight)
 
     def parts(self, epoch: int, step: int, slice_index: int) -> list[Batch]:
         """One slice of a step, as the worker that serves it has it; read in this process."""
@@ -199,8 +200,8 @@ class Loader:
             data, piece.samples, weight, piece.is_filler, piece.slice_index, piece.opens_slice, piece.closes_slice
         )
 
-    def _prepared(self, data: Any, epoch: int, samples: torch.Tensor) -> Any:
-        return _prepared(self._task, data, self._seed, epoch, samples, self._device, training=True)
+    def _prepared(self, data: Any, epoch: int, samples: torch.Tensor, *, training: bool = True) -> Any:
+        return _prepared(self._task, data, self._seed, epoch, samples, self._device, training=training)
 
 
 def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBatch]:

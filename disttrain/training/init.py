@@ -67,7 +67,7 @@ def _whitening(job: Job) -> Checkpoint:
     assert name is not None
     layer = convolution_to_whiten(job.model, name)
     num = min(_MOST_IMAGES, len(job.data.train))
-    images = next(iter(tensors_in(job.loader.as_evaluated(torch.arange(num)))), None)
+    images = next(iter(tensors_in(job.loader.fetched(0, torch.arange(num), training=False).data)), None)
     shape = tuple(layer.weight.shape)
     if images is None or images.ndim != 4 or not images.is_floating_point() or images.shape[1] != shape[1]:
         found = "no tensors" if images is None else f"tensors {tuple(images.shape[1:])}"

@@ -47,6 +47,7 @@ from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
 from disttrain.training.preflight.state import check_state
+from disttrain.training.preflight.warmup import warm_up
 from disttrain.training.recoverable import why_it_restarts
 from disttrain.training.resume import resume
 from disttrain.training.sharding import refuse_unshardable
@@ -146,6 +147,8 @@ def _session_in(
         checkpoint = None  # rank 0 would keep a second copy of the weights for as long as the run lives
         if not job.is_finished:
             check_model(job, console.warn)
+            if words := warm_up(job):
+                console.line(words)
         if not job.strategy.bits_depend_on_world_size and not job.is_finished:
             for difference in unlike_the_first(gather_objects(job.environment_fingerprint())):
                 console.warn(f"the workers differ: {difference}; the bits may differ from other runs'.")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.gpu import checks, runs, several, speed  # noqa: F401  # registers them
+from tests.gpu import checks, fast, runs, several, speed  # noqa: F401  # registers them
 from tests.gpu.registry import CHECKS, DEVICE, SkippedError
 
 _SKIPPED = 5

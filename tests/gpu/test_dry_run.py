@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import checks
+from tests.gpu import checks, fast
 from tests.gpu.registry import CHECKS, ROOT, Answer, SkippedError
 
 CHEAP = [checks.facts, checks.finite_check_of_every_type, checks.sums_of_integers_are_those_of_the_cpu,
-         checks.batches_are_those_of_the_cpu]  # fmt: skip
+         checks.batches_are_those_of_the_cpu, fast.orthogonalised_matrices_are_near_those_of_the_cpu]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", CHEAP, ids=lambda function: function.__name__)

@@ -41,8 +41,8 @@ def check_model(job: Job, warn: Callable[[str], None]) -> None:
     job.strategy.check_modules()  # by name, before it fails for a reason of its own
     _evaluate(job)
     rehearse(job)
-    check_task(job, lambda: _quietly(job, training=True), warn)
-    check_score(job, _num_samples(job, training=False), lambda: _quietly(job, training=False))
+    check_task(job, lambda: quietly(job, training=True), warn)
+    check_score(job, _num_samples(job, training=False), lambda: quietly(job, training=False))
 
 
 def rehearse(job: Job) -> None:
@@ -54,7 +54,7 @@ def rehearse(job: Job) -> None:
     """
     num = _num_samples(job, training=True)
     data, weight = job.loader.fetched(0, torch.arange(num))
-    with _explained(job, "loss", data, num, training=True), _quietly(job, training=True):
+    with _explained(job, "loss", data, num, training=True), quietly(job, training=True):
         with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
             loss = job.strategy.loss(partial(checked_loss, job.task), data, num_samples=num)
         job.strategy.rehearse(loss)
@@ -70,7 +70,7 @@ def _evaluate(job: Job) -> None:
     data = job.eval_loader.samples(torch.arange(num))
     with (
         _explained(job, "score", data, num, training=False),
-        _quietly(job, training=False),
+        quietly(job, training=False),
         torch.autocast(job.world.device.type, job.autocast, job.autocast is not None),
     ):
         score = checked_score(job.task, job.strategy.score(_score(job.task), data))
@@ -83,8 +83,8 @@ def _score(task: Task) -> Callable[[nn.Module, Any], Mapping[str, Any]]:
 
 
 @contextmanager
-def _quietly(job: Job, *, training: bool) -> Iterator[None]:
-    """Compute in this mode, as a step does, and leave no trace."""
+def quietly(job: Job, *, training: bool, compiled: bool = False) -> Iterator[None]:
+    """Compute in this mode, as a step does, and leave no trace; `compiled`: by a compiled model's kernels."""
     is_fast = job.strategy.bits_depend_on_world_size
     job.model.train(training)
     try:
@@ -94,7 +94,7 @@ def _quietly(job: Job, *, training: bool) -> Iterator[None]:
             generators_kept(),
             named_operators(job.world.device, *(["or set train.deterministic = false"] if is_fast else [])),
             torch.set_grad_enabled(training),  # as in training: a model may hang hooks on what has a gradient
-            torch.compiler.set_stance("force_eager") if job.recipe.train.compile else nullcontext(),
+            torch.compiler.set_stance("force_eager") if job.recipe.train.compile and not compiled else nullcontext(),
         ):
             rng.seed_layers(job.world.device, 0, 0, 0)  # the same on all ranks
             yield

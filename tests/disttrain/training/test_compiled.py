@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
 from disttrain.training.compiled import compile_model
+from disttrain.training.given import Given
+from disttrain.training.job import build_job
+from disttrain.training.loop import train_step
+from disttrain.training.preflight.model import check_model
+from disttrain.training.preflight.warmup import warm_up
+from tests.disttrain.parallel.exact_runs import SMALL
 
 CPU = torch.device("cpu")
 
@@ -53,6 +61,51 @@ def test_kernels_follow_from_the_shape_and_not_from_the_batches_before(
     for size in (8, 8, 5, 8, 5):
         model(torch.ones(size, 4))
     assert ran == ["fixed", "fixed", *[after_a_last_batch] * 3]
+
+
+def test_kernels_are_made_before_the_first_step_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 70 samples in batches of 16: whole ones, and a last one of 6, by two micro-batches each."""
+    made: list[str] = []
+
+    def backend(graph: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+        made.append("a graph")
+        return graph
+
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model, **options: compile_(model, backend=backend, dynamic=False))
+    monkeypatch.setenv("CXX", sys.executable)
+    torch.compiler.reset()  # type: ignore[no-untyped-call]
+    recipe = load_recipe(
+        "digits", [*SMALL, "parallel.exact=false", "train.compile=true", "train.accumulate=2", "data.flip=true"]
+    )
+    with join_world("cpu", threads=1) as world:
+        job = build_job(recipe, world, Given(model=WithStatistics()))
+        check_model(job, pytest.fail)
+        assert made == [], "what is tried before training has sizes that training has not"
+        before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+        words = warm_up(job)
+        assert words is not None
+        assert words.startswith("compiled for batches of 8 and 3 in ")
+        num = len(made)
+        assert num >= 2
+        assert all(torch.equal(tensor, before[name]) for name, tensor in job.model.state_dict().items())
+        for batch in job.loader.epoch(0):
+            train_step(job, batch)
+            job.step += 1
+        assert len(made) == num
+        job.close()
+
+
+class WithStatistics(nn.Module):
+    """A class of its own, with a buffer that each batch changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(3072), nn.Linear(3072, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.last(self.norm(images.flatten(1)))
+        return scores
 
 
 @pytest.mark.parametrize(
