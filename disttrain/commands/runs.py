@@ -16,6 +16,8 @@ from disttrain.errors import brief, in_digits, printable
 from disttrain.layout import LOGS, RECIPE
 from disttrain.worker import leave, worker
 
+_MOST_RANKS = 10  # of lost workers, to be named
+
 
 @click.group(name="disttrain runs")
 def command() -> None:
@@ -123,6 +125,10 @@ def show(run: str, as_json: bool) -> None:
         return
     print(printable(f"{summary['name']}: {summary['state']}, {_words(summary)}"))
     print(printable(f"workers      {summary['world_size'] or 'unknown'}"))
+    if lost := summary["lost_workers"]["ranks"]:
+        ranks = ", ".join(f"{rank}" for rank in lost[-_MOST_RANKS:])
+        of = f"the last were ranks {ranks}" if len(lost) > _MOST_RANKS else f"rank{'s' * (len(lost) > 1)} {ranks}"
+        print(printable(f"lost         {len(lost)}: {of}; {summary['lost_workers']['seconds']:.1f} s in all"))
     print(printable(f"MLflow run   {summary['mlflow_run_id'] or 'none'}"))
     best = summary["best"]
     for checkpoint in summary["checkpoints"]:
@@ -233,7 +239,9 @@ def _words(summary: dict[str, Any]) -> str:
     step, total = summary["step"], summary["total_steps"]
     words = f"step {step}" + (f" of {total}" if total else "") + f", epoch {summary['epoch']}"
     value = _value(summary["best"]["metric"], summary["metrics"])
-    return f"{words}, {value}" if value else words
+    lost = len(summary["lost_workers"]["ranks"])
+    found = [words, value, f"{lost} worker{'s' * (lost > 1)} lost" if lost else ""]
+    return ", ".join(filter(None, found))
 
 
 def _value(name: str, metrics: dict[str, float]) -> str:

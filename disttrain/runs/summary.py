@@ -20,13 +20,14 @@ from disttrain.layout import (
     step_of,
 )
 from disttrain.runs.journal import last_status, last_step
+from disttrain.runs.losses import losses
 
 # The journal's last status, in a person's words.
 _STATES = {"RUNNING": "unfinished", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
 
 def summarise(run: Path) -> dict[str, Any]:
-    """The run's name, state, step, epoch, world size, checkpoints and MLflow run, as JSON can hold them.
+    """The run's name, state, step, epoch, world size, lost workers, checkpoints and MLflow run, as JSON can hold them.
 
     The state is "finished", "stopped", "failed", "unfinished" (running, or killed) or "new". Step and
     epoch are those of the newest checkpoint. Reads whatever is there, damaged or not, and changes nothing.
@@ -35,6 +36,7 @@ def summarise(run: Path) -> dict[str, Any]:
     state = _read_json(paths[-1] / STATE) if paths else {}
     checkpoints = [_checkpoint(path) for path in paths]
     status = last_status(run / JOURNAL)
+    lost_ranks, lost_seconds = losses(run / JOURNAL)
     return {
         "name": run.name,
         "state": "new" if status is None else _STATES.get(status, "unfinished"),
@@ -45,6 +47,7 @@ def summarise(run: Path) -> dict[str, Any]:
         "accuracy": metrics_in(state).get("accuracy"),
         "best": _best(best_in(state), checkpoints),
         "world_size": state.get("world_size"),
+        "lost_workers": {"ranks": lost_ranks, "seconds": lost_seconds},
         "checkpoints": checkpoints,
         "mlflow_run_id": _read_json(run / DELIVERED).get("run_id"),
     }
