@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
-from disttrain.layout import CONSOLE
+from disttrain.layout import CONSOLE, LAUNCHER_PID
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -52,14 +52,29 @@ def have_unbreakable_output() -> None:
 
 def take_the_launchers_streams() -> None:
     """Print where the launcher does from now on, if it has left descriptors of its streams."""
-    numbers = os.environ.get(CONSOLE, "").split()
-    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-        return
-    for stream, number, descriptor in zip((sys.stdout, sys.stderr), numbers, (1, 2), strict=True):
+    for stream, left, descriptor in zip((sys.stdout, sys.stderr), _left_by_the_launcher(), (1, 2), strict=False):
         with suppress(OSError, ValueError):
             stream.flush()
         with suppress(OSError):
-            os.dup2(int(number), descriptor)
+            os.dup2(left, descriptor)
+
+
+def leave_the_launchers_streams() -> None:
+    """Close the descriptors of the launcher's streams: this process will not print in the place of another.
+
+    A process that a user's code forks would keep them open, and whoever reads the launcher's output would wait for it.
+    """
+    if os.environ.get(LAUNCHER_PID) == str(os.getppid()):  # else the variable is of another process, which started this
+        for descriptor in _left_by_the_launcher():
+            if descriptor > 2:
+                with suppress(OSError):
+                    os.close(descriptor)
+        os.environ.pop(CONSOLE, None)
+
+
+def _left_by_the_launcher() -> list[int]:
+    numbers = os.environ.get(CONSOLE, "").split()
+    return [int(number) for number in numbers] if len(numbers) == 2 and all(map(str.isdecimal, numbers)) else []
 
 
 def unfailing(stream: TextIO) -> IO[str]:

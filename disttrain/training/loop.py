@@ -26,6 +26,7 @@ from disttrain.parallel.conditions import exact_conditions, float32_by_default, 
 from disttrain.recipe import Recipe, as_recipe, ask_before_resuming, is_own_recipe, load_recipe_for, old_names_in
 from disttrain.recipe.reference import look_for_code
 from disttrain.task import Task, named_at
+from disttrain.terminal.output import leave_the_launchers_streams
 from disttrain.training.audit import Corruption, audit, is_audited
 from disttrain.training.backward import backward_from, constant_over
 from disttrain.training.compiler import compiler_when_used
@@ -144,6 +145,8 @@ def _run(
 def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole_process: bool) -> Result:
     settings = recipe.train
     in_time = settings.hang_timeout_s
+    if recipe.parallel.on_lost_worker != "continue":  # else this worker may take rank 0's place
+        leave_the_launchers_streams()
     with (
         stop_requests() as stop,
         freed_memory_kept(),

@@ -16,6 +16,7 @@ import pytest
 
 from disttrain.health.stop import stop_requests
 from disttrain.runs.log import LogFile
+from disttrain.terminal.output import leave_the_launchers_streams
 from disttrain.tracking import last_status
 from tests.disttrain.parallel.exact_runs import SMALL
 
@@ -105,3 +106,18 @@ def test_a_terminal_that_closes_is_a_request_to_stop_unless_nohup_has_it_ignored
         assert stop.received is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_worker_that_will_not_lead_keeps_no_stream_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    left = os.dup(writer), os.dup(writer)
+    os.close(writer)
+    monkeypatch.setenv("DISTTRAIN_CONSOLE", "{} {}".format(*left))
+    monkeypatch.setenv("DISTTRAIN_LAUNCHER_PID", "1" if os.getppid() != 1 else "2")
+    leave_the_launchers_streams()
+    assert os.write(left[0], b"x") == 1, "they are those of another process"
+    monkeypatch.setenv("DISTTRAIN_LAUNCHER_PID", str(os.getppid()))
+    leave_the_launchers_streams()
+    with os.fdopen(reader, "rb") as stream:
+        assert stream.read() == b"x", "nobody holds the other end"
+    assert "DISTTRAIN_CONSOLE" not in os.environ

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch._dynamo  # which an optimizer imports at its first step
 
 import disttrain.training.loop  # noqa: F401  # here once, and not in each worker
 from disttrain import faultpoints
