@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from disttrain.recipe.model import ParallelRecipe, Recipe
+from typing import Any
+
+from disttrain.recipe.model import Recipe, TaskRecipe
 
 _FSDP, _SYNC = 'parallel.strategy = "fsdp"', "parallel.sync_every"
+_CROPS, _IMAGES = "data.crop_padding", f'task.name = "{TaskRecipe().name}"'
 _NEEDED = {
-    "shard_modules": _FSDP,
-    "shard_size": _FSDP,
-    "prefetch": _FSDP,
-    "cpu_offload": _FSDP,
-    "outer_learning_rate": _SYNC,
-    "outer_momentum": _SYNC,
+    "parallel.shard_modules": _FSDP,
+    "parallel.shard_size": _FSDP,
+    "parallel.prefetch": _FSDP,
+    "parallel.cpu_offload": _FSDP,
+    "parallel.outer_learning_rate": _SYNC,
+    "parallel.outer_momentum": _SYNC,
+    "data.crop_fill": _CROPS,
+    "data.flip": _IMAGES,
+    "train.eval_views": _IMAGES,
 }
 
 
 def keys_without_effect(recipe: Recipe) -> list[str]:
     """A line for each key that the recipe sets in vain: not refused, as strategies may change when a run resumes."""
-    parallel, defaults = recipe.parallel, ParallelRecipe()
-    there = {_FSDP: parallel.strategy == "fsdp", _SYNC: parallel.sync_every > 0}
+    parallel, defaults = recipe.parallel, Recipe()
+    there = {
+        _FSDP: parallel.strategy == "fsdp",
+        _SYNC: parallel.sync_every > 0,
+        _CROPS: recipe.data.crop_padding > 0,
+        _IMAGES: recipe.task.name == TaskRecipe().name or ":" in recipe.task.name,  # a task of one's own may use it
+    }
     return [
-        f"parallel.{key} has no effect without {needed}"
-        for key, needed in _NEEDED.items()
-        if not there[needed] and getattr(parallel, key) != getattr(defaults, key)
+        f"{dotted} has no effect without {needed}"
+        for dotted, needed in _NEEDED.items()
+        if not there[needed] and _value(recipe, dotted) != _value(defaults, dotted)
     ]
+
+
+def _value(recipe: Recipe, dotted: str) -> Any:
+    section, _, key = dotted.partition(".")
+    return getattr(getattr(recipe, section), key)

@@ -86,6 +86,7 @@ def steps(*overrides: str, prepare: Callable[[Job], None] = lambda job: None) ->
             "train.precision=bf16",
         ),
         ("data.crop_padding=2", "data.flip=true", "data.cutout=4", "train.non_finite=skip", "optim.momentum=0.9"),
+        ("data.crop_padding=2", "data.crop_fill=reflect", "data.flip=alternate", "optim.name=muon", "optim.other=sgd"),
     ],
 )
 def test_a_step_of_fast_mode_looks_once(overrides: tuple[str, ...]) -> None:
