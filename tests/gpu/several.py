@@ -76,11 +76,12 @@ def exact_mode_has_the_same_bits_on_all_gpus() -> Answer:
 
 @check(300, several=True)
 def fsdp_learns_and_is_resumed_by_one_worker() -> Answer:
-    """Shards over all GPUs: a loss that falls, a checkpoint that one worker resumes, and then all again."""
+    """Shards over all GPUs: a loss that falls, a checkpoint that one worker resumes; then all, from main memory."""
+    sharded, offloaded = "parallel.strategy=fsdp", ("parallel.cpu_offload=true", "parallel.prefetch=1")
     with tempfile.TemporaryDirectory() as folder:
         run_dir, seen = Path(folder) / "run", []
-        for size, epochs, strategy in ((sizes()[-1], 3, "fsdp"), (1, 4, "auto"), (sizes()[-1], 5, "fsdp")):
-            ended = launched(size, run_dir, f"parallel.strategy={strategy}", f"train.epochs={epochs}")
+        for size, epochs, *overrides in ((sizes()[-1], 3, sharded), (1, 4), (sizes()[-1], 5, sharded, *offloaded)):
+            ended = launched(size, run_dir, f"train.epochs={epochs}", *overrides)
             assert ended.code == 0, ended.output[-2000:]
             seen.append(int(bits(run_dir).split()[0]))
         losses = logged(run_dir, "train/loss")

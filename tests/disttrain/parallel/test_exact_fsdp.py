@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
+from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.exact.norm import norm_of_whole
 from disttrain.parallel.exact.sharded import ShardedSlices
+from disttrain.parallel.mesh import mesh_of
 from disttrain.recipe import load_recipe
 from disttrain.testing import run_workers
 from tests.disttrain.parallel.exact_runs import outcome
@@ -141,6 +145,22 @@ def test_a_gradient_that_is_always_zero_has_no_step_computed_twice(tmp_path: Pat
     assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))
 
 
+def test_the_norm_of_parts_has_the_bits_of_the_whole_also_of_fewer_gradients_than_workers() -> None:
+    def norms() -> list[tuple[float, float]]:
+        found = []
+        with join_world("cpu", threads=1) as world:
+            mesh = mesh_of(world, 2)
+            placements = [Replicate(), Shard(0)]
+            for num in (1, 5):
+                wholes = [torch.randn(7, 33, generator=torch.Generator().manual_seed(one)) for one in range(num)]
+                cut = [distribute_tensor(one, mesh.devices, placements, src_data_rank=None) for one in wholes]
+                found.append((norm_of_whole(cut, mesh).item(), nn.utils.get_total_norm(wholes).item()))
+        return found
+
+    for by_rank in run_workers(norms, 4, process_group=False):
+        assert all(of_parts == of_whole for of_parts, of_whole in by_rank)
+
+
 class InPlace(Signs):
     """A task that writes to its batch, which so is another one when a slice is computed again."""
 
@@ -213,7 +233,7 @@ def test_one_hash_whatever_the_number_of_workers_and_the_strategy(folder: Path, 
     for size in (2, 3, 4):
         on(size, train, f"ddp-{size}", *EXACT)
         on(size, train, f"fsdp-{size}", *FSDP)
+    on(4, train, "two-by-two", *TWO_BY_TWO)
     alone = repr(outcome(folder / "alone"))
-    for size in (2, 3, 4):
-        for strategy in ("ddp", "fsdp"):
-            assert repr(outcome(folder / f"{strategy}-{size}")) == alone
+    for name in ("two-by-two", *(f"{strategy}-{size}" for size in (2, 3, 4) for strategy in ("ddp", "fsdp"))):
+        assert repr(outcome(folder / name)) == alone, name

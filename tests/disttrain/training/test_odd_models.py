@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
@@ -52,14 +53,26 @@ class Letters(nn.Module):
         return {"scores": self.output(state), "values": self.values(state.detach())}
 
 
+class Meeting(Letters):
+    """Its workers exchange something in each forward pass of an evaluation, as sharded models do."""
+
+    passes = 0
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.training:
+            self.passes += 1
+            dist.all_reduce(torch.ones(1))
+        return super().forward(before, after)
+
+
 SAMPLES = [{"before": torch.tensor(number % 6), "after": torch.tensor((number * 5 + 1) % 6)} for number in range(40)]
 
 
-def train(run_dir: Path, *overrides: str) -> None:
+def train(run_dir: Path, *overrides: str, model: nn.Module | None = None) -> None:
     options = [*QUIET, "optim.lr=0.3", "optim.momentum=0.9", "train.max_steps=8", *overrides]
     recipe = load_recipe("digits", options)
     sets = {"train_set": SAMPLES[:29], "test_set": SAMPLES[29:]}
-    disttrain.train(recipe, run_dir=run_dir, model=Letters(), task=NextLetter(), **sets)
+    disttrain.train(recipe, run_dir=run_dir, model=model or Letters(), task=NextLetter(), **sets)
 
 
 def weights(run_dir: Path) -> str:
@@ -94,3 +107,20 @@ def test_tied_unused_and_in_a_dict_they_train_alike_at_every_number_of_workers(
     assert all("'values.weight'" in message for message in run_workers(refusal, 2, process_group=False))
     run_workers(train, 2, args=(tmp_path / "fast", "parallel.find_unused_parameters=true"), process_group=False)
     train(tmp_path / "frozen", "model.freeze=values.*")
+
+
+def test_a_model_with_collectives_of_its_own_is_evaluated_where_batches_do_not_divide_by_workers(
+    tmp_path: Path,
+) -> None:
+    """Three batches for two workers, of which each makes two passes; nothing is counted twice."""
+
+    def evaluated() -> tuple[int, float]:
+        model = Meeting()
+        overrides = ("train.epochs=1", "train.eval_batch_size=5", "parallel.find_unused_parameters=true")
+        train(tmp_path / "run", *overrides, model=model)
+        return model.passes, summarise(tmp_path / "run")["metrics"]["perplexity"]
+
+    (passes, together), (others, _) = run_workers(evaluated, 2, process_group=False)
+    assert passes == others >= 2
+    train(tmp_path / "alone", "train.epochs=1", "train.eval_batch_size=5")
+    assert together == pytest.approx(summarise(tmp_path / "alone")["metrics"]["perplexity"], rel=1e-5)
