@@ -50,6 +50,8 @@ COMPARISONS = {
     "memory": Comparison("Sharded training: memory of a worker", ("fsdp.py", "memory")),
     "checkpoint": Comparison("How long a checkpoint holds the loop", ("checkpoint.py", "stall")),
     "tracking": Comparison("What MLflow costs", ("tracking.py",)),
+    "loss": Comparison("A lost worker against a restart", ("loss.py", "lose")),
+    "ready": Comparison("What it costs to be ready for a loss", ("loss.py", "undisturbed")),
     "harness": Comparison("The test harness", ("harness.py",)),
 }
 
