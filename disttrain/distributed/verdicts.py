@@ -45,6 +45,12 @@ class Verdict:
     local_rank: int | None = None
     local_size: int = 0
 
+    @classmethod
+    def of(cls, line: str | bytes) -> Verdict:
+        """The verdict of such a line as `line` writes."""
+        fields = parse_json(line)
+        return cls(**fields | {name: tuple(fields[name]) for name in ("lost_ranks", "new_ranks")})
+
     def line(self) -> bytes:
         """As it goes down a worker's pipe: less than what a pipe takes at once."""
         return json.dumps(asdict(self) | {"lost": self.lost[:1000]}).encode() + b"\n"
@@ -70,8 +76,7 @@ class Verdicts:
             if not self._take(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return None
         line, _, self._read = self._read.partition(b"\n")
-        fields = parse_json(line)
-        return Verdict(**fields | {name: tuple(fields[name]) for name in ("lost_ranks", "new_ranks")})
+        return Verdict.of(line)
 
     def have_come(self) -> bool:
         """Whether there is one that was not waited for yet."""

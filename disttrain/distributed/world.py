@@ -132,12 +132,13 @@ def join_world(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     group = None
-    with near_memory(local_rank, local_size, pci_address(chosen)), _gloo_on_loopback(is_alone=local_size == size):
+    slot, num_slots = _slot(os.environ)
+    is_alone = local_size == size and num_slots <= 1
+    with near_memory(local_rank, local_size, pci_address(chosen)), _gloo_on_loopback(is_alone=is_alone):
         try:
-            slot, num_slots = _slot(os.environ)
             if size > 1 or num_slots > 1:
                 host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                place = MeetingPlace(host, port, rank, size, local_size == size, timeout)
+                place = MeetingPlace(host, port, rank, size, is_alone, timeout)
                 # Where the others meet by now, a worker that joins them later reads in its verdict.
                 shared, store = (None, HashStore()) if joins_later() or size == 1 else place.stores()
                 group = _Group(shared, host, port, timeout, timeout_s)

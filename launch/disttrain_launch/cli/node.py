@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,11 @@ def _planned(
     options_of_workers = ("--run-dir", run_dir, *override_arguments(overrides), *["--trust"] * trust)
     arguments = module_arguments("disttrain", source, *options_of_workers)
     planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, source, overrides)
+    planned = dataclasses.replace(
+        planned,
+        continues=checked.parallel.on_lost_worker == "continue",
+        most_workers=checked.parallel.slices if checked.parallel.exact else 0,
+    )
     fewest = planned.nodes[0] * planned.workers
     said = f"--nodes {planned.nodes[0]} with -n {num_workers}, at least {fewest} workers"
     refuse_more_workers_than_slices(checked, fewest, said)

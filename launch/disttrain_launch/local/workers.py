@@ -289,11 +289,14 @@ class Watch:
                 worker.terminate()
 
     def _next_signals(self) -> bytes:
+        ready, _, _ = select.select([self._signals], [], [], self._to_wait_s())
+        return os.read(self._signals, 4096) if ready else b""
+
+    def _to_wait_s(self) -> float:
+        """How long nothing is to be done but to wait for news."""
         deadline = min(self._terminate_at, self._kill_at)
         look_every_s = _LOOK_FOR_NEWCOMERS_EVERY_S if self._coming else LOOK_EVERY_S
-        timeout = min(look_every_s, max(0.0, deadline - time.monotonic()))
-        ready, _, _ = select.select([self._signals], [], [], timeout)
-        return os.read(self._signals, 4096) if ready else b""
+        return min(look_every_s, max(0.0, deadline - time.monotonic()))
 
     def _is_second_request(self, number: int) -> bool:
         now = time.monotonic()

@@ -16,6 +16,8 @@ from disttrain.layout import DEVICE, LAUNCHED_BY
 from disttrain_launch.local.group import module_arguments
 
 DEFAULT_PORT = 29400
+JOIN_S = 600.0
+"""How long a machine waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Node:
         max_restarts: how often the workers are restarted after failures.
         job_id: the same on all machines; it distinguishes jobs that share a store.
         grace_s: how long workers that are asked to stop may take to save.
+        continues: whether a lost worker or machine is to cost no restart.
+        most_workers: as many as can share a step; 0 for any number.
         recipe, overrides: what is trained, by which a node knows whether a run that is finished has more to do.
     """
 
@@ -49,6 +53,8 @@ class Node:
     grace_s: int
     recipe: str
     overrides: tuple[str, ...]
+    continues: bool = False
+    most_workers: int = 0
 
     def command(self) -> list[str]:
         """The agent's command line."""
@@ -91,12 +97,20 @@ class Node:
 
         set_for_it = self.variables() | recipe_variables()
         variables = [f"{name}={shlex.quote(value)}" for name, value in set_for_it.items()]
-        return " ".join(["env", *variables, shlex.join(self.command())])
+        if not self.continues:
+            return " ".join(["env", *variables, shlex.join(self.command())])
+        line = " ".join(["env", *variables, shlex.join([sys.executable, *self.arguments])])
+        return "\n".join([line] * self.workers)  # each with the place that it is given once all have met
 
     def become(self) -> None:
         """Replace this process by the agent: one process, so signals and its exit code need no forwarding."""
         sys.stdout.flush()
         sys.stderr.flush()
+        if self.continues:
+            from disttrain_launch.nodes.together import run_together
+
+            os.environ.update(self.variables())
+            run_together(self)
         command = self.command()
         os.execve(command[0], command, {**os.environ, **self.variables()})
 
