@@ -1,0 +1,93 @@
+"""Two machines that continue without what they lose: each a network namespace with its own address."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disttrain.runs.journal import read_journal
+from disttrain.testing import cluster, faults, hosts, run_workers
+from disttrain.testing.hosts import Host
+from tests.disttrain.parallel.exact_runs import outcome, train
+from tests.launch.nodes.test_node import MODEL, Nodes, has_steps, wait_for
+
+CONTINUE = ("parallel.on_lost_worker=continue", "train.hang_timeout_s=60")
+pytestmark = [
+    pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not())),
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Nodes]:
+    with cluster(2) as machines:
+        yield Nodes(machines, tmp_path)
+
+
+def workers_of(machine: Host) -> list[int]:
+    """The processes of its workers."""
+    found = []
+    for pid in machine.pids():
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if "disttrain" in words and "node" not in words:
+            found.append(pid)
+    return found
+
+
+def events(two: Nodes, name: str) -> list[dict[str, Any]]:
+    path = two.run_dir / "journal.jsonl"
+    return [record for record in read_journal(path) if record.get("name") == name]
+
+
+def wait_for_events(two: Nodes, lost: int, joined: int) -> None:
+    def have_come() -> bool:
+        return (len(events(two, "worker-lost")), len(events(two, "worker-joined"))) == (lost, joined)
+
+    wait_for(have_come, f"{lost} losses and {joined} newcomers: {[two.said(0), two.said(1)]}")
+
+
+def test_two_machines_lose_rank_0_then_the_link_then_one_of_them_and_go_on(two: Nodes, tmp_path: Path) -> None:
+    longer = (*CONTINUE, "train.epochs=150")
+    reference = tmp_path / "reference"
+    run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=480)
+    with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:
+        two.start("--nodes=2", "--max-restarts=2", overrides=longer, variables=slowed)
+        wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
+
+        (rank_0,) = workers_of(two.machines[0])
+        os.kill(rank_0, signal.SIGKILL)  # host-1 has the run directory from now on
+        wait_for_events(two, lost=1, joined=1)
+        assert "host-1" in (two.run_dir / ".lock").read_text()
+
+        (rank_0,) = workers_of(two.machines[1])
+        two.machines[1].cut()
+        wait_for_events(two, lost=2, joined=1)
+        assert "host-0" in (two.run_dir / ".lock").read_text()
+        assert rank_0 not in workers_of(two.machines[1]), "who is cut off ends before another takes its place"
+        two.machines[1].join()
+        wait_for_events(two, lost=2, joined=2)
+
+        two.machines[1].kill()
+        replaced = two.machines.replace(two.machines[1])
+        wait_for_events(two, lost=3, joined=2)
+        two.start_on(replaced, "--nodes=2", "--max-restarts=2", overrides=longer, variables=slowed)
+        wait_for_events(two, lost=3, joined=3)
+        first, _, second = two.end(480)
+    said = [two.said(number) for number in (0, 1, 2)]
+    assert (first, second) == (0, 0), said
+    assert outcome(two.run_dir) == outcome(reference)
+    assert not any("Restart" in one or "restart" in one for one in said), said
+    what = [event["what"] for event in events(two, "worker-lost")]
+    assert "killed by SIGKILL" in what[0]
+    assert "host-1: its machine is lost: no sign of life" in what[1]
+    steps = [record["step"] for record in read_journal(two.run_dir / "journal.jsonl") if "train/loss" in str(record)]
+    assert len(steps) == len(set(steps)), "no row twice"

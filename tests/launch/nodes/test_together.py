@@ -1,0 +1,280 @@
+"""A run on several machines that continues without those that are lost: the protocol, with workers that do nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disttrain.distributed.ports import reserved_port
+from disttrain_launch.nodes import follower as follower_module
+from disttrain_launch.nodes import team as team_module
+from disttrain_launch.nodes import together
+from disttrain_launch.nodes.follower import Follower
+from disttrain_launch.nodes.machine import Machine, Place
+from disttrain_launch.nodes.node import Node
+from disttrain_launch.nodes.team import Team
+from disttrain_launch.nodes.wire import Gone, Wire
+from disttrain_launch.outcome import Outcome
+
+# Says that it is ready (or waits to join), notes its verdicts, and finishes once there is a file "go".
+WORKER = """
+import json, os, select, sys, time
+report, verdicts = os.environ["TORCHELASTIC_ERROR_FILE"], int(os.environ["DISTTRAIN_VERDICTS"])
+def say(**words):
+    with open(report, "w") as file:
+        file.write(json.dumps(words))
+pid = os.getpid()
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR DISTTRAIN_NODE_SLOT DISTTRAIN_JOINS".split()
+say(ready=True, leads=not os.environ["DISTTRAIN_JOINS"], joins=bool(os.environ["DISTTRAIN_JOINS"]))
+with open(f"{pid}.new", "w") as file:
+    file.write(json.dumps({name: os.environ[name] for name in names}))
+os.rename(f"{pid}.new", f"{pid}.started")
+while not os.path.exists("go"):
+    if select.select([verdicts], [], [], 0.02)[0]:
+        lines = os.read(verdicts, 65536)
+        if not lines:
+            sys.exit(1)
+        with open(f"{pid}.verdicts", "ab") as file:
+            file.write(lines)
+        say(ready=True, leads=True)
+say(exit_code=0, message="finished", time=time.time())
+"""
+PATIENCE_S = 120.0
+
+
+def node(port: int, folder: Path, *, serves: bool, job: str = "one", nodes: tuple[int, int] = (2, 3)) -> Node:
+    return Node(
+        arguments=(str(folder / "worker.py"),),
+        nodes=nodes,
+        host="127.0.0.1",
+        port=port,
+        workers=1,
+        run_dir=str(folder / "run"),
+        serves=serves,
+        address="127.0.0.1",
+        max_restarts=0,
+        job_id=job,
+        grace_s=60,
+        recipe="digits",
+        overrides=(),
+        continues=True,
+        most_workers=2,
+    )
+
+
+class Followers:
+    """Machines that follow, each on a thread."""
+
+    def __init__(self, port: int, folder: Path) -> None:
+        self._port, self._folder = port, folder
+        self.outcomes: list[Outcome] = []
+        self.threads: list[threading.Thread] = []
+
+    def start(self, job: str = "one") -> None:
+        def follow() -> None:
+            part = node(self._port, self._folder, serves=False, job=job)
+            with Machine(part) as machine, no_signals() as silence:
+                self.outcomes.append(Follower(part, machine, silence, lambda: False).until_the_end())
+
+        self.threads.append(threading.Thread(target=follow, daemon=True))
+        self.threads[-1].start()
+
+
+class Workers:
+    """What the workers leave in a folder, in the order in which they started."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.pids: list[int] = []
+
+    def wait_for(self, number: int) -> dict[str, str]:
+        """The environment of the worker that is started as this one, counted from 0."""
+        until(lambda: self._have_come() > number)
+        return json.loads((self._folder / f"{self.pids[number]}.started").read_text())
+
+    def _have_come(self) -> int:
+        for path in sorted(self._folder.glob("*.started"), key=lambda path: path.stat().st_mtime_ns):
+            if int(path.stem) not in self.pids:
+                self.pids.append(int(path.stem))
+        return len(self.pids)
+
+    def verdicts(self, number: int, count: int) -> list[dict[str, Any]]:
+        """The first verdicts of this worker."""
+        path = self._folder / f"{self.pids[number]}.verdicts"
+        until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
+        return [json.loads(line) for line in path.read_bytes().splitlines()][:count]
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pids[number], signal.SIGKILL)
+
+    def has_gone(self, number: int) -> bool:
+        try:
+            return Path(f"/proc/{self.pids[number]}/stat").read_text().split()[2] == "Z"
+        except OSError:
+            return True
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def no_signals() -> Iterator[int]:
+    """A descriptor that gives none."""
+    reader, writer = os.pipe()
+    yield reader
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(team_module, "_LAST_CALL_S", 0.0)
+    (tmp_path / "worker.py").write_text(WORKER)
+    return tmp_path
+
+
+@contextmanager
+def led(folder: Path) -> Iterator[tuple[Followers, Workers, list[Outcome], Team]]:
+    """A machine that leads, on a thread, and what follows it; the outcome is there after the block."""
+    outcomes: list[Outcome] = []
+    with reserved_port() as port, no_signals() as silence:
+        followers = Followers(port, folder)
+        leading = node(port, folder, serves=True)
+        machine = Machine(leading)
+        team = Team(leading, machine, silence, leading.most_workers)
+
+        def lead() -> None:
+            with machine, closing(team):
+                outcomes.append(together._led(leading, team, silence))
+                team.end(outcomes[-1])
+
+        thread = threading.Thread(target=lead, daemon=True)
+        thread.start()
+        try:
+            yield followers, Workers(folder), outcomes, team
+        finally:
+            (folder / "go").touch()
+            for one in (thread, *followers.threads):
+                one.join(PATIENCE_S)
+                assert not one.is_alive()
+
+
+def test_workers_and_machines_are_lost_and_come_back_without_a_restart(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with led(folder) as (followers, workers, outcomes, team):
+        followers.start()
+        first = [workers.wait_for(number) for number in (0, 1)]
+        assert {one["RANK"]: (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"], one["LOCAL_RANK"]) for one in first} == {
+            "0": ("2", "1", "0"),
+            "1": ("2", "1", "0"),
+        }
+        assert {one["RANK"]: one["DISTTRAIN_NODE_SLOT"] for one in first} == {"0": "0 3", "1": "1 3"}
+        here, there = sorted((0, 1), key=lambda number: first[number]["RANK"])
+
+        workers.kill(there)  # of the other machine, which starts another one
+        assert workers.wait_for(2)["DISTTRAIN_JOINS"] == "1"
+        lost, joined = workers.verdicts(here, 2)
+        assert (lost["rank"], lost["size"], lost["lost_ranks"]) == (0, 1, [1])
+        assert "rank 1 on " in lost["lost"]
+        assert (joined["rank"], joined["size"], joined["num_new"], joined["local_size"]) == (0, 2, 1, 1)
+        assert [one["rank"] for one in workers.verdicts(2, 1)] == [1]
+
+        workers.kill(here)  # rank 0: the other machine's worker takes its place, where that machine says
+        (as_first,) = workers.verdicts(2, 2)[1:]
+        assert (as_first["rank"], as_first["size"], as_first["lost_ranks"]) == (0, 1, [0])
+        assert as_first["host"] == "127.0.0.1"
+        assert as_first["port"]
+        assert workers.wait_for(3)["RANK"] == "0"
+        assert workers.verdicts(3, 1)[0]["port"] == as_first["port"]
+
+        team._machines[0].wire._connection.shutdown(socket.SHUT_RDWR)  # as the other machine is lost with rank 0
+        (alone,) = workers.verdicts(3, 2)[1:]
+        assert (alone["rank"], alone["size"], alone["lost_ranks"]) == (0, 1, [1])
+        assert "its machine is lost" in alone["lost"]
+        until(lambda: workers.has_gone(2))
+        assert workers.wait_for(4)["DISTTRAIN_NODE_SLOT"] == "1 3", "it comes back by itself"
+        assert workers.verdicts(3, 3)[2]["num_new"] == 1
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 0]
+    assert "Restart" not in capfd.readouterr().err
+
+
+def test_a_machine_that_hears_nothing_ends_its_workers_before_it_reads_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then its workers' places are given to others."""
+    monkeypatch.setattr(follower_module, "LEASE_S", 1.0)
+    workers = Workers(folder)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        followers = Followers(server.getsockname()[1], folder)
+        followers.start()
+
+        def accepted() -> tuple[Wire, dict[str, Any]]:
+            connection, _ = server.accept()
+            wire = Wire(connection)
+            messages: list[dict[str, Any]] = []
+            while not messages:
+                messages = wire.received()
+            return wire, messages[0]
+
+        wire, hello = accepted()
+        assert (hello["job"], hello["workers"]) == ("one", 1)
+        place = Place(1, 0, 2, 1, "127.0.0.1", 1, 1, 2)
+        wire.send(start=1, place=place.fields())
+
+        def has_started() -> bool:
+            wire.send()
+            return workers._have_come() > 0
+
+        until(has_started)
+        again, hello = accepted()  # it waits for a second sign of life in vain
+        assert workers.has_gone(0)
+        assert "ports" in hello
+        again.send(to=1, do="kill")  # there is no such worker any more
+        again.send(end=0, message="", traceback=None)
+        followers.threads[0].join(PATIENCE_S)
+        wire.close()
+        again.close()
+    assert followers.outcomes == [Outcome(0)]
+
+
+def test_another_job_is_refused_and_what_is_no_machine_is_left_alone(folder: Path) -> None:
+    with led(folder) as (followers, workers, outcomes, team):
+        port = team._listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert stranger.recv(1) == b""
+        followers.start(job="another")
+        until(lambda: bool(followers.outcomes))
+        assert followers.outcomes[0].exit_code == 1
+        assert "--job-id" in followers.outcomes[0].message
+        followers.start()
+        workers.wait_for(1)
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 1, 0]
+
+
+def test_messages_come_whole_and_a_closed_wire_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as theirs:
+        wire = Wire(server.accept()[0])
+        theirs.sendall(b'{"a": 1}\n{}\n{"b"')
+        until(lambda: wire.received() == [{"a": 1}])
+        theirs.sendall(b": 2}\n")
+        theirs.close()
+        until(lambda: wire.received() == [{"b": 2}])
+        with pytest.raises(Gone):
+            wire.received()
