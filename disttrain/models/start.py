@@ -20,8 +20,11 @@ WHITENING_EPS = 5e-4
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def made_and_frozen(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
+def made_and_frozen(model: nn.Module, recipe: ModelRecipe, *, channels_last: bool = False) -> nn.Module:
     """The model, with identities where the recipe wants them, and frozen what it wants frozen or is to whiten.
+
+    `channels_last`: its convolutions' weights in that order of memory. What they compute is in the order of either
+    weights or images, so the images need not be turned.
 
     Raises ConfigurationError for a name that does not fit.
     """
@@ -29,6 +32,10 @@ def made_and_frozen(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
     if recipe.whiten is not None:
         convolution_to_whiten(model, recipe.whiten).weight.requires_grad_(False)
     freeze(model, recipe.freeze)
+    if channels_last:
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
     return model
 
 

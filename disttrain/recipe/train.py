@@ -69,6 +69,9 @@ class TrainRecipe(Section):
     compile_any_shape: bool = Field(
         default=False, description="from the second shape on, kernels for any shape: for texts of many lengths"
     )
+    channels_last: bool = Field(
+        default=False, description="keep weights and images in the order of pixels, which convolutions on GPUs prefer"
+    )
     deterministic: bool = Field(
         default=False, description="kernels and sums of fixed order only, for the same bits on GPUs each time; slower"
     )

@@ -238,7 +238,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
         raise ConfigurationError(
             f"{model_words(recipe, is_given=given.model is not None)}: it has no parameters to train."
         )
-    model = made_and_frozen(model, recipe.model)
+    model = made_and_frozen(model, recipe.model, channels_last=recipe.train.channels_last)
     model = model if is_to_shard(recipe, world) else model.to(world.device)  # else it goes there part by part
     if recipe.train.compile:
         compile_model(model, recipe.train, world.device)

@@ -35,6 +35,9 @@ def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
             recipe.parallel.exact and recipe.parallel.cpu_offload and world.device.type != "cpu"
         ),
         "train.compile = true: set it to false": recipe.train.compile,
+        "train.channels_last = true, whose order no part of a weight could keep: set it to false": (
+            recipe.train.channels_last
+        ),
         "train.spike_factor and a model given as an object, since the run begins anew after a spike: give a function "
         "that makes it": recipe.train.spike_factor > 0 and isinstance(given.model, nn.Module),
     }

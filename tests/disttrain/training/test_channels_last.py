@@ -1,0 +1,47 @@
+"""Weights in the order of pixels: kept through training, checkpoints and resumes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from disttrain.distributed.world import join_world
+from disttrain.errors import ConfigurationError
+from disttrain.recipe import load_recipe
+from disttrain.training.given import Given
+from disttrain.training.job import build_job
+from disttrain.training.loop import train_step
+from disttrain.training.sharding import refuse_unshardable
+from tests.disttrain.parallel.exact_runs import SMALL, build, outcome, train
+
+LAST = ("train.channels_last=true", "model.name=tests.disttrain.parallel.exact_runs:build", "optim.momentum=0.9")
+
+
+def test_weights_and_what_convolutions_compute_keep_the_order_of_pixels() -> None:
+    seen = []
+    with join_world("cpu", threads=1) as world:
+        torch.manual_seed(0)
+        job = build_job(load_recipe("digits", [*SMALL, *LAST]), world, Given(model=build(3, (3, 32, 32))))
+        weight = job.model.get_parameter("0.weight")
+        job.model.get_submodule("1").register_forward_hook(lambda module, images, output: seen.append(output))
+        train_step(job, next(iter(job.loader.epoch(0))))
+        job.close()
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in [weight, *seen])
+    assert not weight.is_contiguous()
+
+
+def test_a_resumed_run_has_the_bits_of_one_at_once(tmp_path: Path) -> None:
+    train(tmp_path / "whole", *LAST)
+    train(tmp_path / "parts", *LAST, "train.max_steps=3")
+    train(tmp_path / "parts", *LAST)
+    whole, parts = outcome(tmp_path / "whole"), outcome(tmp_path / "parts")
+    assert (whole.weights, whole.optimizer) == (parts.weights, parts.optimizer)
+
+
+def test_sharded_weights_cannot_be_kept_so() -> None:
+    recipe = load_recipe("digits", [*LAST, "parallel.strategy=fsdp"])
+    with join_world("cpu") as world, pytest.raises(ConfigurationError, match=r"combined with train\.channels_last"):
+        refuse_unshardable(recipe, replace(world, size=2), Given())
