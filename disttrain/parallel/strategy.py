@@ -90,9 +90,29 @@ class Strategy:
         """
         return nullcontext()
 
+    def trial(
+        self, compute: Callable[[nn.Module, Any], torch.Tensor], batch: Any, check: Callable[[str, torch.Tensor], None]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch that every worker has, (), and by name what its gradients are to be compared by.
+
+        Each gradient is shown to `check`, and none stays. Every rank must call it.
+        """
+        loss = compute(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                check(name, gradient)
+                found[name] = gradient
+        return loss.detach(), found
+
     def without_borders(self) -> AbstractContextManager[None]:
-        """A context within `made_whole` in which gradients are added in the order that they are without shards."""
+        """A context for `trial` in which gradients are added in the order that they are without shards."""
         return nullcontext()
+
+    def refuse_writing(self) -> None:
+        """Raise ConfigurationError if the model has written to what was gathered of it in a trial or a score."""
 
     def close_slice(self, slice_index: int) -> None:
         """To be called after the backward pass of a slice's last micro-batch."""

@@ -6,6 +6,7 @@ are taken when the backward pass has come out of it, before they would pile up.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,8 +44,11 @@ class ExactFsdp(SlicesSummed, Fsdp):
         self.passes_of = [slices_of(rank, world.size, num_slices) for rank in range(world.size)]
         self._root.set_requires_gradient_sync(False)
         self._is_dealing = self._is_filler = False
+        self._frees_blocks = False
+        self._take: Callable[[Block], None] = self._deal
         modules = [*self._blocks.values(), self._call]
-        for module, block in zip(modules, sums.attach(self._blocks, self._mesh), strict=True):
+        self._dealt = sums.attach(self._blocks, self._mesh)
+        for module, block in zip(modules, self._dealt, strict=True):
             # FSDP2 has put its own hook before: here the block's parameters are gathered.
             module.register_forward_pre_hook(partial(self._enter, block), with_kwargs=True)
 
@@ -106,23 +110,68 @@ class ExactFsdp(SlicesSummed, Fsdp):
         self._sums.mark_gradients()
         self._called = 0
 
+    def trial(
+        self, compute: Callable[[nn.Module, Any], torch.Tensor], batch: Any, check: Callable[[str, torch.Tensor], None]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As `Strategy` has it. Of each gradient there is a SHA-256; it is whole while its block's backward pass is."""
+        found: dict[str, torch.Tensor] = {}
+
+        def take(block: Block) -> None:
+            block.is_waiting = False
+            for name, gradient in zip(block.names, block.take(), strict=True):
+                if gradient is not None:
+                    check(name, gradient)
+                    found[name] = _digest(gradient)
+
+        for block in self._dealt:
+            block.num_calls = block.num_left = 0
+            block.is_waiting, block.versions = bool(block.names), []
+        self._is_dealing, self._take = True, take
+        try:
+            loss: torch.Tensor = self._call(compute, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for block in self._dealt:
+                if block.is_waiting and block.num_calls:
+                    take(block)
+        finally:
+            self._is_dealing, self._take, self._called = False, self._deal, 0
+        self.refuse_writing()
+        return loss.detach(), found
+
+    def refuse_writing(self) -> None:
+        """As `Strategy` has it."""
+        self._sums.refuse_writing()
+
     @contextmanager
     def without_borders(self) -> Iterator[None]:
-        """As `Strategy` has it. FSDP2 has a node before each block, which adds up what the block has of a gradient."""
+        """As `Strategy` has it. FSDP2 has a node before each block, which adds up what the block has of a gradient.
+
+        Without its hooks, blocks are gathered and freed by ours, which leave the order alone.
+        """
         kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        handles = []
         for block in self._blocks.values():
-            state_of_fsdp = type(cast("Any", block)._get_fsdp_state())
+            module = cast("Any", block)
+            state_of_fsdp = type(module._get_fsdp_state())
             for hooks in (block._forward_pre_hooks, block._forward_hooks):
                 kept.append((hooks, dict(hooks)))
                 for key, hook in dict(hooks).items():
                     if isinstance(getattr(hook, "__self__", None), state_of_fsdp):
                         del hooks[key]
+            handles.append(block.register_forward_pre_hook(_gather, prepend=True))
+            handles.append(block.register_forward_hook(_free_until_backward))
+        self._frees_blocks = True
         try:
             yield
         finally:
+            self._frees_blocks = False
+            for handle in handles:
+                handle.remove()
             for hooks, before in kept:
                 hooks.clear()
                 hooks.update(before)
+            for block in self._blocks.values():
+                cast("Any", block).reshard()
 
     def gradient_norm(self) -> torch.Tensor:
         """As `Strategy` has it."""
@@ -150,14 +199,36 @@ class ExactFsdp(SlicesSummed, Fsdp):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad
         ]
         if inputs:
-            register_multi_grad_hook(inputs, partial(self._leave, block))
+            register_multi_grad_hook(inputs, partial(self._leave, block, module))
 
-    def _leave(self, block: Block, _: Any) -> None:
+    def _leave(self, block: Block, module: Any, _: Any) -> None:
         """The gradients of a call's inputs are there, so those of its parameters are: all of them after the last."""
         block.num_left += 1
         if self._is_dealing and block.is_waiting and block.num_left == block.num_calls:
-            self._sums.take(block, counts=not self._is_filler)
+            self._take(block)
+            if self._frees_blocks:
+                module.reshard()
+
+    def _deal(self, block: Block) -> None:
+        self._sums.take(block, counts=not self._is_filler)
 
     def _finish_dealing(self) -> None:
         self._sums.take_rest(counts=not self._is_filler)
         self._is_dealing = False
+
+
+def _gather(module: Any, _: Any) -> None:
+    module.unshard()
+
+
+def _free_until_backward(module: Any, _: Any, outputs: Any) -> None:
+    module.reshard()
+    differentiable = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if differentiable:
+        register_multi_grad_hook(differentiable, lambda _: module.unshard(), mode="any")
+
+
+def _digest(gradient: torch.Tensor) -> torch.Tensor:
+    """A SHA-256, (32,) uint8, of all its numbers; NaN is one number, and so is zero."""
+    numbers = (gradient.nan_to_num() + 0.0).cpu().contiguous().reshape(-1).view(torch.uint8)
+    return torch.frombuffer(bytearray(hashlib.sha256(numbers.numpy().data).digest()), dtype=torch.uint8)

@@ -182,9 +182,7 @@ class ShardedSlices(ExactSlices):
     @torch.no_grad()
     def close(self, slice_index: int) -> None:
         """As `ExactSlices` has it; the gradients have been taken."""
-        for block in self._blocks:
-            if block.versions:
-                self._refuse_writing(dict(zip(block.names, block.whole, strict=True)), block.versions)
+        self.refuse_writing()
         changes = self._take_changes(slice_index)
         self._summands.append(changes)
         of_changes = measured([changes], len(changes))[0].tolist()
@@ -210,6 +208,12 @@ class ShardedSlices(ExactSlices):
         self._begin_pass_of_all()
         self._sum_on(grids)
         return True
+
+    def refuse_writing(self) -> None:
+        """Raise ConfigurationError if the model has written to parameters while they were gathered."""
+        for block in self._blocks:
+            if block.versions:
+                self._refuse_writing(dict(zip(block.names, block.whole, strict=True)), block.versions)
 
     def passes_disagree(self) -> bool:
         """Whether a slice had gradients of other magnitudes in the second pass. Every rank must call it."""

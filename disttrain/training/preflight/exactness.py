@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import largest_part, smallest_part, unlike_when_read_again
 from disttrain.distributed.collectives import broadcast_from_main
+from disttrain.distributed.sharded import local
 from disttrain.errors import ConfigurationError
 from disttrain.models.buffers import same_bits
 from disttrain.training.job import Job
@@ -34,13 +36,7 @@ def try_exactness(job: Job) -> None:
     own.
     """
     broadcast_from_main(job.world, lambda: _read_again(job))
-    kept = frozenset(job.model.state_dict())  # not among what follows: a state dict shards the model again
-    with job.strategy.made_whole():
-        _try_model(job, kept)
-
-
-def _try_model(job: Job, kept: frozenset[str]) -> None:
-    model = job.model
+    model, kept = job.model, frozenset(job.model.state_dict())
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     versions = {key: parameter._version for key, parameter in model.named_parameters()}
@@ -112,28 +108,29 @@ def _results(job: Job) -> dict[str, torch.Tensor]:
     """Loss and gradients of the samples, by name; the model is left with its buffers changed and no gradients."""
     batch = job.loader.samples(0, _samples(job))
     rng.seed_layers(job.world.device, 0, 0, 0)
-    with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
-        loss = job.task.loss(job.model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    results = {"loss": loss.detach()}
-    for key, parameter in job.model.named_parameters():
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            continue
-        if gradient.layout != torch.strided:
-            raise ConfigurationError(
-                f"{_MODEL}: the gradient of '{key}' is sparse, which exact mode cannot sum: use a dense one "
-                f"(sparse=False), {_OR_FAST}."
-            )
-        results[key] = gradient
-    return results
+
+    def compute(model: nn.Module, data: Any) -> torch.Tensor:
+        with torch.autocast(job.world.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+            return job.task.loss(model, data)
+
+    loss, gradients = job.strategy.trial(compute, batch, _refuse_sparse)
+    return {"loss": loss, **gradients}
+
+
+def _refuse_sparse(name: str, gradient: torch.Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise ConfigurationError(
+            f"{_MODEL}: the gradient of '{name}' is sparse, which exact mode cannot sum: use a dense one "
+            f"(sparse=False), {_OR_FAST}."
+        )
 
 
 def _evaluate(job: Job) -> None:
     job.model.eval()
     try:
         with torch.no_grad(), torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
-            job.task.score(job.model, job.eval_loader.samples(_samples(job)[: len(job.data.test)]))
+            job.strategy.score(job.task.score, job.eval_loader.samples(_samples(job)[: len(job.data.test)]))
+        job.strategy.refuse_writing()
     finally:
         job.model.train()
 
@@ -172,7 +169,7 @@ def _refuse_changes_in_evaluation(model: nn.Module, before: dict[str, torch.Tens
 def _refuse_changed_parameters(model: nn.Module, before: dict[str, torch.Tensor], versions: dict[str, int]) -> None:
     for key, parameter in model.named_parameters():
         # Written to with the same numbers today, as by a clamp, may be with others tomorrow.
-        if parameter._version != versions.get(key) or not same_bits(parameter, before[key]):
+        if parameter._version != versions.get(key) or not same_bits(local(parameter), local(before[key])):
             raise ConfigurationError(
                 f"{_MODEL} changes its parameter '{key}' by itself, where each worker sees other samples: make it a "
                 f"buffer, which all workers share, {_OR_FAST}."

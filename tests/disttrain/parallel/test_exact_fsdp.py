@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
+from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.exact.norm import norm_of_whole
@@ -20,6 +21,9 @@ from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.mesh import mesh_of
 from disttrain.recipe import load_recipe
 from disttrain.testing import run_workers
+from disttrain.training.given import Given
+from disttrain.training.job import build_job
+from disttrain.training.preflight.exactness import try_exactness
 from tests.disttrain.parallel.exact_runs import outcome
 from tests.disttrain.parallel.test_fsdp_models import Odd, Signs, samples
 
@@ -237,3 +241,28 @@ def test_one_hash_whatever_the_number_of_workers_and_the_strategy(folder: Path, 
     alone = repr(outcome(folder / "alone"))
     for name in ("two-by-two", *(f"{strategy}-{size}" for size in (2, 3, 4) for strategy in ("ddp", "fsdp"))):
         assert repr(outcome(folder / name)) == alone, name
+
+
+def test_the_trial_gathers_one_block_at_a_time(folder: Path) -> None:
+    def most_gathered() -> tuple[int, int]:
+        words = [*GPT, f"data.root={folder / 'texts'}", "model.options={num_layers=3, num_heads=2, dim=12}", *FSDP]
+        with join_world("cpu", threads=1) as world:
+            job = build_job(load_recipe("text-gpt", words), world, Given())
+            blocks: Any = job.model.get_submodule("blocks")
+            gathered: list[int] = []
+
+            def look(*_: Any) -> None:
+                gathered.append(sum(not is_sharded(block.mlp.up.weight) for block in blocks))
+
+            def look_twice(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+                look()
+                if output.requires_grad:
+                    output.register_hook(look)
+
+            for block in blocks:
+                block.mlp.register_forward_hook(look_twice)
+            try_exactness(job)
+            return max(gathered), len(gathered)
+
+    # Three trials, forward and backward, and an evaluation of three blocks.
+    assert run_workers(most_gathered, 2, process_group=False) == [(1, 21), (1, 21)]
