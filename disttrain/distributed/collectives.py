@@ -47,9 +47,10 @@ def wait_for(work: dist.Work) -> None:
     """Wait for a collective that was begun before, as `interruptible` has it."""
     is_broken = _is_broken.get()
     was_broken = False
-    while is_broken is not None and not work.is_completed():
+    while is_broken is not None:
         try:
             work.wait(_LOOK_EVERY)
+            return
         except RuntimeError:
             if work.is_completed():  # the error may be of the wait alone
                 break
