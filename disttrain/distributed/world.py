@@ -30,12 +30,12 @@ from disttrain.distributed.cores import usable_cores
 from disttrain.distributed.device import choose_device, pci_address, refuse_a_mixture, why_not_gpus
 from disttrain.distributed.launched import launched_by
 from disttrain.distributed.meeting import MeetingPlace
+from disttrain.distributed.place import place_in, slot_in
 from disttrain.errors import ConfigurationError
-from disttrain.layout import JOINS, NODE_SLOT
+from disttrain.layout import JOINS
 
 _AFTER_THE_WATCHDOG_S = 15.0
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def join_world(
             "out init_process_group, or call torch.distributed.destroy_process_group() before."
         )
     excepthook = sys.excepthook  # torch's own puts "[rank0]:" before each line, and stays for good
-    rank, local_rank, size, local_size = _place(os.environ)
+    rank, local_rank, size, local_size = place_in(os.environ)
     chosen = choose_device(device, local_rank, local_size, size)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or num_threads(local_size))
@@ -132,7 +132,7 @@ def join_world(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     group = None
-    slot, num_slots = _slot(os.environ)
+    slot, num_slots = slot_in(os.environ)
     is_alone = local_size == size and num_slots <= 1
     with near_memory(local_rank, local_size, pci_address(chosen)), _gloo_on_loopback(is_alone=is_alone):
         try:
@@ -272,33 +272,3 @@ def _gloo_on_loopback(*, is_alone: bool) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(_GLOO_INTERFACE, None)
-
-
-def _slot(environment: Mapping[str, str]) -> tuple[int | None, int]:
-    """(slot of this machine, number of slots), if the launcher gave it one."""
-    slot, _, number = environment.get(NODE_SLOT, "").partition(" ")
-    return (int(slot), int(number)) if slot.isdecimal() and number.isdecimal() else (None, 0)
-
-
-def _place(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """(rank, local rank, size, local size) as the launcher wrote them."""
-    if not any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return 0, 0, 1, 1
-    missing = [name for name in _LAUNCHER_VARIABLES if name not in environment]
-    if missing:
-        raise ConfigurationError(
-            f"the launcher did not set {', '.join(missing)}: start workers with `disttrain train -n N` or torchrun, "
-            "or unset RANK, WORLD_SIZE and LOCAL_RANK for a single worker."
-        )
-    numbers = []
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        text = environment[name]
-        if not text.isdecimal():
-            raise ConfigurationError(f"{name}={text!r} is not a whole number: the launcher must set it.")
-        numbers.append(int(text))
-    rank, local_rank, size, local_size = numbers
-    if not (rank < size and local_rank < local_size <= size):
-        raise ConfigurationError(
-            f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={size} LOCAL_WORLD_SIZE={local_size} do not fit together."
-        )
-    return rank, local_rank, size, local_size

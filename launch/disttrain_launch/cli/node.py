@@ -11,6 +11,7 @@ import click
 from disttrain.commands.arguments import RECIPE, run_dir_callback
 from disttrain.commands.options import (
     dry_run_option,
+    max_losses_option,
     max_restarts_option,
     num_workers_option,
     override_arguments,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @trust_option
 @node_options
 @max_restarts_option
+@max_losses_option
 @dry_run_option
 def node(
     recipe: str | None,
@@ -49,6 +51,7 @@ def node(
     overrides: tuple[str, ...],
     trust: bool,
     max_restarts: int,
+    max_losses: int,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -57,7 +60,15 @@ def node(
     Exits with the workers' own code. `disttrain train --nodes` does the same.
     """
     run_node(
-        recipe, num_workers, run_dir, overrides, NodeOptions(**options), max_restarts, dry_run=dry_run, trust=trust
+        recipe,
+        num_workers,
+        run_dir,
+        overrides,
+        NodeOptions(**options),
+        max_restarts,
+        max_losses,
+        dry_run=dry_run,
+        trust=trust,
     )
 
 
@@ -68,6 +79,7 @@ def run_node(
     overrides: tuple[str, ...],
     options: NodeOptions,
     max_restarts: int,
+    max_losses: int,
     *,
     dry_run: bool,
     trust: bool,
@@ -76,7 +88,7 @@ def run_node(
     # The agent unblocks them once it can handle them: the first process of a container would not receive them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        planned = _planned(recipe, num_workers, run_dir, overrides, options, max_restarts, trust=trust)
+        planned = _planned(recipe, num_workers, run_dir, overrides, options, max_restarts, max_losses, trust=trust)
         if dry_run:
             click.echo(planned.described())
         else:
@@ -92,6 +104,7 @@ def _planned(
     overrides: tuple[str, ...],
     options: NodeOptions,
     max_restarts: int,
+    max_losses: int,
     *,
     trust: bool,
 ) -> Node:
@@ -106,6 +119,7 @@ def _planned(
     planned = dataclasses.replace(
         planned,
         continues=checked.parallel.on_lost_worker == "continue",
+        max_losses=max_losses,
         most_workers=checked.parallel.slices if checked.parallel.exact else 0,
     )
     fewest = planned.nodes[0] * planned.workers

@@ -75,12 +75,15 @@ def train(
     With --nodes and --rendezvous this machine is one of several: start the same command on each.
     """
     from disttrain_launch.local.group import WorkerGroup, module_arguments
-    from disttrain_launch.local.workers import MOST_LOSSES, run_workers
+    from disttrain_launch.local.watch import MOST_LOSSES
+    from disttrain_launch.local.workers import run_workers
     from disttrain_launch.restarts import Restarts
 
     several = NodeOptions(**options)
     if several.nodes is not None or several.rendezvous is not None:
-        run_node(recipe, num_workers, run_dir, overrides, several, max_restarts, dry_run=dry_run, trust=trust)
+        run_node(
+            recipe, num_workers, run_dir, overrides, several, max_restarts, max_losses, dry_run=dry_run, trust=trust
+        )
         return
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
     mention_old_names(recipe, run_dir, overrides)

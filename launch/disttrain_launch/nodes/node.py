@@ -36,6 +36,7 @@ class Node:
         job_id: the same on all machines; it distinguishes jobs that share a store.
         grace_s: how long workers that are asked to stop may take to save.
         continues: whether a lost worker or machine is to cost no restart.
+        max_losses: how often it may continue within some minutes.
         most_workers: as many as can share a step; 0 for any number.
         recipe, overrides: what is trained, by which a node knows whether a run that is finished has more to do.
     """
@@ -54,6 +55,7 @@ class Node:
     recipe: str
     overrides: tuple[str, ...]
     continues: bool = False
+    max_losses: int = 0
     most_workers: int = 0
 
     def command(self) -> list[str]:

@@ -18,8 +18,9 @@ from disttrain.distributed.requests import STOP_SIGNALS
 from disttrain.distributed.verdicts import Verdict
 from disttrain.errors import DisttrainError, ExitCode
 from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.watch import Watch
 from disttrain_launch.local.worker import Member
-from disttrain_launch.local.workers import Watch, signals_heard
+from disttrain_launch.local.workers import signals_heard
 from disttrain_launch.messages import complain, say
 from disttrain_launch.nodes.follower import TOO_EARLY, Follower
 from disttrain_launch.nodes.machine import Machine
@@ -95,7 +96,7 @@ class _TeamWatch(Watch):
     """The watch over the workers of all machines."""
 
     def __init__(self, node: Node, team: Team, workers: list[Member], signals: int) -> None:
-        super().__init__(WorkerGroup((), len(workers)), workers, signals, team.replacement, 0)
+        super().__init__(WorkerGroup((), len(workers)), workers, signals, team.replacement, 0, node.max_losses)
         self._team, self._stop_grace_s, self._was_too_slow = team, node.grace_s, False
 
     def until_the_end(self) -> Outcome:

@@ -31,6 +31,7 @@ class SlurmJob:
         sweep: keys and the values that each is to take; a job for each combination.
         prologue: shell lines that every job begins with, such as those that activate an environment.
         trust: as `--trust`.
+        continues: whether the other nodes continue without one that is lost.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SlurmJob:
     sweep: tuple[tuple[str, tuple[str, ...]], ...] = ()
     prologue: str = ""
     trust: bool = False
+    continues: bool = False
 
     @property
     def points(self) -> list[tuple[str, ...]]:
@@ -72,6 +74,7 @@ class SlurmJob:
             ("ntasks-per-node", "1"),
             *([("array", f"0-{len(points) - 1}")] if points else []),
             ("requeue", ""),
+            *([("no-kill", "")] if self.continues else []),
             ("open-mode", "append"),
             ("output", log),
             ("signal", f"B:USR1@{self.warn_s}"),
@@ -116,7 +119,8 @@ class SlurmJob:
             "warned= again=",
             "trap 'warned=yes again=yes; kill -USR1 \"$step\" 2>/dev/null' USR1",
             "# Each task needs its own number, so the shell that expands it is the task's.",
-            'srun --kill-on-bad-exit=0 bash -c \'exec "$@" --node-rank "$SLURM_NODEID"\' bash "${node[@]}" &',
+            f"srun --kill-on-bad-exit=0{' --no-kill' if self.continues else ''} bash"
+            ' -c \'exec "$@" --node-rank "$SLURM_NODEID"\' bash "${node[@]}" &',
             "step=$!",
             "# A signal ends `wait` before the step has ended.",
             'while wait "$step"; code=$?; [ "$code" -gt 128 ] && [ -n "$again" ]; do again=; done',

@@ -32,6 +32,7 @@ from disttrain.layout import CONSOLE, ERROR_FILE, VERDICTS
 from disttrain_launch.local import worker as worker_module
 from disttrain_launch.local import workers as workers_module
 from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.watch import Watch
 from tests.disttrain.parallel.exact_runs import train
 
 NEW = 100
@@ -172,7 +173,7 @@ def train_through(run: Run) -> dict[str, Any]:
         reserved_port() as port,
         workers_module._started(group, port) as (workers, replace),
     ):
-        outcome = workers_module.Watch(group, workers, signals, replace, port, run.most_losses).until_the_end()
+        outcome = Watch(group, workers, signals, replace, port, run.most_losses).until_the_end()
     return {"exit_code": outcome.exit_code, "message": outcome.message}
 
 

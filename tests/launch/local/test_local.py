@@ -16,6 +16,7 @@ import pytest
 from disttrain.distributed.ports import reserved_port
 from disttrain_launch.local import worker, workers
 from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.watch import Watch
 from tests.launch.conftest import Launcher, StartLauncher
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped worker ends when it is continued")
@@ -240,7 +241,7 @@ def test_a_killed_worker_that_had_the_console_is_known_also_when_none_is_left() 
         reserved_port() as port,
         workers._started(group, port) as (started, replace),
     ):
-        watch = workers.Watch(group, started, signals, replace, port)
+        watch = Watch(group, started, signals, replace, port)
         watch.until_the_end()
     assert watch.has_lost_the_console
 

@@ -68,6 +68,7 @@ def node(port: int, folder: Path, *, serves: bool, job: str = "one", nodes: tupl
         recipe="digits",
         overrides=(),
         continues=True,
+        max_losses=10,
         most_workers=2,
     )
 
