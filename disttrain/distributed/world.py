@@ -28,9 +28,8 @@ from disttrain.distributed.affinity import near_memory
 from disttrain.distributed.connections import Connections
 from disttrain.distributed.cores import usable_cores
 from disttrain.distributed.device import choose_device, pci_address, refuse_a_mixture, why_not_gpus
-from disttrain.distributed.launched import launched_by
+from disttrain.distributed.launched import launched_by, place_in, slot_in
 from disttrain.distributed.meeting import MeetingPlace
-from disttrain.distributed.place import place_in, slot_in
 from disttrain.errors import ConfigurationError
 from disttrain.layout import JOINS
 
