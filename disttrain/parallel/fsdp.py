@@ -38,10 +38,7 @@ class Fsdp(Strategy):
     is_sharded = True
 
     def __init__(self, model: nn.Module, world: World, recipe: ParallelRecipe) -> None:
-        """All start from rank 0's weights and buffers.
-
-        Raises ConfigurationError for a model that cannot be sharded, or not among so many workers.
-        """
+        """All start from rank 0's weights and buffers. Raises ConfigurationError for a model that cannot be sharded."""
         self._mesh = mesh = mesh_of(world, recipe.shard_size)
         _refuse(model, world)
         blocks = blocks_of(model, recipe.shard_modules)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disttrain.distributed.world import World, new_group
-from disttrain.errors import ConfigurationError
 
 _REPLICATE, _SHARD = "replicate", "shard"
 
@@ -50,15 +49,9 @@ class ShardMesh:
 def mesh_of(world: World, shard_size: int) -> ShardMesh:
     """The mesh of all workers, `shard_size` of them (0: all) for each copy of the model. Every rank must call it.
 
-    Raises ConfigurationError if the workers cannot be dealt out so.
+    The number of workers must be a multiple of it.
     """
     size = shard_size or world.size
-    if world.size % size:
-        raise ConfigurationError(
-            f"parallel.shard_size = {size}: each copy of the model is cut among that many workers, and the number of "
-            f"workers, {world.size}, is not a multiple of it: start another number, or set parallel.shard_size = 0 "
-            "(one copy)."
-        )
     if size == world.size:
         devices = init_device_mesh(world.device.type, (size,))
     else:

@@ -24,6 +24,12 @@ def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
     """Raise ConfigurationError for settings that `parallel.strategy = "fsdp"` cannot be combined with."""
     if not is_to_shard(recipe, world):
         return
+    size = recipe.parallel.shard_size
+    if size and world.size % size:
+        raise ConfigurationError(
+            f"parallel.shard_size = {size}: that many workers hold one copy of the model together, and {world.size} "
+            f"were started: start a multiple of {size}, or set parallel.shard_size = 0 (one copy)."
+        )
     why: dict[str, bool] = {
         f"optim.name = '{recipe.optim.name}', which needs whole tensors or is not tried with shards: use "
         "'sgd', 'adam' or 'adamw'": recipe.optim.name not in _ELEMENTWISE,

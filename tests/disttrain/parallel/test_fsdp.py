@@ -110,7 +110,7 @@ REFUSED = {
     "optim.name=Adafactor": "cannot be combined with optim.name = 'Adafactor'",
     "train.precision=fp16": "cannot be combined with train.precision = 'fp16'",
     "train.compile=true": "cannot be combined with train.compile",
-    "parallel.shard_size=3": "the number of workers, 2, is not a multiple of it",
+    "parallel.shard_size=3": "2 were started: start a multiple of 3",
     "parallel.shard_modules=['Blok']": "shard_modules: the model has no module of class 'Blok'",
 }
 

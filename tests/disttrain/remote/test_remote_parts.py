@@ -20,7 +20,7 @@ from disttrain.checkpoint.reach import sharded_store
 from disttrain.distributed.world import join_world
 from disttrain.layout import MODEL, OPTIMIZER, shard_names
 from disttrain.remote import Brought, RemoteRun, local_copy
-from disttrain.testing import faults, workers
+from disttrain.testing import WorkerFailed, faults, workers
 from disttrain.training import session
 from tests.disttrain.checkpoint.test_checkpoint import state
 from tests.disttrain.checkpoint.test_shards import in_parts, moments, same, tensors
@@ -72,6 +72,26 @@ def test_each_machine_brings_its_part_and_another_one_reads_it(tmp_path: Path) -
             assert found is not None
             assert found.state["step"] == 3
             assert same(found, 3.5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("rank", "stage"),
+    [(1, "shard: model"), (1, "shard: brought"), (0, "checkpoint: tensors"), (0, "checkpoint: durable")],
+)
+def test_a_kill_while_parts_are_brought_leaves_the_checkpoint_before(tmp_path: Path, rank: int, stage: str) -> None:
+    url = (tmp_path / "bucket" / "run").as_uri()
+    fault = faults.kill(rank, at=stage, step=2)
+    with workers(2, faults=[fault], process_group=False) as group, pytest.raises(WorkerFailed):
+        group.run(save_values, url, tmp_path, 1.0, 2.0)
+    assert fault.happened
+    with machine(url, tmp_path / "machine-0") as store:
+        found = store.newest(lambda warning: None)
+        assert found is not None
+        assert same(found, float(found.state["step"]))
+        assert RemoteRun(url).checkpoints().unfinished == []
+    with workers(2, process_group=False) as group:
+        assert [outcome.error for outcome in group.run(save_values, url, tmp_path, 3.0)[0] if outcome] == [""]
 
 
 def train_apart(run_dir: str, scratch: str, *overrides: str) -> None:
