@@ -18,7 +18,8 @@ from disttrain_launch.cli import main
 from disttrain_launch.local import workers as local
 
 RECIPES = [
-    "cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18", "table-diabetes", "text-gpt",
+    "cifar10-fast", "cifar10-net", "cifar10-resnet18", "cifar100-resnet18", "digits", "folder-resnet18",
+    "table-diabetes", "text-gpt",
 ]  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def run(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train"], "Missing argument 'RECIPE'. Give one of cifar10-net, "),
+        (["train"], "Missing argument 'RECIPE'. Give one of cifar10-fast, "),
         (["train", "digits", "-n", "0"], "0 workers cannot train; give 1 or more."),
         (["train", "digits", "-n", "-3"], "-3 workers cannot train; give 1 or more."),
         (["train", "digits", "-n", "1000000"], "1000000 workers are too many for"),
@@ -118,7 +119,7 @@ def test_each_mistake_has_a_line_of_its_own() -> None:
     result = run("train", "digits", "-o", "optim.lr=fast", "-o", "data.flip=1")
     assert result.exit_code == 78
     assert result.stderr.splitlines() == [
-        "disttrain: -o data.flip: should be true or false, not 1",
+        'disttrain: -o data.flip: should be true, false or "alternate", not 1',
         "disttrain: -o optim.lr: should be a number, not 'fast'",
     ]
 
@@ -224,7 +225,7 @@ def test_one_worker_per_gpu_may_use_no_cpu(monkeypatch: pytest.MonkeyPatch) -> N
         assert "DISTTRAIN_DEVICE=cuda" in run("train", "digits", "-n", "gpu", "--dry-run", *options).stdout
         assert "DISTTRAIN_DEVICE" not in run("train", "digits", "-n", "2", "--dry-run", *options).stdout
     groups: list[Any] = []
-    monkeypatch.setattr("disttrain_launch.local.workers.run_workers", lambda group, _: groups.append(group))
+    monkeypatch.setattr("disttrain_launch.local.workers.run_workers", lambda group, *_: groups.append(group))
     run("train", "digits", "-n", "gpu")
     assert groups[0].options == "-n gpu", "the command that resumes the run asks for GPUs, too"
     monkeypatch.setenv("DISTTRAIN_DEVICE", "cpu")  # the user's own, which workers inherit
