@@ -1,8 +1,9 @@
 """All comparisons in turn, and the page that holds what they came to: what `make bench` runs.
 
-    python benchmarks/run.py [NAME...] [--root DIR] [--into docs/benchmarks.md] [--list]
+    python benchmarks/run.py [NAME...] [--root DIR] [--into docs/benchmarks.md] [--quick] [--list]
 
-Without names every comparison runs, which takes two hours on two quiet cores; `--list` shows their names. Those on
+Without names every comparison runs, which takes two hours on two quiet cores, and with `--quick`, of fewer rounds each,
+about 20 minutes; `--list` shows their names. Those on
 CIFAR-10 need `--root`, the folder that holds cifar-10-batches-py. After each, its section of the page is replaced; the
 others stay as they are. A section says when, on what machine, with which versions and under which load it was measured.
 """
@@ -36,23 +37,34 @@ class Comparison:
 
     title: str
     words: tuple[str, ...]
+    quick: tuple[str, ...] = ()
+    """What makes it short: options that come after the words."""
     needs_cifar10: bool = False
 
 
 COMPARISONS = {
-    "step": Comparison("A step against a loop by hand", ("step.py", "ratio")),
-    "parts": Comparison("Microseconds of a step's parts, with one worker and with two", ("step.py", "parts")),
-    "cifar10": Comparison("The tutorial's job: peers and disttrain", ("cifar10/compare.py",), needs_cifar10=True),
-    "text": Comparison("Language modeling against a loop by hand", ("text_gpt.py",)),
-    "exact": Comparison("Exact mode against fast mode", ("exact.py", "steps")),
-    "resume": Comparison("A resumed run against a cold start", ("exact.py", "resume")),
+    "start": Comparison("From the command to the first step", ("start.py",), ("--rounds", "3")),
+    "end": Comparison("From the last step to the prompt", ("start.py", "--end"), ("--rounds", "2")),
+    "step": Comparison("A step against a loop by hand", ("step.py", "ratio"), ("--rounds", "40")),
+    "parts": Comparison(
+        "Microseconds of a step's parts, with one worker and with two",
+        ("step.py", "parts", "--workers", "1,2"),
+        ("--rounds", "20"),
+    ),
+    "batches": Comparison("Augmented batches against torchvision's transforms", ("batches.py",)),
+    "cifar10": Comparison(
+        "The tutorial's job: peers and disttrain", ("cifar10/compare.py",), ("--rounds", "2"), needs_cifar10=True
+    ),
+    "text": Comparison("Language modeling against a loop by hand", ("text_gpt.py",), ("--rounds", "12")),
+    "exact": Comparison("Exact mode against fast mode", ("exact.py", "steps"), ("--rounds", "10")),
+    "resume": Comparison("A resumed run against a cold start", ("exact.py", "resume"), ("--rounds", "2")),
     "sharded": Comparison("Sharded training: time of a step", ("fsdp.py", "steps")),
-    "memory": Comparison("Sharded training: memory of a worker", ("fsdp.py", "memory")),
-    "checkpoint": Comparison("How long a checkpoint holds the loop", ("checkpoint.py", "stall")),
-    "tracking": Comparison("What MLflow costs", ("tracking.py",)),
-    "loss": Comparison("A lost worker against a restart", ("loss.py", "lose")),
-    "ready": Comparison("What it costs to be ready for a loss", ("loss.py", "undisturbed")),
-    "harness": Comparison("The test harness", ("harness.py",)),
+    "memory": Comparison("Sharded training: memory of a worker", ("fsdp.py", "memory"), ("--layers", "4")),
+    "checkpoint": Comparison("How long a checkpoint holds the loop", ("checkpoint.py", "stall"), ("--rounds", "10")),
+    "tracking": Comparison("What MLflow costs", ("tracking.py",), ("--rounds", "2", "--epochs", "4")),
+    "loss": Comparison("A lost worker against a restart", ("loss.py", "lose"), ("--losses", "6", "--restarts", "2")),
+    "ready": Comparison("What it costs to be ready for a loss", ("loss.py", "undisturbed"), ("--pairs", "2")),
+    "harness": Comparison("The test harness", ("harness.py",), ("--tests", "5")),
 }
 
 
@@ -73,21 +85,22 @@ def machine() -> str:
     return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({model}), {load}; {', '.join(packages)}."
 
 
-def section(name: str, root: Path | None) -> str:
+def section(name: str, root: Path | None, *, quick: bool = False) -> str:
     """Run a comparison; its section of the page."""
     one = COMPARISONS[name]
     where = machine()
+    options = [*one.words[1:], *(one.quick if quick else ())]
     arguments = ["--root", str(root)] if one.needs_cifar10 else []
     began = time.monotonic()
     program = subprocess.run(
-        [sys.executable, str(HERE / one.words[0]), *one.words[1:], *arguments],
+        [sys.executable, str(HERE / one.words[0]), *options, *arguments],
         stdout=subprocess.PIPE,
         stderr=None,
         text=True,
         check=False,
     )
     took = time.monotonic() - began
-    command = " ".join(["python", f"benchmarks/{one.words[0]}", *one.words[1:], *(["--root DIR"] if arguments else [])])
+    command = " ".join(["python", f"benchmarks/{one.words[0]}", *options, *(["--root DIR"] if arguments else [])])
     end = "" if program.returncode == 0 else f" It ended with {program.returncode}: a bound was missed, or it failed."
     return f"{one.title}\n\n{where}\n\n`{command}`, {took / 60:.0f} min.{end}\n\n```\n{program.stdout.rstrip()}\n```\n"
 
@@ -104,6 +117,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--into", type=Path, default=PAGE)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds of each")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     for name, one in COMPARISONS.items() if options.list else ():
@@ -118,7 +132,7 @@ def main() -> None:
             print(f"{name}: left out, since --root was not given", flush=True)
             continue
         print(f"{name}: {COMPARISONS[name].title}", flush=True)
-        text = section(name, options.root)
+        text = section(name, options.root, quick=options.quick)
         print(text, flush=True)
         known = sections_of(options.into) | {COMPARISONS[name].title: text}
         titles = [one.title for one in COMPARISONS.values() if one.title in known]

@@ -26,9 +26,19 @@ def crop(images: torch.Tensor, padding: int, u: torch.Tensor, *, reflect: bool =
     batch, _, height, width = images.shape
     offsets = (u * (2 * padding + 1)).long()
     padded = reflected(images, padding) if reflect else functional.pad(images, (padding, padding, padding, padding))
+    if images.device.type == "cpu" and images.dtype == torch.uint8:
+        return _windows(padded, offsets, height, width)
     # A view that holds every possible window, (B, C, 2 * padding + 1, 2 * padding + 1, H, W): indexing copies one each.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(batch, device=images.device), :, offsets[:, 0], offsets[:, 1]]
+
+
+def _windows(padded: torch.Tensor, offsets: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """As indexing has it, which copies byte by byte; a row at once takes half the time, or a tenth if rows are long."""
+    windows = torch.empty((*padded.shape[:2], height, width), dtype=padded.dtype)
+    for window, image, (top, left) in zip(windows.numpy(), padded.numpy(), offsets.tolist(), strict=True):
+        window[...] = image[:, top : top + height, left : left + width]
+    return windows
 
 
 def reflected(images: torch.Tensor, padding: int) -> torch.Tensor:
@@ -45,7 +55,7 @@ def reflected(images: torch.Tensor, padding: int) -> torch.Tensor:
 
 def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Mirror left to right, with probability one half. `images`: (B, C, H, W), `u`: (B,)."""
-    return torch.where((u < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
+    return _mirrored(images, u < 0.5)
 
 
 def flip_alternately(images: torch.Tensor, u: torch.Tensor, epoch: int) -> torch.Tensor:
@@ -55,7 +65,17 @@ def flip_alternately(images: torch.Tensor, u: torch.Tensor, epoch: int) -> torch
     chance shows half of them one side twice: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
     """
     mirrored = (u < 0.5) == (epoch % 2 == 0)
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    return _mirrored(images, mirrored)
+
+
+def _mirrored(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Left to right those of `which`, (B,) bool."""
+    if (
+        images.device.type == "cpu"
+    ):  # whole images are copied; `where` looks at each number, and takes six times as long
+        others = (~which).nonzero().view(-1)
+        return images.flip(-1).index_copy_(0, others, images.index_select(0, others))
+    return torch.where(which.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def cutout(images: torch.Tensor, side: int, u: torch.Tensor) -> torch.Tensor:
