@@ -138,7 +138,7 @@ def _in_the_order_of(
 
 def _refuse_other_options(name: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     """What makes a group one of its own has to be the same: the groups themselves may be in any order."""
-    for key, default in (("orthogonalised", None), ("weight_decay", 0.0), ("lr_scale", 1.0), ("epochs", None)):
+    for key, default in (("orthogonalised", True), ("weight_decay", 0.0), ("lr_scale", 1.0), ("epochs", None)):
         before, after = was.get(key, default), now.get(key, default)
         if before != after:
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +69,7 @@ def convolution_to_whiten(model: nn.Module, name: str) -> nn.Conv2d:
         near = nearest(name, here)
         hint = f"did you mean '{near}'?" if near else f"there are {', '.join(here[:4]) or 'none'}."
         raise ConfigurationError(f"model.whiten: no two-dimensional convolution is called {name!r}; {hint}")
-    wanted = 2 * layer.weight[0].numel()
+    wanted = 2 * math.prod(layer.weight.shape[1:])
     if layer.groups != 1 or len(layer.weight) != wanted:
         raise ConfigurationError(
             f"model.whiten: '{name}' has {len(layer.weight)} filters of {tuple(layer.weight.shape[1:])} in "

@@ -100,7 +100,7 @@ class MuonRecipe(OptimRecipe):
         default=None, description="the coefficients of its polynomial (3.4445, -4.775, 2.0315)"
     )
     eps: Positive | None = Field(default=None, description="the smallest norm that is divided by (1e-7)")
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = Field(
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] | None = Field(
         default=None, description="how the rate depends on a weight's rows and columns (original)"
     )
     hold_norms: bool | None = Field(

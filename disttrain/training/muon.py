@@ -13,6 +13,7 @@ Group = dict[str, Any]
 _ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
 }
 
 
@@ -51,7 +52,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": tuple(ns_coefficients), "eps": eps, "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn or "original", "hold_norms": hold_norms, "orthogonalised": orthogonalised,
+            "adjust_lr_fn": adjust_lr_fn, "hold_norms": hold_norms, "orthogonalised": orthogonalised,
         }  # fmt: skip
         of_other: dict[str, Any] = {"lr": lr, "weight_decay": other_weight_decay}
         self._other: torch.optim.Optimizer

@@ -90,6 +90,9 @@ def test_a_matrix_takes_the_steps_of_torchs_muon(adjust: str | None) -> None:
             step(model, optimizer, seed)
     moved = (ours.weight - theirs.weight).norm() / theirs.weight.norm()
     assert moved < 0.02, moved
+    # A run from before resumes.
+    optimizer_from_tensors(pair[0], *optimizer_to_tensors(pair[1], theirs), ours)
+    assert torch.equal(pair[0].state[ours.weight]["momentum_buffer"], pair[1].state[theirs.weight]["momentum_buffer"])
 
 
 @pytest.mark.parametrize(
