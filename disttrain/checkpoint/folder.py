@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import torch
 from disttrain.checkpoint.check import check_state, with_current_names
 from disttrain.checkpoint.stored import StoredTensors, stored_in_file, stored_in_parts
 from disttrain.checkpoint.tensors import Tensors, as_bytes, safetensors_pieces
+from disttrain.distributed.cores import usable_cores
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
 from disttrain.files import fsync, make_folder, open_to_read, parse_json, read_text
@@ -133,16 +135,21 @@ def hidden(path: Path, stage: str) -> Path:
     return path.with_name(f".{path.name}.{stage}")
 
 
-def verify_checkpoint(path: Path) -> None:
+def verify_checkpoint(path: Path, *, threads: int = 1) -> None:
     """Compare every file with the manifest. Raises ConfigurationError that names the first that differs."""
     manifest, names = _read_manifest(path)
-    for name in names:
+
+    def verify(name: str) -> None:
         try:
             found = _fingerprint(path / name)
         except OSError as error:
             raise ConfigurationError(f"{path / name} cannot be read: {error.strerror or error}.") from error
         if found != manifest["files"][name]:
             raise ConfigurationError(f"{path / name} is not what was written: its size or SHA-256 differs.")
+
+    with ThreadPoolExecutor(threads) as pool:  # a digest leaves Python's lock to others
+        for _ in pool.map(verify, names):  # in order
+            pass
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -156,7 +163,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify the folder `path` and open it. Raises ConfigurationError if it is damaged."""
-    verify_checkpoint(path)
+    verify_checkpoint(path, threads=usable_cores())
     return open_checkpoint(path)
 
 
