@@ -215,11 +215,15 @@ def blocks_of(model: nn.Module, class_names: Sequence[str] = ()) -> dict[str, nn
 
 @torch.no_grad()
 def _start_from_rank_0(module: nn.Module, world: World) -> None:
-    """Bring what is whole of a module to its device, with the numbers that rank 0 has."""
-    module.to(world.device)
+    """Give what is whole of a module the numbers that rank 0 has, where it is; `fully_shard` moves it to the device."""
     for tensor in (*module.parameters(), *module.buffers()):
-        if not is_sharded(tensor):
-            broadcast_(tensor.detach())
+        if is_sharded(tensor):
+            continue
+        here = tensor.detach()
+        there = here.to(world.device)
+        broadcast_(there)
+        if there is not here:
+            here.copy_(there)
 
 
 def _words(blocks: dict[str, nn.Module]) -> str:
