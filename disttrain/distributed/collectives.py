@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, surprises
+from disttrain.distributed.shared_sums import SharedSums
 from disttrain.distributed.world import World
 from disttrain.errors import DisttrainError, PeerError
 
@@ -94,6 +95,7 @@ def exact_sum_(
     summands: Sequence[Summands],
     num_summands: int,
     *,
+    shared: SharedSums | None = None,
     expected: Sequence[float] | None = None,
     scratch: torch.Tensor | None = None,
     num_changes: int = 0,
@@ -104,20 +106,24 @@ def exact_sum_(
     ranks together pass `num_summands` lists at most. Returns a bound of each tensor's magnitudes over all ranks. What
     no rank passed (ABSENT), or what is not finite on any rank (infinite), is left as it is. A tensor of `into` may be
     one of the summands. The last `num_changes` of each list are changes: where one is zero, it counts as not there.
+    They are summed in `shared` memory, if there is any.
 
     `expected` are bounds of the magnitudes that are expected, the same on all ranks. They take part in the bits. While
     they hold one all-reduce is enough, and one look at the device; otherwise the sum is made without them, after
     another one for the magnitudes.
     """
     found = measured(summands, num_changes)
-    if expected is not None and _sum_as_expected_(into, summands, found, num_summands, expected, scratch):
+    sum_integers_ = sum_ if shared is None else shared.sum_
+    if expected is not None and _sum_as_expected_(
+        into, summands, found, num_summands, expected, scratch, sum_integers_
+    ):
         return list(expected)
     largest = largest_of_all(found.view(-1, len(into)))
     total = FixedPointSum(into, largest, num_summands, scratch)
     for summand in summands:
         total.add(summand)
     if total.integers().numel():
-        sum_(total.integers())
+        sum_integers_(total.integers())
     total.write(into)
     return largest
 
@@ -129,6 +135,7 @@ def _sum_as_expected_(
     num_summands: int,
     expected: Sequence[float],
     scratch: torch.Tensor | None,
+    sum_integers_: Callable[[torch.Tensor], torch.Tensor],
 ) -> bool:
     """Sum on the grids of the expected magnitudes; return whether all ranks' were as expected. If not, nothing is done.
 
@@ -138,7 +145,7 @@ def _sum_as_expected_(
     for summand in summands:
         total.add(summand)
     _count_surprises(total.extra, found, expected, num_summands)
-    if not _are_as_expected(sum_(total.integers())[-len(total.extra) :].tolist()):
+    if not _are_as_expected(sum_integers_(total.integers())[-len(total.extra) :].tolist()):
         return False
     total.write(into)
     return True
@@ -204,19 +211,20 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return values
 
 
-def num_issued(device: torch.device) -> int:
-    """How many collectives this rank has begun, in whatever group, finished or not; any thread may ask.
+def num_issued(device: torch.device, sums: SharedSums | None = None) -> int:
+    """How many collectives this rank has begun, in whatever group and in `sums`, finished or not; any thread may ask.
 
     All ranks begin the same ones in the same order: one that has begun fewer than another is behind it.
     """
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     places = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
-    return sum(
+    begun: int = sum(
         one._get_backend(place)._get_sequence_number_for_group()
         for one in groups
         for place in places
         if place in one._device_types
     )
+    return begun + (sums.num_begun if sums is not None else 0)
 
 
 @contextmanager

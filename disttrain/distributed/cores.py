@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+
+from disttrain.distributed.launched import launched_by
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -19,6 +21,19 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The CPU threads of a worker: OMP_NUM_THREADS if it is set, else its share of the machine's usable cores.
+
+    torchrun sets OMP_NUM_THREADS=1 for several workers that have none: no user asked for that, and it cannot be
+    distinguished from a request; `train.threads = 1` is.
+    """
+    text = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    asked = int(text) if text.isdecimal() else 0
+    if asked == 1 and local_size > 1 and launched_by(environment) == "torchrun":
+        asked = 0
+    return asked or max(1, usable_cores() // local_size)
 
 
 def cpu_quota(control_groups: Path = _CONTROL_GROUPS, membership: Path = _MEMBERSHIP) -> float | None:

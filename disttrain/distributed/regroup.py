@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from disttrain.distributed.connections import Connections
 from disttrain.distributed.meeting import MissingRanks, met_again
 from disttrain.distributed.verdicts import Verdict
-from disttrain.distributed.world import World, init_gloo
+from disttrain.distributed.world import World, init_gloo, with_shared_sums
 
 _TO_CONNECT = timedelta(seconds=0.5)  # gloo tries five times, if a rank dies just then
 _LOOK_EVERY_S = 0.002
@@ -33,6 +33,8 @@ def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
     assert rank is not None
     assert before is not None
     _abandon()
+    if world.sums is not None:
+        world.sums.close()
     host, port = verdict.host or before.host, verdict.port or before.port
     shared, in_time = before.store, before.hang_timeout_s
     if shared is None or (host, port) != (before.host, before.port):
@@ -46,7 +48,8 @@ def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
         init_gloo(store, rank, size, _TO_CONNECT)
     dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(group.timeout)
     local_rank, local_size = (rank, size) if verdict.local_rank is None else (verdict.local_rank, verdict.local_size)
-    return replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size, group=group)
+    place = replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size, group=group)
+    return with_shared_sums(place)
 
 
 def let_go(error: BaseException) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -26,10 +26,11 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from disttrain.distributed.affinity import near_memory
 from disttrain.distributed.connections import Connections
-from disttrain.distributed.cores import usable_cores
+from disttrain.distributed.cores import num_threads
 from disttrain.distributed.device import choose_device, pci_address, refuse_a_mixture, why_not_gpus
-from disttrain.distributed.launched import launched_by, place_in, slot_in
+from disttrain.distributed.launched import place_in, slot_in
 from disttrain.distributed.meeting import MeetingPlace
+from disttrain.distributed.shared_sums import SharedSums, shared_sums
 from disttrain.errors import ConfigurationError
 from disttrain.layout import JOINS
 
@@ -46,6 +47,7 @@ class _Group:
     port: int
     timeout: timedelta  # of a collective
     hang_timeout_s: float
+    shares_memory: bool  # where it can
     connections: Connections = field(default_factory=Connections)
 
 
@@ -66,11 +68,15 @@ class World:
     slot: int | None = None
     """Of this machine among `num_slots`, where machines come and go and each keeps its own; else None."""
     num_slots: int = 0
+    sums: SharedSums | None = field(default=None, compare=False, repr=False)
+    """What adds up in memory that all workers share; None where they do not, and gloo or NCCL has to."""
 
     def leave_group(self) -> None:
         """Cut the connections of the process group, so that collectives raise RuntimeError here and on the peers."""
         if self.group is not None:
             self.group.connections.cut()
+        if self.sums is not None:
+            self.sums.cut()
 
     @property
     def group_is_broken(self) -> bool:
@@ -100,11 +106,17 @@ class World:
 
 @contextmanager
 def join_world(
-    device: str = "auto", threads: int = 0, timeout_s: float = 600.0, *, is_whole_process: bool = False
+    device: str = "auto",
+    threads: int = 0,
+    timeout_s: float = 600.0,
+    *,
+    shares_memory: bool = True,
+    is_whole_process: bool = False,
 ) -> Iterator[World]:
     """Join the job's process group, and leave it whatever happens.
 
-    `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers. A
+    `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers.
+    `shares_memory`: if all are on one machine and compute on its CPU, they have `World.sums`, where that can be. A
     collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit reports first. A
     launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
     this process is the only worker.
@@ -130,7 +142,8 @@ def join_world(
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    group = None
+    group: _Group | None = None
+    sums: SharedSums | None = None
     slot, num_slots = slot_in(os.environ)
     is_alone = local_size == size and num_slots <= 1
     with near_memory(local_rank, local_size, pci_address(chosen)), _gloo_on_loopback(is_alone=is_alone):
@@ -140,7 +153,7 @@ def join_world(
                 place = MeetingPlace(host, port, rank, size, is_alone, timeout)
                 # Where the others meet by now, a worker that joins them later reads in its verdict.
                 shared, store = (None, HashStore()) if joins_later() or size == 1 else place.stores()
-                group = _Group(shared, host, port, timeout, timeout_s)
+                group = _Group(shared, host, port, timeout, timeout_s, shares_memory and chosen.type == "cpu")
             if joins_later():
                 rank, local_rank, size, local_size = 0, 0, 1, 1
             if group is None or size == 1:
@@ -154,17 +167,34 @@ def join_world(
                     )
             remark = why_not_gpus(device, chosen, local_size)
             here = socket.gethostname()
-            yield World(rank, local_rank, size, local_size, chosen, here, remark, group, slot, num_slots)
+            world = with_shared_sums(
+                World(rank, local_rank, size, local_size, chosen, here, remark, group, slot, num_slots)
+            )
+            sums = world.sums
+            yield world
         except BaseException:
-            if dist.is_initialized() and not is_whole_process:
-                _leave_in_failure(chosen, size)
+            if not is_whole_process:
+                if sums is not None:
+                    sums.close()
+                if dist.is_initialized():
+                    _leave_in_failure(chosen, size)
             raise
         else:
+            if sums is not None:
+                sums.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
         finally:
             sys.excepthook = excepthook
             torch.set_num_threads(threads_before)
+
+
+def with_shared_sums(world: World) -> World:
+    """The same with `sums`, where that can be. Every rank must call it, after the group has formed."""
+    group = world.group
+    if group is None or not group.shares_memory or not 1 < world.size == world.local_size:
+        return replace(world, sums=None)
+    return replace(world, sums=shared_sums(world.rank, world.size, group.timeout.total_seconds()))
 
 
 def _leave_in_failure(device: torch.device, size: int) -> None:
@@ -217,19 +247,6 @@ def way_to_the_store(timeout_s: float) -> Callable[[], Store] | None:
         return store
 
     return connect
-
-
-def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) -> int:
-    """The CPU threads of a worker: OMP_NUM_THREADS if it is set, else its share of the machine's usable cores.
-
-    torchrun sets OMP_NUM_THREADS=1 for several workers that have none: no user asked for that, and it cannot be
-    distinguished from a request; `train.threads = 1` is.
-    """
-    text = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    asked = int(text) if text.isdecimal() else 0
-    if asked == 1 and local_size > 1 and launched_by(environment) == "torchrun":
-        asked = 0
-    return asked or max(1, usable_cores() // local_size)
 
 
 def on_device(world: World, name: str) -> World:

@@ -188,7 +188,7 @@ class Watchdog:
             stage=progress.stage,
             step=progress.step,
             place=progress.place,
-            issued=num_issued(self._world.device),
+            issued=num_issued(self._world.device, self._world.sums),
             patient=progress.patient,
             still_s=round(self._still_s(), 1),
             waits=waits_for_others(frame),

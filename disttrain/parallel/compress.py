@@ -30,7 +30,11 @@ def send_smaller(
     A number that is not finite stays so, whoever's it is, and NonFiniteGuard sees it on every rank.
     """
     mean = bucket.buffer().div_(smaller.num_workers)
-    is_wider = mean.is_floating_point() and mean.element_size() > smaller.dtype.itemsize
-    sent = mean.to(smaller.dtype) if is_wider else mean
+    sent = mean.to(smaller.dtype) if is_wider(mean, smaller.dtype) else mean
     work = dist.all_reduce(sent, op=dist.ReduceOp.SUM, async_op=True)
     return work.get_future().then(lambda done: mean.copy_(done.value()[0]))
+
+
+def is_wider(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether real numbers take more bytes than they would as `dtype`."""
+    return tensor.is_floating_point() and tensor.element_size() > dtype.itemsize

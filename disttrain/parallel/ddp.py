@@ -20,6 +20,7 @@ from disttrain.distributed.collectives import broadcast_, gather_objects, sum_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.compress import DTYPES, Smaller, send_smaller
+from disttrain.parallel.in_memory import InMemory, begin_in_memory
 from disttrain.parallel.modules import refuse_renormalising
 from disttrain.parallel.strategy import Strategy
 
@@ -142,6 +143,8 @@ class Ddp(Strategy):
             self.module._check_reducer_finalized()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ConfigurationError(self._what_is_missing(when)) from error
+        if self._world.sums is not None:
+            self._world.sums.finish()
         if self._trainable_now() == self._trainable:
             return
         self._agree()
@@ -159,7 +162,10 @@ class Ddp(Strategy):
             gradient_as_bucket_view=True,
             find_unused_parameters=self._find_unused,
         )
-        if self._smaller is not None:
+        if self._world.sums is not None:
+            dtype = None if self._smaller is None else self._smaller.dtype
+            self.module.register_comm_hook(InMemory(self._world.sums, self._world.size, dtype), begin_in_memory)
+        elif self._smaller is not None:
             self.module.register_comm_hook(self._smaller, send_smaller)
 
     def _trainable_now(self) -> list[bool]:

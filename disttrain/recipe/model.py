@@ -163,6 +163,10 @@ class ParallelRecipe(Section):
         default=False,
         description="fsdp: GPUs keep weights and optimizer state in main memory, and get them block by block",
     )
+    shared_memory: bool = Field(
+        default=True,
+        description="ddp and exact, on the CPU: gradients of workers that are all on one machine meet in memory",
+    )
     on_lost_worker: Literal["restart", "continue", "stop"] = Field(
         default="restart",
         description="restart all when one is killed; continue without it (exact mode, gloo); or stop: end the run",

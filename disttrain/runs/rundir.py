@@ -50,6 +50,7 @@ _MAY_CHANGE = {
     "train.patience", "train.min_delta",
     "train.non_finite", "train.non_finite_limit",  # or a run that ended because of them could never be resumed
     "parallel.strategy", "parallel.find_unused_parameters", "parallel.on_lost_worker", "parallel.audit_every_steps",
+    "parallel.shared_memory",
     "parallel.shard_modules", "parallel.shard_size", "parallel.prefetch", "parallel.cpu_offload",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")

@@ -151,7 +151,13 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
         stop_requests() as stop,
         freed_memory_kept(),
         sums_in_fixed_order(recipe),
-        join_world(settings.device, settings.threads, in_time, is_whole_process=is_whole_process) as world,
+        join_world(
+            settings.device,
+            settings.threads,
+            in_time,
+            shares_memory=recipe.parallel.shared_memory,
+            is_whole_process=is_whole_process,
+        ) as world,
         exact_conditions(recipe),
         compiler_when_used(),
     ):

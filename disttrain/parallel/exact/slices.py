@@ -172,6 +172,7 @@ class ExactSlices:
             sums,
             self._summands,
             self.num_slices,
+            shared=self._world.sums,
             expected=self.expected,
             scratch=self._scratch,
             num_changes=len(changes),
@@ -201,7 +202,7 @@ class ExactSlices:
         sums = [torch.zeros_like(parameters[index]) for index in bad]
         finite = [[zeroed(summands[index]) for index in bad] for summands in self._not_summed]
         if bad:
-            exact_sum_(sums, finite, self.num_slices)
+            exact_sum_(sums, finite, self.num_slices, shared=self._world.sums)
         for index, total in zip(bad, sums, strict=True):
             parameters[index].grad = total.div_(scale)
         self._not_summed = []

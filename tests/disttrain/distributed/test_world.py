@@ -23,7 +23,8 @@ from disttrain.distributed.collectives import (
     one_per_machine_first,
     sum_,
 )
-from disttrain.distributed.world import join_world, num_threads, on_device
+from disttrain.distributed.cores import num_threads
+from disttrain.distributed.world import join_world, on_device
 from disttrain.errors import ConfigurationError, DisttrainError
 from disttrain.testing import run_workers
 

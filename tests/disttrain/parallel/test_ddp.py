@@ -16,7 +16,6 @@ from disttrain.data import MemorySplit, StepSampler
 from disttrain.distributed.collectives import gather_objects
 from disttrain.distributed.world import join_world
 from disttrain.parallel.choose import parallelize
-from disttrain.parallel.ddp import Ddp
 from disttrain.recipe import DataRecipe, ParallelRecipe
 from disttrain.testing import run_workers
 from tests.disttrain.data.loaders import train_loader
@@ -53,6 +52,7 @@ def test_more_workers_than_samples() -> None:
             (part,) = batch.parts
             loss = strategy.loss(classify, (part.data[0].double(), part.data[1]), num_samples=1)
             (loss / batch.global_size * (not part.is_filler) * strategy.loss_scale).backward()  # type: ignore[no-untyped-call]
+            strategy.finish_step(batch.global_size, 0)
             gradient = next(strategy.model.parameters()).grad
             assert gradient is not None
             return gradient
@@ -166,21 +166,13 @@ def test_a_run_evaluates_the_model_that_it_saves(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.distributed(world_size=2, process_group=False)
 def test_accumulation_talks_once_per_step() -> None:
-    """Gradients travel with the last micro-batch only: DDP's hook runs once per bucket and step."""
-    calls = 0
-
-    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP wants the types themselves, or none
-        nonlocal calls
-        calls += 1
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
+    """Gradients travel with the last micro-batch only: what is summed in memory is counted."""
     with join_world("cpu", threads=1) as world:
         strategy = parallelize(network(), world, ParallelRecipe())
-        assert isinstance(strategy, Ddp)
-        strategy.module.register_comm_hook(None, hook)
+        assert world.sums is not None
         for number in range(4):
+            assert world.sums.num_begun == 0
             images = torch.rand(2, 1, 4, 4, dtype=torch.float64)
             strategy.loss(total, images, num_samples=2, is_last=number == 3).backward()
-    assert calls == 1
+        assert world.sums.num_begun == 1
+        strategy.finish_step(2, 0)
