@@ -43,6 +43,8 @@ def share_memory(
             in_any_case.enter_context(listener)
         secret = secrets.token_bytes(16)
         offers = _of_all((listener.getsockname(), secret) if listener is not None else None)
+        if listener is None or not all(offers):
+            return None
         peers: list[socket.socket | None] = [None] * size
         unless_it_fails.callback(close_all, peers)
         descriptor: int | None = None
@@ -55,7 +57,7 @@ def share_memory(
                 if (offer := offers[other]) is not None:
                     peers[other] = _connected(offer, rank, descriptor)
             has_connected = True
-        if listener is None or not all([*_of_all(has_connected), *offers]):
+        if not all(_of_all(has_connected)):
             return None
         memory: torch.Tensor | None = None
         with suppress(OSError, ValueError):

@@ -110,7 +110,7 @@ def join_world(
     threads: int = 0,
     timeout_s: float = 600.0,
     *,
-    shares_memory: bool = True,
+    shares_memory: bool = False,
     is_whole_process: bool = False,
 ) -> Iterator[World]:
     """Join the job's process group, and leave it whatever happens.

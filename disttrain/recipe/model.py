@@ -164,8 +164,8 @@ class ParallelRecipe(Section):
         description="fsdp: GPUs keep weights and optimizer state in main memory, and get them block by block",
     )
     shared_memory: bool = Field(
-        default=True,
-        description="ddp and exact, on the CPU: gradients of workers that are all on one machine meet in memory",
+        default=False,
+        description="ddp and exact: gradients of CPU workers that are all on one machine meet in memory they share",
     )
     on_lost_worker: Literal["restart", "continue", "stop"] = Field(
         default="restart",

@@ -20,7 +20,7 @@ from disttrain.testing import run_workers
 
 def _loses_rank_2() -> tuple[float, float]:
     """Of four ranks, the third goes in the middle. What the others sum in a group of three, and in one of two."""
-    with join_world("cpu", threads=1, timeout_s=60) as world:
+    with join_world("cpu", threads=1, timeout_s=60, shares_memory=True) as world:
         assert sum_(torch.ones(1)).item() == 4.0
         if world.rank == 2:
             world.leave_group()
@@ -38,6 +38,8 @@ def _loses_rank_2() -> tuple[float, float]:
                 dist.distributed_c10d._world.group_count += 5
             three = rejoin(world, Verdict(1, [0, 1, 3].index(world.rank), 3), lambda: False)
             first = sum_(torch.full((1,), float(world.rank))).item()
+            assert three.sums is not None
+            assert three.sums.sum_(torch.ones(1)).item() == 3.0, "the memory is not that of the new group"
             three.leave_group()
             if three.rank == 1:
                 return first, 0.0

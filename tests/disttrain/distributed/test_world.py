@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.distributed import agreement as agreement_module
+from disttrain.distributed import cores
 from disttrain.distributed import world as world_module
 from disttrain.distributed.agreement import Agreement
 from disttrain.distributed.collectives import (
@@ -134,7 +135,7 @@ def test_a_launcher_that_sets_nonsense_is_told_so(monkeypatch: pytest.MonkeyPatc
 def test_threads_are_what_the_user_says_or_a_share_of_the_cores(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int
 ) -> None:
-    monkeypatch.setattr(world_module, "usable_cores", lambda: 7)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 7)
     assert num_threads(2, environment) == expected
     assert num_threads(9, {}) == 1
 

@@ -92,7 +92,7 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
     of_rank_0 = [("checkpoint: state", 0, 1, SIGKILL), ("after the commit", 1, 7, SIGKILL)]
     ended = launch(
         undisturbed(tmp_path, SAVING),
-        disturbed(tmp_path, signals, size=3, waits_at=[6]),
+        disturbed(tmp_path, signals, "parallel.shared_memory=true", size=3, waits_at=[6]),
         Run(str(tmp_path / "without rank 0"), size=3, signals=of_rank_0, overrides=(CONTINUE, SAVING)),
         # In step 5 rank 0 computes its slice, which is that step's audited one, wrong.
         Run(
