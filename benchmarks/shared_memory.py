@@ -1,0 +1,106 @@
+"""What a step of two workers costs whose gradients meet in shared memory, against gloo's loopback.
+
+    python benchmarks/shared_memory.py [--rounds 60]
+
+Two workers with one thread each train the network of `cifar10-net` on made-up images, batches of 100, in fast and in
+exact mode; in each round a few steps one way and as many the other, in turn. Printed are medians per step, by the clock
+and in processor time of worker 0, the median of the rounds' ratios with the quartiles, and whether both have the same
+weights in the end, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from disttrain.distributed.world import World, join_world
+from disttrain.models.net import Net
+from disttrain.parallel.choose import parallelize
+from disttrain.recipe import ParallelRecipe
+from disttrain.testing import run_workers
+
+BATCH, STEPS_PER_TURN, WARM_UP = 100, 5, 5
+Seconds = tuple[float, float]  # by the clock, of the processor
+
+
+def steps(world: World, *, exact: bool) -> Iterator[nn.Module]:
+    """Makes a step each time, and gives the model."""
+    torch.manual_seed(0)
+    strategy = parallelize(Net(num_classes=10, sample_shape=(3, 32, 32)), world, ParallelRecipe(exact=exact, slices=4))
+    optimizer = torch.optim.SGD(strategy.model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.randn(BATCH // world.size, 3, 32, 32).chunk(len(strategy.slices))
+    labels = torch.randint(0, 10, (BATCH // world.size,)).chunk(len(strategy.slices))
+
+    def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    for step in range(10**9):
+        for index, batch in zip(strategy.slices, zip(images, labels, strict=True), strict=True):
+            strategy.open_slice()
+            loss = strategy.loss(loss_of, batch, num_samples=len(batch[1]))
+            (loss / BATCH * strategy.loss_scale).backward()
+            strategy.close_slice(index)
+        strategy.finish_step(BATCH, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield strategy.model
+
+
+def compare(rounds: int, exact: bool) -> tuple[list[tuple[Seconds, Seconds]], bool]:
+    """Per step in each round, through gloo and in memory; and whether both have the same weights."""
+    pairs: list[tuple[Seconds, Seconds]] = []
+    with join_world("cpu", threads=1, shares_memory=True) as world:
+        assert world.sums is not None, "there is no memory to share here"
+        ways = [steps(replace(world, sums=None), exact=exact), steps(world, exact=exact)]
+        for way in ways:
+            for _ in range(WARM_UP):
+                next(way)
+        for number in range(rounds):
+            found: dict[int, Seconds] = {}
+            for index in (0, 1) if number % 2 else (1, 0):
+                clock, processor = time.perf_counter(), time.process_time()
+                for _ in range(STEPS_PER_TURN):
+                    next(ways[index])
+                spent = time.perf_counter() - clock, time.process_time() - processor
+                found[index] = (spent[0] / STEPS_PER_TURN, spent[1] / STEPS_PER_TURN)
+            pairs.append((found[0], found[1]))
+        models = [next(way) for way in ways]
+        same = all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+        dist.barrier()
+    return pairs, same
+
+
+def main() -> None:
+    """Parse the command line, say where this runs, measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    rounds = parser.parse_args().rounds
+    load = os.getloadavg()[0]
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(f"{'':<18}{'gloo':>11}{'in memory':>12}{'ratio':>8}{'quartiles':>16}{'same bits':>11}")
+    for exact in (False, True):
+        pairs, same = run_workers(
+            compare, 2, args=(rounds, exact), process_group=False, timeout_s=900, check_collectives=False
+        )[0]
+        for index, unit in enumerate(("clock", "processor")):
+            gloo, memory = (statistics.median(pair[way][index] for pair in pairs) * 1e3 for way in (0, 1))
+            low, middle, high = statistics.quantiles([b[index] / a[index] for a, b in pairs], n=4)
+            print(
+                f"{'exact' if exact else 'fast'}, {unit:<11}{gloo:>8.2f} ms{memory:>9.2f} ms{middle:>8.3f}"
+                f"{low:>9.3f}-{high:.3f}{'yes' if same else 'NO':>11}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
