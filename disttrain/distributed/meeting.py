@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -105,13 +106,33 @@ def _reached_at(host: str, port: int, timeout_s: float, unless: Callable[[], boo
     deadline = time.monotonic() + timeout_s
     while True:
         if _answers(host, port):  # torch would wait a second before it tries again
-            with suppress(RuntimeError):  # it died just then, or is slow: see what the launcher says
-                return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_TO_CONNECT)
+            store = _connected(host, port, lambda: unless() or time.monotonic() > deadline)
+            if store is not None:
+                return store
         if unless():
             raise RuntimeError("Timed out waiting for another worker, which is lost")
         if time.monotonic() > deadline:
             raise MissingRanks([0])
         time.sleep(_LOOK_EVERY_S)
+
+
+def _connected(host: str, port: int, gives_up: Callable[[], bool]) -> Store | None:
+    """The store served there; None if its process has just died, or has not answered until `gives_up` holds.
+
+    For a process that is stopped, the system still accepts connections, and torch waits for an answer without end: so
+    a thread does, which is left behind.
+    """
+    found: list[Store] = []
+
+    def connect() -> None:
+        with suppress(RuntimeError):
+            found.append(TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_TO_CONNECT))
+
+    thread = threading.Thread(target=connect, name="disttrain-meeting", daemon=True)
+    thread.start()
+    while thread.is_alive() and not gives_up():
+        thread.join(_LOOK_EVERY_S)
+    return found[0] if found else None
 
 
 def _answers(host: str, port: int) -> bool:

@@ -108,14 +108,13 @@ class Watch:
         if not dead and not new and not has_failed:
             return False
         now = time.monotonic()
-        recent = [moment for moment in self._losses if now - moment < _LOSSES_WITHIN_S]
         is_possible = (
             len(dead) + len(running) == len(self._workers)
             and all(worker.was_killed for worker in dead)
             and (not has_lost_rank_0 or running[0].can_lead())
             and all(worker.is_ready() for worker in running)
         )
-        if is_possible and len(recent) + len(dead) + has_failed > self._max_losses:
+        if is_possible and self._num_recent(now) + len(dead) + has_failed > self._max_losses:
             complain(
                 f"more than {self._max_losses} losses within {_LOSSES_WITHIN_S / 60:g} minutes (--max-losses): "
                 "not continuing"
@@ -152,6 +151,10 @@ class Watch:
             self._coming += filter(None, [self._replace(one) for one in dead if not one.computed_wrong])
         return True
 
+    def _num_recent(self, now: float) -> int:
+        """How many losses there were within the time for which their number is limited."""
+        return sum(now - moment < _LOSSES_WITHIN_S for moment in self._losses)
+
     def _meeting_place(self, leader: Member) -> tuple[str, int]:
         """The host and the port at which this worker can meet the others."""
         return "", self._ports.enter_context(reserved_port())
@@ -182,10 +185,17 @@ class Watch:
                 worker.shoot()
 
     def _those_to_join(self) -> list[Member]:
-        for worker in self._coming:
-            if worker.has_ended() and worker.ending is not None:
-                complain(f"continuing without a replacement: {worker.ending.told()}")
-        self._coming = [worker for worker in self._coming if not worker.has_ended()]
+        for worker in [one for one in self._coming if one.has_ended()]:
+            self._coming.remove(worker)
+            what = worker.ending.message if worker.ending is not None else "it ended"
+            now = time.monotonic()
+            # One that fails by itself would fail again.
+            if worker.was_killed and not self.was_asked_to_stop and self._num_recent(now) < self._max_losses:
+                self._losses.append(now)
+                complain(f"the replacement for rank {worker.rank} {what}: starting another")
+                self._coming += filter(None, [self._replace(worker)])
+            else:
+                complain(f"continuing without a replacement for rank {worker.rank}: {what}")
         return [worker for worker in self._coming if worker.waits_to_join()]
 
     def _end_after_a_failure(self, running: list[Member]) -> None:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.runs.journal import read_journal
+from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.watch import Watch
 from tests.disttrain.parallel.exact_runs import outcome
 from tests.launch.local.forked import NEW, Run
 
@@ -142,6 +145,37 @@ def test_by_default_all_are_ended_to_be_restarted(tmp_path: Path) -> None:
     assert ended["exit_code"] != 0
     assert "rank 1 " in ended["message"]
     assert "SIGKILL" in ended["message"]
+
+
+def test_a_replacement_that_is_killed_is_replaced_and_one_that_fails_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    def ended(code: int, message: str) -> Any:
+        return SimpleNamespace(
+            rank=2, was_killed=code < 0, ending=SimpleNamespace(message=message), has_ended=lambda: True
+        )
+
+    fresh = SimpleNamespace(rank=2, has_ended=lambda: False, waits_to_join=lambda: False)
+    watch = Watch(WorkerGroup((), 3), [], 0, lambda dead: fresh, 0, max_losses=1)
+    watch._coming = [ended(-SIGKILL, "was killed by SIGKILL")]
+    assert watch._those_to_join() == []
+    assert watch._coming == [fresh]
+    watch._coming = [ended(-SIGKILL, "was killed by SIGKILL"), ended(1, "no memory")]
+    assert watch._those_to_join() == []
+    assert watch._coming == [], "more than max_losses"
+    assert capsys.readouterr().err.splitlines() == [
+        "disttrain: the replacement for rank 2 was killed by SIGKILL: starting another",
+        "disttrain: continuing without a replacement for rank 2: was killed by SIGKILL",
+        "disttrain: continuing without a replacement for rank 2: no memory",
+    ]
+
+
+@pytest.mark.long
+def test_the_only_worker_left_stands_still_before_its_replacement_has_joined(tmp_path: Path) -> None:
+    """It is killed after the time that a step may take; the replacement, which has no state, is not blamed."""
+    stops = [("step", 1, 3, SIGKILL), ("recovery: agreed", 0, 1, SIGSTOP)]
+    (ended,) = launch(disturbed(tmp_path, stops, "train.hang_timeout_s=4", size=2))
+    assert ended["exit_code"] == 1
+    assert "rank 0 holds up the others (train.hang_timeout_s): killing it" in ended["stderr"]
+    assert "rank 0 on" in ended["message"]
 
 
 @pytest.mark.long
