@@ -77,6 +77,7 @@ def test_a_group_with_epochs_of_its_own_ends_its_schedule_there() -> None:
         [2.0, 2 * 10 / 15, 2 * 5 / 15, 2 / 15, 0.0, 0.0]
     )
     assert whole.of_group({"lr_scale": 2.0}, 10) == 1.5
+    assert [schedule().of_group({"epochs": 1.0}, step) for step in (9, 10)] == [1.0, 0.0]
 
 
 def test_cosine_agrees_with_pytorchs() -> None:
