@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.recipe import load_recipe, to_toml
+from disttrain.runs.journal import read_journal
 from disttrain.testing import hosts
 from tests.launch.kubernetes.conftest import Desk
 from tests.launch.kubernetes.fake_cluster import fake_cluster
@@ -58,10 +59,10 @@ def end(thread: threading.Thread) -> None:
     assert not thread.is_alive()
 
 
-def reference(desk: Desk) -> tuple[int, str, str]:
+def reference(desk: Desk, *more: str) -> tuple[int, str, str]:
     """The weights of the same recipe, trained by one worker that nobody disturbs."""
     alone = desk.cluster.folder / "alone"
-    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", *RECIPE, "--run-dir", str(alone)]
+    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", *RECIPE, *more, "--run-dir", str(alone)]
     subprocess.run(command, check=True, capture_output=True, timeout=400)
     return weights(alone)
 
@@ -87,6 +88,21 @@ def test_two_nodes_train_one_is_killed_and_the_bits_are_the_same(real: Desk) -> 
     assert any("accuracy" in line for line in real.lines)
     assert any("2 workers" in line for line in real.lines)
     assert weights(real.run_dir) == reference(real)
+
+
+@pytest.mark.long
+def test_a_node_is_killed_the_other_continues_and_the_new_pod_joins(real: Desk) -> None:
+    longer = ("-o", "train.epochs=60", "-o", "checkpoint.every_steps=200", "-o", "parallel.on_lost_worker=continue")
+    follower = submitted(real, *longer)
+    real.cluster.wait("a checkpoint", lambda: checkpoints(real) >= 1, 300)
+    real.cluster.kubelet.kill(real.pod(1))
+    end(follower)
+    assert real.exit_code == 0, real.lines
+    assert real.cluster.failures() == 1
+    names = [record.get("name") for record in read_journal(real.run_dir / "journal.jsonl")]
+    assert (names.count("worker-lost"), names.count("worker-joined")) == (1, 1)
+    assert not any("Restart" in line for line in real.lines)
+    assert weights(real.run_dir) == reference(real, *longer)
 
 
 @pytest.mark.long
