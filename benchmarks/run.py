@@ -51,6 +51,9 @@ COMPARISONS = {
         ("step.py", "parts", "--workers", "1,2"),
         ("--rounds", "20"),
     ),
+    "shared": Comparison(
+        "Gradients of two workers in shared memory against gloo", ("shared_memory.py",), ("--rounds", "30")
+    ),
     "batches": Comparison("Augmented batches against torchvision's transforms", ("batches.py",)),
     "cifar10": Comparison(
         "The tutorial's job: peers and disttrain", ("cifar10/compare.py",), ("--rounds", "2"), needs_cifar10=True

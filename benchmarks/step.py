@@ -1,6 +1,6 @@
 """What a step costs besides its arithmetic: against a loop written by hand, and part by part.
 
-    python benchmarks/step.py ratio [--rounds 60] [--workers 1,2] [--cpu-time]
+    python benchmarks/step.py ratio [--rounds 60] [--workers 1,2] [--cpu-time] [-o key=value]
     python benchmarks/step.py parts [--rounds 60] [--workers 1]
 
 `ratio` trains the network of `cifar10-net` on made-up images, batches of 100, with one worker and with two. The loop by
@@ -59,11 +59,12 @@ MOST = 1.02  # so many times as long as the loop by hand
 QUIET = ("tracking.uri=none", "data.dataset=synthetic", f"data.options={{num_train={NUM_IMAGES}, num_test=100}}")
 
 
-def recipe(steps: int, threads: int) -> Recipe:
+def recipe(steps: int, threads: int, *more: str) -> Recipe:
     """cifar10-net as it ships, on made-up images."""
     epochs = -(-steps * BATCH // NUM_IMAGES)
     overrides = (f"train.max_steps={steps}", f"train.epochs={epochs}", f"train.eval_every_epochs={epochs}")
-    return load_recipe("cifar10-net", [*QUIET, *overrides, f"train.threads={threads}", f"data.batch_size={BATCH}"])
+    shape = (f"train.threads={threads}", f"data.batch_size={BATCH}")
+    return load_recipe("cifar10-net", [*QUIET, *overrides, *shape, *more])
 
 
 def by_hand(model: nn.Module, settings: Recipe) -> Iterator[None]:
@@ -112,21 +113,21 @@ class Turns(disttrain.Hook):
         self.began = self.clock()
 
 
-def compare(rounds: int, threads: int, cpu_time: bool) -> tuple[list[tuple[float, float]], list[str]]:
+def compare(rounds: int, threads: int, cpu_time: bool, *more: str) -> tuple[list[tuple[float, float]], list[str]]:
     """Seconds per step of each round, by hand and ours, and the SHA-256 of the weights of both."""
-    settings = recipe((rounds + 1) * STEPS_PER_TURN, threads)
+    settings = recipe((rounds + 1) * STEPS_PER_TURN, threads, *more)
     turns = Turns(settings, time.process_time if cpu_time else time.perf_counter)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         disttrain.train(settings, run_dir=Path(folder, "run"), hooks=[turns])
     return turns.pairs[1:], turns.digests
 
 
-def ratio(rounds: int, workers: list[int], cpu_time: bool) -> bool:
+def ratio(rounds: int, workers: list[int], cpu_time: bool, *more: str) -> bool:
     """Print the table; return whether each number of workers stays within the bound, with the same bits."""
     print(f"{'':<12}{'by hand':>11}{'disttrain':>11}{'ratio':>8}{'quartiles':>16}{'at most':>9}{'same bits':>11}")
     good = True
     for size in workers:
-        arguments = (rounds, max(1, 2 // size), cpu_time)
+        arguments = (rounds, max(1, 2 // size), cpu_time, *more)
         pairs, digests = run_workers(
             compare, size, args=arguments, process_group=False, timeout_s=900, check_collectives=False
         )[0]
@@ -244,12 +245,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("-o", dest="overrides", action="append", default=[], help="a key of the run, for `ratio`")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
     workers = [int(size) for size in options.workers.split(",")]
     if options.what == "ratio":
-        sys.exit(0 if ratio(options.rounds, workers, options.cpu_time) else 1)
+        sys.exit(0 if ratio(options.rounds, workers, options.cpu_time, *options.overrides) else 1)
     columns = [
         run_workers(measure_parts, size, args=(options.rounds,), process_group=False, timeout_s=900)[0]
         for size in workers
