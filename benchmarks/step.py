@@ -183,6 +183,7 @@ def parts_of(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
     def after() -> None:
         monitor.after_step(None, batch.global_weight)
 
+    job.step = 1  # at an epoch's end more is done
     leaf = torch.ones((), requires_grad=True)
     return {
         "a batch": lambda: next(batches),
