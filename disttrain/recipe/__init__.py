@@ -4,8 +4,9 @@ from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, Recip
 from disttrain.files import make_folder, open_to_append, open_to_read, parse_json
 from disttrain.recipe.installed import check_installed
 from disttrain.recipe.load import as_recipe, load_recipe, old_names_in, parse_recipe, recipe_text, shipped_recipes
-from disttrain.recipe.model import DataRecipe, ModelRecipe, ParallelRecipe, Recipe, TaskRecipe, TrackingRecipe
+from disttrain.recipe.model import DataRecipe, ModelRecipe, Recipe, TaskRecipe, TrackingRecipe
 from disttrain.recipe.optimizers import OptimRecipe
+from disttrain.recipe.parallel import ParallelRecipe
 from disttrain.recipe.stored import damage, load_recipe_for, recipe_of_checkpoints
 from disttrain.recipe.train import CheckpointRecipe, ScheduleRecipe, TrainRecipe
 from disttrain.recipe.trust import (

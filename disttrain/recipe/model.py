@@ -11,6 +11,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.recipe.address import is_text, settled
 from disttrain.recipe.names import check_dataset, check_model, check_task
 from disttrain.recipe.optimizers import AnyOptimRecipe, SgdRecipe
+from disttrain.recipe.parallel import ParallelRecipe
 from disttrain.recipe.section import Count, NoneIfSaid, Patterns, Positive, Section, WholeNumber
 from disttrain.recipe.table import table_options
 from disttrain.recipe.train import CheckpointRecipe, ScheduleRecipe, TrainRecipe
@@ -120,77 +121,6 @@ class ModelRecipe(Section):
         for key, value in (("whiten", self.whiten), ("dirac", self.dirac)):
             if value and self.init is not None:
                 raise ValueError(f"{key} and init both say what the weights are at the start; leave one of the two out")
-        return self
-
-
-class ParallelRecipe(Section):
-    """How the workers' gradients meet."""
-
-    strategy: Literal["auto", "ddp", "fsdp", "dp", "none"] = Field(
-        default="auto",
-        description="auto: ddp with several workers, dp for one process that sees several GPUs, else none; fsdp: each "
-        "worker holds a part of the model and of the optimizer's state",
-    )
-    find_unused_parameters: bool = Field(
-        default=False, description="ddp: a step may leave parameters without a gradient (LayerDrop, an unused head)"
-    )
-    compress: Literal["none", "bf16", "fp16"] = Field(
-        default="none", description="ddp: gradients travel as float32, or in half the bytes as bf16 or fp16"
-    )
-    sync_every: WholeNumber = Field(
-        default=0,
-        description="each worker trains by itself for so many steps between two outer steps (DiLoCo; 0: gradients meet "
-        "in every step)",
-    )
-    outer_learning_rate: Positive = Field(default=0.7, description="sync_every: what the outer step is multiplied by")
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.9, description="sync_every: the outer step's Nesterov momentum (0: none); often too much with SGD"
-    )
-    exact: bool = Field(default=False, description="the same bits at every number of workers")
-    slices: Count = Field(default=4, description="exact: the pieces each global batch is computed in")
-    shard_modules: Patterns = Field(
-        default=[],
-        description="fsdp: the classes of the blocks that are gathered as one (left out: as the model has them)",
-    )
-    shard_size: WholeNumber = Field(
-        default=0,
-        description="fsdp: the workers that hold one copy of the model together, of several that are trained (0: all)",
-    )
-    prefetch: WholeNumber = Field(
-        default=0, description="fsdp: how many blocks ahead weights are gathered (0: as FSDP2 does by itself)"
-    )
-    cpu_offload: bool = Field(
-        default=False,
-        description="fsdp: GPUs keep weights and optimizer state in main memory, and get them block by block",
-    )
-    shared_memory: bool = Field(
-        default=False,
-        description="ddp and exact: gradients of CPU workers that are all on one machine meet in memory they share",
-    )
-    on_lost_worker: Literal["restart", "continue", "stop"] = Field(
-        default="restart",
-        description="restart all when one is killed; continue without it (exact mode, gloo); or stop: end the run",
-    )
-    audit_every_steps: WholeNumber = Field(
-        default=0,
-        description="exact: in every so many steps one slice is computed by a second worker as well, and the bits are "
-        "compared (0: off)",
-    )
-
-    @model_validator(mode="after")
-    def _something_to_compress(self) -> Self:
-        if self.compress != "none" and self.strategy in ("dp", "none"):
-            raise ValueError(
-                f'compress = "{self.compress}" is for several workers, and strategy = "{self.strategy}" is for one; '
-                "leave one of the two out"
-            )
-        if self.shard_size == 1:
-            raise ValueError('shard_size = 1 has every worker hold the whole model, which is strategy = "ddp"')
-        if self.sync_every and self.strategy in ("fsdp", "dp"):
-            raise ValueError(
-                f"sync_every = {self.sync_every} has every worker train a whole model by itself, which strategy = "
-                f'"{self.strategy}" does not; leave one of the two out'
-            )
         return self
 
 
