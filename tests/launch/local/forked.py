@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,7 +73,11 @@ def _forking(work: Callable[[int], object]) -> Callable[..., _Fork]:
         whose = rank + NEW * before[rank]
         before[rank] += 1
         pid = os.fork()
-        return _Fork(pid) if pid else _become_a_worker(lambda: work(whose), environment, keep)
+        if not pid:
+            with suppress(OSError):  # not Linux
+                Path("/proc/self/comm").write_text(f"rank-{rank}")  # by which a test finds it
+            _become_a_worker(lambda: work(whose), environment, keep)
+        return _Fork(pid)
 
     return start
 

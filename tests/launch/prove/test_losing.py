@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
-import threading
+import statistics
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +20,43 @@ from disttrain_launch.prove.losses import Group, Losses, Pace
 from disttrain_launch.prove.report import as_table
 from tests.launch.local.forked import Run
 from tests.launch.local.test_losses import CONTINUE, check, events, launch, lost_ranks
-from tests.launch.prove.test_prove import ROOT, left_in, prove
+from tests.launch.prove.test_prove import left_in, prove
 
 LONGER = ("train.epochs=8", "train.eval_every_epochs=8", "checkpoint.every_steps=5")
 STEPS = 40
+EPOCHS = 400  # of five steps, in each run of a thousand losses
 
 
-class _Outside:
-    """What `prove` sees of a run whose launcher forks: its processes, in the order in which they were started."""
+def lose_from_outside(run: Run, steps: int, most: int, *more: Run) -> tuple[Losses, Group, list[dict[str, Any]]]:
+    """Run these in turn, and kill workers of the first: what `prove` sees are its processes and its journal."""
+    with ThreadPoolExecutor(1) as pool:
+        group = Group(Path(run.folder) / "journal.jsonl", run.size)
+        ended = pool.submit(launch, run, *more)
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self._journal, self._size = folder / "journal.jsonl", size
-        self._deadline = time.monotonic() + 240.0
+        def workers() -> Mapping[int, psutil.Process]:
+            (launcher,) = [one for one in psutil.Process().children() if "tests.launch.local.forked" in one.cmdline()]
+            found = {}
+            for child in sorted(launcher.children(), key=psutil.Process.create_time):
+                with suppress(psutil.Error):  # it has just ended
+                    found[child.name()] = child
+            return {rank: found[name] for rank in range(run.size) if (name := f"rank-{rank}") in found}
 
-    def workers(self) -> Mapping[int, psutil.Process]:
-        (launcher,) = [one for one in psutil.Process().children() if "tests.launch.local.forked" in one.cmdline()]
-        children = sorted(launcher.children(), key=lambda one: (one.create_time(), one.pid))
-        replaced = {child.pid for child in children[self._size :]}
-        return {rank: child for rank, child in enumerate(children) if child.pid not in replaced}
+        def pause(seconds: float) -> bool:
+            time.sleep(seconds)
+            return not ended.done()
 
-    def pause(self, seconds: float) -> bool:
-        time.sleep(seconds)
-        is_over = self._journal.exists() and '"FINISHED"' in self._journal.read_text()
-        return not is_over and time.monotonic() < self._deadline
+        losses = Losses(workers, pause, steps, Pace(start_up_s=1.0, step_s=0.2))
+        losses.deal(group, most, steps)
+        return losses, group, ended.result()
 
 
 def test_workers_killed_from_outside_are_counted_with_the_time_until_the_next_step(tmp_path: Path) -> None:
     reference = Run(str(tmp_path / "undisturbed"), size=1, overrides=LONGER)
     lossy = Run(str(tmp_path / "disturbed"), size=3, overrides=(CONTINUE, *LONGER), waits_at=[20])
-    outside = _Outside(tmp_path / "disturbed", 3)
-    losses = Losses(outside.workers, outside.pause, STEPS, Pace(start_up_s=1.0, step_s=0.2))
-    group = Group(tmp_path / "disturbed" / "journal.jsonl", 3)
-    dealing = threading.Thread(target=losses.deal, args=(group, 1, STEPS))
-    dealing.start()
-    ended = launch(lossy, reference)
-    dealing.join()
+    losses, group, ended = lose_from_outside(lossy, STEPS, 1, reference)
     (loss,) = losses.made
     assert 0.0 < loss.seconds < 240.0
-    check(tmp_path, ended, lost_ranks(tmp_path / "disturbed"))
-    assert lost_ranks(tmp_path / "disturbed") == [loss.rank]
+    check(tmp_path, ended, [loss.rank])
     assert group.restarts == 0
     for event in events(tmp_path / "disturbed", "worker-joined"):
         assert event["joined_ranks"] == [loss.rank]
@@ -168,36 +166,22 @@ def test_a_recipe_that_cannot_continue_is_refused_with_the_reason(tmp_path: Path
 
 @pytest.mark.long
 def test_a_thousand_losses(tmp_path: Path) -> None:
-    """Of real workers, in ten runs; the hash of one undisturbed run, and nothing is left on the machine."""
+    """Of any worker, in as many runs as it takes; each has the bits of one undisturbed run, and leaves nothing."""
     shared_memory = set(os.listdir("/dev/shm"))
-    arguments = [
-        sys.executable,
-        "-m",
-        "disttrain_launch",
-        "prove",
-        "digits",
-        "--workers",
-        "8",
-        "--lose",
-        "100",
-        "--json",
-    ]
-    tiny = ("data.dataset=synthetic", "data.options={num_train=128, num_test=8}", "data.batch_size=32")
-    overrides = [word for one in (*tiny, "parallel.slices=8", "train.eval_every_epochs=50") for word in ("-o", one)]
-    mark = f"DISTTRAIN_TEST_MARK_{os.getpid()}"
-    total = 0
-    for seed in range(30):
-        command = [*arguments, *overrides, "--seed", str(seed)]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, mark: "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        answer = json.loads(done.stdout)
-        (run,) = answer["runs"]
-        assert run["weights_sha256"] == answer["reference"]["weights_sha256"]
-        assert run["restarts"] == 0
-        total += run["losses"]
-        if total >= 1000:
-            break
-    assert total >= 1000
-    left = [one for one in psutil.process_iter(["environ"]) if mark in (one.info["environ"] or {})]
-    assert left == []
+    steps = 5 * EPOCHS
+    longest = (f"train.epochs={EPOCHS}", "train.eval_every_epochs=50", "checkpoint.every_steps=25")
+    reference = launch(Run(str(tmp_path / "undisturbed"), size=1, overrides=longest))
+    total, seconds, number = 0, [], 0
+    while total < 1000:
+        number += 1
+        run = Run(str(tmp_path / f"{number}"), overrides=(CONTINUE, *longest), most_losses=10_000)
+        losses, group, ended = lose_from_outside(run, steps, 1000 - total)
+        check(tmp_path, [*reference, *ended], lost_ranks(tmp_path / f"{number}"), f"{number}")
+        assert group.restarts == 0
+        assert losses.made
+        assert len(lost_ranks(tmp_path / f"{number}")) == len(losses.made)
+        total += len(losses.made)
+        seconds += [loss.seconds for loss in losses.made]
+        assert not [one for one in psutil.process_iter(["cmdline"]) if run.folder in str(one.info["cmdline"])]
+    print(f"{total} losses in {number} runs: median {statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s")
     assert set(os.listdir("/dev/shm")) <= shared_memory
