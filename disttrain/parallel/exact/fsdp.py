@@ -6,6 +6,7 @@ are taken when the backward pass has come out of it, before they would pile up.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -222,8 +223,11 @@ def _gather(module: Any, _: Any) -> None:
 
 
 def _free_until_backward(module: Any, _: Any, outputs: Any) -> None:
+    leaves = tree_leaves(outputs)
+    if any(dataclasses.is_dataclass(leaf) for leaf in leaves):
+        return  # it stays whole: a pytree shows none of the tensors in it
     module.reshard()
-    differentiable = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    differentiable = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if differentiable:
         register_multi_grad_hook(differentiable, lambda _: module.unshard(), mode="any")
 

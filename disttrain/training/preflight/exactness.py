@@ -15,7 +15,7 @@ from torch import nn
 from disttrain import rng
 from disttrain.data import largest_part, smallest_part, unlike_when_read_again
 from disttrain.distributed.collectives import broadcast_from_main
-from disttrain.distributed.sharded import local
+from disttrain.distributed.sharded import is_sharded, local
 from disttrain.errors import ConfigurationError
 from disttrain.models.buffers import same_bits
 from disttrain.training.job import Job
@@ -180,7 +180,8 @@ def _put_back(model: nn.Module, *tensors: dict[str, torch.Tensor]) -> None:
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for key, value in (item for some in tensors for item in some.items()):
-            if key in now and now[key].shape == value.shape:
+            # Where the trial has failed amid a sharded block, that is whole.
+            if key in now and now[key].shape == value.shape and is_sharded(now[key]) == is_sharded(value):
                 now[key].copy_(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from disttrain.training.given import Given
 from disttrain.training.job import build_job
 from disttrain.training.preflight.exactness import try_exactness
 from tests.disttrain.parallel.exact_runs import outcome
+from tests.disttrain.parallel.odd_blocks import Returning, Sparse
 from tests.disttrain.parallel.test_fsdp_models import Odd, Signs, samples
 
 EXACT, FSDP = ("parallel.exact=true",), ("parallel.exact=true", "parallel.strategy=fsdp")
@@ -68,8 +70,8 @@ def train_gpt(folder: Path, name: str, *overrides: str) -> None:
     disttrain.train(recipe, run_dir=folder / name)
 
 
-def on(size: int, train: Callable[..., Any], *arguments: Any) -> None:
-    run_workers(train, size, args=arguments, process_group=False)
+def on(size: int, train: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    run_workers(partial(train, **options), size, args=arguments, process_group=False)
 
 
 def test_a_gpt_has_the_bits_of_one_worker_also_when_it_was_stopped_and_resumed_otherwise(folder: Path) -> None:
@@ -189,6 +191,12 @@ class Past(Odd):
         return self.last(x + self.past(x))  # type: ignore[no-any-return]
 
 
+def test_blocks_that_return_objects_have_the_bits_of_one_worker(tmp_path: Path) -> None:
+    train_odd(tmp_path / "alone", *FSDP, "train.epochs=1", model=Returning, seed=FINITE)
+    on(2, train_odd, tmp_path / "several", *FSDP, "train.epochs=1", model=Returning, seed=FINITE)
+    assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))
+
+
 def test_what_shards_cannot_do_exactly_is_refused_by_name(tmp_path: Path) -> None:
     def refused() -> list[str]:
         said = []
@@ -197,6 +205,7 @@ def test_what_shards_cannot_do_exactly_is_refused_by_name(tmp_path: Path) -> Non
             (Odd, Signs, "optim.name=Adafactor"),
             (Odd, InPlace, "optim.lr=0.1"),
             (Past, Signs, "parallel.shard_modules=['Block']"),
+            (Sparse, Signs, "parallel.shard_modules=['Block']"),
         ):
             recipe = load_recipe("digits", [*ODD, *FSDP, "train.non_finite=skip", override])
             sets = {"train_set": samples(20, 1), "test_set": samples(10, 2)}
@@ -205,11 +214,12 @@ def test_what_shards_cannot_do_exactly_is_refused_by_name(tmp_path: Path) -> Non
             said.append(str(caught.value))
         return said
 
-    for fused, whole, twice, past in run_workers(refused, 2, process_group=False):
+    for fused, whole, twice, past, sparse in run_workers(refused, 2, process_group=False):
         assert "cannot be combined with optim.fused = true in exact mode" in fused
         assert "cannot be combined with optim.name = 'Adafactor'" in whole
         assert "was computed twice" in twice
         assert "the gradient of 'first.weight' is added up in another order" in past
+        assert "the gradient of 'table.weight' is sparse" in sparse
 
 
 def bits(run_dir: Path) -> Any:
