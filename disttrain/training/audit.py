@@ -128,7 +128,7 @@ def audit(
         job, [checksum_of(one) for one in (_state(job).values(), mine.get("first", ()), mine.get("second", ()))]
     )
     if len(set(table[:, 0].tolist())) > 1:
-        raise _drift(job)
+        raise _drift(job, table[:, 0].tolist())
     if table[plan.owner, 1] == table[plan.second, 2]:
         return
     mine["again"] = computed_again()
@@ -174,23 +174,32 @@ def agree_on_state(job: Job) -> None:
         return
     table = _by_rank(job, [checksum_of(_state(job).values())])
     if len(set(table[:, 0].tolist())) > 1:
-        raise _drift(job)
+        raise _drift(job, table[:, 0].tolist())
 
 
-def _drift(job: Job) -> Corruption:
-    """What such a worker has added to steps is in the weights of all, so none is left out: a restart is needed."""
+def _drift(job: Job, first: Sequence[int]) -> Corruption:
+    """What such a worker has added to steps is in the weights of all, so none is left out: a restart is needed.
+
+    `first` are the checksums, by rank, that differed.
+    """
     state = _state(job)
     by_rank: list[tuple[str, list[int]]] = gather_objects((_place(job), list(state.values())))
-    ((most, count),) = Counter(tuple(theirs) for _, theirs in by_rank).most_common(1)
-    is_known = 2 * count > len(by_rank)
-    ranks = [rank for rank, (_, theirs) in enumerate(by_rank) if tuple(theirs) != most]
-    tensor = _unlike([f"'{name}'" for name in state], by_rank[ranks[0]][1], most)
+    again = [tuple(theirs) for _, theirs in by_rank]
+    differs_again = len(set(again)) > 1
+    ranks, is_known = _unlike_most(again if differs_again else first)
     places = {rank: by_rank[rank][0] for rank in (ranks if is_known else range(len(by_rank)))}
-    does = "has other bits than the other workers" if is_known else "have different bits"
+    if differs_again:
+        most = next(theirs for rank, theirs in enumerate(again) if rank not in ranks)
+        tensor = _unlike([f"'{name}'" for name in state], again[ranks[0]], most)
+        does = f"{'has other bits than the other workers' if is_known else 'have different bits'} in {tensor}"
+        why = f"{does}, which all should have alike: a fault of memory, or of the optimizer's step"
+    else:
+        tensor = ""
+        does = "computed another checksum than the other workers" if is_known else "computed different checksums"
+        why = f"{does} of what all should have alike, and the same one the second time: a passing fault"
     return Corruption(
-        f"parallel.audit_every_steps: after step {job.step} {_named(places)} {does} in {tensor}, which all should "
-        "have alike: a fault of memory, or of the optimizer's step. A restart resumes from the newest checkpoint: "
-        "checkpoints are saved only while all agree.",
+        f"parallel.audit_every_steps: after step {job.step} {_named(places)} {why}. A restart resumes from the newest "
+        "checkpoint: checkpoints are saved only while all agree.",
         [],
         {
             "what": "state",
@@ -198,8 +207,15 @@ def _drift(job: Job) -> Corruption:
             "tensor": tensor,
             "ranks": ranks if is_known else [],
             "places": [*places.values()],
+            "again": differs_again,
         },
     )
+
+
+def _unlike_most(by_rank: Sequence[object]) -> tuple[list[int], bool]:
+    """Who has something else than what is there most often, and whether most have that."""
+    ((most, count),) = Counter(by_rank).most_common(1)
+    return [rank for rank, one in enumerate(by_rank) if one != most], 2 * count > len(by_rank)
 
 
 def _by_rank(job: Job, numbers: Sequence[int]) -> torch.Tensor:

@@ -114,7 +114,8 @@ class Watch:
             and (not has_lost_rank_0 or running[0].can_lead())
             and all(worker.is_ready() for worker in running)
         )
-        if is_possible and self._num_recent(now) + len(dead) + has_failed > self._max_losses:
+        num_losses = self._num_losses(dead) + has_failed
+        if is_possible and self._num_recent(now) + num_losses > self._max_losses:
             complain(
                 f"more than {self._max_losses} losses within {_LOSSES_WITHIN_S / 60:g} minutes (--max-losses): "
                 "not continuing"
@@ -129,7 +130,7 @@ class Watch:
             return False
         if has_lost_rank_0:
             self._host, self._port = self._meeting_place(running[0])
-        self._losses += [now] * (len(dead) + has_failed)
+        self._losses += [now] * num_losses
         self._workers = [*running, *new]
         self._coming = [worker for worker in self._coming if worker not in new]
         verdict = Verdict(
@@ -154,6 +155,10 @@ class Watch:
     def _num_recent(self, now: float) -> int:
         """How many losses there were within the time for which their number is limited."""
         return sum(now - moment < _LOSSES_WITHIN_S for moment in self._losses)
+
+    def _num_losses(self, dead: Sequence[Member]) -> int:
+        """How often these may have been lost for a cause of their own."""
+        return len(dead)
 
     def _meeting_place(self, leader: Member) -> tuple[str, int]:
         """The host and the port at which this worker can meet the others."""
@@ -196,7 +201,11 @@ class Watch:
                 self._coming += filter(None, [self._replace(worker)])
             else:
                 complain(f"continuing without a replacement for rank {worker.rank}: {what}")
+                self._forget(worker)
         return [worker for worker in self._coming if worker.waits_to_join()]
+
+    def _forget(self, worker: Member) -> None:
+        """Let go of the place of one that has ended before it has joined."""
 
     def _end_after_a_failure(self, running: list[Member]) -> None:
         now = time.monotonic()

@@ -97,6 +97,8 @@ class Follower:
     def _serve(self, wire: Wire) -> Outcome:
         """Do what the leading machine says until the end that it announces. Raises Gone."""
         while True:
+            if not wire.is_open:  # it closed with the last message, or when this end sent one
+                raise Gone
             sources: list[Any] = [wire, self._signals]
             select.select(sources, [], [], _LOOK_EVERY_S if self._workers else 1.0)
             if time.monotonic() - wire.heard_at > LEASE_S:

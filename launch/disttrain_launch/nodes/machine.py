@@ -78,6 +78,7 @@ class Machine:
         self.name = socket.gethostname()
         self.address = node.address or "127.0.0.1"
         self.capacity = int(node.workers)
+        self.is_fit = True  # as a `RemoteMachine` has it
         self._until_the_end = ExitStack()
         self._workers: list[Worker] = []
         # Each worker reads its standard input and ends when that closes: however this process dies, the kernel does it.

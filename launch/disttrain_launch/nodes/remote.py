@@ -92,7 +92,8 @@ class RemoteMachine:
         self._ports = [int(port) for port in hello["ports"]]
         self._workers: dict[int, RemoteWorker] = {}
         self._numbers = 0
-        self.is_there = True
+        self.is_there = self.is_fit = True
+        """Whether it is connected; and whether workers may join from it, see `Team.forget`."""
 
     def start(self, place: Place) -> RemoteWorker:
         """A worker at this place."""

@@ -114,7 +114,8 @@ class Team:
                 self._strangers.remove(wire)
 
     def _pump_for_later(self, timeout_s: float) -> None:
-        self._requests += self.pump(timeout_s)
+        heard = self.pump(timeout_s)  # first: it takes those that are there already
+        self._requests += heard
 
     def _hear(self, machine: RemoteMachine) -> None:
         machine.wire.beat()
@@ -155,6 +156,7 @@ class Team:
         for machine in there[:most]:
             if sum(one.capacity for one in taking_part) + machine.capacity <= self._most_workers or not taking_part:
                 taking_part.append(machine)
+                machine.is_fit = True
         size, port = sum(machine.capacity for machine in taking_part), self._here.take_port()
         workers: list[Member] = []
         for slot, machine in enumerate(taking_part):
@@ -195,7 +197,7 @@ class Team:
             free = [slot for slot in range(self._node.nodes[1]) if slot not in taken]
             is_idle = not any(machine is other for other, _ in self._at.values())
             size = len(members) + len(new) + machine.capacity
-            if not is_idle or not free or size > self._most_workers:
+            if not is_idle or not machine.is_fit or not free or size > self._most_workers:
                 continue
             example = next(iter(self._at.values()))[1]
             for local_rank in range(machine.capacity):
@@ -223,8 +225,16 @@ class Team:
         here = [one for one in members if self._at[one][0] is self._at[worker][0]]
         return here.index(worker), len(here)
 
+    def num_losses(self, dead: Sequence[Member]) -> int:
+        """How many losses these are, which were not replaced yet: of a machine that is lost, all are one."""
+        machines = [self._at[worker][0] for worker in dead]
+        gone = {machine for machine in machines if isinstance(machine, RemoteMachine) and not machine.is_there}
+        return len(gone) + sum(machine not in gone for machine in machines)
+
     def forget(self, worker: Member) -> None:
-        """A worker that has ended takes up no place any more."""
+        """A worker that failed to join takes up no place any more, and its machine is not asked for another one."""
+        machine, _ = self._at[worker]
+        machine.is_fit = False  # or it would start one after the other
         self._let_go(worker)
 
     def _start(self, machine: Machine | RemoteMachine, place: Place) -> Member:

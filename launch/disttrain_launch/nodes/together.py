@@ -10,6 +10,7 @@ import dataclasses
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +52,7 @@ def _outcome(node: Node, machine: Machine, signals: int) -> Outcome:
     def has_finished() -> bool:
         return is_finished(node.run_dir, node.recipe, node.overrides)
 
-    if node.serves is None:
+    if node.serves is None and not has_finished():  # else the name may have gone with its machine
         raise DisttrainError(
             f"--rendezvous {node.host}:{node.port}: the name {node.host!r} does not resolve here, so it is unknown "
             "which machine serves it. Give an address, or --node-rank."
@@ -123,12 +124,13 @@ class _TeamWatch(Watch):
     def _those_to_join(self) -> list[Member]:
         if not self.was_asked_to_stop and all(worker.is_ready() for worker in self._workers if not worker.ending):
             self._coming += self._team.newcomers([*self._workers, *self._coming])
-        coming = self._coming
-        joining = super()._those_to_join()
-        for worker in coming:
-            if worker.ending is not None:
-                self._team.forget(worker)
-        return joining
+        return super()._those_to_join()
+
+    def _forget(self, worker: Member) -> None:
+        self._team.forget(worker)
+
+    def _num_losses(self, dead: Sequence[Member]) -> int:
+        return self._team.num_losses(dead)
 
     def _meeting_place(self, leader: Member) -> tuple[str, int]:
         return self._team.meeting_place(leader)

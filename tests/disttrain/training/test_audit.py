@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from disttrain.checkpoint import CheckpointStore
 from disttrain.parallel.exact.checksums import checksums
 from disttrain.runs.journal import read_journal
 from disttrain.testing import faults, run_workers
+from disttrain.training import audit as audit_module
 from disttrain.training.audit import Corruption, Plan, judge
 from tests.disttrain.parallel.exact_runs import build, train
 
@@ -137,6 +139,25 @@ def test_only_who_is_alone_with_its_result_is_named(
     first: list[tuple[int, int]], again: list[int], ranks: list[int]
 ) -> None:
     assert judge(first, again).ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("first", "ranks", "words"),
+    [
+        pytest.param([5, 6, 5], [1], "rank 1 (here) computed another checksum than the other workers", id="of three"),
+        pytest.param([5, 6], [], "rank 0 (here) and rank 1 (here) computed different checksums", id="of two"),
+    ],
+)
+def test_a_checksum_of_the_state_that_is_wrong_once_is_no_crash(
+    monkeypatch: pytest.MonkeyPatch, first: list[int], ranks: list[int], words: str
+) -> None:
+    monkeypatch.setattr(audit_module, "_state", lambda job: {"weight": 5})
+    monkeypatch.setattr(audit_module, "_place", lambda job: "here")
+    monkeypatch.setattr(audit_module, "gather_objects", lambda own: [own] * len(first))
+    error = audit_module._drift(SimpleNamespace(step=4), first)  # type: ignore[arg-type]
+    assert words in str(error)
+    assert "the same one the second time: a passing fault" in str(error)
+    assert (error.facts["ranks"], error.facts["again"]) == (ranks, False)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from disttrain.distributed.ports import reserved_port
+from disttrain_launch.local import watch as watch_module
 from disttrain_launch.nodes import follower as follower_module
 from disttrain_launch.nodes import team as team_module
 from disttrain_launch.nodes import together
 from disttrain_launch.nodes.follower import Follower
 from disttrain_launch.nodes.machine import Machine, Place
 from disttrain_launch.nodes.node import Node
+from disttrain_launch.nodes.remote import RemoteMachine
 from disttrain_launch.nodes.team import Team
 from disttrain_launch.nodes.wire import Gone, Wire
 from disttrain_launch.outcome import Outcome
@@ -35,6 +37,8 @@ def say(**words):
         file.write(json.dumps(words))
 pid = os.getpid()
 names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR DISTTRAIN_NODE_SLOT DISTTRAIN_JOINS".split()
+if os.environ["DISTTRAIN_JOINS"] and os.path.exists("refuse"):
+    sys.exit(3)
 say(ready=True, leads=not os.environ["DISTTRAIN_JOINS"], joins=bool(os.environ["DISTTRAIN_JOINS"]))
 with open(f"{pid}.new", "w") as file:
     file.write(json.dumps({name: os.environ[name] for name in names}))
@@ -150,6 +154,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
+def silent_team(folder: Path) -> Iterator[tuple[Team, int]]:
+    """A team that has no machine yet, and the descriptor to which signals are written."""
+    reader, writer = os.pipe()
+    with reserved_port() as port:
+        leading = node(port, folder, serves=True)
+        with Machine(leading) as machine, closing(Team(leading, machine, reader, 16)) as team:
+            yield team, writer
+    os.close(reader)
+    os.close(writer)
+
+
+@contextmanager
 def led(folder: Path) -> Iterator[tuple[Followers, Workers, list[Outcome], Team]]:
     """A machine that leads, on a thread, and what follows it; the outcome is there after the block."""
     outcomes: list[Outcome] = []
@@ -213,6 +229,58 @@ def test_workers_and_machines_are_lost_and_come_back_without_a_restart(
         assert workers.verdicts(3, 3)[2]["num_new"] == 1
     assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 0]
     assert "Restart" not in capfd.readouterr().err
+
+
+def test_a_machine_whose_worker_fails_to_join_is_not_asked_again(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "LOOK_EVERY_S", 0.01)
+    with led(folder) as (followers, workers, _, team):
+        followers.start()
+        first = [workers.wait_for(number) for number in (0, 1)]
+        (folder / "refuse").touch()
+        workers.kill([one["RANK"] for one in first].index("1"))
+        until(lambda: not team._machines[0].is_fit and len(team._at) == 1)
+        time.sleep(0.2)  # it would be asked at once
+        assert len(team._at) == 1
+    assert capfd.readouterr().err.count("continuing without a replacement") == 1
+
+
+def test_a_lost_machine_is_one_loss(folder: Path) -> None:
+    hello = {"host": "there", "address": "127.0.0.1", "workers": 8, "ports": [1, 2]}
+    with silent_team(folder) as (team, _), socket.create_server(("127.0.0.1", 0)) as server:
+        there = RemoteMachine(Wire(socket.create_connection(server.getsockname())), hello, team.pump)
+        place = Place(1, 0, 8, 8, "127.0.0.1", 1, 1, 2)
+        workers = [team._start(there, place) for _ in range(8)]
+        assert team.num_losses(workers[:2]) == 2
+        there.lose("its connection is closed")
+        assert team.num_losses(workers) == 1
+        team._at.clear()
+
+
+def test_signals_that_come_while_a_worker_is_waited_for_are_kept_once(folder: Path) -> None:
+    with silent_team(folder) as (team, signals):
+        os.write(signals, bytes([signal.SIGTERM]))
+        for _ in range(8):
+            team._pump_for_later(0.0)
+        assert team.pump(0.0) == bytes([signal.SIGTERM])
+        assert team.pump(0.0) == b""
+
+
+def test_a_machine_that_follows_notices_a_last_message_and_the_end_at_once(folder: Path) -> None:
+    part = node(1, folder, serves=False)
+    with (
+        Machine(part) as machine,
+        no_signals() as silence,
+        socket.create_server(("127.0.0.1", 0)) as server,
+    ):
+        wire = Wire(socket.create_connection(server.getsockname()))
+        theirs, _ = server.accept()
+        theirs.sendall(b"{}\n")
+        theirs.close()
+        time.sleep(0.05)  # until both are there
+        with pytest.raises(Gone):
+            Follower(part, machine, silence, lambda: False)._serve(wire)
 
 
 def test_a_machine_that_hears_nothing_ends_its_workers_before_it_reads_on(
