@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from disttrain.recipe.names import nearest
 WHITENING_EPS = 5e-4
 """Added to the variances that are divided by, those of pixels normalised to about one: as in arXiv 2404.00498."""
 
+_MOST_NUMBERS = 1 << 26  # of patches, at once: half a gigabyte
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -80,20 +81,23 @@ def convolution_to_whiten(model: nn.Module, name: str) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def whitening_filters(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def whitening_filters(batches: Iterable[torch.Tensor], channels: int, height: int, width: int) -> torch.Tensor:
     """Filters whose outputs have no correlation and about one variance, (2 * C * height * width, C, height, width).
 
-    `images`: (N, C, H, W) as the model gets them, all of whose patches count. The first half are the eigenvectors of
-    the patches' second moments, each divided by the root of its eigenvalue and in the order of these; the second half
-    are their negatives. Computed in float64 on the CPU: eigenvectors of close eigenvalues are sensitive to rounding.
+    `batches`: of images (N, C, H, W) as the model gets them, all of whose patches count. The first half are the
+    eigenvectors of the patches' second moments, each divided by the root of its eigenvalue and in the order of these;
+    the second half are their negatives. Computed in float64 on the CPU: eigenvectors of close eigenvalues are sensitive
+    to rounding.
     """
-    channels, size = images.shape[1], images.shape[1] * height * width
+    size = channels * height * width
     moments = torch.zeros(size, size, dtype=torch.float64)
     num = 0
-    for some in torch.split(images.cpu(), 256):  # all patches at once are as large as the images times a filter
-        patches = functional.unfold(some.double(), (height, width)).transpose(1, 2).reshape(-1, size)
-        moments += patches.T @ patches
-        num += len(patches)
+    for images in batches:
+        at_once = max(1, _MOST_NUMBERS // (size * images.shape[2] * images.shape[3]))
+        for some in torch.split(images.cpu(), at_once):
+            patches = functional.unfold(some.double(), (height, width)).transpose(1, 2).reshape(-1, size)
+            moments += patches.T @ patches
+            num += len(patches)
     variances, vectors = torch.linalg.eigh(moments / num)
     # An eigenvector's sign is the library's choice: here its largest number is positive.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))

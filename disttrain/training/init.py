@@ -27,7 +27,7 @@ from disttrain.runs.rundir import is_run
 from disttrain.training.job import Job
 
 _log = logging.getLogger("disttrain")
-_MOST_IMAGES = 5000
+_MOST_IMAGES, _AT_ONCE = 5000, 256
 
 
 def start_from_weights(job: Job) -> list[str]:
@@ -65,21 +65,26 @@ def _started_from(job: Job, read: Callable[[], Checkpoint]) -> list[str]:
 def _whitening(job: Job) -> Checkpoint:
     name = job.recipe.model.whiten
     assert name is not None
-    layer = convolution_to_whiten(job.model, name)
+    channels, height, width = convolution_to_whiten(job.model, name).weight.shape[1:]
     num = min(_MOST_IMAGES, len(job.data.train))
-    images = next(iter(tensors_in(job.loader.fetched(0, torch.arange(num), training=False).data)), None)
-    shape = tuple(layer.weight.shape)
-    if images is None or images.ndim != 4 or not images.is_floating_point() or images.shape[1] != shape[1]:
-        found = "no tensors" if images is None else f"tensors {tuple(images.shape[1:])}"
-        raise ConfigurationError(
-            f"model.whiten: '{name}' takes images of {shape[1]} channels, and the training samples are {found}: name "
-            "the layer that gets the images, or leave it out."
-        )
-    filters = whitening_filters(images, *shape[2:])
+    parts = torch.split(torch.arange(num), _AT_ONCE)
+    filters = whitening_filters((_images(job, samples, name, channels) for samples in parts), channels, height, width)
     source = f"whitening filters of {num:,} training images"
     init = {"source": source, "sha256": weights_sha256({name: filters})}
     line = f"starting from {source} in {name}"
     return Checkpoint(Path(source), {f"{name}.weight": filters}, {}, {"lines": [line], "init": init})
+
+
+def _images(job: Job, samples: torch.Tensor, name: str, channels: int) -> torch.Tensor:
+    """Training images, (N, C, H, W), as they are evaluated."""
+    images = next(iter(tensors_in(job.loader.fetched(0, samples, training=False).data)), None)
+    if images is None or images.ndim != 4 or not images.is_floating_point() or images.shape[1] != channels:
+        found = "no tensors" if images is None else f"tensors {tuple(images.shape[1:])}"
+        raise ConfigurationError(
+            f"model.whiten: '{name}' takes images of {channels} channels, and the training samples are {found}: name "
+            "the layer that gets the images, or leave it out."
+        )
+    return images
 
 
 def _fitting(model: nn.Module, recipe: ModelRecipe) -> Checkpoint:

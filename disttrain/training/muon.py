@@ -99,7 +99,7 @@ class Muon(torch.optim.Optimizer):
         direction = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
         matrix = direction.reshape(len(direction), -1)
         update = orthogonalised(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        if group["hold_norms"]:
+        if group["hold_norms"] and group["lr"] > 0:  # a group whose epochs are over stays as it is
             parameter.mul_(math.sqrt(len(parameter)) / parameter.norm().clamp(min=group["eps"]))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         scale = _ADJUSTMENTS[group["adjust_lr_fn"] or "original"](*matrix.shape)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from disttrain.errors import ConfigurationError
-from disttrain.models import build_model
+from disttrain.models import build_model, start
 from disttrain.models.start import convolution_to_whiten, make_partial_identities, whitening_filters
 from disttrain.recipe import parse_recipe
 
@@ -30,16 +30,23 @@ def test_partial_identities_pass_on_their_input_and_leave_the_other_filters_as_t
             make_partial_identities(nn.Sequential(nn.Conv2d(3, 6, 3, groups=3)), patterns)
 
 
-def test_whitening_filters_leave_no_correlation() -> None:
+def test_whitening_filters_leave_no_correlation(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(300, 2, 9, 8, generator=generator).cumsum(2).cumsum(3) / 9
-    filters = whitening_filters(images, 2, 3)
+    filters = whitening_filters([images], 2, 2, 3)
     assert filters.shape == (24, 2, 2, 3)
     assert torch.equal(filters[12:], -filters[:12])
     outputs = functional.conv2d(images, filters[:12]).transpose(0, 1).flatten(1)
     moments = outputs @ outputs.T / outputs.shape[1]
     assert (moments - moments.diagonal().diag()).abs().max() < 1e-4
     assert ((moments.diagonal() > 0.7) & (moments.diagonal() < 1.01)).all()
+
+    seen: list[int] = []
+    unfold = functional.unfold
+    monkeypatch.setattr(functional, "unfold", lambda some, size: (seen.append(len(some)), unfold(some, size))[1])
+    monkeypatch.setattr(start, "_MOST_NUMBERS", 12 * 72 * 40)
+    assert torch.allclose(whitening_filters(torch.split(images, 256), 2, 2, 3), filters, atol=1e-5)
+    assert seen == [40] * 6 + [16, 40, 4], "patches take many times the memory of their images"
 
 
 @pytest.mark.parametrize(

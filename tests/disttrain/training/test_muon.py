@@ -125,6 +125,19 @@ def test_all_else_is_trained_by_the_other_optimizer_with_its_own_rate_and_decay(
     assert not torch.equal(ours.get_parameter("0.weight"), theirs.get_parameter("0.weight"))
 
 
+def test_a_group_whose_epochs_are_over_stays_as_it_is() -> None:
+    model = network()
+    optimizer = optimizer_of(model, hold_norms=True, groups=[{"match": "0.weight", "epochs": 1.0}])
+    schedule = Schedule(parse_recipe({}).schedule, 0.1, 2, 4)
+    after = []
+    for number in range(4):
+        set_learning_rates(optimizer, schedule, number)
+        step(model, optimizer, number)
+        after.append(model.get_parameter("0.weight").detach().clone())
+    assert not torch.equal(after[0], after[1])
+    assert torch.equal(after[1], after[3])
+
+
 def test_its_state_is_found_by_name_and_continues_with_the_same_bits() -> None:
     options: dict[str, Any] = {"other": "adamw", "groups": [{"match": "3.*", "lr_scale": 2.0, "epochs": 1.0}]}
     whole, parts, moved = network(), network(), network()
