@@ -39,4 +39,4 @@ def _hint(pattern: str, names: list[str]) -> str:
         return f"; did you mean '{pattern}.*'?"
     whole_modules = dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in names if "." in name)
     near = nearest(pattern, [*names, *whole_modules])
-    return f"; did you mean '{near}'?" if near else f"; there are {listed(names)}."
+    return f"; did you mean '{near}'?" if near else f"; there are {listed(names) or 'none'}."

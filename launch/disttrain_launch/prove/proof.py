@@ -67,6 +67,7 @@ class Proof:
             "same": all(run["same"] for run in runs),
             "reference": reference,
             "runs": runs,
+            **({"losses_wanted": self._losses} if self._losses else {}),  # of each; the steps may end before
             "first_difference": first_difference,
         }
 

@@ -87,6 +87,11 @@ def _verdict(result: dict[str, Any]) -> str:
         lines = [f"same bits{where}: {scene}"]
         if restarts:
             lines.append(f"But {counted(restarts, 'loss', 'losses')} restarted the run.")
+        wanted = result.get("losses_wanted", 0) * len(runs)
+        if losses < wanted:
+            lines.append(
+                f"But only {losses} of {counted(wanted, 'loss', 'losses')} came before the end: give more --steps."
+            )
         return "\n".join(lines)
     difference = result["first_difference"]
     what = f"'{difference['tensor']}'" if difference["tensor"] else f"the metric {difference['metric'] or 'state'}"

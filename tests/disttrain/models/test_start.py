@@ -28,6 +28,8 @@ def test_partial_identities_pass_on_their_input_and_leave_the_other_filters_as_t
     ):
         with pytest.raises(ConfigurationError, match=message):
             make_partial_identities(nn.Sequential(nn.Conv2d(3, 6, 3, groups=3)), patterns)
+    with pytest.raises(ConfigurationError, match="no convolution matches '0'; there are none"):
+        make_partial_identities(nn.Sequential(nn.Linear(3, 6)), ["0"])
 
 
 def test_whitening_filters_leave_no_correlation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,10 @@ def test_the_table_of_losses_says_what_each_cost() -> None:
     assert table.endswith(
         "same bits: 50 steps, 2 disturbed runs, 3 losses, 0 kills, 0 steps repeated\nBut 1 loss restarted the run."
     )
+    assert as_table({**result, "losses_wanted": 2}).endswith(
+        "But only 3 of 4 losses came before the end: give more --steps."
+    )
+    assert "But only" not in as_table({**result, "losses_wanted": 1})
 
 
 @pytest.mark.long
