@@ -199,6 +199,7 @@ def broadcast_(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """What rank `source` passed, on every rank."""
+    _meet()
     box = [value]
     dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]
@@ -206,9 +207,19 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """What every rank passed, by rank, on every rank."""
+    _meet(group)
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def _meet(group: dist.ProcessGroup | None = None) -> None:
+    """Have all ranks wait for each other where that can be interrupted: torch waits for an object as long as it takes.
+
+    Of a machine that is cut off, no closed connection would tell.
+    """
+    if _is_broken.get() is not None:
+        sum_(torch.zeros(1), group)
 
 
 def num_issued(device: torch.device, sums: SharedSums | None = None) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from disttrain.distributed.agreement import Agreement
-from disttrain.distributed.collectives import sum_
+from disttrain.distributed.collectives import broadcast_object, gather_objects, interruptible, sum_
 from disttrain.distributed.connections import Connections
 from disttrain.distributed.regroup import rejoin
 from disttrain.distributed.verdicts import Verdict, Verdicts
@@ -55,6 +57,35 @@ def test_survivors_form_a_group_and_another() -> None:
         (0.0, 0.0),
         (4.0, 2.0),
     ]
+
+
+def _waits_for_an_object(collective: Callable[[int], object]) -> str:
+    """Rank 1 does not come, and its connections stay as they are. What rank 0 gets."""
+    with join_world("cpu", threads=1, timeout_s=60) as world:
+        assert world.group is not None
+        assert world.group.store is not None
+        if world.rank == 1:
+            world.group.store.wait(["given up"])
+            return ""
+        try:
+            with interruptible(lambda: True):
+                collective(0)
+        except RuntimeError as error:
+            assert is_lost_peer(error)
+            return str(error)
+        finally:
+            world.group.store.set("given up", "")
+            world.leave_group()
+    return "nothing"
+
+
+@pytest.mark.parametrize("collective", [gather_objects, broadcast_object])
+def test_who_waits_for_objects_is_freed_by_a_verdict(collective: Callable[[int], object]) -> None:
+    """Of a machine that is cut off, no closed connection tells."""
+    waited, _ = run_workers(
+        _waits_for_an_object, 2, args=(collective,), process_group=False, check_collectives=False, timeout_s=60
+    )
+    assert "whose connections are broken" in waited
 
 
 def test_a_cut_spares_the_store_and_a_descriptor_that_has_a_new_owner() -> None:
