@@ -69,6 +69,11 @@ class ShardStore:
         self._closed_at: float | None = None
         self._last_sign = time.monotonic()
 
+    @property
+    def needs_elsewhere(self) -> bool:
+        """Whether no checkpoint can be without the place where the ranks bring their files: the same on every rank."""
+        return self._elsewhere is not None
+
     @torch.no_grad()
     def mine(self, model: Tensors, optimizer: Tensors) -> tuple[Tensors, Tensors]:
         """Of the tensors of a checkpoint the parts that this rank writes, in the memory where they are."""

@@ -30,6 +30,7 @@ from disttrain.training.job import Job
 _WORTH_A_WORD_S = 0.5
 _MOST_UNREPORTED = 3
 _PATIENCE_S = 60.0  # how long a URL that cannot be reached is retried while it lacks the newest checkpoint
+_RETRY_S = 5.0
 
 
 class Saver:
@@ -111,17 +112,27 @@ class Saver:
 
     def save_or_fail(self, instead: Mapping[str, Any] | None = None) -> None:
         """As `save`, and wait until the checkpoint is where the run lives. Raises AgreedError if it cannot be."""
-        with self._job.progress.patiently("saving"):
-            self.save(instead)
-            self.finish_copy()  # else rank 0 would wait for what the others have not begun to write
-            saved = broadcast_from_main(self._job.world, self.finish)
-            self.finish()
-        if not saved:
-            raise AgreedError(
-                f"the checkpoint of step {self._job.step} could not be saved: make room on the disk of "
-                f"{self._run_dir}, and resume with: {resume_command(self.address)}"
-            )
+        job, deadline = self._job, time.monotonic() + _PATIENCE_S
+        with job.progress.patiently("saving"):
+            while not self._is_saved_now(instead):
+                remedy = f"make room on the disk of {self._run_dir}"
+                if self._shards is not None and self._shards.needs_elsewhere:
+                    if broadcast_from_main(job.world, lambda: time.monotonic() < deadline):
+                        time.sleep(_RETRY_S)
+                        continue
+                    remedy = f"see to it that every machine can write to {self.address}"
+                raise AgreedError(
+                    f"the checkpoint of step {job.step} could not be saved: {remedy}, and resume with: "
+                    f"{resume_command(self.address)}"
+                )
         self.settle(_PATIENCE_S)
+
+    def _is_saved_now(self, instead: Mapping[str, Any] | None) -> bool:
+        self.save(instead)
+        self.finish_copy()  # else rank 0 would wait for what the others have not begun to write
+        saved = broadcast_from_main(self._job.world, self.finish)
+        self.finish()
+        return saved
 
     def save_unless_there(self) -> None:
         """As `save_or_fail`, unless the checkpoint is there already, with the evaluation that was made."""

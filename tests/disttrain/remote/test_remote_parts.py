@@ -105,12 +105,15 @@ def train_apart(run_dir: str, scratch: str, *overrides: str) -> None:
 
 @pytest.mark.long
 def test_machines_that_share_no_folder_stop_and_resume_a_sharded_run_behind_a_url(tmp_path: Path) -> None:
+    """The last checkpoint is tried again where a machine fails to bring its part."""
     hashes = []
     for name, stops in (("undisturbed", [()]), ("stopped", [("train.max_steps=3",), ()])):
         url = (tmp_path / name / "run").as_uri()
         for overrides in stops:
-            with workers(2, process_group=False) as group:
+            fault = faults.fail(1, 28, at="shard: brought", step=3 if overrides else 6)
+            with workers(2, faults=[fault], process_group=False) as group:
                 group.run(train_apart, url, str(tmp_path / name / "scratch"), *overrides)
+            assert fault.happened
         with local_copy(url, "newest") as found:
             hashes.append(weights_sha256(read_checkpoint(CheckpointStore(found / "checkpoints").paths()[-1]).model))
     assert hashes[0] == hashes[1]
