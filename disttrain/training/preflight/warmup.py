@@ -7,6 +7,7 @@ import time
 import torch
 
 from disttrain.distributed.collectives import gather_objects
+from disttrain.errors import is_out_of_memory
 from disttrain.training.job import Job
 from disttrain.training.preflight.model import quietly, rehearse
 
@@ -35,8 +36,9 @@ def warm_up(job: Job) -> str | None:
                     with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
                         loss = job.strategy.loss(job.task.loss, data, num_samples=size, is_last=False)
                     loss.backward()  # type: ignore[no-untyped-call]
-                except torch.OutOfMemoryError:
-                    pass  # the first step will say how much there has to be
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise  # else the first step will say how much there has to be
                 job.optimizer.zero_grad(set_to_none=True)
     rehearse(job)  # so that gradients meet in the first step as they do without all this
     return f"compiled for batches of {' and '.join(map(str, sizes))} in {time.monotonic() - began:.1f} s"

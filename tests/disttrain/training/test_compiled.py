@@ -83,6 +83,9 @@ def test_kernels_are_made_before_the_first_step_and_leave_no_trace(monkeypatch: 
         check_model(job, pytest.fail)
         assert made == [], "what is tried before training has sizes that training has not"
         before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+        with monkeypatch.context() as machine:
+            machine.setattr(job.task, "loss", without_memory_for_whole_batches(job.task.loss))
+            assert warm_up(job) is not None, "the first step says what lacks memory, and what to do"
         words = warm_up(job)
         assert words is not None
         assert words.startswith("compiled for batches of 8 and 3 in ")
@@ -94,6 +97,15 @@ def test_kernels_are_made_before_the_first_step_and_leave_no_trace(monkeypatch: 
             job.step += 1
         assert len(made) == num
         job.close()
+
+
+def without_memory_for_whole_batches(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def limited(model: nn.Module, batch: Any) -> torch.Tensor:
+        if len(batch[0]) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return loss(model, batch)
+
+    return limited
 
 
 class WithStatistics(nn.Module):
