@@ -48,7 +48,7 @@ from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
 from disttrain.training.preflight.state import check_state
 from disttrain.training.preflight.warmup import warm_up
-from disttrain.training.recoverable import why_it_restarts
+from disttrain.training.recoverable import why_it_restarts, why_losses_do_not_end_it
 from disttrain.training.resume import resume
 from disttrain.training.sharding import refuse_unshardable
 
@@ -195,7 +195,8 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     frozen = f", {num_frozen:,} frozen" if num_frozen else ""
     console.line(f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_words}")
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
-    remarks = (world.remark, why_it_restarts(job), why_no_outer_step(job), *keys_without_effect(job.recipe))
+    of_losses = (why_it_restarts(job), why_losses_do_not_end_it(job.recipe))
+    remarks = (world.remark, *of_losses, why_no_outer_step(job), *keys_without_effect(job.recipe))
     for remark in filter(None, remarks):
         console.line(remark)
     early = f"; {job.early_stopping.words()}" if job.step < job.total_steps else ""

@@ -1,0 +1,21 @@
+"""What a run says at its start of what a lost worker would mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from disttrain.layout import LAUNCHED_BY
+from disttrain.recipe import parse_recipe
+from disttrain.training.recoverable import why_losses_do_not_end_it
+
+
+@pytest.mark.parametrize(
+    ("launcher", "on_lost_worker", "is_said"),
+    [("disttrain", "stop", False), ("disttrain node", "stop", True), ("disttrain node", "continue", False)],
+)
+def test_a_launcher_that_restarts_all_the_same_is_named(
+    launcher: str, on_lost_worker: str, is_said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LAUNCHED_BY, launcher)
+    recipe = parse_recipe({"parallel": {"on_lost_worker": on_lost_worker}})
+    assert (why_losses_do_not_end_it(recipe) is not None) == is_said
