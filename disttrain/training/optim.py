@@ -98,7 +98,7 @@ class Schedule:
         """The rate of a parameter group for `step`: scaled, and zero after its `epochs`, where its schedule ends."""
         if (epochs := group.get("epochs")) is None:
             return self.learning_rate(step) * float(group.get("lr_scale", 1.0))
-        last = min(self.total_steps, round(epochs * self.steps_per_epoch))
+        last = min(self.total_steps, max(1, round(epochs * self.steps_per_epoch)))
         rate = replace(self, total_steps=last).learning_rate(step) if step < last else 0.0
         return rate * float(group.get("lr_scale", 1.0))
 

@@ -78,6 +78,7 @@ def test_a_group_with_epochs_of_its_own_ends_its_schedule_there() -> None:
     )
     assert whole.of_group({"lr_scale": 2.0}, 10) == 1.5
     assert [schedule().of_group({"epochs": 1.0}, step) for step in (9, 10)] == [1.0, 0.0]
+    assert [schedule().of_group({"epochs": 0.01}, step) for step in (0, 1)] == [1.0, 0.0]  # one step, not none
 
 
 def test_cosine_agrees_with_pytorchs() -> None:
