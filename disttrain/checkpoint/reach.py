@@ -25,8 +25,8 @@ def sharded_store(
 ) -> ShardStore | None:
     """The store with each rank writing its part. Every rank must call it.
 
-    `elsewhere`, on all ranks or none, is where ranks that cannot write there bring their parts to. Without it None if
-    there are such.
+    `elsewhere`, on all ranks or none, is where ranks that cannot write there bring their parts to. Without it, and if
+    one of them can write to neither, None.
     """
     token = broadcast_from_main(world, lambda: secrets.token_hex(8))
     probe = hidden(store.folder / f"{STEP}{token}", WRITING)  # what is left of it is cleared up like a checkpoint
@@ -48,8 +48,11 @@ def sharded_store(
     is_shared = _all(is_reached)
     if world.is_main:
         shutil.rmtree(probe, ignore_errors=True)
-    if not is_shared and (elsewhere is None or not is_made):
-        return None
+    if not is_shared:
+        if elsewhere is None or not is_made:  # the same on all ranks
+            return None
+        if not _all(is_reached or elsewhere.can_write(f"{probe.name}-{world.rank}")):
+            return None
     scratch = None if is_reached else hidden(store.folder / f"{STEP}rank-{world.rank}", WRITING)
     notices = Notices(f"disttrain/saves/{token}")
     return ShardStore(store, notices, world, patience_s, None if is_shared else elsewhere, scratch)

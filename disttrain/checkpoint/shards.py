@@ -29,6 +29,9 @@ _SIGN_OF_LIFE_S = 1.0
 class Elsewhere(Protocol):
     """Where a checkpoint comes together that no folder has whole, since the machines share none."""
 
+    def can_write(self, probe: str) -> bool:
+        """Whether this rank can write there, which an object of this name shows that is removed again."""
+
     def reserve(self, checkpoint: str) -> str:
         """A name for the checkpoint under which there is none, and nothing is cleared up until `release`.
 

@@ -72,6 +72,12 @@ class RemoteRun:
             self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._files.pipe_file(path, content)
 
+    def probe(self, name: str) -> None:
+        """Make an object and remove it again, which shows whether this process may."""
+        self.write(name, b"probe")
+        with self._explained():
+            self._files.rm_file(f"{self._root}/{name}")
+
     def write_journal(self, journal: Path, done: int) -> int:
         """Bring the whole lines of the journal there; those up to byte `done` are there. Return how far it is there.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.checkpoint import CheckpointStore
+from disttrain.errors import ConfigurationError
 from disttrain.layout import CHECKPOINTS, Best
 from disttrain.remote.mirror import Mirror
 from disttrain.remote.place import RemoteRun
@@ -41,8 +42,16 @@ class Brought:
 
     def __init__(self, url: str, store: CheckpointStore) -> None:
         """`store` is rank 0's MirroredStore, or any on the other ranks."""
-        self._run = RemoteRun(url)
+        self._url = url
         self._mirror = store.mirror if isinstance(store, MirroredStore) else None
+
+    def can_write(self, probe: str) -> bool:
+        """As `checkpoint.shards.Elsewhere` has it: this machine may lack the credentials, or a package."""
+        try:
+            RemoteRun(self._url).probe(probe)
+        except (OSError, ConfigurationError):
+            return False
+        return True
 
     def reserve(self, checkpoint: str) -> str:
         """As the mirror's; for rank 0."""
@@ -56,4 +65,4 @@ class Brought:
 
     def put(self, file: Path, name: str, is_alive: Callable[[], None]) -> None:
         """As `RemoteRun.put`."""
-        self._run.put(file, name, is_alive)
+        RemoteRun(self._url).put(file, name, is_alive)

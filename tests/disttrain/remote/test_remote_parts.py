@@ -20,7 +20,7 @@ from disttrain.checkpoint.reach import sharded_store
 from disttrain.distributed.world import join_world
 from disttrain.layout import MODEL, OPTIMIZER, shard_names
 from disttrain.remote import Brought, RemoteRun, local_copy
-from disttrain.testing import WorkerFailed, faults, workers
+from disttrain.testing import WorkerFailed, faults, run_workers, workers
 from disttrain.training import session
 from tests.disttrain.checkpoint.test_checkpoint import state
 from tests.disttrain.checkpoint.test_shards import in_parts, moments, same, tensors
@@ -72,6 +72,19 @@ def test_each_machine_brings_its_part_and_another_one_reads_it(tmp_path: Path) -
             assert found is not None
             assert found.state["step"] == 3
             assert same(found, 3.5)
+
+
+def test_where_a_machine_may_not_write_to_the_url_rank_0_collects_what_it_has(tmp_path: Path) -> None:
+    def is_collected() -> bool:
+        url = (tmp_path / "bucket" / "run").as_uri()
+        with join_world("cpu", threads=1) as world:
+            store = CheckpointStore(tmp_path / f"machine-{world.rank}" / "checkpoints")
+            here = url if world.is_main else f"{url}/file"
+            (tmp_path / "bucket" / "run").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "bucket" / "run" / "file").touch()  # what is below it cannot be
+            return sharded_store(store, world, 60, Brought(here, store)) is None
+
+    assert run_workers(is_collected, 2, process_group=False) == [True, True]
 
 
 @pytest.mark.long
