@@ -8,7 +8,7 @@ length of the block's own `forward`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.mesh import mesh_of
-from disttrain.parallel.modules import refuse_renormalising
+from disttrain.parallel.modules import blocks_of, refuse_renormalising
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import ParallelRecipe
 
@@ -49,10 +49,11 @@ class Fsdp(Strategy):
         self._called = 0  # a checksum of which blocks this step has called, in their order
         self._blocks = blocks
         policy = self._offload_policy(recipe.cpu_offload)
+        self._is_freed_between = recipe.reshard_after_forward
         for number, block in enumerate(blocks.values()):  # one after the other: none has another whole block then
             _start_from_rank_0(block, world)
             block.register_forward_pre_hook(partial(self._note, number))
-            fully_shard(block, mesh=mesh.devices, offload_policy=policy)
+            fully_shard(block, mesh=mesh.devices, offload_policy=policy, reshard_after_forward=self._is_freed_between)
         _start_from_rank_0(model, world)
         self._call = _Call(model)
         self._root: Any = fully_shard(self._call, mesh=mesh.devices, offload_policy=policy)
@@ -66,6 +67,10 @@ class Fsdp(Strategy):
         self._parameters = dict(model.named_parameters())
         self._trainable = self._trainable_now()
         return_freed_memory()
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """As `Strategy` has it: those that are gathered as one."""
+        return self._blocks
 
     def check_modules(self) -> None:
         """As `Strategy` has it."""
@@ -125,7 +130,8 @@ class Fsdp(Strategy):
         try:
             return self._call(compute, batch)
         finally:
-            self._root.reshard()  # what a backward pass does otherwise
+            for module in self._modules:
+                module.reshard()  # what a backward pass does otherwise
             self._prefetch(self._depth)
 
     @torch.no_grad()
@@ -147,7 +153,7 @@ class Fsdp(Strategy):
         finally:
             self._root.set_reshard_after_backward(True)
             for module in self._modules:
-                module.set_reshard_after_forward(module is not self._root, recurse=False)
+                module.set_reshard_after_forward(self._is_freed_between and module is not self._root, recurse=False)
                 module.reshard()
 
     def _offload_policy(self, is_wanted: bool) -> OffloadPolicy:
@@ -179,38 +185,6 @@ class _Call(nn.Module):
 
     def forward(self, compute: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         return compute(self.model, batch)
-
-
-def blocks_of(model: nn.Module, class_names: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """The modules whose weights are gathered together, for the length of their `forward`, by name.
-
-    They are those of the classes that are named; without any, what a ModuleList or a Sequential holds, if it is made of
-    modules itself: the blocks of transformers and ResNets. A block within a block belongs to the outer one, and one
-    that shares a weight with another, or has none, is left out.
-
-    Raises ConfigurationError for a name that no module's class has.
-    """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found) or not name:
-            continue
-        parent = model.get_submodule(name.rpartition(".")[0])
-        is_element = isinstance(parent, nn.ModuleList | nn.Sequential) and any(True for _ in module.children())
-        is_wanted = type(module).__name__ in class_names if class_names else is_element
-        if is_wanted and not isinstance(module, nn.ModuleList | nn.ModuleDict):  # these are never called
-            found[name] = module
-    for wanted in class_names:
-        if not any(type(module).__name__ == wanted for module in model.modules()):
-            raise ConfigurationError(f"parallel.shard_modules: the model has no module of class {wanted!r}.")
-    users: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[parameter] = users.get(parameter, 0) + 1
-    return {
-        name: module
-        for name, module in found.items()
-        if any(True for _ in module.parameters()) and all(users[one] == 1 for one in module.parameters())
-    }
 
 
 @torch.no_grad()

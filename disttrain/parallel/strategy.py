@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from disttrain.distributed.sharded import whole
+from disttrain.parallel.modules import blocks_of
 
 
 class Strategy:
@@ -50,6 +51,10 @@ class Strategy:
         self.model = model
         """The bare model: its names are those of the checkpoint."""
         self.reason = reason
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The model's blocks, by name: see `blocks_of`."""
+        return blocks_of(self.model)
 
     def check_modules(self) -> None:
         """Raise ConfigurationError if a module of the model can never be trained in this way."""

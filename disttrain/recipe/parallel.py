@@ -45,6 +45,11 @@ class ParallelRecipe(Section):
     prefetch: WholeNumber = Field(
         default=0, description="fsdp: how many blocks ahead weights are gathered (0: as FSDP2 does by itself)"
     )
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="fsdp: a block's weights are let go of after its forward pass, and gathered again in the backward "
+        "pass; false: kept in between, for more memory and less traffic",
+    )
     cpu_offload: bool = Field(
         default=False,
         description="fsdp: GPUs keep weights and optimizer state in main memory, and get them block by block",

@@ -12,6 +12,7 @@ _NEEDED = {
     "parallel.shard_modules": _FSDP,
     "parallel.shard_size": _FSDP,
     "parallel.prefetch": _FSDP,
+    "parallel.reshard_after_forward": _FSDP,
     "parallel.cpu_offload": _FSDP,
     "parallel.outer_learning_rate": _SYNC,
     "parallel.outer_momentum": _SYNC,

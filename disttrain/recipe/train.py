@@ -62,6 +62,11 @@ class TrainRecipe(Section):
     hooks: Annotated[Patterns, AfterValidator(_are_references)] = Field(
         default=[], description="your own code at agreed points, subclasses of disttrain.Hook: package.module:Class"
     )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="compute what each block has computed again in the backward pass, and do not keep it: less memory, "
+        "more time, the same bits",
+    )
     compile: bool = Field(default=False, description="torch.compile the model")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         default="default", description="torch.compile's mode: how long to look for faster kernels"
@@ -107,6 +112,12 @@ class TrainRecipe(Section):
     non_finite_limit: Count = Field(
         default=10, description="skip, zero: the run ends after this many such steps in a row"
     )
+
+    @model_validator(mode="after")
+    def _recomputed_or_compiled(self) -> Self:
+        if self.checkpoint_activations and self.compile:
+            raise ValueError("checkpoint_activations and compile are both true; set one of the two to false")
+        return self
 
     @model_validator(mode="after")
     def _spikes_stand_out(self) -> Self:

@@ -52,6 +52,7 @@ _MAY_CHANGE = {
     "parallel.strategy", "parallel.find_unused_parameters", "parallel.on_lost_worker", "parallel.audit_every_steps",
     "parallel.shared_memory",
     "parallel.shard_modules", "parallel.shard_size", "parallel.prefetch", "parallel.cpu_offload",
+    "parallel.reshard_after_forward", "train.checkpoint_activations",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
 

@@ -37,6 +37,7 @@ from disttrain.training.groups import parameter_groups
 from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task
 from disttrain.training.optim import Schedule, build_optimizer
+from disttrain.training.recompute import checkpoint_activations
 from disttrain.training.sets import eval_loader, load_sets, model_for, served
 from disttrain.training.sharding import constructing, is_to_shard
 
@@ -244,6 +245,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
         compile_model(model, recipe.train, world.device)
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
     hold_statistics(strategy.model, recipe.model.freeze)
+    checkpoint_activations(strategy, is_wanted=recipe.train.checkpoint_activations)
     steps_per_epoch = train_sampler.steps_per_epoch
     whole = recipe.train.epochs * steps_per_epoch
     total_steps = min(whole, recipe.train.max_steps or whole)

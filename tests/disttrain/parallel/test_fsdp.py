@@ -22,7 +22,8 @@ from disttrain.models.buffers import same_bits
 from disttrain.models.gpt import GPT
 from disttrain.models.resnet import resnet18
 from disttrain.models.spill import LargeTensorsInFiles
-from disttrain.parallel.fsdp import Fsdp, blocks_of
+from disttrain.parallel.fsdp import Fsdp
+from disttrain.parallel.modules import blocks_of
 from disttrain.recipe import ParallelRecipe, load_recipe
 from disttrain.testing import run_workers
 from disttrain.training.given import Given
@@ -179,22 +180,24 @@ class Counting(nn.Linear):
 
 
 def test_blocks_are_gathered_ahead_of_their_use() -> None:
-    """In both passes, as far as asked for; one that is then not called is let go of after an evaluation, too."""
+    """In both passes, as far as asked for, or once for both; after an evaluation none is left that was not called."""
 
-    def gathered(depth: int) -> tuple[list[int], list[bool]]:
+    def gathered(depth: int, is_freed_between: bool) -> tuple[list[int], list[bool]]:
         begun: list[int] = []
         model = nn.Sequential(*(nn.Sequential(Counting(begun)) for _ in range(4)))
         with join_world("cpu", threads=1) as world:
-            strategy = Fsdp(model, world, ParallelRecipe(strategy="fsdp", prefetch=depth))
+            keys: dict[str, Any] = {"prefetch": depth, "reshard_after_forward": is_freed_between}
+            strategy = Fsdp(model, world, ParallelRecipe(strategy="fsdp", **keys))
             strategy.loss(lambda model, batch: model(batch).sum(), torch.ones(2, 4), num_samples=2).backward()  # type: ignore[no-untyped-call]
             strategy.score(lambda model, batch: model[0](batch), torch.ones(2, 4))
             states = [cast("Any", block)._get_fsdp_state()._fsdp_param_group for block in model]
             held = [one.is_unsharded or one._all_gather_result is not None for one in states]
             return [count - begun[0] for count in begun], held
 
-    for depth, expected in ((0, [0, 1, 2, 3]), (2, [0, 1, 1, 1])):
-        for counts, held in run_workers(gathered, 2, args=(depth,), process_group=False):
+    for depth, is_freed, expected in ((0, True, [0, 1, 2, 3]), (2, True, [0, 1, 1, 1]), (0, False, [0, 1, 2, 3])):
+        for counts, held in run_workers(gathered, 2, args=(depth, is_freed), process_group=False):
             assert counts[:4] == expected, counts
+            assert (counts[-1] == 6) == (not is_freed), f"kept, four gathers and the first sums: {counts}"
             assert held == [False] * 4
 
 
