@@ -31,6 +31,7 @@ SMALL = (
     "train.accumulate=2",
     "train.precision=bf16",
     "train.epochs=1",
+    "train.max_steps=2",
     "train.eval_batch_size=5",
     "tracking.uri=none",
     "tracking.system_metrics=false",
@@ -139,27 +140,27 @@ def bits(run_dir: Path, *overrides: str) -> tuple[str, str, Any]:
     return weights_sha256(found.model), weights_sha256(found.optimizer), found.state["metrics"]
 
 
-def test_every_strategy_has_the_same_bits(tmp_path: Path) -> None:
-    """With clipping, accumulation and bfloat16. In exact mode they are those of one worker without."""
+EXACT, FSDP, KEPT = "parallel.exact=true", "parallel.strategy=fsdp", "parallel.reshard_after_forward=false"
 
-    def trained() -> dict[str, Any]:
-        return {
-            name: bits(tmp_path / name, *overrides)
-            for name, overrides in {
-                "ddp": [],
-                "ddp, again": [RECOMPUTED],
-                "fsdp": ["parallel.strategy=fsdp"],
-                "fsdp, again": ["parallel.strategy=fsdp", RECOMPUTED, "parallel.reshard_after_forward=false"],
-                "exact, again": ["parallel.exact=true", RECOMPUTED],
-                "exact fsdp, again": ["parallel.exact=true", "parallel.strategy=fsdp", RECOMPUTED],
-                "exact fsdp, kept": [
-                    "parallel.exact=true", "parallel.strategy=fsdp", "parallel.reshard_after_forward=false",
-                ],
-            }.items()
-        }  # fmt: skip
 
-    alone = bits(tmp_path / "alone", "parallel.exact=true")
+def assert_same_bits(folder: Path, alike: list[list[str]], exact: list[list[str]]) -> None:
+    """Of the first and the others with two workers, and in exact mode with one without recomputation."""
+
+    def trained() -> list[Any]:
+        return [bits(folder / str(number), *overrides) for number, overrides in enumerate([*alike, *exact])]
+
+    alone = bits(folder / "alone", EXACT)
     for found in run_workers(trained, 2, process_group=False):
-        assert found["ddp, again"] == found["ddp"]
-        assert found["fsdp, again"] == found["fsdp"]
-        assert found["exact, again"] == found["exact fsdp, again"] == found["exact fsdp, kept"] == alone
+        assert found[: len(alike)] == [found[0]] * len(alike)
+        assert found[len(alike) :] == [alone] * len(exact)
+
+
+def test_shards_have_the_same_bits(tmp_path: Path) -> None:
+    """With clipping, accumulation and bfloat16; in exact mode those of one worker that keeps its activations."""
+    assert_same_bits(tmp_path, [[FSDP], [FSDP, RECOMPUTED]], [[FSDP, EXACT, RECOMPUTED, KEPT]])
+
+
+@pytest.mark.long
+def test_every_strategy_has_the_same_bits(tmp_path: Path) -> None:
+    assert_same_bits(tmp_path / "ddp", [[], [RECOMPUTED]], [[EXACT, RECOMPUTED], [FSDP, EXACT, RECOMPUTED]])
+    assert_same_bits(tmp_path / "fsdp", [[FSDP], [FSDP, KEPT], [FSDP, RECOMPUTED, KEPT]], [[FSDP, EXACT, KEPT]])
