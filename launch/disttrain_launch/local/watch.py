@@ -195,10 +195,12 @@ class Watch:
             what = worker.ending.message if worker.ending is not None else "it ended"
             now = time.monotonic()
             # One that fails by itself would fail again.
-            if worker.was_killed and not self.was_asked_to_stop and self._num_recent(now) < self._max_losses:
+            is_tried = worker.was_killed and not self.was_asked_to_stop and self._num_recent(now) < self._max_losses
+            another = self._replace(worker) if is_tried else None
+            if another is not None:
                 self._losses.append(now)
                 complain(f"the replacement for rank {worker.rank} {what}: starting another")
-                self._coming += filter(None, [self._replace(worker)])
+                self._coming.append(another)
             else:
                 complain(f"continuing without a replacement for rank {worker.rank}: {what}")
                 self._forget(worker)

@@ -233,9 +233,9 @@ class Team:
 
     def forget(self, worker: Member) -> None:
         """A worker that failed to join takes up no place any more, and its machine is not asked for another one."""
-        machine, _ = self._at[worker]
-        machine.is_fit = False  # or it would start one after the other
-        self._let_go(worker)
+        if worker in self._at:  # else its machine is lost
+            self._at[worker][0].is_fit = False  # or it would start one after the other
+            self._let_go(worker)
 
     def _start(self, machine: Machine | RemoteMachine, place: Place) -> Member:
         worker = machine.start(place)

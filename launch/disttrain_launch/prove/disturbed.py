@@ -204,7 +204,7 @@ class DisturbedRun:
         return True
 
     def _conclude(self, code: int) -> None:
-        left = [process for process in self._seen if process.is_running()]
+        left = [process for process in self._seen if _runs(process)]
         if left:
             raise RunFailed(1, f"{left[0]} outlived the run that it belonged to")
         if code != 0:
@@ -277,6 +277,14 @@ def disturb(
             return
         workers = random.choice([size for size in sizes if size != workers] or [workers])
     run.run(workers, lambda group: lose(group, num_steps, losses))
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it has not ended. Orphans in a container may stay zombies: its first process need not look for them."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _parent(process: psutil.Process) -> int:

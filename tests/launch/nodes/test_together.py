@@ -255,6 +255,8 @@ def test_a_lost_machine_is_one_loss(folder: Path) -> None:
         assert team.num_losses(workers[:2]) == 2
         there.lose("its connection is closed")
         assert team.num_losses(workers) == 1
+        assert team.replacement(workers[0]) is None
+        team.forget(workers[0])
         team._at.clear()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from disttrain_launch.prove.disturbed import DisturbedRun, RunFailed
 from disttrain_launch.prove.losses import Group, Losses, Pace
 from disttrain_launch.prove.report import as_table
 from tests.launch.local.forked import Run
@@ -48,6 +50,18 @@ def lose_from_outside(run: Run, steps: int, most: int, *more: Run) -> tuple[Loss
         losses = Losses(workers, pause, steps, Pace(start_up_s=1.0, step_s=0.2))
         losses.deal(group, most, steps)
         return losses, group, ended.result()
+
+
+def test_a_zombie_does_not_count_as_a_worker_that_outlived_its_run(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as ended, subprocess.Popen(["sleep", "60"]) as running:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        run = DisturbedRun(tmp_path / "run", [])
+        run._seen = {psutil.Process(ended.pid)}
+        run._conclude(0)
+        run._seen = {psutil.Process(running.pid)}
+        with pytest.raises(RunFailed, match="outlived"):
+            run._conclude(0)
+        running.kill()
 
 
 def test_workers_killed_from_outside_are_counted_with_the_time_until_the_next_step(tmp_path: Path) -> None:
