@@ -95,11 +95,11 @@ def prove(
     Trains undisturbed once, then once for each number of workers with SIGKILLs at random moments (to a worker, the
     launcher or all) and restarts with other numbers, and compares weights, optimizer and losses. With --lose, single
     workers are killed while the others continue without them (parallel.on_lost_worker). Exit code 0 only if all are the
-    same, and no such loss has restarted the run. A recipe in fast mode is proven in exact mode, unless one number of
-    workers is asked for.
+    same, each run had such losses, and none of them has restarted it. A recipe in fast mode is proven in exact mode,
+    unless one number of workers is asked for.
     """
     from disttrain_launch.prove.proof import Proof
-    from disttrain_launch.prove.report import as_table
+    from disttrain_launch.prove.report import as_table, is_proven
 
     kills = kills if kills is not None else 0 if losses else 5
     if losses:
@@ -117,7 +117,7 @@ def prove(
     folder = Path(tempfile.mkdtemp(prefix="disttrain-prove-"))
     say = _silent if as_json else _progress
     say(_intention(checked, workers, kills, losses, steps))
-    same = None
+    proven = None
     try:
         proof = Proof(
             folder,
@@ -130,15 +130,15 @@ def prove(
             with_steps=with_steps if extensible else None,
         )
         result = proof.carry_out()
-        same = result["same"] and not any(run.get("restarts") for run in result["runs"])
+        proven = is_proven(result)
     finally:
-        if same is not False:
+        if proven is not False:
             shutil.rmtree(folder, ignore_errors=True)
     result = {**result, "recipe": checked.name, "exact": checked.parallel.exact}
     click.echo(json.dumps(result) if as_json else as_table(result))
-    if not same and not as_json:
+    if not proven and not as_json:
         click.echo(f"The runs are kept in {folder}")
-    sys.exit(0 if same else 1)
+    sys.exit(0 if proven else 1)
 
 
 def _settled(

@@ -67,6 +67,13 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
+def is_proven(result: dict[str, Any]) -> bool:
+    """Whether a proof shows what it was asked to: the same bits, after losses if there were to be any."""
+    runs = result["runs"]
+    has_losses = not result.get("losses_wanted") or all(run["losses"] for run in runs)
+    return bool(result["same"] and has_losses and not any(run.get("restarts") for run in runs))
+
+
 def _verdict(result: dict[str, Any]) -> str:
     reference, runs = result["reference"], result["runs"]
     kills, repeated = (sum(run[name] for run in runs) for name in ("kills", "steps_repeated"))

@@ -19,7 +19,7 @@ import pytest
 
 from disttrain_launch.prove.disturbed import DisturbedRun, RunFailed
 from disttrain_launch.prove.losses import Group, Losses, Pace
-from disttrain_launch.prove.report import as_table
+from disttrain_launch.prove.report import as_table, is_proven
 from tests.launch.local.forked import Run
 from tests.launch.local.test_losses import CONTINUE, check, events, launch, lost_ranks
 from tests.launch.prove.test_prove import left_in, prove
@@ -161,6 +161,9 @@ def test_the_table_of_losses_says_what_each_cost() -> None:
         "But only 3 of 4 losses came before the end: give more --steps."
     )
     assert "But only" not in as_table({**result, "losses_wanted": 1})
+    assert is_proven({**result, "runs": [{**run, **lossy, "restarts": 0}], "losses_wanted": 9})
+    assert not is_proven({**result, "runs": [{**run, **lossy}], "losses_wanted": 3})
+    assert not is_proven({**result, "runs": [{**run, **none}], "losses_wanted": 3})
 
 
 @pytest.mark.long
