@@ -45,6 +45,9 @@ def sharded_store(
         is_reached = True
     except OSError:
         is_reached = False
+        # Rank 0 does not reach what a killed job has left here, maybe under another rank. No rank saves yet.
+        for left in store.folder.glob(hidden(store.folder / f"{STEP}rank-*", WRITING).name):
+            shutil.rmtree(left, ignore_errors=True)
     is_shared = _all(is_reached)
     if world.is_main:
         shutil.rmtree(probe, ignore_errors=True)

@@ -22,7 +22,7 @@ from disttrain.recipe import ParallelRecipe
 
 
 def parallelize(model: nn.Module, world: World, recipe: ParallelRecipe, *, sync_batchnorm: bool = False) -> Strategy:
-    """Choose how `model`, which is on the world's device already, is trained by all workers.
+    """Choose how `model`, which is on the world's device unless it is to be sharded, is trained by all workers.
 
     Raises ConfigurationError if the strategy of the recipe does not fit this world. Every rank must call it.
     """

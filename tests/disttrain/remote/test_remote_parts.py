@@ -52,6 +52,9 @@ def save_values(url: str, root: Path, *values: float) -> list[Outcome | None]:
 
 def test_each_machine_brings_its_part_and_another_one_reads_it(tmp_path: Path) -> None:
     url = (tmp_path / "bucket" / "run").as_uri()
+    left = tmp_path / "machine-1" / "checkpoints" / ".step-rank-7.writing"  # by a killed job of more workers
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"much")
     full = faults.fail(1, 28, at="shard: brought", step=2)
     with workers(2, faults=[full], process_group=False) as group:
         first, second, third, again = group.run(save_values, url, tmp_path, 1.0, 2.0, 3.0, 3.5)[0]
