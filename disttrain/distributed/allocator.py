@@ -6,9 +6,10 @@ import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
+
+from disttrain.distributed.control_groups import memory_limit
 
 # <malloc.h> of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -61,13 +62,10 @@ def return_freed_memory() -> None:
     glibc.malloc_trim(0)
 
 
-def available_memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+def available_memory() -> int:
     """What programs may take on this machine, in bytes: what is free, and no more than the container's limit."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        return min(available, int(limit_file.read_text()))
-    except (OSError, ValueError):  # no control group of version 2, or "max"
-        return available
+    available, limit = int(psutil.virtual_memory().available), memory_limit()
+    return available if limit is None else min(available, limit)
 
 
 def is_set_by_user(environment: Mapping[str, str]) -> bool:

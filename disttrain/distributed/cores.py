@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 
+from disttrain.distributed.control_groups import CONTROL_GROUPS, MEMBERSHIP, folders
 from disttrain.distributed.launched import launched_by
-
-_CONTROL_GROUPS = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
@@ -36,31 +34,11 @@ def num_threads(local_size: int, environment: Mapping[str, str] = os.environ) ->
     return asked or max(1, usable_cores() // local_size)
 
 
-def cpu_quota(control_groups: Path = _CONTROL_GROUPS, membership: Path = _MEMBERSHIP) -> float | None:
+def cpu_quota(control_groups: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP) -> float | None:
     """How many cores' time the control groups of this process allow it (Linux, version 1 and 2); None: no limit."""
-    try:
-        lines = membership.read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    quotas = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2
-            quotas += [_version_2(folder) for folder in _folders(control_groups, path)]
-        elif "cpu" in controllers.split(","):
-            quotas += [_version_1(folder) for folder in _folders(control_groups / "cpu", path)]
+    read = {1: _version_1, 2: _version_2}
+    quotas = [read[version](folder) for version, folder in folders("cpu", control_groups, membership)]
     return min((quota for quota in quotas if quota is not None), default=None)
-
-
-def _folders(root: Path, path: str) -> Iterator[Path]:
-    """The folder of a group, and those of the groups around it, each of which may have a quota of its own.
-
-    A container often sees the path of the host here, of which it has the root alone.
-    """
-    group = PurePosixPath(path)
-    if ".." not in group.parts:
-        for one in (group, *group.parents):
-            yield root / one.relative_to("/")
 
 
 def _version_2(folder: Path) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from disttrain.distributed.control_groups import memory_limit
 from disttrain.distributed.cores import cpu_quota, usable_cores
 from disttrain.doctor.finding import Finding, failure, ok, warning
 
@@ -30,9 +31,9 @@ def cores() -> Iterator[Finding]:
     yield ok("cores", found + (f", by a CPU quota of {quota:g}" if quota is not None and int(quota) <= cores else ""))
 
 
-def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Finding]:
-    """Memory that is free for workers, and the limit of the container (control group version 2)."""
-    available, limit = psutil.virtual_memory().available, _limit(limit_file)
+def memory() -> Iterator[Finding]:
+    """Memory that is free for workers, and the limit of the container or the batch job."""
+    available, limit = psutil.virtual_memory().available, memory_limit()
     found = f"{_gib(available)} available" + (f", {_gib(limit)} allowed" if limit is not None else "")
     if min(available, limit or available) < _LITTLE_MEMORY:
         yield warning(
@@ -77,13 +78,6 @@ def open_files() -> Iterator[Finding]:
         )
     else:
         yield ok("open-files", "no limit" if soft == resource.RLIM_INFINITY else f"a process may open {soft:,} files")
-
-
-def _limit(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
 
 
 def _gib(size: int) -> str:

@@ -144,9 +144,9 @@ def test_the_cores_that_a_quota_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.status, found.detail) == ("ok", f"2 of this machine's 64 are for workers{told}")
 
 
-def test_little_memory(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text(f"{200 * 1024**2}\n")
-    found = only(machine.memory(tmp_path / "memory.max"))
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_limit", lambda: 200 * 1024**2)
+    found = only(machine.memory())
     assert found.status == "warning"
     assert found.detail.endswith("200 MiB allowed")
 
