@@ -223,6 +223,8 @@ def _gather(module: Any, _: Any) -> None:
 
 
 def _free_until_backward(module: Any, _: Any, outputs: Any) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        return  # computed again in the backward pass, for which it is gathered (torch.utils.checkpoint)
     leaves = tree_leaves(outputs)
     if any(dataclasses.is_dataclass(leaf) for leaf in leaves):
         return  # it stays whole: a pytree shows none of the tensors in it

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tests.disttrain.parallel.test_fsdp_models import Odd
 
@@ -19,7 +20,7 @@ class Hidden:
 
 
 class Returning(Odd):
-    """Blocks that return their numbers in an object."""
+    """Blocks that return their numbers in an object, and one that is computed again as a whole."""
 
     class Block(nn.Sequential):
         def forward(self, x: torch.Tensor) -> Any:
@@ -28,11 +29,14 @@ class Returning(Odd):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Returning.Block(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
+        self.again = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.Tanh())])
 
     def scores(self, inputs: torch.Tensor) -> torch.Tensor:
         x = self.first(inputs)
         for block in self.blocks:
             x = block(x).numbers
+        with set_checkpoint_early_stop(False):
+            x = checkpoint(self.again[0], x, use_reentrant=False)
         return self.last(x)  # type: ignore[no-any-return]
 
 

@@ -191,7 +191,7 @@ class Past(Odd):
         return self.last(x + self.past(x))  # type: ignore[no-any-return]
 
 
-def test_blocks_that_return_objects_have_the_bits_of_one_worker(tmp_path: Path) -> None:
+def test_blocks_that_return_objects_or_are_computed_again_have_the_bits_of_one_worker(tmp_path: Path) -> None:
     train_odd(tmp_path / "alone", *FSDP, "train.epochs=1", model=Returning, seed=FINITE)
     on(2, train_odd, tmp_path / "several", *FSDP, "train.epochs=1", model=Returning, seed=FINITE)
     assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))
