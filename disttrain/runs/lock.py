@@ -32,8 +32,9 @@ def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
         with os.fdopen(open_safely(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+") as file:
             if _locked(file.fileno()) and _is_still(path, file.fileno()):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.write(this_owner())
                 file.flush()
+                os.fsync(file.fileno())  # over NFS other machines would not see it while the file is open
                 try:
                     yield
                 finally:
@@ -49,8 +50,16 @@ def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
         time.sleep(0.1)
 
 
+def this_owner() -> str:
+    """What `owner_of` says elsewhere of a folder that this process owns."""
+    return f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
 def owner_of(folder: Path) -> str:
-    """Who owns the folder, or owned it last, in words; empty if that cannot be seen from here."""
+    """Who owns the folder, or owned it last, in words; empty if that cannot be seen from here.
+
+    Not for the owner: a POSIX lock ends when its process closes any descriptor of the file. It has `this_owner`.
+    """
     try:
         return read_text(folder / LOCK)
     except (OSError, ValueError):

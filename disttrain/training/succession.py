@@ -16,7 +16,7 @@ from disttrain.faultpoints import reached
 from disttrain.health.stop import stop_file
 from disttrain.layout import STOP
 from disttrain.recipe.address import is_url
-from disttrain.runs.lock import owned, owner_of
+from disttrain.runs.lock import owned, owner_of, this_owner
 from disttrain.tracking import SystemSampler
 from disttrain.training.conclusion import concluding
 from disttrain.training.machine_report import MachineReport
@@ -40,8 +40,9 @@ class Succession:
             return False
         if world.slot is None:
             return True
-        here = owner_of(monitor.run_dir)  # another machine may have another folder of this name
-        return bool(here) and here == broadcast_object(here if world.is_main else None, 0)
+        owner = broadcast_object(this_owner() if world.is_main else None, 0)
+        # Another machine may have another folder of this name. The owner must not look: it would lose the lock.
+        return world.is_main or owner_of(monitor.run_dir) == owner
 
     def settle(self) -> None:
         """Have the worker that is rank 0 by now do what rank 0 does, if it does not yet.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.errors import ConfigurationError
-from disttrain.runs.lock import owned
+from disttrain.runs.lock import owned, this_owner
 from disttrain.testing import run_workers
 
 OWNER = """
@@ -65,6 +65,14 @@ def test_a_dead_owner_gives_it_back(tmp_path: Path, forks: bool) -> None:
         with owned(tmp_path, patience_s=0.0):
             assert re.fullmatch(rf"process {os.getpid()} on .+\n", (tmp_path / ".lock").read_text())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_owner_is_named_at_once_over_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS sends what is written when the file is closed, or then."""
+    sent: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda _: sent.append((tmp_path / ".lock").read_bytes()))
+    with owned(tmp_path):
+        assert sent == [this_owner().encode()]
 
 
 def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
