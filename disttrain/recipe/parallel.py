@@ -68,6 +68,11 @@ class ParallelRecipe(Section):
         "compared (0: off)",
     )
 
+    @property
+    def continues(self) -> bool:
+        """Whether the others continue without a lost worker, as far as the recipe tells; if not, all restart."""
+        return self.on_lost_worker == "continue" and self.exact and self.strategy != "fsdp"
+
     @model_validator(mode="after")
     def _something_to_compress(self) -> Self:
         if self.compress != "none" and self.strategy in ("dp", "none"):

@@ -118,7 +118,7 @@ def _planned(
     planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, source, overrides)
     planned = dataclasses.replace(
         planned,
-        continues=checked.parallel.on_lost_worker == "continue",
+        continues=checked.parallel.continues,
         max_losses=max_losses,
         most_workers=checked.parallel.slices if checked.parallel.exact else 0,
     )

@@ -147,7 +147,7 @@ def _job(
         max_restarts=max_restarts,
         sweep=sweep,
         trust=trust,
-        continues=nodes > 1 and checked.parallel.on_lost_worker == "continue",
+        continues=nodes > 1 and checked.parallel.continues,
         prologue=prologue.read_text(encoding="utf-8") if prologue is not None else "",
     )
     for point in job.points:

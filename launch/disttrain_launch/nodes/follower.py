@@ -41,7 +41,7 @@ class Follower:
         self._workers: dict[int, Worker] = {}
         self._told: dict[int, dict[str, object]] = {}
         self._suspended = Suspended()
-        self._was_asked_to_stop = self._has_begun = False
+        self._was_asked_to_stop = False
 
     def until_the_end(self) -> Outcome:
         """Take part until the run has ended. Raises DisttrainError if nobody leads it."""
@@ -109,7 +109,7 @@ class Follower:
                         complain(asking(number))
                     self._was_asked_to_stop = True
                     wire.send(stop=number)
-                    if not self._has_begun:
+                    if not self._workers:  # the others continue, if they have begun
                         return Outcome(ExitCode.STOPPED, TOO_EARLY)
             for message in wire.received():
                 try:
@@ -128,7 +128,6 @@ class Follower:
         if "say" in message:
             complain(str(message["say"]))
         if "start" in message:
-            self._has_begun = True
             self._workers[int(message["start"])] = self._machine.start(Place.of(message["place"]))
         worker = self._workers.get(message.get("to", 0))
         if worker is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from disttrain.distributed.ending import Report
@@ -63,7 +63,8 @@ class RemoteWorker(Member):
         if isinstance(message.get("says"), dict):
             self._said = message["says"]
         if isinstance(message.get("ended"), dict):
-            self.end(ending_of(message["ended"]))
+            # By the clock here: other machines' may differ, and the time of a loss is compared with others.
+            self.end(replace(ending_of(message["ended"]), time=time.time()))
 
     def end(self, ending: LocalEnding) -> None:
         """Note how it ended."""
@@ -92,6 +93,7 @@ class RemoteMachine:
         self._ports = [int(port) for port in hello["ports"]]
         self._workers: dict[int, RemoteWorker] = {}
         self._numbers = 0
+        self._has_been_told: set[str] = set()
         self.is_there = self.is_fit = True
         """Whether it is connected; and whether workers may join from it, see `Team.forget`."""
 
@@ -102,6 +104,12 @@ class RemoteMachine:
         self._workers[self._numbers] = worker
         self.wire.send(start=self._numbers, place=place.fields())
         return worker
+
+    def say_once(self, message: str) -> None:
+        """A message for the users of that machine, the first time."""
+        if message not in self._has_been_told:
+            self._has_been_told.add(message)
+            self.wire.send(say=message)
 
     def forget(self, number: int) -> None:
         """Have the machine end and forget a worker."""

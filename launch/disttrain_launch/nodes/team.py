@@ -23,6 +23,7 @@ from disttrain_launch.outcome import Outcome
 _LAST_CALL_S = 5.0  # once the fewest machines are there, how long to wait for more
 _PAUSED_S = 3.0  # between two looks: this process stood still, and so nobody was heard
 _TO_SAY_GOODBYE_S = 5.0
+_NO_PLACE = "the run has no place for this machine now; it waits here until there is one, or the run ends"
 _MOST_GREETINGS = 64  # connections that have not said what they are
 
 
@@ -130,7 +131,8 @@ class Team:
             self._machines.remove(machine)
 
     def _take(self, machine: RemoteMachine, message: dict[str, Any]) -> None:
-        if message.get("stop") in STOP_SIGNALS:
+        # Once a run is under way, a machine without a worker in it only speaks for itself: it ends.
+        if message.get("stop") in STOP_SIGNALS and (not self._at or not self._is_idle(machine)):
             self._requests += bytes([message["stop"]])
         machine.take(message)
 
@@ -195,9 +197,11 @@ class Team:
         for machine in self._machines:
             taken = {place.slot for _, place in self._at.values()}
             free = [slot for slot in range(self._node.nodes[1]) if slot not in taken]
-            is_idle = not any(machine is other for other, _ in self._at.values())
             size = len(members) + len(new) + machine.capacity
-            if not is_idle or not machine.is_fit or not free or size > self._most_workers:
+            if not self._is_idle(machine) or not machine.is_fit:
+                continue
+            if not free or size > self._most_workers:
+                machine.say_once(_NO_PLACE)
                 continue
             example = next(iter(self._at.values()))[1]
             for local_rank in range(machine.capacity):
@@ -214,6 +218,9 @@ class Team:
                 )
                 new.append(self._start(machine, place))
         return new
+
+    def _is_idle(self, machine: Machine | RemoteMachine) -> bool:
+        return not any(machine is other for other, _ in self._at.values())
 
     def meeting_place(self, leader: Member) -> tuple[str, int]:
         """Where this worker can meet the others."""

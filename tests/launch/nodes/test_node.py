@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from disttrain.checkpoint import CheckpointStore
 from disttrain.testing import cluster, faults, hosts, run_workers
 from disttrain.testing.hosts import Cluster, Host
+from disttrain_launch.cli.node import node
 from disttrain_launch.nodes.node import parse_nodes, parse_rendezvous
 from tests.disttrain.parallel.exact_runs import SMALL, outcome, train
 
@@ -214,6 +216,20 @@ def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(tmp_path: Path, mon
     assert "--recipe digits --override=optim.lr=0.5 -- " in more
     assert more.rstrip().endswith(f"-- -P -m disttrain digits --run-dir '{tmp_path}/a folder' -o optim.lr=0.5")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "continues"),
+    [((), False), (("parallel.exact=true",), True), (("parallel.exact=true", "parallel.strategy=fsdp"), False)],
+)
+def test_what_cannot_continue_gets_the_launcher_that_restarts(
+    overrides: tuple[str, ...], continues: bool, tmp_path: Path
+) -> None:
+    words = [f"--override={one}" for one in ("parallel.on_lost_worker=continue", *overrides)]
+    options = ["--nodes=2", "--rendezvous=127.0.0.1:29400", f"--run-dir={tmp_path / 'run'}", "--dry-run"]
+    printed = CliRunner().invoke(node, ["digits", *words, *options])
+    assert printed.exit_code == 0, printed.output
+    assert ("--rendezvous" not in printed.output) == continues  # else an option of the agent that restarts
 
 
 def test_numbers_of_nodes_and_places_to_meet_are_read() -> None:

@@ -23,10 +23,10 @@ from disttrain_launch.nodes import together
 from disttrain_launch.nodes.follower import Follower
 from disttrain_launch.nodes.machine import Machine, Place
 from disttrain_launch.nodes.node import Node
-from disttrain_launch.nodes.remote import RemoteMachine
+from disttrain_launch.nodes.remote import RemoteMachine, told_of
 from disttrain_launch.nodes.team import Team
 from disttrain_launch.nodes.wire import Gone, Wire
-from disttrain_launch.outcome import Outcome
+from disttrain_launch.outcome import LocalEnding, Outcome
 
 # Says that it is ready (or waits to join), notes its verdicts, and finishes once there is a file "go".
 WORKER = """
@@ -85,11 +85,12 @@ class Followers:
         self.outcomes: list[Outcome] = []
         self.threads: list[threading.Thread] = []
 
-    def start(self, job: str = "one") -> None:
+    def start(self, job: str = "one", signals: int | None = None) -> None:
         def follow() -> None:
             part = node(self._port, self._folder, serves=False, job=job)
             with Machine(part) as machine, no_signals() as silence:
-                self.outcomes.append(Follower(part, machine, silence, lambda: False).until_the_end())
+                heard = silence if signals is None else signals
+                self.outcomes.append(Follower(part, machine, heard, lambda: False).until_the_end())
 
         self.threads.append(threading.Thread(target=follow, daemon=True))
         self.threads[-1].start()
@@ -349,3 +350,40 @@ def test_messages_come_whole_and_a_closed_wire_is_gone() -> None:
         until(lambda: wire.received() == [{"b": 2}])
         with pytest.raises(Gone):
             wire.received()
+
+
+def test_a_machine_without_a_place_is_told_and_ends_alone(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with led(folder) as (followers, workers, outcomes, team):
+        followers.start()
+        first = [workers.wait_for(number) for number in (0, 1)]
+        reader, writer = os.pipe()
+        followers.start(signals=reader)  # two workers are as many as can share a step
+        said = ""
+
+        def is_told() -> bool:
+            nonlocal said
+            said += capfd.readouterr().err
+            return "no place for this machine" in said
+
+        until(is_told)
+        os.write(writer, bytes([signal.SIGTERM]))
+        until(lambda: bool(followers.outcomes) and len(team._machines) == 1)
+        workers.kill([one["RANK"] for one in first].index("1"))
+        workers.wait_for(2)  # a run that was asked to stop would start none
+    os.close(reader)
+    os.close(writer)
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 75, 0]
+    assert said.count("no place for this machine") == 1
+
+
+def test_the_time_of_a_loss_elsewhere_is_by_the_clock_here(folder: Path) -> None:
+    hello = {"host": "there", "address": "127.0.0.1", "workers": 1, "ports": [1, 2]}
+    with silent_team(folder) as (team, _), socket.create_server(("127.0.0.1", 0)) as server:
+        there = RemoteMachine(Wire(socket.create_connection(server.getsockname())), hello, team.pump)
+        worker = there.start(Place(1, 0, 2, 1, "127.0.0.1", 1, 1, 2))
+        ending = LocalEnding(1, -9, 5.0, None, asked=False, log=None, last_words="", host="there")
+        began = time.time()
+        there.take({"of": 1, "ended": told_of(ending)})
+        assert worker.ending is not None
+        assert worker.ending.time >= began
+        there.wire.close()
