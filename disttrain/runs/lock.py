@@ -14,12 +14,18 @@ from disttrain.errors import ConfigurationError
 from disttrain.files import open_safely, read_text
 from disttrain.layout import LOCK
 
-# How long the workers of a job that was killed a moment ago may take to exit.
-_PATIENCE_S = 10.0
+PATIENCE_S = 10.0
+"""How long the workers of a job that was killed a moment ago may take to exit."""
+_ACROSS_MACHINES_S = 120.0  # an NFS server frees the locks of a machine that is lost after a lease of, mostly, 90 s
+
+
+def patience_across_machines_s(others_wait_s: float) -> float:
+    """How long to wait on several machines, where others wait for this one, for so long at most."""
+    return max(PATIENCE_S, min(_ACROSS_MACHINES_S, others_wait_s / 2))
 
 
 @contextmanager
-def owned(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
+def owned(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Own `folder` while the block runs. The system gives it back when the process ends, however it ends.
 
     A POSIX record lock (fcntl(2), F_SETLK): other than flock's, it is not inherited by forked data workers, which may

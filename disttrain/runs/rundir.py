@@ -33,7 +33,7 @@ from disttrain.layout import (
 )
 from disttrain.recipe import Recipe, ask_before_resuming, damage, load_recipe, recipe_of_checkpoints, to_toml
 from disttrain.recipe.address import is_url, working_folder
-from disttrain.runs.lock import owned
+from disttrain.runs.lock import PATIENCE_S, owned
 from disttrain.runs.log import LogFile
 
 # What a run writes, besides hidden files: nothing of it may be a link, which would lead the run elsewhere.
@@ -73,11 +73,11 @@ def new_run_dir(recipe: Recipe) -> Path:
 
 
 @contextmanager
-def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[None]:
+def owned_run_dir(path: Path, *, whatever_is_there: bool = False, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Make the folder `path`, or check that it is a run's; own it while the block runs.
 
     Raises ConfigurationError if something else is there (unless that may be: in the working folder of a run behind a
-    URL), if another process owns it, or if it cannot be written.
+    URL), if another process owns it for longer than `patience_s`, or if it cannot be written.
     """
     stored = path / RECIPE
     with ExitStack() as until_the_end:
@@ -92,7 +92,7 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False) -> Iterator[No
                 raise ConfigurationError(
                     f"{path} is not empty and not a run directory (it has no {RECIPE}): choose another --run-dir."
                 )
-            until_the_end.enter_context(owned(path))
+            until_the_end.enter_context(owned(path, patience_s))
         yield
 
 

@@ -28,6 +28,7 @@ from disttrain.recipe import Recipe
 from disttrain.recipe.address import is_url, settled, working_folder
 from disttrain.recipe.partners import keys_without_effect
 from disttrain.remote import Mirror, MirroredStore, RemoteRun
+from disttrain.runs.lock import PATIENCE_S, patience_across_machines_s
 from disttrain.runs.rundir import (
     log_to_file,
     new_run_dir,
@@ -72,7 +73,10 @@ def open_session(
 
         def own() -> None:
             nonlocal store
-            until_the_end.enter_context(owned_run_dir(path, whatever_is_there=is_url(address)))
+            is_one_of_several = world.num_nodes > 1 or world.slot is not None
+            across_machines_s = patience_across_machines_s(recipe.train.hang_timeout_s)
+            patience_s = across_machines_s if is_one_of_several else PATIENCE_S
+            until_the_end.enter_context(owned_run_dir(path, whatever_is_there=is_url(address), patience_s=patience_s))
             if is_url(address):
                 store = MirroredStore(
                     until_the_end.enter_context(Mirror(RemoteRun(address), path, console.warn)), **keep

@@ -16,7 +16,7 @@ from disttrain.faultpoints import reached
 from disttrain.health.stop import stop_file
 from disttrain.layout import STOP
 from disttrain.recipe.address import is_url
-from disttrain.runs.lock import owned, owner_of, this_owner
+from disttrain.runs.lock import owned, owner_of, patience_across_machines_s, this_owner
 from disttrain.tracking import SystemSampler
 from disttrain.training.conclusion import concluding
 from disttrain.training.machine_report import MachineReport
@@ -66,7 +66,7 @@ class Succession:
     def _take_over(self, saved: Sequence[tuple[int, bool]]) -> None:
         monitor, enter = self._monitor, self._monitor.until_the_end.enter_context
         job, run_dir, console, tracker = monitor.job, monitor.run_dir, monitor.console, monitor.tracker
-        enter(owned(run_dir, _TO_BE_FREE_S))  # which it cannot as long as the other lives
+        enter(owned(run_dir, self._to_be_free_s()))  # which it cannot as long as the other lives
         reached("succession: owner", step=job.step)
         console.take_over()
         self._sample()
@@ -76,6 +76,12 @@ class Succession:
         monitor.evaluations.write_newest()
         reached("succession: journal", step=job.step)
         enter(stop_file(run_dir / STOP, monitor.stop, console.line, is_new=False))
+
+    def _to_be_free_s(self) -> float:
+        job = self._monitor.job
+        if job.world.slot is None:
+            return _TO_BE_FREE_S
+        return patience_across_machines_s(job.recipe.train.hang_timeout_s)
 
     def _sample(self) -> None:
         """Measure this machine, if nobody does."""

@@ -82,6 +82,11 @@ class Proof:
             why = run.words_after(NEEDS_A_RESTART)
             if self._losses and why is not None:
                 raise ConfigurationError(f"--lose: this recipe cannot continue without a lost worker: {why}")
+        if self._losses and len(times) < 2:
+            raise ConfigurationError(
+                f"--lose: a run of {counted(len(times), 'step')} shows no pace, and has no time for a loss; "
+                "give it two or more: -o train.epochs=N"
+            )
         report = self._compared(self._reference)
         self._say(f"  {time.time() - started:.1f} s, {counted(report['step'], 'step')}")
         pace = Pace(times[0] - started, (times[-1] - times[0]) / max(1, len(times) - 1))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from disttrain.distributed.collectives import broadcast_object
 from disttrain.errors import ConfigurationError
+from disttrain.recipe import parse_recipe
 from disttrain.runs.lock import owned
 from disttrain.testing import run_workers
 from disttrain.training.succession import Succession
@@ -39,6 +40,19 @@ def look(folder: Path) -> list[bool]:
                 pass
         broadcast_object(None, 1)
     return seen
+
+
+def test_a_lock_of_another_machine_is_waited_for_as_long_as_the_others_wait(tmp_path: Path) -> None:
+    """An NFS server keeps it for a while after its owner's machine was lost."""
+    waited = []
+    for slot, hang_timeout_s in ((None, 600.0), (1, 600.0), (1, 60.0)):
+        monitor = monitor_of(tmp_path, is_main=True)
+        monitor.job.world.slot = None  # alone: there is nobody to meet
+        monitor.job.recipe = parse_recipe({"train": {"hang_timeout_s": hang_timeout_s}})
+        succession = Succession(monitor, leads=False)
+        monitor.job.world.slot = slot
+        waited.append(succession._to_be_free_s())
+    assert waited == [2.0, 120.0, 30.0]
 
 
 def test_who_sees_the_folder_can_lead_and_the_owner_keeps_its_lock(tmp_path: Path) -> None:

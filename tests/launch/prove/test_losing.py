@@ -17,8 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
+from disttrain.errors import ConfigurationError
 from disttrain_launch.prove.disturbed import DisturbedRun, RunFailed
 from disttrain_launch.prove.losses import Group, Losses, Pace
+from disttrain_launch.prove.proof import Proof
 from disttrain_launch.prove.report import as_table, is_proven
 from tests.launch.local.forked import Run
 from tests.launch.local.test_losses import CONTINUE, check, events, launch, lost_ranks
@@ -62,6 +64,20 @@ def test_a_zombie_does_not_count_as_a_worker_that_outlived_its_run(tmp_path: Pat
         with pytest.raises(RunFailed, match="outlived"):
             run._conclude(0)
         running.kill()
+
+
+def test_a_run_of_a_single_step_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a step would be 0, and so there would be no end to the steps that it needs."""
+
+    def run(self: DisturbedRun, workers: int) -> None:
+        self.run_dir.mkdir()
+        row = {"kind": "metrics", "time": time.time(), "step": 1, "metrics": {"train/loss": 1.0}}
+        (self.run_dir / "journal.jsonl").write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(DisturbedRun, "run", run)
+    monkeypatch.setattr(DisturbedRun, "words_after", lambda *_: None)
+    with pytest.raises(ConfigurationError, match=r"--lose: a run of 1 step .+ train\.epochs"):
+        Proof(tmp_path, (), (2,), 0, lambda _: None, losses=20).carry_out()
 
 
 def test_workers_killed_from_outside_are_counted_with_the_time_until_the_next_step(tmp_path: Path) -> None:
