@@ -236,9 +236,8 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
     with constructing(recipe, world, folder):
         model = model_for(recipe, given, data.train, task)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigurationError(
-            f"{model_words(recipe, is_given=given.model is not None)}: it has no parameters to train."
-        )
+        words = model_words(recipe, is_given=given.model is not None)
+        raise ConfigurationError(f"{words}: it has no parameters to train.")
     model = made_and_frozen(model, recipe.model, channels_last=recipe.train.channels_last)
     model = model if is_to_shard(recipe, world) else model.to(world.device)  # else it goes there part by part
     if recipe.train.compile:
@@ -246,9 +245,8 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
     strategy = parallelize(model, world, recipe.parallel, sync_batchnorm=recipe.model.sync_batchnorm)
     hold_statistics(strategy.model, recipe.model.freeze)
     checkpoint_activations(strategy, is_wanted=recipe.train.checkpoint_activations)
-    steps_per_epoch = train_sampler.steps_per_epoch
-    whole = recipe.train.epochs * steps_per_epoch
-    total_steps = min(whole, recipe.train.max_steps or whole)
+    steps_per_epoch, settings = train_sampler.steps_per_epoch, recipe.train
+    total_steps = min(whole := settings.epochs * steps_per_epoch, settings.max_steps or whole)
     with named(task, "param_groups"):
         groups = parameter_groups(recipe.optim, strategy.model, task.param_groups(strategy.model))
     optimizer = build_optimizer(recipe.optim, groups)

@@ -144,7 +144,6 @@ def _run(
 
 def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole_process: bool) -> Result:
     settings = recipe.train
-    in_time = settings.hang_timeout_s
     if recipe.parallel.on_lost_worker != "continue":  # else this worker may take rank 0's place
         leave_the_launchers_streams()
     with (
@@ -154,7 +153,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
         join_world(
             settings.device,
             settings.threads,
-            in_time,
+            settings.hang_timeout_s,
             shares_memory=recipe.parallel.shared_memory,
             is_whole_process=is_whole_process,
         ) as world,
@@ -247,8 +246,7 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         grad_norm = strategy.gradient_norm()
     total_losses = None
     if job.is_logged(job.step + 1) or job.spikes.is_on:
-        # Each is one rank's own, and zero on the others. From here on the step needs no other rank: whoever makes it,
-        # a worker that is lost takes nothing of it along.
+        # Each is one rank's own, zero on the others. From here on the step needs no other rank, so none can spoil it.
         total_losses = sum_(losses.to("cpu", torch.float64, copy=True))
     reached("before the commit", step=job.step)
     if verdict is Verdict.STEP:

@@ -201,8 +201,7 @@ class Recovery:
     def _report(self, loss: Verdict, stood_at: Sequence[int]) -> None:
         """Say and journal who was lost or came; `stood_at` are the steps that the survivors had made."""
         job, monitor = self._job, self._monitor
-        step, world_size = job.step, job.world.size
-        seconds = round(time.time() - loss.time, 3)
+        step, world_size, seconds = job.step, job.world.size, round(time.time() - loss.time, 3)
         workers = f"{world_size} worker{'s' if world_size > 1 else ''}"
         if loss.num_new:
             monitor.tracker.event(

@@ -1,4 +1,4 @@
-"""A machine of a run that another one leads: it starts workers as it is told to, and reports what becomes of them."""
+"""A machine of a run that another one leads: it starts workers when asked to, and reports what becomes of them."""
 
 from __future__ import annotations
 
