@@ -36,6 +36,7 @@ class ExitCode(IntEnum):
     FAILURE = 1  # unexpected, worth a retry
     USAGE = 2  # wrong command line
     DIVERGED = 70  # training diverged, never retry
+    LOST = 71  # a worker was lost, and the recipe ends the run then: resume it by hand
     STOPPED = 75  # stopped on request, checkpoint saved, start again
     CONFIGURATION = 78  # wrong recipe, data or environment, never retry
     UNREAD = 141  # the reader of the output is gone; 128 + SIGPIPE, as a shell has it of other programs
@@ -48,7 +49,7 @@ class ExitCode(IntEnum):
     @classmethod
     def is_final(cls, code: int) -> bool:
         """Whether starting again does not help, or is not wanted."""
-        return cls.explains(code) or code in (cls.DONE, cls.STOPPED, cls.UNREAD)
+        return cls.explains(code) or code in (cls.DONE, cls.LOST, cls.STOPPED, cls.UNREAD)
 
     @classmethod
     def is_safe(cls, code: int) -> bool:

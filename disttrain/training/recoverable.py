@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from disttrain.distributed.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
+from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by
 from disttrain.layout import NEEDS_A_RESTART
 from disttrain.recipe import Recipe
 from disttrain.training.job import Job
@@ -36,6 +36,6 @@ def why_it_restarts(job: Job) -> str | None:
 
 def why_losses_do_not_end_it(recipe: Recipe) -> str | None:
     """Why a lost worker may restart it, although its recipe says to stop; None if that is not so."""
-    if recipe.parallel.on_lost_worker != "stop" or launched_by() in (LAUNCHER, "python"):
+    if recipe.parallel.on_lost_worker != "stop" or launched_by() in (*OUR_LAUNCHERS, "python"):
         return None
-    return 'parallel.on_lost_worker = "stop" has no effect here: only `disttrain train` on one machine heeds it'
+    return 'parallel.on_lost_worker = "stop" has no effect here: only `disttrain train` and `disttrain node` heed it'

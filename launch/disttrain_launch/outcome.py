@@ -22,12 +22,14 @@ class LocalEnding(Ending):
         log: where all it wrote can be read.
         last_words: the end of what it wrote, where no log has it.
         host: that of the worker, if it is not this one.
+        is_of_lost_machine: whether nobody knows more of it than that its machine is lost.
     """
 
     asked: bool
     log: Path | None
     last_words: str
     host: str | None = None
+    is_of_lost_machine: bool = False
 
     def told(self, host: str | None = None) -> str:
         """The message with the rank and the host it happened to."""
@@ -56,7 +58,7 @@ class LocalEnding(Ending):
 class Outcome:
     """The job's exit code, the message for the user, and the traceback of an unexpected failure.
 
-    `is_loss`: the cause is a worker that was killed by a signal.
+    `is_loss`: the cause is a worker that was killed by a signal, or whose machine is lost.
     """
 
     exit_code: int
@@ -84,7 +86,7 @@ def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
     else:
         message = cause.message if is_common else cause.told()
     traceback = cause.report.traceback if cause.report else None
-    return Outcome(cause.exit_code, message, traceback, is_loss=cause.code < 0)
+    return Outcome(cause.exit_code, message, traceback, is_loss=cause.code < 0 or cause.is_of_lost_machine)
 
 
 def content_of(error_file: IO[bytes]) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from disttrain.errors import ExitCode
@@ -15,7 +16,7 @@ class Restarts:
     Args:
         most: how many.
         run_dir: the folder of the run, whose journal and checkpoints show its progress.
-        stops_after_loss: whether a worker that is killed ends the run, whatever is allowed.
+        stops_after_loss: whether a worker that is killed, or a machine that is lost, ends the run, whatever is allowed.
     """
 
     def __init__(self, most: int = 0, run_dir: Path | None = None, *, stops_after_loss: bool = False) -> None:
@@ -27,10 +28,12 @@ class Restarts:
 
     def helps(self, outcome: Outcome) -> bool:
         """Whether to restart the workers after this outcome; to be called once for each."""
-        if ExitCode.is_final(outcome.exit_code) or self.made >= self.most:
+        if ExitCode.is_final(outcome.exit_code):
             return False
-        if outcome.is_loss and self._stops_after_loss:
+        if self._is_the_end(outcome):
             self.gave_up = 'parallel.on_lost_worker is "stop": not restarting'
+            return False
+        if self.made >= self.most:
             return False
         before, self._failed_at = self._failed_at, (self._run_dir and newest_step(self._run_dir)) or 0
         if before is not None and self._failed_at == before:  # not <=: a damaged line may have shown too many
@@ -38,3 +41,10 @@ class Restarts:
             return False
         self.made += 1
         return True
+
+    def settled(self, outcome: Outcome) -> Outcome:
+        """The outcome with which the run ends: with a code that no scheduler retries, where a loss is to be the end."""
+        return replace(outcome, exit_code=ExitCode.LOST) if self._is_the_end(outcome) else outcome
+
+    def _is_the_end(self, outcome: Outcome) -> bool:
+        return outcome.is_loss and self._stops_after_loss

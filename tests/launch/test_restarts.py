@@ -103,7 +103,10 @@ time.sleep(60)
 def test_a_loss_may_be_the_end_and_an_error_not() -> None:
     restarts = Restarts(5, None, stops_after_loss=True)
     assert restarts.helps(Outcome(ExitCode.FAILURE, "ValueError"))
-    assert not restarts.helps(Outcome(ExitCode.FAILURE, "was killed", is_loss=True))
+    loss = Outcome(ExitCode.FAILURE, "was killed", is_loss=True)
+    assert not restarts.helps(loss)
+    assert restarts.settled(loss).exit_code == ExitCode.LOST
+    assert Restarts(5).settled(loss) == loss
     assert restarts.gave_up == 'parallel.on_lost_worker is "stop": not restarting'
 
 

@@ -119,6 +119,7 @@ def _planned(
     planned = dataclasses.replace(
         planned,
         continues=checked.parallel.continues,
+        stops=checked.parallel.on_lost_worker == "stop",
         max_losses=max_losses,
         most_workers=checked.parallel.slices if checked.parallel.exact else 0,
     )

@@ -148,6 +148,7 @@ def _job(
         sweep=sweep,
         trust=trust,
         continues=nodes > 1 and checked.parallel.continues,
+        stops=checked.parallel.on_lost_worker == "stop",
         prologue=prologue.read_text(encoding="utf-8") if prologue is not None else "",
     )
     for point in job.points:

@@ -155,4 +155,5 @@ def _look(cluster: Cluster, kind: Kind, name: str, say: Say) -> tuple[Manifest, 
 
 
 def _worst(codes: list[int]) -> int:
-    return next((code for code in codes if ExitCode.explains(code)), codes[-1] if codes else ExitCode.FAILURE)
+    is_cause = [code for code in codes if ExitCode.explains(code) or code == ExitCode.LOST]
+    return (is_cause[:1] or codes[-1:] or [ExitCode.FAILURE])[0]

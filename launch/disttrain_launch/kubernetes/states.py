@@ -16,6 +16,7 @@ _ENDINGS: dict[int, str] = {
     ExitCode.FAILURE: "failed (exit 1)",
     ExitCode.USAGE: "wrong command line (exit 2)",
     ExitCode.DIVERGED: "diverged (exit 70)",
+    ExitCode.LOST: "lost a worker (exit 71)",
     ExitCode.STOPPED: "stopped, checkpoint saved (exit 75)",
     ExitCode.CONFIGURATION: "wrong recipe, data or environment (exit 78)",
     137: "killed (exit 137: out of memory, or longer than the grace period)",

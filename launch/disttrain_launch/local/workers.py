@@ -48,7 +48,7 @@ def run_workers(
         complain(restarts.gave_up)
     if outcome.is_loss:
         complain(how_to_resume())
-    sys.exit(outcome.exit_code)
+    sys.exit(restarts.settled(outcome).exit_code)
 
 
 @contextmanager

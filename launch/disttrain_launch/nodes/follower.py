@@ -52,6 +52,7 @@ class Follower:
             try:
                 return self._serve(wire)
             except Gone:
+                has_begun = bool(self._workers)
                 # Before anything else: another machine's worker may have the place of one of these by now.
                 self._machine.clear()
                 self._workers, self._told = {}, {}
@@ -59,6 +60,9 @@ class Follower:
             where = f"{self._node.host}:{self._node.port}"
             if self._was_asked_to_stop:
                 return Outcome(ExitCode.FAILURE, f"lost the connection to {where} while the workers were asked to stop")
+            if has_begun and self._node.stops:
+                words = 'the workers here are ended, as the recipe has parallel.on_lost_worker = "stop"'
+                return Outcome(ExitCode.LOST, f"lost the connection to {where}: {words}")
             complain(f"lost the connection to {where}: the workers here are ended, and join again when it is back")
 
     def _connected(self) -> Wire | Outcome:

@@ -36,6 +36,7 @@ class Node:
         job_id: the same on all machines; it distinguishes jobs that share a store.
         grace_s: how long workers that are asked to stop may take to save.
         continues: whether a lost worker or machine is to cost no restart.
+        stops: whether it is to end the run on all machines.
         max_losses: how often it may continue within some minutes.
         most_workers: as many as can share a step; 0 for any number.
         recipe, overrides: what is trained, by which a node knows whether a run that is finished has more to do.
@@ -55,8 +56,14 @@ class Node:
     recipe: str
     overrides: tuple[str, ...]
     continues: bool = False
+    stops: bool = False
     max_losses: int = 0
     most_workers: int = 0
+
+    @property
+    def _is_led(self) -> bool:
+        """Whether one machine sees what becomes of the workers of all, and judges; else each runs torchrun's agent."""
+        return self.continues or self.stops
 
     def command(self) -> list[str]:
         """The agent's command line."""
@@ -99,7 +106,7 @@ class Node:
 
         set_for_it = self.variables() | recipe_variables()
         variables = [f"{name}={shlex.quote(value)}" for name, value in set_for_it.items()]
-        if not self.continues:
+        if not self._is_led:
             return " ".join(["env", *variables, shlex.join(self.command())])
         line = " ".join(["env", *variables, shlex.join([sys.executable, *self.arguments])])
         return "\n".join([line] * self.workers)  # each with the place that it is given once all have met
@@ -108,7 +115,7 @@ class Node:
         """Replace this process by the agent: one process, so signals and its exit code need no forwarding."""
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.continues:
+        if self._is_led:
             from disttrain_launch.nodes.together import run_together
 
             os.environ.update(self.variables())

@@ -140,7 +140,8 @@ class RemoteMachine:
         for worker in self._workers.values():
             if worker.ending is None:
                 report = Report(f"its machine is lost: {why}", self.name, now, None)
-                worker.end(LocalEnding(worker.rank, ExitCode.FAILURE, now, report, False, None, "", self.name))
+                code, host = ExitCode.FAILURE, self.name
+                worker.end(LocalEnding(worker.rank, code, now, report, False, None, "", host, is_of_lost_machine=True))
                 worker.was_killed = True
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:

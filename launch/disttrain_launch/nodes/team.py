@@ -219,6 +219,12 @@ class Team:
                 new.append(self._start(machine, place))
         return new
 
+    def have_others_wait(self) -> None:
+        """Say to machines without a worker that they have no place."""
+        for machine in self._machines:
+            if self._is_idle(machine):
+                machine.say_once(_NO_PLACE)
+
     def _is_idle(self, machine: Machine | RemoteMachine) -> bool:
         return not any(machine is other for other, _ in self._at.values())
 

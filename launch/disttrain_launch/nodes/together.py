@@ -18,6 +18,7 @@ from disttrain.agent.finished import is_finished
 from disttrain.distributed.requests import STOP_SIGNALS
 from disttrain.distributed.verdicts import Verdict
 from disttrain.errors import DisttrainError, ExitCode
+from disttrain.recipe.address import is_url, working_folder
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.watch import Watch
 from disttrain_launch.local.worker import Member
@@ -75,7 +76,7 @@ def _outcome(node: Node, machine: Machine, signals: int) -> Outcome:
 
 def _led(node: Node, team: Team, signals: int) -> Outcome:
     """Run the workers of all machines, again after failures that are worth a retry."""
-    restarts = Restarts(node.max_restarts, Path(node.run_dir))
+    restarts = Restarts(node.max_restarts, _folder_of(node.run_dir), stops_after_loss=node.stops)
     while True:
         try:
             workers = team.assembled()
@@ -88,9 +89,14 @@ def _led(node: Node, team: Team, signals: int) -> Outcome:
         if watch.was_asked_to_stop or not restarts.helps(outcome):
             break
         team.say(f"{outcome.message}. Restart {restarts.made} of {restarts.most} from the latest checkpoint")
+    outcome = restarts.settled(outcome)
     if restarts.gave_up:
         return dataclasses.replace(outcome, message=f"{outcome.message}\n{restarts.gave_up}")
     return outcome
+
+
+def _folder_of(run_dir: str) -> Path:
+    return working_folder(run_dir) if is_url(run_dir) else Path(run_dir)
 
 
 class _TeamWatch(Watch):
@@ -99,6 +105,7 @@ class _TeamWatch(Watch):
     def __init__(self, node: Node, team: Team, workers: list[Member], signals: int) -> None:
         super().__init__(WorkerGroup((), len(workers)), workers, signals, team.replacement, 0, node.max_losses)
         self._team, self._stop_grace_s, self._was_too_slow = team, node.grace_s, False
+        self._stops = node.stops
 
     def until_the_end(self) -> Outcome:
         """Wait until no worker runs any more."""
@@ -124,6 +131,8 @@ class _TeamWatch(Watch):
     def _those_to_join(self) -> list[Member]:
         if not self.was_asked_to_stop and all(worker.is_ready() for worker in self._workers if not worker.ending):
             self._coming += self._team.newcomers([*self._workers, *self._coming])
+        elif self._stops:
+            self._team.have_others_wait()
         return super()._those_to_join()
 
     def _forget(self, worker: Member) -> None:

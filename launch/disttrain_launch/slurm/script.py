@@ -32,6 +32,7 @@ class SlurmJob:
         prologue: shell lines that every job begins with, such as those that activate an environment.
         trust: as `--trust`.
         continues: whether the other nodes continue without one that is lost.
+        stops: whether a loss is to end the job, that of a node too.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SlurmJob:
     prologue: str = ""
     trust: bool = False
     continues: bool = False
+    stops: bool = False
 
     @property
     def points(self) -> list[tuple[str, ...]]:
@@ -73,7 +75,8 @@ class SlurmJob:
             ("nodes", str(self.nodes)),
             ("ntasks-per-node", "1"),
             *([("array", f"0-{len(points) - 1}")] if points else []),
-            ("requeue", ""),
+            # Requeueing after a node's failure is what no job may do that a loss is to end.
+            ("no-requeue" if self.stops else "requeue", ""),
             *([("no-kill", "")] if self.continues else []),
             ("open-mode", "append"),
             ("output", log),
@@ -128,6 +131,7 @@ class SlurmJob:
             f"# {ExitCode.STOPPED}: stopped, and saved. Requeued only if it was the time limit: a job that is "
             "cancelled stays away.",
             f'if [ "$code" -eq {ExitCode.STOPPED} ] && [ -n "$warned" ]; then',
+            *(['    scontrol update JobId="$SLURM_JOB_ID" Requeue=1'] if self.stops else []),
             '    scontrol requeue "$SLURM_JOB_ID"',
             "fi",
             'exit "$code"',

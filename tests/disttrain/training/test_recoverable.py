@@ -11,7 +11,7 @@ from disttrain.training.recoverable import why_losses_do_not_end_it
 
 @pytest.mark.parametrize(
     ("launcher", "on_lost_worker", "is_said"),
-    [("disttrain", "stop", False), ("disttrain node", "stop", True), ("disttrain node", "continue", False)],
+    [("disttrain node", "stop", False), ("torchrun", "stop", True), ("torchrun", "continue", False)],
 )
 def test_a_launcher_that_restarts_all_the_same_is_named(
     launcher: str, on_lost_worker: str, is_said: bool, monkeypatch: pytest.MonkeyPatch

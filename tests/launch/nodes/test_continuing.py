@@ -91,3 +91,16 @@ def test_two_machines_lose_rank_0_then_the_link_then_one_of_them_and_go_on(two: 
     assert "host-1: its machine is lost: no sign of life" in what[1]
     steps = [record["step"] for record in read_journal(two.run_dir / "journal.jsonl") if "train/loss" in str(record)]
     assert len(steps) == len(set(steps)), "no row twice"
+
+
+def test_a_lost_worker_ends_the_run_on_both_machines_where_the_recipe_says_stop(two: Nodes) -> None:
+    longer = ("parallel.on_lost_worker=stop", "train.epochs=100000", "checkpoint.every_steps=2")
+    two.start("--nodes=2", "--max-restarts=2", overrides=longer)
+    wait_for(lambda: has_steps(two.run_dir, 6), "some steps")
+    (rank_1,) = workers_of(two.machines[1])
+    os.kill(rank_1, signal.SIGKILL)
+    assert two.end(240) == [71, 71], [two.said(0), two.said(1)]
+    for number in (0, 1):
+        assert "rank 1 on host-1 was killed by SIGKILL" in two.said(number)
+        assert 'parallel.on_lost_worker is "stop": not restarting' in two.said(number)
+        assert "Restart " not in two.said(number)

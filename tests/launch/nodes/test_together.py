@@ -28,7 +28,8 @@ from disttrain_launch.nodes.team import Team
 from disttrain_launch.nodes.wire import Gone, Wire
 from disttrain_launch.outcome import LocalEnding, Outcome
 
-# Says that it is ready (or waits to join), notes its verdicts, and finishes once there is a file "go".
+# Says that it is ready (unless there is a file "stops"), or waits to join, notes its verdicts, and finishes once there
+# is a file "go".
 WORKER = """
 import json, os, select, sys, time
 report, verdicts = os.environ["TORCHELASTIC_ERROR_FILE"], int(os.environ["DISTTRAIN_VERDICTS"])
@@ -39,7 +40,8 @@ pid = os.getpid()
 names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR DISTTRAIN_NODE_SLOT DISTTRAIN_JOINS".split()
 if os.environ["DISTTRAIN_JOINS"] and os.path.exists("refuse"):
     sys.exit(3)
-say(ready=True, leads=not os.environ["DISTTRAIN_JOINS"], joins=bool(os.environ["DISTTRAIN_JOINS"]))
+joins = bool(os.environ["DISTTRAIN_JOINS"])
+say(ready=not os.path.exists("stops"), leads=not joins, joins=joins)
 with open(f"{pid}.new", "w") as file:
     file.write(json.dumps({name: os.environ[name] for name in names}))
 os.rename(f"{pid}.new", f"{pid}.started")
@@ -66,12 +68,13 @@ def node(port: int, folder: Path, *, serves: bool, job: str = "one", nodes: tupl
         run_dir=str(folder / "run"),
         serves=serves,
         address="127.0.0.1",
-        max_restarts=0,
+        max_restarts=5,
         job_id=job,
         grace_s=60,
         recipe="digits",
         overrides=(),
         continues=True,
+        stops=(folder / "stops").exists(),
         max_losses=10,
         most_workers=2,
     )
@@ -230,6 +233,28 @@ def test_workers_and_machines_are_lost_and_come_back_without_a_restart(
         assert workers.verdicts(3, 3)[2]["num_new"] == 1
     assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 0]
     assert "Restart" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["a worker", "a machine"])
+def test_a_loss_ends_the_run_on_all_machines_where_the_recipe_says_so(folder: Path, lost: str) -> None:
+    (folder / "stops").touch()
+    with led(folder) as (followers, workers, outcomes, team):
+        followers.start()
+        first = [workers.wait_for(number) for number in (0, 1)]
+        if lost == "a worker":
+            workers.kill([one["RANK"] for one in first].index("1"))
+        else:  # each takes the other for lost
+            team._machines[0].wire._connection.shutdown(socket.SHUT_RDWR)
+        until(lambda: bool(outcomes and followers.outcomes))
+        assert all(workers.has_gone(number) for number in (0, 1))
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [71, 71]
+    told = outcomes[0].message
+    assert "rank 1 on " in told
+    assert ("was killed by SIGKILL" if lost == "a worker" else "its machine is lost") in told
+    if lost == "a worker":
+        assert followers.outcomes[0].message == told, "each machine shows the cause"
+    else:
+        assert "lost the connection to 127.0.0.1" in followers.outcomes[0].message
 
 
 def test_a_machine_whose_worker_fails_to_join_is_not_asked_again(
