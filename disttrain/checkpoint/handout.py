@@ -12,6 +12,7 @@ from disttrain.checkpoint.folder import Checkpoint
 from disttrain.checkpoint.stored import StoredTensors, outline_of
 from disttrain.checkpoint.tensors import Tensors
 from disttrain.distributed.collectives import broadcast_, broadcast_from_main
+from disttrain.distributed.packed import empty_on_cpu
 from disttrain.distributed.sharded import from_part, is_sharded, part_of, rows_of
 from disttrain.distributed.world import World
 
@@ -52,7 +53,7 @@ def hand_out(world: World, tensors: Tensors, into: Mapping[str, torch.Tensor] | 
             if world.is_main:
                 room.copy_(tensor)
         else:
-            room = tensor.clone() if world.is_main else torch.empty_like(tensor, device="cpu")
+            room = tensor.clone() if world.is_main else empty_on_cpu(tensor)
         received[name] = broadcast_(room) if world.size > 1 else room
     return received
 

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
-from disttrain.checkpoint import AVERAGE, optimizer_from_tensors
-from disttrain.distributed.collectives import broadcast_, broadcast_object, gather_objects, interruptible
+from disttrain.distributed.collectives import gather_objects, interruptible
 from disttrain.distributed.meeting import MissingRanks
 from disttrain.distributed.regroup import let_go, rejoin
 from disttrain.distributed.report import report_ready
@@ -28,6 +25,7 @@ from disttrain.training.job import Job
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rates
 from disttrain.training.recoverable import continues_after_losses
+from disttrain.training.shared_state import Sent, share_state
 from disttrain.training.succession import Succession
 
 _TO_HEAR_S = 3.0  # the launcher notices at once when a worker dies
@@ -46,6 +44,7 @@ class Recovery:
         self._job, self._monitor, self._succession, self._watchdog = job, monitor, succession, watchdog
         self._verdicts = Verdicts.of_this_process() if continues_after_losses(job) else None
         self._generation, self._is_ready = 0, False
+        self._left_at, self._sent = time.monotonic(), Sent()
         self._is_new = False  # among workers that have a state to hand out
         self._unreported: list[Verdict] = []
         self._accused: list[int] = []  # of holding up the others, as reported last
@@ -115,6 +114,7 @@ class Recovery:
         Another loss meanwhile has all begin again: until the end, nothing is changed that a second time would spoil.
         """
         failure: RuntimeError | Corruption | None = error
+        self._left_at, self._sent = time.monotonic(), Sent()
         try:
             while failure is not None:
                 if self._verdicts is None or not self._is_ready or not self._can_continue_after(failure):
@@ -211,6 +211,9 @@ class Recovery:
                 joined_ranks=list(loss.new_ranks),
                 noticed=loss.time,
                 seconds=seconds,
+                held_seconds=round(time.monotonic() - self._left_at, 3),  # from the first step that this rank put off
+                sending_seconds=round(self._sent.seconds, 3),
+                sent_bytes=self._sent.num_bytes,
                 world_size=world_size,
             )
             monitor.console.line(f"continuing with {workers} from step {step}: {loss.num_new} joined")
@@ -248,53 +251,17 @@ class Recovery:
     def _agree(self) -> list[int]:
         """Bring those that are a step behind to where the others are; return where each rank was."""
         job = self._job
-        places: list[int | None] = gather_objects(None if self._is_new else job.step)
+        stand = gather_objects((None if self._is_new else job.step, job.progress.place))
+        places: list[int | None] = [step for step, _ in stand]
         steps = [step for step in places if step is not None]  # newcomers have none
         if not steps:
             raise DisttrainError("all workers that had the state of the run are lost.")
         newest = max(steps)
-        job.progress.place = max(gather_objects(job.progress.place))  # the stages entered are counted anew from here
+        job.progress.place = max(place for _, place in stand)  # the stages entered are counted anew from here
         if newest - min(steps) > 1:  # a collective needs every rank
             raise DisttrainError(f"the workers that survived a loss stand at steps {steps}, more than one apart.")
         if any(step != newest for step in places):
-            self._receive(places.index(newest), is_behind=self._is_new or job.step < newest)
+            is_behind = self._is_new or job.step < newest
+            self._sent = share_state(job, self._monitor, places.index(newest), is_behind=is_behind)
         _log.info("continuing at step %d with %d workers; they stood at %s", job.step, job.world.size, places)
         return steps
-
-    def _receive(self, source: int, *, is_behind: bool) -> None:
-        """Take everything from rank `source`, tensor by tensor: nothing is changed before all of it is there."""
-        job, is_source = self._job, self._job.world.rank == source
-        own = job.model_tensors()
-        model = {
-            name: broadcast_(one.detach() if is_source else torch.empty_like(one), source) for name, one in own.items()
-        }
-        optimizer = _broadcast_named(job.optimizer_tensors()[0] if is_source else {}, source)
-        monitor = self._monitor
-        own_state = (job.state(), monitor.last_result, monitor.last_num_items)
-        state, result, num_items = broadcast_object(own_state if is_source else None, source)
-        if not is_behind:
-            return
-        reached("recovery: received", step=job.step)
-        for name, tensor in own.items():
-            tensor.detach().copy_(model[name])
-        tensors = {name: tensor for name, tensor in optimizer.items() if not name.startswith(AVERAGE)}
-        optimizer_from_tensors(job.optimizer, tensors, state["optimizer"], job.model)
-        if job.ema is not None:
-            job.ema.load(
-                {name.removeprefix(AVERAGE): one for name, one in optimizer.items() if name.startswith(AVERAGE)}
-            )
-        job.non_finite.load_state(state["non_finite"])
-        job.strategy.load_state(state, "the state of another worker")
-        job.early_stopping.load_state(state["best_evaluation"])
-        job.step, job.metrics, job.init = state["step"], state["metrics"] or None, state.get("init")
-        monitor.receive(result, num_items)
-
-
-def _broadcast_named(own: Mapping[str, torch.Tensor], source: int) -> dict[str, torch.Tensor]:
-    """The tensors of rank `source`, which alone passes any."""
-    outline = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
-    received = {}
-    for name, shape in broadcast_object(outline, source).items():
-        room = own[name].detach() if own else torch.empty_like(shape, device="cpu")
-        received[name] = broadcast_(room, source)
-    return received

@@ -9,6 +9,7 @@ from pathlib import Path
 PROGRAM = """
 import importlib.util, os, sys
 import torch, disttrain
+from disttrain.distributed.packed import empty_on_cpu
 
 seen = []
 
@@ -34,6 +35,7 @@ recipe = {
 class LookInExactMode(disttrain.Hook):
     def after_step(self, context):
         assert torch.are_deterministic_algorithms_enabled()
+        empty_on_cpu(torch.empty(2, device="meta"))  # as a worker does that joins a run, or resumes it beside another
         assert not {"torch._dynamo.symbolic_convert", "torch._inductor", "sympy"} & sys.modules.keys()
         assert os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1", "the compiler reads it when it is imported"
 

@@ -103,6 +103,9 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
         ),
     )
     check(tmp_path, ended, [1, 1, 2])
+    for event in events(tmp_path / "disturbed", "worker-joined"):
+        assert event["held_seconds"] >= event["sending_seconds"] > 0.0
+        assert event["sent_bytes"] > 1000
     assert events(tmp_path / "disturbed", "worker-joined")
     check(tmp_path, ended, [0, 1], "without rank 0")
     check_what_is_written(tmp_path / "without rank 0", tmp_path / "undisturbed")
