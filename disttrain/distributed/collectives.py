@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, surprises
 from disttrain.distributed.shared_sums import SharedSums
+from disttrain.distributed.travelling import all_in, head_of, packed, size_in, unpacked
 from disttrain.distributed.world import World
 from disttrain.errors import DisttrainError, PeerError
 
@@ -199,27 +200,33 @@ def broadcast_(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """What rank `source` passed, on every rank."""
-    _meet()
-    box = [value]
-    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
-    return box[0]
+    is_source = dist.get_rank() == source
+    raw = packed(value) if is_source else None
+    head = broadcast_(head_of(raw), source)
+    whole = all_in(head)
+    if whole is None:
+        whole = broadcast_(torch.empty(size_in(head), dtype=torch.uint8) if raw is None else raw, source)
+    return value if is_source else unpacked(whole)
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """What every rank passed, by rank, on every rank."""
-    _meet(group)
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    raw = packed(value)
+    heads = _gathered(head_of(raw), group)
+    sizes = [size_in(head) for head in heads]
+    wholes = [whole for head in heads if (whole := all_in(head)) is not None]
+    if len(wholes) == len(heads):
+        return [unpacked(whole) for whole in wholes]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: raw.numel()] = raw
+    return [unpacked(one[:size]) for one, size in zip(_gathered(padded, group), sizes, strict=True)]
 
 
-def _meet(group: dist.ProcessGroup | None = None) -> None:
-    """Have all ranks wait for each other where that can be interrupted: torch waits for an object as long as it takes.
-
-    Of a machine that is cut off, no closed connection would tell.
-    """
-    if _is_broken.get() is not None:
-        sum_(torch.zeros(1), group)
+def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """The tensor of each rank, all of one shape."""
+    of_all = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    _complete(lambda is_async: dist.all_gather(of_all, tensor, group=group, async_op=is_async))
+    return of_all
 
 
 def num_issued(device: torch.device, sums: SharedSums | None = None) -> int:
