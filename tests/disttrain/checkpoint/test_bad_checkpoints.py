@@ -152,7 +152,7 @@ def try_mutations(seeds: range, run: Path, job: Job, picture: Path, folder: Path
 
 
 def test_mutated_checkpoints(run: Path, job: Job, picture: Path, tmp_path: Path) -> None:
-    try_mutations(range(200), run, job, picture, tmp_path)
+    try_mutations(range(100), run, job, picture, tmp_path)
 
 
 @pytest.mark.long

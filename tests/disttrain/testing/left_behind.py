@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -45,6 +47,6 @@ def resident_kib(pid: int) -> int:
     return 0
 
 
-def shared_memory() -> set[str]:
-    """The names in /dev/shm."""
-    return set(os.listdir("/dev/shm"))
+def shared_memory_of(pids: Iterable[int]) -> list[str]:
+    """The names in /dev/shm that these processes gave, as torch does: others use it at the same time."""
+    return [name for name in os.listdir("/dev/shm") if {*re.findall(r"\d+", name)} & {*map(str, pids)}]

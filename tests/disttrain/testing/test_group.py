@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from disttrain.testing import CollectivesDiffer, HarnessError, WorkerFailed, WorkerTimeout, faults, run_workers, workers
 from disttrain.testing.options import Options
-from tests.disttrain.testing.left_behind import marked_processes, shared_memory
+from tests.disttrain.testing.left_behind import marked_processes, shared_memory_of
 
 
 def sum_of_ranks(offset: int) -> list[float]:
@@ -288,17 +288,19 @@ def test_what_a_worker_started_goes_with_it() -> None:
 
 def test_nothing_is_left_after_a_hang() -> None:
     mark = f"DISTTRAIN_MARK={uuid.uuid4().hex}"
-    before = shared_memory()
 
     def body() -> None:
         leave_children()
         torch.ones(8).share_memory_()
         time.sleep(600)
 
-    with pytest.raises(WorkerTimeout):
-        run_workers(body, 2, timeout_s=1.5, env=dict([mark.split("=")]))
+    with workers(2, timeout_s=1.5, env=dict([mark.split("=")])) as group:
+        pids = group.pids
+        with pytest.raises(WorkerTimeout):
+            group.run(body)
     assert marked_processes(mark) == []
-    assert shared_memory() <= before
+    assert len(pids) == 2
+    assert shared_memory_of(pids) == []
 
 
 def test_a_script_needs_no_pytest(tmp_path: object) -> None:

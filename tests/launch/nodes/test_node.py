@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from disttrain.checkpoint import CheckpointStore
+from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.testing import cluster, faults, hosts, run_workers
 from disttrain.testing.hosts import Cluster, Host
 from disttrain_launch.cli.node import node
@@ -63,18 +63,17 @@ def two(tmp_path: Path) -> Iterator[Nodes]:
         yield Nodes(machines, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_workers(lambda: train(run_dir, MODEL), 1, process_group=False, timeout_s=480)
-    return run_dir
-
-
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
         time.sleep(0.05)
+
+
+def newest(run_dir: Path) -> tuple[int, str, str]:
+    """The step of the newest checkpoint, and the SHA-256 of its weights and of its optimizer's state."""
+    found = read_checkpoint(CheckpointStore(run_dir / "checkpoints").paths()[-1])
+    return found.state["step"], weights_sha256(found.model), weights_sha256(found.optimizer)
 
 
 def has_steps(run_dir: Path, number: int) -> bool:
@@ -83,28 +82,28 @@ def has_steps(run_dir: Path, number: int) -> bool:
 
 
 @needs_hosts
-def test_a_killed_worker_is_started_again_and_no_bit_tells(two: Nodes, undisturbed: Path) -> None:
+def test_a_killed_worker_is_started_again_and_a_request_to_stop_at_one_machine_stops_all(
+    two: Nodes, tmp_path: Path
+) -> None:
+    """All save, and no bit tells of either: at a constant rate, a run is the beginning of each longer one."""
+    long = ("train.epochs=100000", "schedule.name=constant", "checkpoint.every_steps=2")
     with faults.armed(faults.kill(1, step=6)) as armed:
-        two.start("--nodes=2", "--max-restarts=2", overrides=("checkpoint.every_steps=2",), variables=armed)
-        assert two.end() == [0, 0], [two.said(0), two.said(1)]
-    assert outcome(two.run_dir) == outcome(undisturbed)
+        two.start("--nodes=2", "--max-restarts=2", overrides=long, variables=armed)
+        wait_for(lambda: has_steps(two.run_dir, 12), "some steps after the restart")
+        two.processes[1].send_signal(signal.SIGTERM)
+        assert two.end() == [75, 75], [two.said(0), two.said(1)]
     restarted = r"(Restart 1 of 2|The workers of all nodes restart) from the latest checkpoint"
     for number in (0, 1):
-        lines = [line for line in two.said(number).splitlines() if line.startswith("disttrain:")]
-        assert len(lines) == 1, lines
-        assert re.fullmatch(rf"disttrain: rank 1 on host-1 was killed by SIGKILL .*\. {restarted}", lines[0]), lines
-
-
-@needs_hosts
-def test_a_request_to_stop_at_one_machine_stops_all_and_saves(two: Nodes) -> None:
-    two.start("--nodes=2", "--max-restarts=2", overrides=("train.epochs=100000",))
-    wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
-    two.processes[1].send_signal(signal.SIGTERM)
-    assert two.end() == [75, 75], [two.said(0), two.said(1)]
+        line = next(line for line in two.said(number).splitlines() if line.startswith("disttrain:"))
+        assert re.fullmatch(rf"disttrain: rank 1 on host-1 was killed by SIGKILL .*\. {restarted}", line), line
+        assert two.said(number).count("SIGKILL") == 1
     assert "stopped on request" in two.said(0)
     assert "SIGTERM: asking the workers to save and stop" in two.said(1)
-    newest = CheckpointStore(two.run_dir / "checkpoints").paths()[-1]
-    assert f"after step {int(newest.name.removeprefix('step-'))} of" in two.said(0)
+    step, *weights = newest(two.run_dir)
+    assert f"after step {step} of" in two.said(0)
+    alone, last = tmp_path / "alone", f"train.max_steps={step}"
+    run_workers(lambda: train(alone, MODEL, *long, last), 1, process_group=False, timeout_s=480)
+    assert newest(alone) == (step, *weights)
 
 
 @needs_hosts
@@ -136,7 +135,7 @@ def test_what_a_retry_cannot_mend_ends_all_machines_with_the_same_code(two: Node
 @needs_hosts
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_machine_dies_and_a_new_one_takes_its_place(two: Nodes, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_machine_dies_and_a_new_one_takes_its_place(two: Nodes, tmp_path: Path) -> None:
     longer = ("train.epochs=30", "checkpoint.every_steps=3", "train.hang_timeout_s=5")
     reference = tmp_path / "reference"
     run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=200)

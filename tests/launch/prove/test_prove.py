@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from disttrain_launch.prove.disturbed import DisturbedRun
+from disttrain_launch.prove.disturbed import DisturbedRun, disturb
+from disttrain_launch.prove.losses import Pace
 from disttrain_launch.prove.report import as_table
 
 ROOT = Path(__file__).parents[3]
@@ -55,17 +57,19 @@ def left_in(cwd: Path) -> list[Path]:
     return [path for path in (cwd / "temporary").iterdir() if path.name.startswith("disttrain-prove-")]
 
 
-def test_exact_mode_is_proven_at_several_numbers_of_workers(tmp_path: Path) -> None:
-    done = prove(tmp_path, "--workers", "1,2", "--kills", "1", "--steps", "30", "--strategy", "fsdp,ddp", "--json")
+@pytest.mark.parametrize("workers", [[1], pytest.param([1, 2], marks=pytest.mark.long)])
+def test_exact_mode_is_proven(tmp_path: Path, workers: list[int]) -> None:
+    numbers = ",".join(map(str, workers))
+    done = prove(tmp_path, "--workers", numbers, "--kills", "1", "--steps", "30", "--strategy", "fsdp,ddp", "--json")
     answer: dict[str, Any] = json.loads(done.stdout)
     assert answer["same"] is True
     assert answer["exact"] is True
     assert answer["first_difference"] is None
-    assert [run["workers"] for run in answer["runs"]] == [1, 2]
+    assert [run["workers"] for run in answer["runs"]] == workers
     for run in answer["runs"]:
         assert run["same"] is True
         assert run["kills"] == 1
-        assert run["resumed_with"] == [3 - run["workers"]]
+        assert run["resumed_with"] == [3 - run["workers"] if len(workers) > 1 else 1]
         assert run["strategies"] == ["fsdp", "ddp"]
         assert run["steps_repeated"] >= 0
         for name in ("weights_sha256", "optimizer_sha256"):
@@ -74,6 +78,22 @@ def test_exact_mode_is_proven_at_several_numbers_of_workers(tmp_path: Path) -> N
     assert answer["reference"] == {**answer["reference"], "workers": 1, "kills": 0, "steps": 30}
     assert left_in(tmp_path) == []
     assert done.stderr == ""
+
+
+def test_a_killed_run_resumes_with_another_number_of_workers_where_there_are_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    run = DisturbedRun(tmp_path, [])
+    monkeypatch.setattr(run, "run_until_killed", lambda workers, *_: started.append(workers) is None)
+    monkeypatch.setattr(run, "run", lambda workers, _: started.append(workers))
+    disturb(run, 2, (1, 2, 4), kills=20, losses=0, num_steps=100, pace=Pace(0.0, 0.0))
+    assert (len(started), started[0]) == (21, 2)
+    assert set(started) <= {1, 2, 4}
+    assert all(before != after for before, after in pairwise(started))
+    started.clear()
+    disturb(run, 3, (3,), kills=2, losses=0, num_steps=100, pace=Pace(0.0, 0.0))
+    assert started == [3, 3, 3]
 
 
 @pytest.mark.long
