@@ -250,7 +250,10 @@ def lose_at(run_dir: Path, step: int, moved_to: Path | None) -> None:
     def deleting(name: str, **where: int) -> None:
         reached(name, **where)
         if name == "step" and where["step"] == step:
-            shutil.rmtree(run_dir) if moved_to is None else run_dir.rename(moved_to)
+            gone = moved_to or run_dir.with_name("deleted")
+            run_dir.rename(gone)  # at once: the thread that writes a checkpoint may be adding files
+            if moved_to is None:
+                shutil.rmtree(gone, ignore_errors=True)
 
     loop.reached = deleting  # type: ignore[assignment]
     try:

@@ -19,8 +19,8 @@ from disttrain.tracking import read_journal
 from tests.disttrain.tracking.conftest import MlflowServer
 
 
-def train(run: Path, server: MlflowServer, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", "-n", "2", "--run-dir", str(run)]
+def train(run: Path, server: MlflowServer, workers: int, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", "-n", str(workers), "--run-dir", str(run)]
     for option in (f"tracking.uri={server.uri}", "tracking.experiment=over-http", *options):
         command += ["-o", option]
     return subprocess.run(command, capture_output=True, text=True, timeout=480)
@@ -30,9 +30,9 @@ def test_everything_arrives_and_the_stored_model_predicts_as_ours(
     server: MlflowServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     constant = "schedule.name=constant"  # a falling one could not be made longer
-    first = train(run_dir, server, "train.epochs=3", constant, "train.max_steps=30")
+    first = train(run_dir, server, 1, "train.epochs=3", constant, "train.max_steps=30")
     assert first.returncode == 0, first.stderr
-    second = train(run_dir, server, "train.epochs=3", constant)  # the same job goes on: the same MLflow run
+    second = train(run_dir, server, 2, "train.epochs=3", constant)  # the same job goes on: the same MLflow run
     assert second.returncode == 0, second.stderr
 
     import mlflow
