@@ -33,8 +33,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, optimizer_to_tensors
 from disttrain.checkpoint.handout import hand_out_parts, read_by_main
 from disttrain.checkpoint.reach import opened_by_all, sharded_store
-from disttrain.distributed.collectives import max_
-from disttrain.distributed.sharded import gathered, local
+from disttrain.distributed.collectives import broadcast_object, max_
+from disttrain.distributed.sharded import gathered, local, part_of
 from disttrain.distributed.world import World, join_world
 from disttrain.testing import run_workers
 
@@ -113,6 +113,16 @@ class Way:
         source, by_broadcast = opened or read, opened is None
         parts = hand_out_parts(self.world, source.model, self.model.get, by_broadcast=by_broadcast)
         rest = hand_out_parts(self.world, source.optimizer, self.parameter_of, by_broadcast=by_broadcast)
+        assert len(parts) + len(rest) == 3 * NUM_TENSORS
+        max_(torch.zeros(1))
+
+    def load_as_one_object(self) -> None:
+        """Have worker 0 read it all, and send it as one pickled object, as it was done at first."""
+        read = self.store.newest(print) if self.world.is_main else None
+        whole = None if read is None else ({**read.model}, {**read.optimizer})
+        model, moments = broadcast_object(whole)
+        parts = {name: part_of(tensor, self.model[name]) for name, tensor in model.items()}
+        rest = {key: part_of(tensor, self.parameter_of(key)) for key, tensor in moments.items()}
         assert len(parts) + len(rest) == 3 * NUM_TENSORS
         max_(torch.zeros(1))
 

@@ -62,6 +62,13 @@ def return_freed_memory() -> None:
     glibc.malloc_trim(0)
 
 
+def trim() -> None:
+    """Have glibc return what is free to the system: many small blocks hold as much as few large ones."""
+    glibc = _glibc()
+    if glibc is not None and not is_set_by_user(os.environ):
+        glibc.malloc_trim(0)
+
+
 def available_memory() -> int:
     """What programs may take on this machine, in bytes: what is free, and no more than the container's limit."""
     available, limit = int(psutil.virtual_memory().available), memory_limit()

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from disttrain.distributed.allocator import return_freed_memory
 from disttrain.distributed.collectives import broadcast_, gather_objects, max_
 from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.lean import hold_less
 from disttrain.parallel.mesh import mesh_of
 from disttrain.parallel.modules import blocks_of, refuse_renormalising
 from disttrain.parallel.strategy import Strategy
@@ -48,20 +49,25 @@ class Fsdp(Strategy):
         return_freed_memory()
         self._called = 0  # a checksum of which blocks this step has called, in their order
         self._blocks = blocks
-        policy = self._offload_policy(recipe.cpu_offload)
-        self._is_freed_between = recipe.reshard_after_forward
+        of_blocks, of_rest = _precision_policies(model, recipe)
+        offload = self._offload_policy(recipe.cpu_offload)
+        self._is_freed_between = freed = recipe.reshard_after_forward
         for number, block in enumerate(blocks.values()):  # one after the other: none has another whole block then
             _start_from_rank_0(block, world)
             block.register_forward_pre_hook(partial(self._note, number))
-            fully_shard(block, mesh=mesh.devices, offload_policy=policy, reshard_after_forward=self._is_freed_between)
+            fully_shard(
+                block, mesh=mesh.devices, reshard_after_forward=freed, mp_policy=of_blocks, offload_policy=offload
+            )
         _start_from_rank_0(model, world)
         self._call = _Call(model)
-        self._root: Any = fully_shard(self._call, mesh=mesh.devices, offload_policy=policy)
+        self._root: Any = fully_shard(self._call, mesh=mesh.devices, mp_policy=of_rest, offload_policy=offload)
         self._modules: list[Any] = [module for module in self._call.modules() if isinstance(module, FSDPModule)]
         for module in self._modules:
             # A loss is divided by the size of the global batch already, and gloo cannot scale while it sums.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        if world.device.type == "cpu":
+            hold_less(self._root)
         self._depth = recipe.prefetch
         self._prefetch(self._depth)
         self._parameters = dict(model.named_parameters())
@@ -198,6 +204,20 @@ def _start_from_rank_0(module: nn.Module, world: World) -> None:
         broadcast_(there)
         if there is not here:
             here.copy_(there)
+
+
+def _precision_policies(model: nn.Module, recipe: ParallelRecipe) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
+    """That of the blocks, and that of what is in none, whose input is the batch, which stays as it is."""
+    param = torch.bfloat16 if recipe.param_dtype == "bf16" else None
+    reduce = torch.bfloat16 if recipe.reduce_dtype == "bf16" else torch.float32 if param else None
+    if param is not None:
+        for path, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine and module.track_running_stats:
+                raise ConfigurationError(
+                    f"the model: '{path}' is a {type(module).__name__}, whose statistics are float32: take it out, or "
+                    "set parallel.param_dtype = 'fp32'."
+                )
+    return MixedPrecisionPolicy(param, reduce), MixedPrecisionPolicy(param, reduce, cast_forward_inputs=False)
 
 
 def _words(blocks: dict[str, nn.Module]) -> str:

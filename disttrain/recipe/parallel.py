@@ -42,8 +42,17 @@ class ParallelRecipe(Section):
         default=0,
         description="fsdp: the workers that hold one copy of the model together, of several that are trained (0: all)",
     )
+    param_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="fsdp: what weights are gathered as; bf16, beside train.precision: half the bytes and memory, and "
+        "blocks compute in it throughout",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="fsdp: what gradients are sent and summed as; bf16: half the bytes, rounded"
+    )
     prefetch: WholeNumber = Field(
-        default=0, description="fsdp: how many blocks ahead weights are gathered (0: as FSDP2 does by itself)"
+        default=0,
+        description="fsdp: how many blocks ahead weights are gathered (0: none on CPUs, as FSDP2 does on GPUs)",
     )
     reshard_after_forward: bool = Field(
         default=True,

@@ -11,6 +11,8 @@ _CROPS, _IMAGES = "data.crop_padding", f'task.name = "{TaskRecipe().name}"'
 _NEEDED = {
     "parallel.shard_modules": _FSDP,
     "parallel.shard_size": _FSDP,
+    "parallel.param_dtype": _FSDP,
+    "parallel.reduce_dtype": _FSDP,
     "parallel.prefetch": _FSDP,
     "parallel.reshard_after_forward": _FSDP,
     "parallel.cpu_offload": _FSDP,

@@ -33,6 +33,12 @@ def refuse_unshardable(recipe: Recipe, world: World, given: Given) -> None:
     why: dict[str, bool] = {
         f"optim.name = '{recipe.optim.name}', which needs whole tensors or is not tried with shards: use "
         "'sgd', 'adam' or 'adamw'": recipe.optim.name not in _ELEMENTWISE,
+        "parallel.param_dtype = 'bf16' without train.precision = 'bf16': set both": (
+            recipe.parallel.param_dtype == "bf16" and recipe.train.precision != "bf16"
+        ),
+        "parallel.param_dtype or reduce_dtype = 'bf16' in exact mode, which has the bits of DDP: leave them out": (
+            recipe.parallel.exact and "bf16" in (recipe.parallel.param_dtype, recipe.parallel.reduce_dtype)
+        ),
         "train.precision = 'fp16': use 'bf16' or 'fp32'": recipe.train.precision == "fp16",
         "optim.fused = true in exact mode, since its kernel's bits depend on how a parameter is cut: set it to false": (
             recipe.parallel.exact and bool(recipe.optim.options.get("fused"))

@@ -11,6 +11,9 @@ from disttrain.distributed.sharded import local
 from disttrain.parallel.exact.sharded import rows_of_all
 from disttrain.parallel.mesh import ShardMesh
 
+# A rank holds its part of so many numbers three times while they are put together.
+_MOST_AT_ONCE = 1 << 23
+
 
 @torch.no_grad()
 def norm_of_whole(gradients: Sequence[torch.Tensor], mesh: ShardMesh) -> torch.Tensor:
@@ -21,9 +24,20 @@ def norm_of_whole(gradients: Sequence[torch.Tensor], mesh: ShardMesh) -> torch.T
     """
     if not gradients:
         return torch.tensor(0.0)
+    norms = torch.zeros(len(gradients), dtype=torch.float64, device=gradients[0].device)
+    for some in _at_a_time([gradient.numel() for gradient in gradients]):
+        _put_norms(norms, gradients, some, mesh)
+    norm: torch.Tensor = torch.linalg.vector_norm(sum_(norms).to(gradients[0].dtype), 2.0)
+    return norm
+
+
+def _put_norms(norms: torch.Tensor, gradients: Sequence[torch.Tensor], some: range, mesh: ShardMesh) -> None:
+    """Put the norms of some gradients where they belong, each on one rank."""
     size, first = mesh.shard_size, mesh.replica * mesh.shard_size
-    owners = _owners([gradient.numel() for gradient in gradients], size * mesh.num_replicas)
-    of_ranks = [[index for index, owner in enumerate(owners) if owner == first + part] for part in range(size)]
+    owners = _owners([gradients[index].numel() for index in some], size * mesh.num_replicas)
+    of_ranks = [
+        [index for index, owner in zip(some, owners, strict=True) if owner == first + part] for part in range(size)
+    ]
     mine = of_ranks[mesh.part]
     shapes = [gradients[index].shape for index in mine]
     # By rank of this replica, the numbers that it has of each gradient that is put together here.
@@ -36,11 +50,19 @@ def norm_of_whole(gradients: Sequence[torch.Tensor], mesh: ShardMesh) -> torch.T
     )
     cut = [torch.split(part, of_rank) for part, of_rank in zip(received, sizes, strict=True)]
     wholes = [torch.cat([of_rank[index] for of_rank in cut]).view(shape) for index, shape in enumerate(shapes)]
-    norms = torch.zeros(len(gradients), dtype=torch.float64, device=gradients[0].device)
     if wholes:
         norms[mine] = torch.stack(torch._foreach_norm(wholes, 2.0)).double()
-    norm: torch.Tensor = torch.linalg.vector_norm(sum_(norms).to(gradients[0].dtype), 2.0)
-    return norm
+
+
+def _at_a_time(sizes: Sequence[int]) -> list[range]:
+    """Gradients of these sizes, in runs that follow each other: of `_MOST_AT_ONCE` numbers, or a single one."""
+    runs, begin, num = [], 0, 0
+    for index, size in enumerate(sizes):
+        if num and num + size > _MOST_AT_ONCE:
+            runs.append(range(begin, index))
+            begin, num = index, 0
+        num += size
+    return [*runs, range(begin, len(sizes))]
 
 
 def _size_on(rank: int, shape: torch.Size, num_ranks: int) -> int:

@@ -37,8 +37,6 @@ class Block:
         self.parts = [local(one.detach()) for one in sharded.values()]
         self._rows = [rows_of_all(one.shape[0], mesh.shard_size) for one in sharded.values()]
         self._sizes = [part.numel() for part in self.parts]
-        # Lives as long as the run, as ExactSlices' own.
-        self._scratch = torch.empty(sum(self._sizes), dtype=torch.int64, device=mesh.devices.device_type)
         self._total: FixedPointSum | None = None
         self.whole: list[torch.Tensor] = []
         """The gathered parameters of the pass under way: their gradients arrive there."""
@@ -62,7 +60,8 @@ class Block:
 
     def begin(self, largest: Mapping[str, float], num_slices: int) -> None:
         """Begin a sum on the grids of these magnitudes."""
-        self._total = FixedPointSum(self.parts, [largest[name] for name in self.names], num_slices, self._scratch)
+        # Its integers, twice the bytes of a part, are there from the first slice to the end of the last, not longer.
+        self._total = FixedPointSum(self.parts, [largest[name] for name in self.names], num_slices)
 
     def deal_out(self, gradients: Gradients) -> None:
         """Add a gradient, of one slice, of every worker of this replica: every rank must call it; None adds nothing."""
