@@ -111,6 +111,8 @@ REFUSED = {
     "optim.name=Adafactor": "cannot be combined with optim.name = 'Adafactor'",
     "train.precision=fp16": "cannot be combined with train.precision = 'fp16'",
     "train.compile=true": "cannot be combined with train.compile",
+    "parallel.param_dtype=bf16": "without train.precision = 'bf16': set both",
+    "parallel.reduce_dtype=bf16 parallel.exact=true": "in exact mode, which has the bits of DDP",
     "parallel.shard_size=3": "2 were started: start a multiple of 3",
     "parallel.shard_modules=['Blok']": "shard_modules: the model has no module of class 'Blok'",
 }
@@ -121,7 +123,7 @@ def test_what_shards_cannot_do_is_refused_by_name(folder: Path) -> None:
         said = {}
         for override in REFUSED:
             with pytest.raises(ConfigurationError) as caught:
-                train(folder, "run", FSDP, override)
+                train(folder, "run", FSDP, *override.split())
             said[override] = str(caught.value)
         return said
 
