@@ -42,27 +42,18 @@ def permutation(seed: int, epoch: int, num_samples: int) -> torch.Tensor:
     return torch.randperm(num_samples, generator=generator)
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: PyTorch's `>>` on int64 keeps the sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Tensor:
     """`num` numbers in [0, 1) for each of `samples` (B,) int64, as (B, num) float32.
 
     A sample's numbers depend on (seed, epoch, sample) and the column alone, not on the batch it is in.
     """
-    columns = torch.arange(num, dtype=torch.int64)
-    keys = samples.to(dtype=torch.int64, device="cpu")[:, None] * _signed(_GOLDEN) + columns[None, :] * _signed(_MIX_2)
-    state = keys + _signed(derive(seed, epoch))
-    state = (state ^ _shift_right(state, 30)) * _signed(_MIX_1)
-    state = (state ^ _shift_right(state, 27)) * _signed(_MIX_2)
-    state = state ^ _shift_right(state, 31)
-    return _shift_right(state, 40).to(torch.float32) / (1 << 24)
+    # In NumPy, whose unsigned integers wrap around and shift as the mixing function has it: a third of PyTorch's time.
+    rows = samples.to(dtype=torch.int64, device="cpu").numpy().view(np.uint64)[:, None] * np.uint64(_GOLDEN)
+    state = rows + np.arange(num, dtype=np.uint64) * np.uint64(_MIX_2) + np.uint64(derive(seed, epoch))
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
+        state = (state ^ (state >> np.uint64(bits))) * np.uint64(factor)
+    state ^= state >> np.uint64(31)
+    return torch.from_numpy((state >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24))
 
 
 @dataclass(frozen=True, slots=True)

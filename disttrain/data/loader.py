@@ -153,9 +153,9 @@ class Loader:
         requests = (piece.samples for pieces in ahead for piece in pieces)
         fetched = self._reader.read(requests, rng.derive(self._seed, epoch))
         for step, pieces in zip(steps, plan, strict=True):
-            parts = [self._batch(epoch, piece, next(fetched)) for piece in pieces]
             size = self._sampler.global_size(step)
-            yield StepBatch(step, parts, size, size)
+            # No name keeps a batch while the next one is made, which then has its memory, warm in the caches.
+            yield StepBatch(step, [self._batch(epoch, piece, next(fetched)) for piece in pieces], size, size)
 
     def _pieces(self, epoch: int, step: int) -> list[_Piece]:
         if self._passes_of:

@@ -41,6 +41,13 @@ def made_and_frozen(model: nn.Module, recipe: ModelRecipe, *, channels_last: boo
     return model
 
 
+def why_nothing_is_turned(model: nn.Module) -> str | None:
+    """Why `channels_last` changes nothing, in words; None if it does."""
+    if any(parameter.ndim == 4 for parameter in model.parameters()):
+        return None
+    return "train.channels_last has no effect: the model has no two-dimensional convolution"
+
+
 @torch.no_grad()
 def make_partial_identities(model: nn.Module, patterns: Sequence[str]) -> None:
     """Have the first filters of the convolutions that match pass on one input channel each; the others stay as drawn.

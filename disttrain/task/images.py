@@ -84,7 +84,11 @@ class ImageClassification(Task):
         self.crop_padding, self.flip, self.cutout = recipe.data.crop_padding, recipe.data.flip, recipe.data.cutout
         self.crop_reflects, self.views = recipe.data.crop_fill == "reflect", recipe.train.eval_views
         side = min(self.sample_shape[1:])
-        if (self.crop_reflects and self.crop_padding >= side) or (self.views == "mirror-translate" and side < 2):
+        if self.views == "mirror-translate" and side < 2:
+            raise ConfigurationError(
+                f"train.eval_views = 'mirror-translate' cannot move images of {side} pixel: set it to 'mirror'."
+            )
+        if self.crop_reflects and self.crop_padding >= side:
             raise ConfigurationError(
                 f"data.crop_padding = {self.crop_padding} cannot mirror images of {side} pixels: set data.crop_fill = "
                 "'black', or pad by less than the images' side."

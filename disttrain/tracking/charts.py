@@ -17,6 +17,7 @@ from disttrain.tracking.chart_style import (
     INK,
     MUTED,
     ORANGE,
+    lay_out,
     new_figure,
     save_figure,
     set_title,
@@ -133,7 +134,7 @@ def per_class(accuracies: Sequence[float], classes: Sequence[str], metric: str =
     if left_out > 0:  # an empty row between the best and the worst stands for the others
         values, names = values[:half] + values[-half:], names[:half] + names[-half:]
         rows = [*range(half), *range(half + 1, 2 * half + 1)]
-    figure = new_figure(6.6, 0.27 * len(rows) + 1.5)
+    figure = new_figure(6.6, 0.27 * len(rows) + 1.5, is_grid=True)
     axes = figure.add_subplot()
     axes.barh(rows, values, color=[BLUE if value >= mean else ORANGE for value in values], height=0.66)
     for row, value in zip(rows, values, strict=True):
@@ -149,4 +150,5 @@ def per_class(accuracies: Sequence[float], classes: Sequence[str], metric: str =
     tidy(axes, grid="x")
     axes.tick_params(axis="y", length=0)
     set_title(axes, f"{metric[:1].upper()}{metric[1:]} by class", pad=18)
+    lay_out(figure, 1, 1)
     return figure

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from disttrain.errors import in_digits
-from disttrain.tracking.chart_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, new_figure, set_title, tidy
+from disttrain.tracking.chart_style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, lay_out, new_figure, set_title, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
     last = max(steps[-1] for steps, _ in curves.values()) or 1
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(5.6 * columns, 3.6 * rows)
+    figure = new_figure(5.6 * columns, 3.6 * rows, is_grid=True)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         panel(axes)
@@ -45,6 +45,7 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
         axes.set_xlim(-0.02 * last, 1.02 * last)  # the same steps above each other
         for step in restarts:
             axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
+    lay_out(figure, rows, columns)
     if restarts:
         figure.text(1, 0, "dotted: restart", ha="right", va="bottom", fontsize=7.5, color=MUTED)
     return figure

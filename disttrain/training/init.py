@@ -84,6 +84,11 @@ def _images(job: Job, samples: torch.Tensor, name: str, channels: int) -> torch.
             f"model.whiten: '{name}' takes images of {channels} channels, and the training samples are {found}: name "
             "the layer that gets the images, or leave it out."
         )
+    if not bool((finite := images.isfinite().flatten(1).all(dim=1)).all()):
+        raise ConfigurationError(
+            f"model.whiten: sample {int(samples[~finite.cpu()][0])} of the training set is not finite, so no filters "
+            "follow from the images: mend the data set, or leave it out."
+        )
     return images
 
 

@@ -143,7 +143,6 @@ def _run(
 
 
 def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole_process: bool) -> Result:
-    settings = recipe.train
     if recipe.parallel.on_lost_worker != "continue":  # else this worker may take rank 0's place
         leave_the_launchers_streams()
     with (
@@ -151,9 +150,9 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
         freed_memory_kept(),
         sums_in_fixed_order(recipe),
         join_world(
-            settings.device,
-            settings.threads,
-            settings.hang_timeout_s,
+            recipe.train.device,
+            recipe.train.threads,
+            recipe.train.hang_timeout_s,
             shares_memory=recipe.parallel.shared_memory,
             is_whole_process=is_whole_process,
         ) as world,
@@ -208,6 +207,7 @@ def fit(job: Job, monitor: RunMonitor, recovery: Recovery) -> dict[str, float]:
                 reached("after the commit", step=job.step)
                 monitor.after_step(result, batch.global_weight)
                 recovery.after_step()
+                del batch  # the next one has its memory
 
 
 def _batches(job: Job) -> Iterator[StepBatch]:
@@ -218,6 +218,7 @@ def _batches(job: Job) -> Iterator[StepBatch]:
         compiles = job.compiles_in("training", (len(part.samples) for part in batch.parts))
         job.progress.at("computing the next step", job.step, patient=compiles)
         yield batch
+        del batch
         job.progress.at("loading data", job.step)
 
 
@@ -239,12 +240,11 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
     strategy.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
     verdict = job.non_finite.check(job.step, batch, losses)
-    grad_norm = None
+    grad_norm = total_losses = None
     if verdict is not Verdict.SKIP and settings.clip_norm is not None:
         grad_norm = strategy.clip_(settings.clip_norm)
     elif verdict is not Verdict.SKIP and job.is_logged(job.step + 1):
         grad_norm = strategy.gradient_norm()
-    total_losses = None
     if job.is_logged(job.step + 1) or job.spikes.is_on:
         # Each is one rank's own, zero on the others. From here on the step needs no other rank, so none can spoil it.
         total_losses = sum_(losses.to("cpu", torch.float64, copy=True))

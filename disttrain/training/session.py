@@ -23,6 +23,7 @@ from disttrain.health.spikes import RolledBack, read_skipped
 from disttrain.health.stop import StopRequest, stop_file
 from disttrain.health.watchdog import Watchdog
 from disttrain.layout import CHECKPOINTS, STOP, log_file
+from disttrain.models.start import why_nothing_is_turned
 from disttrain.parallel.conditions import unlike_the_first
 from disttrain.recipe import Recipe
 from disttrain.recipe.address import is_url, settled, working_folder
@@ -200,7 +201,8 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     console.line(f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_words}")
     console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
     of_losses = (why_it_restarts(job), why_losses_do_not_end_it(job.recipe))
-    remarks = (world.remark, *of_losses, why_no_outer_step(job), *keys_without_effect(job.recipe))
+    layout = why_nothing_is_turned(job.model) if job.recipe.train.channels_last else None
+    remarks = (world.remark, *of_losses, why_no_outer_step(job), layout, *keys_without_effect(job.recipe))
     for remark in filter(None, remarks):
         console.line(remark)
     early = f"; {job.early_stopping.words()}" if job.step < job.total_steps else ""

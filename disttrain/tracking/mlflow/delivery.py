@@ -54,14 +54,24 @@ class Delivery:
         experiment: name, created if need be.
         run_name: what a new run is called.
         say: called with a message for the user, at most once per kind of problem.
+        draw: draws the charts, and gives their files; `draw_charts` if None.
     """
 
-    def __init__(self, run_dir: Path, uri: str, experiment: str, run_name: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        say: Callable[[str], None],
+        draw: Callable[[], list[Path]] | None = None,
+    ) -> None:
         self.run_dir = run_dir
         self.uri = uri
         self._experiment = experiment
         self._run_name = run_name
         self._say = say
+        self._draw = draw
         self._said: set[str] = set()
         self._client: MlflowClient | None = None
         self._params: dict[str, str] = {}
@@ -205,10 +215,7 @@ class Delivery:
         self._state.uploads = [*(u for u in self._state.uploads if u != charts), charts]
 
     def _param_entities(self, params: dict[str, Any]) -> list[Entity]:
-        """MLflow never changes a parameter. One that a restart changed becomes a tag beside the first value.
-
-        One that is not set is left out.
-        """
+        """MLflow never changes a parameter: what a restart changed becomes a tag. What is not set is left out."""
         entities: list[Entity] = []
         for name, value in params.items():
             key, text = metric_key(name), shorten(value, LONG_VALUE)
@@ -253,10 +260,11 @@ class Delivery:
         if self._state.uploads:
             refuse_places_elsewhere(client, self.uri, self.run_dir, self._state.run_id)
         failed: Exception | None = None
-        for record in list(self._state.uploads):
+        charts_last = sorted(self._state.uploads, key=lambda record: bool(record.get("kind") == "charts"))
+        for record in charts_last:  # they may still be being drawn
             try:
                 self._state.files.update(
-                    upload(client, self.run_dir, self._state.run_id, record, self._state.files, self._say)
+                    upload(client, self.run_dir, self._state.run_id, record, self._state.files, self._say, self._draw)
                 )
             except Exception as error:
                 failed = failed or error

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 from disttrain.files import open_safely, open_to_read
 from disttrain.layout import JOURNAL
 from disttrain.runs.redact import redact
+from disttrain.tracking.mlflow.chart_process import ChartProcess
 from disttrain.tracking.mlflow.database import is_database
 from disttrain.tracking.mlflow.outage import OutageError
 
@@ -98,11 +99,11 @@ class Orders:
 class Sender:
     """Delivers again and again; a circuit breaker keeps a dead server from being contacted all the time."""
 
-    def __init__(self, delivery: Delivery, orders: Orders, voice: Voice, run_dir: Path) -> None:
+    def __init__(self, delivery: Delivery, orders: Orders, voice: Voice, run_dir: Path, charts: ChartProcess) -> None:
         self._delivery = delivery
         self._orders = orders
         self._voice = voice
-        self._run_dir = run_dir
+        self._charts = charts
         self._journal = run_dir / JOURNAL
         self._place = redact(delivery.uri)
         self._reason = ""  # why MLflow accepts nothing now
@@ -116,12 +117,14 @@ class Sender:
         thread.start()
         while thread.is_alive() and not self._orders.hurried:
             self._orders.wait_beside_training(_LOOK_EVERY_S)
+        if not self._orders.over:
+            self._charts.begin()  # while what they show is sent, and the model exported
         thread.join()
         if self._failure is not None:
             raise self._failure
         has_charts = bool(self._reason)
         if has_charts:  # before it is asked again: a server that does not answer may use up all the time there is
-            _draw_charts(self._run_dir)
+            self._draw_charts()
         elif not self._orders.over:
             self._attempt()
         while not self._orders.over:
@@ -133,7 +136,7 @@ class Sender:
             time.sleep(pause_s)
         else:
             if not has_charts:
-                _draw_charts(self._run_dir)
+                self._draw_charts()
         if self._orders.abandoned:
             with contextlib.suppress(Exception):
                 self._delivery.mark_killed()
@@ -149,7 +152,7 @@ class Sender:
         while not self._orders.hurried:
             delivered = self._attempt()
             if is_first and not self._orders.hurried:
-                _prepare_charts()
+                self._charts.prepare()
                 _give_way()
             is_first = False
             if delivered:
@@ -173,6 +176,11 @@ class Sender:
             self._voice.say("over", f"MLflow at {self._place} has everything now.")
         return True
 
+    def _draw_charts(self) -> None:
+        """They are for readers of the run directory, too; an upload has drawn them already."""
+        with contextlib.suppress(Exception):
+            self._charts.drawn()
+
     def _sync(self) -> None:
         """Bring the journal to the disk: here, where it costs the training nothing."""
         with contextlib.suppress(OSError), open_to_read(self._journal) as file:
@@ -190,22 +198,6 @@ def _give_way() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         os.nice(max(0, _NICENESS - os.nice(0)))
-
-
-def _prepare_charts() -> None:
-    """Import what draws them now: at the end somebody waits for it."""
-    with contextlib.suppress(Exception):
-        from disttrain.tracking.chart_style import new_figure
-
-        new_figure(1, 1)
-
-
-def _draw_charts(run_dir: Path) -> None:
-    """They are for readers of the run directory, too; an upload has drawn them already."""
-    with contextlib.suppress(Exception):
-        from disttrain.tracking.charts import draw_charts
-
-        draw_charts(run_dir)
 
 
 class Voice:
@@ -254,11 +246,12 @@ def main() -> None:
     os.dup2(nothing, sys.stderr.fileno())
     settings = json.loads(sys.stdin.readline())
     run_dir = Path(settings["run_dir"])
+    charts = ChartProcess(run_dir)  # before there are threads
     orders = Orders(sys.stdin)
     try:
         with sole_sender(run_dir, orders) as alone:
             if alone:
-                _send(settings, run_dir, orders, voice)
+                _send(settings, run_dir, orders, voice, charts)
             else:
                 voice.say("warning", f"another process is uploading {run_dir} to MLflow")
     except ImportError as error:
@@ -269,7 +262,7 @@ def main() -> None:
     os._exit(0)  # MLflow's own threads and exit handlers have nothing left to do, but may take their time over it
 
 
-def _send(settings: dict[str, str], run_dir: Path, orders: Orders, voice: Voice) -> None:
+def _send(settings: dict[str, str], run_dir: Path, orders: Orders, voice: Voice, charts: ChartProcess) -> None:
     import logging
     import warnings
 
@@ -283,8 +276,9 @@ def _send(settings: dict[str, str], run_dir: Path, orders: Orders, voice: Voice)
         settings["experiment"],
         settings["run_name"],
         lambda message: voice.say("warning", message),
+        charts.drawn,
     )
-    Sender(delivery, orders, voice, run_dir).run()
+    Sender(delivery, orders, voice, run_dir, charts).run()
 
 
 if __name__ == "__main__":

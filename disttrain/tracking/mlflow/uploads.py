@@ -36,15 +36,16 @@ def upload(
     record: Mapping[str, Any],
     files: Mapping[str, str],
     say: Callable[[str], None],
+    draw: Callable[[], list[Path]] | None = None,
 ) -> dict[str, str]:
     """Upload what an `artifact`, `model` or `charts` record names to the run `run_id`.
 
-    `files` is what MLflow has already, as SHA-256 by place; what it has gained is returned. Raises whatever
-    MLflow raises, for a later attempt.
+    `files` is what MLflow has already, as SHA-256 by place; what it has gained is returned. `draw` draws the
+    charts, `draw_charts` if None. Raises whatever MLflow raises, for a later attempt.
     """
     kind = record.get("kind")
     if kind == "charts":
-        return _upload_charts(client, run_dir, run_id, files, say)
+        return _upload_charts(client, run_dir, run_id, files, say, draw)
     name, folder = str(record.get("path", "")), str(record.get("artifact_path", ""))
     try:
         if not _is_below(folder):
@@ -130,12 +131,17 @@ def _upload_file(
 
 
 def _upload_charts(
-    client: MlflowClient, run_dir: Path, run_id: str, files: Mapping[str, str], say: Callable[[str], None]
+    client: MlflowClient,
+    run_dir: Path,
+    run_id: str,
+    files: Mapping[str, str],
+    say: Callable[[str], None],
+    draw: Callable[[], list[Path]] | None,
 ) -> dict[str, str]:
     from disttrain.tracking.charts import draw_charts
 
     try:
-        charts = draw_charts(run_dir)
+        charts = draw_charts(run_dir) if draw is None else draw()
     except Exception as error:  # matplotlib may be missing, evaluation.json may be anything
         say(f"the charts of {run_dir} could not be drawn: {error}")
         return {}

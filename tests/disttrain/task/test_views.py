@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from disttrain.data import as_datasets
+from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
 from disttrain.task import ImageClassification
 from disttrain.task.views import over_views
@@ -53,3 +54,10 @@ def test_evaluation_prediction_and_export_see_the_same_views() -> None:
         assert torch.allclose(served(pixels.float()), logits.softmax(1), atol=1e-6)
         best = task.predict(model, images, top=1)[0]["classes"][0]["probability"]
         assert best == pytest.approx(logits[0].softmax(0).max().item())
+
+
+def test_images_of_one_pixel_cannot_be_moved() -> None:
+    pixels, labels = torch.zeros(4, 1, 1, 1, dtype=torch.uint8), torch.arange(4) % 2
+    recipe = load_recipe("digits", ["train.eval_views=mirror-translate", "data.crop_padding=0"])
+    with pytest.raises(ConfigurationError, match=r"train\.eval_views = 'mirror-translate' cannot move images of 1 pix"):
+        ImageClassification(as_datasets((pixels, labels), (pixels, labels), recipe.data).train, recipe)

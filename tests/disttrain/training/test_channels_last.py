@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
+from disttrain.models.start import why_nothing_is_turned
 from disttrain.recipe import load_recipe
 from disttrain.training.given import Given
 from disttrain.training.job import build_job
@@ -45,3 +47,8 @@ def test_sharded_weights_cannot_be_kept_so() -> None:
     recipe = load_recipe("digits", [*LAST, "parallel.strategy=fsdp"])
     with join_world("cpu") as world, pytest.raises(ConfigurationError, match=r"combined with train\.channels_last"):
         refuse_unshardable(recipe, replace(world, size=2), Given())
+
+
+def test_a_model_without_convolutions_has_nothing_to_turn() -> None:
+    assert why_nothing_is_turned(nn.Conv2d(1, 2, 3)) is None
+    assert "no effect" in (why_nothing_is_turned(nn.Linear(2, 2)) or "")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import disttrain
 from disttrain.checkpoint import (
     CheckpointStore,
     optimizer_from_tensors,
@@ -191,3 +192,12 @@ def test_muon_whitening_and_alternate_flips_have_the_same_bits_with_any_number_o
     # After its epoch a group stays as it is; the others do not.
     assert torch.equal(ended.model["whiten.bias"], at_epoch(tmp_path / "1", 1)["whiten.bias"])
     assert not torch.equal(ended.model["head.weight"], at_epoch(tmp_path / "1", 1)["head.weight"])
+
+
+def test_images_that_are_not_finite_cannot_whiten(tmp_path: Path) -> None:
+    images, labels = torch.zeros(70, 3, 8, 8), torch.arange(70) % 2
+    images[3, 1, 2, 2] = torch.nan
+    sets = {"train_set": (images, labels), "test_set": (images, labels)}
+    overrides = ["model.name=airbench", "model.options={widths=[4, 8]}", "model.whiten=whiten", "tracking.uri=none"]
+    with pytest.raises(ConfigurationError, match=r"model\.whiten: sample 3 of the training set is not finite"):
+        disttrain.train("digits", overrides=overrides, run_dir=tmp_path / "run", **sets)
