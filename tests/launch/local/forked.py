@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 import disttrain.training.loop  # noqa: F401  # here once, and not in each worker
 from disttrain import faultpoints
@@ -122,6 +123,8 @@ class Run:
             the rank + NEW, for the second the rank + 2 * NEW.
         waits_at: before its steps of these numbers, counted with those that it repeats, rank 0 waits until the launcher
             gives a verdict, `waits_s` seconds at most.
+        deaths: how often each rank but 0 is lost: whoever is started as one of these, but for the last, is killed once
+            all are there, at one of the points of a step. Rank 0 waits before each step until a worker comes.
         overrides: of the recipe.
         most_losses: after how many within minutes the launcher gives up.
     """
@@ -131,6 +134,7 @@ class Run:
     signals: Sequence[Sequence[Any]] = ()
     waits_at: Sequence[int] = ()
     waits_s: float = 60.0
+    deaths: int = 0
     overrides: Sequence[str] = ()
     most_losses: int = 10
 
@@ -142,6 +146,10 @@ class _Script:
         self._signals = {(point, count): number for point, whose, count, number in run.signals if whose == rank}
         self._waits_at, self._waits_s = run.waits_at if rank == 0 else (), run.waits_s
         self._passed: dict[str, int] = {}
+        self._size, self._waits = run.size, run.deaths > 0 and rank == 0
+        before, original = divmod(rank, NEW)
+        points = ("step", "before the commit", "after the commit")
+        self._dies_at = points[(before + original) % 3] if original and before < run.deaths else ""
 
     def reached(self, name: str, where: Mapping[str, Any]) -> None:
         """As a test's faults have it."""
@@ -153,8 +161,13 @@ class _Script:
                     faultpoints._flip(where["model"], "gradient", 20)
                 else:
                     self._send(self._signals[point, when], float(seconds or 0.0))
-        if name == "step" and count in self._waits_at:
+        if name == self._dies_at and self._all_are_there() and where["step"] > 1:  # else the run cannot continue yet
+            self._send(signal.SIGKILL, 0.0)
+        if name == "step" and (count in self._waits_at or (self._waits and not self._all_are_there())):
             select.select([int(os.environ[VERDICTS])], [], [], self._waits_s)
+
+    def _all_are_there(self) -> bool:
+        return dist.is_initialized() and dist.get_world_size() == self._size
 
     @staticmethod
     def _send(number: int, after_s: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -181,20 +180,9 @@ def test_the_only_worker_left_stands_still_before_its_replacement_has_joined(tmp
     assert "rank 0 on" in ended["message"]
 
 
-@pytest.mark.long
 def test_a_hundred_losses(tmp_path: Path) -> None:
-    """Each worker but rank 0 dies again and again, and so do its replacements."""
-    draw = random.Random(7)
-    points = ("step", "before the commit", "after the commit", "recovery: joined", "recovery: agreed")
-    first = [("step", rank, 3, SIGKILL) for rank in (1, 2, 3)]
-    later = [
-        (draw.choice(points), rank + NEW * number, draw.randrange(1, 3), SIGKILL)
-        for number in range(1, 34)
-        for rank in (1, 2, 3)
-    ]
-    epochs = "train.epochs=80"
-    often = {"waits_at": list(range(4, 400, 2)), "waits_s": 1.0, "most_losses": 10_000}
-    ended = launch(undisturbed(tmp_path, epochs), disturbed(tmp_path, [*first, *later], epochs, **often))
-    lost = lost_ranks(tmp_path / "disturbed")
-    check(tmp_path, ended, lost)
-    assert len(lost) >= 100
+    """Each worker but rank 0 dies again and again, and so do its replacements; a thousand: see test_losing.py."""
+    longer = ("train.epochs=30", "train.eval_every_epochs=30", "checkpoint.every_steps=1000")
+    lossy = Run(str(tmp_path / "disturbed"), deaths=34, overrides=(CONTINUE, *longer), most_losses=10_000)
+    ended = launch(undisturbed(tmp_path, *longer), lossy)
+    check(tmp_path, ended, [1, 2, 3] * 34)
