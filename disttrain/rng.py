@@ -45,10 +45,13 @@ def permutation(seed: int, epoch: int, num_samples: int) -> torch.Tensor:
 def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Tensor:
     """`num` numbers in [0, 1) for each of `samples` (B,) int64, as (B, num) float32.
 
-    A sample's numbers depend on (seed, epoch, sample) and the column alone, not on the batch it is in.
+    A sample's numbers depend on (seed, epoch, sample) and the column alone, not on the batch it is in. They are
+    computed where `samples` is: by integers, and so to the same bits on every device.
     """
+    if samples.device.type != "cpu":
+        return uniform_there(seed, epoch, samples, num)
     # In NumPy, whose unsigned integers wrap around and shift as the mixing function has it: a third of PyTorch's time.
-    rows = samples.to(dtype=torch.int64, device="cpu").numpy().view(np.uint64)[:, None] * np.uint64(_GOLDEN)
+    rows = samples.to(dtype=torch.int64).numpy().view(np.uint64)[:, None] * np.uint64(_GOLDEN)
     state = rows + np.arange(num, dtype=np.uint64) * np.uint64(_MIX_2) + np.uint64(derive(seed, epoch))
     for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
         state = (state ^ (state >> np.uint64(bits))) * np.uint64(factor)
@@ -56,9 +59,29 @@ def uniform(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Ten
     return torch.from_numpy((state >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24))
 
 
+def uniform_there(seed: int, epoch: int, samples: torch.Tensor, num: int) -> torch.Tensor:
+    """As `uniform`, by PyTorch: where NumPy does not reach."""
+    columns = torch.arange(num, dtype=torch.int64, device=samples.device)
+    state = samples.to(dtype=torch.int64)[:, None] * _signed(_GOLDEN) + columns[None, :] * _signed(_MIX_2)
+    state = state + _signed(derive(seed, epoch))
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
+        state = (state ^ _shift_right(state, bits)) * _signed(factor)
+    state = state ^ _shift_right(state, 31)
+    return _shift_right(state, 40).to(torch.float32) / (1 << 24)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: PyTorch's `>>` on int64 keeps the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Draws numbers for the samples of a batch, (B,) int64, in an epoch, on a device."""
+    """Draws numbers for the samples of a batch, (B,) int64 on the CPU or the device, in an epoch, on a device."""
 
     seed: int
     epoch: int

@@ -79,6 +79,8 @@ def optimizer_from_tensors(
     for theirs, ours in zip(groups, optimizer.param_groups, strict=False):
         for name, value in ours.items():  # another version of torch may not have had an option yet
             theirs.setdefault(name, value)
+        # By which kernels a step is computed follows from the device here, not from the one that it was saved on.
+        theirs.update({name: ours[name] for name in ("foreach", "fused") if name in ours})
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (KeyError, ValueError, TypeError) as error:

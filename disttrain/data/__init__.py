@@ -4,9 +4,10 @@ from disttrain.data.augment import crop, cutout, flip, flip_alternately, reflect
 from disttrain.data.batching import Batching, Fetched
 from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, SplitOutline, StreamSplit
 from disttrain.data.digest import Digest, digest_of
+from disttrain.data.eval_loader import EvalBatch, EvalLoader
 from disttrain.data.labels import labels_of
 from disttrain.data.load import as_samples, load_datasets
-from disttrain.data.loader import Batch, EvalBatch, EvalLoader, Loader, StepBatch
+from disttrain.data.loader import Batch, Loader, StepBatch
 from disttrain.data.normalise import normalise
 from disttrain.data.pytree import tensors_in, to_device
 from disttrain.data.repeat import unlike_when_read_again

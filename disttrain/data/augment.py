@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from disttrain.distributed import later
+
 NUM_UNIFORM = 5
 """How many numbers a sample gets. Each function has columns of its own, so turning one on leaves the others alone."""
 CROP_COLUMNS, FLIP_COLUMN, CUTOUT_COLUMNS = slice(0, 2), 2, slice(3, 5)
@@ -29,10 +31,15 @@ def crop(images: torch.Tensor, padding: int, u: torch.Tensor, *, reflect: bool =
     padded = reflected(images, padding) if reflect else functional.pad(images, (padding, padding, padding, padding))
     # A view that holds every possible window, (B, C, 2 * padding + 1, 2 * padding + 1, H, W): indexing copies one each.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    if images.device.type == "cpu" and images.dtype == torch.uint8:  # NumPy copies whole rows, PyTorch byte by byte
+    if _is_on_cpu(images) and images.dtype == torch.uint8:  # NumPy copies whole rows, PyTorch byte by byte
         top, left = offsets.numpy().T
         return torch.from_numpy(windows.numpy()[np.arange(batch), :, top, left])
     return windows[torch.arange(batch, device=images.device), :, offsets[:, 0], offsets[:, 1]]
+
+
+def _is_on_cpu(images: torch.Tensor) -> bool:
+    """Whether NumPy's copies of whole rows and images are faster than a few operations on all of them."""
+    return images.device.type == "cpu" and not later.is_asynchronous(images.device)
 
 
 def reflected(images: torch.Tensor, padding: int) -> torch.Tensor:
@@ -64,7 +71,7 @@ def flip_alternately(images: torch.Tensor, u: torch.Tensor, epoch: int) -> torch
 
 def _mirrored(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """Left to right those of `which`, (B,) bool."""
-    if images.device.type == "cpu":  # whole images are copied; `where` looks at each number: six times as long
+    if _is_on_cpu(images):  # whole images are copied; `where` looks at each number: six times as long
         turned, chosen = images.clone(memory_format=torch.contiguous_format), which.nonzero()[:, 0]
         mirrored = images.index_select(0, chosen).flip(-1)
         # As bytes, in NumPy: PyTorch's assignment by index goes number by number as well.

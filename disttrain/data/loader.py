@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from disttrain import rng
-from disttrain.data.batching import Batching, Fetched, prepared
+from disttrain.data.batching import Batching, Fetched, prepared_by
 from disttrain.data.dataset import SampleSet, Split
-from disttrain.data.generators import generators_restored
 from disttrain.data.reader import StreamReader, open_reader
 from disttrain.data.sampler import StepSampler
+from disttrain.distributed import later
 from disttrain.distributed.collectives import sum_ahead
 from disttrain.recipe import DataRecipe
 
@@ -150,7 +150,7 @@ class Loader:
     def _steps(self, epoch: int, steps: range) -> Iterator[StepBatch]:
         plan, ahead = tee(self._pieces(epoch, step) for step in steps)
         # A stream's workers read ahead of what is handed out.
-        requests = (piece.samples for pieces in ahead for piece in pieces)
+        requests = (self._there(epoch, piece.samples, self._reader.place) for pieces in ahead for piece in pieces)
         fetched = self._reader.read(requests, rng.derive(self._seed, epoch))
         for step, pieces in zip(steps, plan, strict=True):
             size = self._sampler.global_size(step)
@@ -201,7 +201,12 @@ class Loader:
         )
 
     def _prepared(self, data: Any, epoch: int, samples: torch.Tensor, *, training: bool = True) -> Any:
-        return _prepared(self._task, data, self._seed, epoch, samples, self._device, training=training)
+        draw = rng.Draw(self._seed, epoch, self._there(epoch, samples, self._device), self._device)
+        return prepared_by(draw, self._task, data, samples, training=training)
+
+    def _there(self, epoch: int, samples: torch.Tensor, place: torch.device) -> torch.Tensor:
+        """The samples' numbers at this place: nothing is sent in a step to a device that one would wait for."""
+        return self._sampler.on(place, epoch, samples) if later.is_asynchronous(place) else samples
 
 
 def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBatch]:
@@ -219,82 +224,3 @@ def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBat
 def _weighed(step: StepBatch, num_workers: int) -> Callable[[], StepBatch]:
     total = sum_ahead(sum(part.weight for part in step.parts), num_workers)
     return lambda: StepBatch(step.step_in_epoch, step.parts, step.global_size, total())
-
-
-def _prepared(
-    task: Batching, data: Any, seed: int, epoch: int, samples: torch.Tensor, device: torch.device, *, training: bool
-) -> Any:
-    """What the task makes of a batch; what it draws from the global generators follows from the samples, too."""
-    draw = rng.Draw(seed, epoch, samples, device)
-    if (type(task).prepare.__module__ or "").startswith("disttrain."):  # ours draw by `draw` alone: time saved
-        return task.prepare(data, draw, training=training)
-    with generators_restored():
-        rng.seed_layers(device, rng.derive(seed, epoch, *samples.tolist()), 0, 0)
-        return prepared(task, data, draw, training=training)
-
-
-class EvalBatch(NamedTuple):
-    """The `number`-th batch of an evaluation: what the task made of the samples, and how many items they hold."""
-
-    number: int
-    data: Any
-    weight: int
-
-
-class EvalLoader:
-    """A split in its own order, in batches that have the same content and shape at every world size.
-
-    Batch k belongs to worker k % size; the task prepares it as not for training. All workers get equally many: a number
-    of num_batches or more is an earlier batch again, for a model with collectives of its own.
-    """
-
-    def __init__(
-        self,
-        split: Split | SampleSet,
-        data: DataRecipe,
-        task: Batching,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        size: int = 1,
-        device: torch.device | None = None,
-    ) -> None:
-        self.device = device or torch.device("cpu")
-        self._length, self._batch_size, self._rank, self._size = len(split), batch_size, rank, size
-        self._task, self._reader = task, open_reader(split, self.device, data, task)
-
-    @property
-    def num_batches(self) -> int:
-        """How many batches there are, over all workers."""
-        return -(-self._length // self._batch_size)
-
-    def close(self) -> None:
-        """Dismiss the DataLoader workers; they leave by themselves at the end of the process."""
-        self._reader.close()
-
-    def deal(self, rank: int, size: int) -> None:
-        """Serve the batches of another place among the workers."""
-        self._rank, self._size = rank, size
-
-    def samples(self, samples: torch.Tensor) -> Any:
-        """These samples of the split, (b,) int64, in one batch; read in this process."""
-        return self.fetched(samples).data
-
-    def fetched(self, samples: torch.Tensor) -> Fetched:
-        """As `samples`, with the batch's weight."""
-        fetched = self._reader.take(samples, 0)
-        return Fetched(self._prepared(fetched.data, samples), fetched.weight)
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        rounds = -(-self.num_batches // self._size)
-        mine = range(self._rank, rounds * self._size, self._size)
-        fetched = self._reader.read((self._indices(number % self.num_batches) for number in mine), seed=0)
-        for number, batch in zip(mine, fetched, strict=True):
-            samples = self._indices(number % self.num_batches)
-            yield EvalBatch(number, self._prepared(batch.data, samples), batch.weight)
-
-    def _prepared(self, data: Any, samples: torch.Tensor) -> Any:
-        return _prepared(self._task, data, 0, 0, samples, self.device, training=False)
-
-    def _indices(self, number: int) -> torch.Tensor:
-        return torch.arange(number * self._batch_size, min((number + 1) * self._batch_size, self._length))

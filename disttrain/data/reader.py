@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 from disttrain.data.batching import Batching, Fetched, ImageSource, SampleSource, Source
 from disttrain.data.dataset import MemorySplit, SampleSet, Split, StreamSplit
 from disttrain.data.pytree import to_device
+from disttrain.distributed import later
 from disttrain.errors import ConfigurationError, DisttrainError, brief
 from disttrain.recipe import DataRecipe
 
@@ -27,6 +28,9 @@ _GRACE_S = 60
 
 class Reader(Protocol):
     """Fetches batches, on the device; of images, raw ones (b, C, H, W) and labels (b,) int64."""
+
+    place: torch.device
+    """Where the numbers of the samples are best; the CPU will do."""
 
     def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[Fetched]:
         """The samples of each of `batches` (b,) int64, in turn.
@@ -67,9 +71,10 @@ class MemoryReader:
     """
 
     def __init__(self, split: MemorySplit, device: torch.device) -> None:
-        resident = device.type == "cuda" and split.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
+        resident = later.is_asynchronous(device) and _fits(split.images.nbytes, device)
         home = device if resident else torch.device("cpu")
         self._images, self._labels, self._device = split.images.to(home), split.labels.to(home), device
+        self.place = home
 
     def read(self, batches: Iterable[torch.Tensor], seed: int) -> Iterator[Fetched]:
         """See `Reader.read`."""
@@ -91,13 +96,17 @@ class MemoryReader:
         return torch.index_select(values, 0, indices, out=pinned).to(self._device, non_blocking=True)
 
 
+def _fits(num_bytes: int, device: torch.device) -> bool:
+    return device.type != "cuda" or num_bytes <= torch.cuda.mem_get_info(device)[0] // 4
+
+
 class StreamReader:
     """Reads samples in DataLoader workers that stay from epoch to epoch, or with none in this process."""
 
     def __init__(self, source: Source, device: torch.device, workers: int) -> None:
         self.num_workers = workers
         self._plan = _Plan()
-        self._source, self._device = source, device
+        self._source, self._device, self.place = source, device, torch.device("cpu")
         self._loader: DataLoader[Any] = DataLoader(
             _Batches(source),
             batch_sampler=self._plan,

@@ -37,6 +37,7 @@ class StepSampler(DistributedSampler[int]):
         self.steps_per_epoch = -(-self.length // batch_size)
         self.start_step = 0
         self._order: tuple[int, torch.Tensor] | None = None
+        self._there: torch.Tensor | None = None  # the same on another device
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""
@@ -57,8 +58,17 @@ class StepSampler(DistributedSampler[int]):
     def order(self, epoch: int) -> torch.Tensor:
         """The epoch's samples in order, (N,) int64; computed once an epoch."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, rng.permutation(self.seed, epoch, self.length))
+            self._order, self._there = (epoch, rng.permutation(self.seed, epoch, self.length)), None
         return self._order[1]
+
+    def on(self, device: torch.device, epoch: int, samples: torch.Tensor) -> torch.Tensor:
+        """What `indices` gave of this epoch, or a part of it, on another device, where the order is brought once."""
+        order = self.order(epoch)
+        if samples.untyped_storage().data_ptr() != order.untyped_storage().data_ptr():
+            return samples.to(device, non_blocking=True)
+        if self._there is None or self._there.device != device:
+            self._there = order.to(device)
+        return self._there[samples.storage_offset() :][: len(samples)]
 
     def indices(self, epoch: int, step: int, part: int | None = None, parts: int | None = None) -> torch.Tensor:
         """The samples of `part` of `parts` of the step, (b,) int64: by default this worker's of all workers'.

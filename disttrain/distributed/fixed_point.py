@@ -19,6 +19,8 @@ from itertools import groupby
 
 import torch
 
+from disttrain.distributed.later import to_host_later
+
 ABSENT = -1.0
 """What stands for the magnitude of a tensor that is not there."""
 
@@ -95,8 +97,8 @@ def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) 
     if math.inf in largest:
         return lambda: None
     known = [tensor if magnitude != ABSENT else None for tensor, magnitude in zip(sums, largest, strict=True)]
-    numbers = _read_later(measured([known])[0])
-    return lambda: bounds_after(numbers())
+    numbers = to_host_later(measured([known])[0])
+    return lambda: bounds_after(numbers().tolist())
 
 
 def bounds_after(found: Sequence[float]) -> list[float] | None:
@@ -108,24 +110,6 @@ def bounds_after(found: Sequence[float]) -> list[float] | None:
         magnitude if magnitude in (0.0, ABSENT) else math.ldexp(1.0, math.frexp(magnitude)[1] + _MARGIN)
         for magnitude in found
     ]
-
-
-def _read_later(tensor: torch.Tensor) -> Callable[[], list[float]]:
-    """Begin to bring numbers to the host; the result waits for them, and not for what the device does after them."""
-    if tensor.device.type != "cuda":
-        numbers: list[float] = tensor.tolist()
-        return lambda: numbers
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    is_there.record()
-
-    def read() -> list[float]:
-        is_there.synchronize()
-        numbers: list[float] = host.tolist()
-        return numbers
-
-    return read
 
 
 def surprises(found: torch.Tensor, expected: Sequence[float], num_summands: int) -> torch.Tensor:

@@ -47,22 +47,27 @@ def is_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
     """Whether every number in these gradients is finite. On a GPU it is one kernel for each type, and one wait."""
-    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    return not any(bool(flag_of_non_finite(group, device)) for device, group in by_device.items())
+
+
+def flag_of_non_finite(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """1 if any number in these gradients, all on `device`, is not finite, else 0: () float32 there, not looked at."""
+    alike: dict[torch.dtype, list[torch.Tensor]] = {}
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        alike.setdefault((real.device, real.dtype), []).append(real)
-    found = []
-    for (device, dtype), group in alike.items():
+        alike.setdefault(real.dtype, []).append(real)
+    is_bad, one = torch.zeros((), device=device), torch.ones((), device=device)
+    for dtype, group in alike.items():
         if _has_check(device.type, dtype):
             # A gradient scaler's own operator: it multiplies by one, which leaves every number as it is.
-            is_bad = torch.zeros(1, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(group, is_bad, torch.ones(1, device=device))
-            found.append(is_bad == 0)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, is_bad, one)
         elif filled := [tensor for tensor in group if tensor.numel()]:  # an empty tensor has no largest number
-            found.append(torch.stack(torch._foreach_norm(filled, math.inf)).isfinite().all())
-    if len(found) == 1:
-        return bool(found[0])
-    return bool(torch.stack([is_good.to(found[0].device).view(()) for is_good in found]).all()) if found else True
+            largest = torch.stack(torch._foreach_norm(filled, math.inf))
+            is_bad = torch.where(largest.isfinite().all(), is_bad, one)
+    return is_bad
 
 
 def _has_check(device_type: str, dtype: torch.dtype) -> bool:

@@ -65,6 +65,8 @@ class Verdict(Enum):
     """The optimizer steps, by way of the scaler, which leaves the step out after an overflow."""
     STEP_WITHOUT_SCALER = auto()
     """The optimizer steps: zeros have replaced what was not finite, and the scaler would still leave the step out."""
+    UNLESS_BAD = auto()
+    """The optimizer is called, and leaves the step out on the device if `NonFiniteGuard.is_bad` says so."""
     SKIP = auto()
     """The optimizer does not step."""
 
@@ -120,7 +122,11 @@ class NonFiniteGuard:
         if not self._strategy.non_finite and (self._are_known_finite() or self._all_finite()):
             self._in_a_row = 0
             return Verdict.STEP
-        bad = {slice_index for slice_index, finite in enumerate(losses.isfinite().tolist()) if not finite}
+        return self._judge(step, batch, losses.isfinite().tolist())
+
+    def _judge(self, step: int, batch: StepBatch, are_finite: list[bool]) -> Verdict:
+        """What to do with a step that has something not finite; `are_finite`: which of its losses are, by slice."""
+        bad = {slice_index for slice_index, finite in enumerate(are_finite) if not finite}
         samples = [sample for part in batch.parts if part.slice_index in bad for sample in part.samples.tolist()]
         by_rank: list[list[int]] = gather_objects(samples)
         rank = next((rank for rank, samples in enumerate(by_rank) if samples), None)
@@ -131,7 +137,21 @@ class NonFiniteGuard:
         return self._deal_with(step, rank, by_rank[rank] if rank is not None else [])
 
     def agree(self) -> None:
-        """Have all ranks know what each has seen by itself, where workers train apart. Raises as `check` does."""
+        """Have all ranks know what each has seen by itself, where workers train apart. Raises as `check` does.
+
+        Includes `catch_up`.
+        """
+
+    def catch_up(self) -> None:
+        """Look at what was left to be looked at later: before a checkpoint, for one. Raises as `check` does."""
+
+    def is_bad(self) -> torch.Tensor | None:
+        """Of a step that is to be made UNLESS_BAD: 1 if it is not to be made, else 0, () on the device."""
+        return None
+
+    def step_of(self, step: int) -> int:
+        """How many steps are done where a run stands that `check` or `agree` has ended, and that counts `step`."""
+        return step
 
     def take_incidents(self) -> list[Incident]:
         """What was not finite since this was asked last, the same on every rank."""
@@ -139,14 +159,17 @@ class NonFiniteGuard:
         return incidents
 
     def _deal_with(self, step: int, rank: int | None, samples: list[int]) -> Verdict:
-        self._in_a_row, self._total = self._in_a_row + 1, self._total + 1
-        self._incidents.append(Incident(step + 1, self._policy, rank, tuple(samples), self._in_a_row, self._total))
+        self._count(step, rank, samples)
         self._buffers.restore(only_non_finite=self._policy == "zero")
         self._forget_overflow()
         if self._policy == "skip":
             return Verdict.SKIP
         self._put_zeros()
         return Verdict.STEP_WITHOUT_SCALER
+
+    def _count(self, step: int, rank: int | None, samples: list[int]) -> None:
+        self._in_a_row, self._total = self._in_a_row + 1, self._total + 1
+        self._incidents.append(Incident(step + 1, self._policy, rank, tuple(samples), self._in_a_row, self._total))
 
     def _are_known_finite(self) -> bool:
         # Without a scaler: divided by a scale below one, a finite number may become infinite.

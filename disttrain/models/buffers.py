@@ -87,6 +87,30 @@ class BufferCopies:
             torch._foreach_copy_([copy for copy, _ in fitting], [buffer for _, buffer in fitting])
 
     @torch.no_grad()
+    def restore_if(self, is_bad: torch.Tensor) -> bool:
+        """Put back what was copied if `is_bad`, (), is 1, without a look at it; return whether that can be.
+
+        It cannot for buffers that were replaced, sparse or expanded: then nothing is done.
+        """
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for (module, name), copy in zip(self._places, self._copies, strict=True):
+            buffer = module._buffers[name]
+            if buffer is None and copy is None:
+                continue
+            if buffer is None or copy is None or not _is_dense(copy) or _is_expanded(buffer):
+                return False
+            if (copy.shape, copy.dtype, copy.device) != (buffer.shape, buffer.dtype, buffer.device):
+                return False
+            pairs.append((copy, buffer))
+        for dtype in {buffer.dtype for _, buffer in pairs}:  # a few kernels for all of a type
+            group = [(copy, buffer) for copy, buffer in pairs if buffer.dtype == dtype]
+            copies, buffers = (torch.cat([one.reshape(-1) for one in side]) for side in zip(*group, strict=True))
+            each = torch.split(torch.where(is_bad == 1, copies, buffers), [buffer.numel() for _, buffer in group])
+            chosen = [one.view(buffer.shape) for one, (_, buffer) in zip(each, group, strict=True)]
+            torch._foreach_copy_([buffer for _, buffer in group], chosen)
+        return True
+
+    @torch.no_grad()
     def restore(self, *, only_non_finite: bool = False) -> None:
         """Put back what was copied; with `only_non_finite` only where a buffer holds a number that is not finite."""
         for (module, name), copy in zip(self._places, self._copies, strict=True):

@@ -42,6 +42,8 @@ class Strategy:
     """Whether a worker holds only a part of the parameters, their gradients and the optimizer's state."""
     sums_are_finite: bool = False
     """Whether the gradients of the step that was finished last are known to be finite without a look at them."""
+    looks_at_sums: ClassVar[bool] = False
+    """Whether `finish_step` looks at the sums itself, so that the host waits for each step in any case."""
     non_finite: Collection[str] = ()
     """The parameters and buffers that are known not to have had finite summands in the step that was finished last:
     the same on every rank. What is not known here shows in the gradients."""

@@ -41,9 +41,10 @@ class WeightAverage:
         }
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, unless: torch.Tensor | None = None) -> None:
         """Let the weights after a step count; `step` counts the steps done before it.
 
+        If `unless`, () on the device, is 1, the averages stay as they are; it is not looked at.
         Early averages keep less of themselves, (1 + step) / (10 + step) at most: the first weights are random ones.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
@@ -52,7 +53,12 @@ class WeightAverage:
             local(parameter.detach()).to(average.dtype)
             for parameter, average in zip(self._parameters.values(), averages, strict=True)
         ]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if unless is None:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+            return
+        changes = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(changes, (1 - decay) * (1 - unless))
+        torch._foreach_add_(averages, changes)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from disttrain.data import Datasets, Digest, EvalLoader, Loader, SampleSets, Ste
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.health.nonfinite import NonFiniteGuard
-from disttrain.health.nonfinite_apart import ApartNonFiniteGuard
+from disttrain.health.nonfinite_later import guard_of
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import SpikeGuard
 from disttrain.health.watchdog import Watchdog
@@ -36,7 +36,7 @@ from disttrain.training.given import Given, model_words
 from disttrain.training.groups import parameter_groups
 from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task
-from disttrain.training.optim import Schedule, build_optimizer
+from disttrain.training.optim import Schedule, build_optimizer, gradients_are_dense
 from disttrain.training.recompute import checkpoint_activations
 from disttrain.training.sets import eval_loader, load_sets, model_for, served
 from disttrain.training.sharding import constructing, is_to_shard
@@ -57,7 +57,7 @@ class StepResult:
     losses: torch.Tensor
     grad_norm: torch.Tensor | None
     total_losses: torch.Tensor | None = None
-    """The losses of all ranks' slices, (num_slices,) float64; None unless the step is logged or spikes are watched."""
+    """The losses of all ranks' slices, (num_slices,) float64; None unless they are logged or watched, and at once."""
 
 
 @dataclass
@@ -249,7 +249,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
     total_steps = min(whole := settings.epochs * steps_per_epoch, settings.max_steps or whole)
     with named(task, "param_groups"):
         groups = parameter_groups(recipe.optim, strategy.model, task.param_groups(strategy.model))
-    optimizer = build_optimizer(recipe.optim, groups)
+    optimizer = build_optimizer(recipe.optim, groups, may_fuse=gradients_are_dense(strategy.model))
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     loader = Loader(
         served(data.train, task),
@@ -265,7 +265,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
         passes_of=strategy.passes_of,
         weighs=has_own(task, "weight"),
     )
-    best = best_metric(recipe, task)
+    best, hooks = best_metric(recipe, task), build_hooks(recipe.train.hooks, given.hooks or ())
     return Job(
         recipe=recipe,
         world=world,
@@ -274,7 +274,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
         strategy=strategy,
         optimizer=optimizer,
         scaler=scaler,
-        non_finite=(ApartNonFiniteGuard if strategy.trains_apart else NonFiniteGuard)(
+        non_finite=guard_of(recipe, strategy, optimizer, scaler, world, has_hooks=bool(hooks))(
             recipe.train,
             strategy,
             optimizer,
@@ -294,7 +294,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
         data_name=given.data_name if given.train_set is not None else recipe.data.dataset,
         given=given.names(),
         ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
-        hooks=build_hooks(recipe.train.hooks, given.hooks or ()),
+        hooks=hooks,
         best=best,
         digest=digest_of(data.train) if world.is_main or recipe.parallel.on_lost_worker == "continue" else Digest(),
     )

@@ -245,17 +245,17 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         grad_norm = strategy.clip_(settings.clip_norm)
     elif verdict is not Verdict.SKIP and job.is_logged(job.step + 1):
         grad_norm = strategy.gradient_norm()
-    if job.is_logged(job.step + 1) or job.spikes.is_on:
+    if verdict is not Verdict.UNLESS_BAD and (job.is_logged(job.step + 1) or job.spikes.is_on):
         # Each is one rank's own, zero on the others. From here on the step needs no other rank, so none can spoil it.
         total_losses = sum_(losses.to("cpu", torch.float64, copy=True))
     reached("before the commit", step=job.step)
     if verdict is Verdict.STEP:
         job.scaler.step(job.optimizer)
         job.scaler.update()
-    elif verdict is Verdict.STEP_WITHOUT_SCALER:
+    elif verdict is not Verdict.SKIP:
         job.optimizer.step()
     if job.ema is not None and verdict is not Verdict.SKIP:
-        job.ema.update(job.step)
+        job.ema.update(job.step, unless=job.non_finite.is_bad())
     job.optimizer.zero_grad(set_to_none=True)
     if strategy.meets_after(job.step):
         job.non_finite.agree()

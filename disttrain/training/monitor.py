@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from disttrain.checkpoint import CheckpointStore
+from disttrain.distributed import later
 from disttrain.distributed.agreement import Agreement
-from disttrain.distributed.collectives import broadcast_from_main, gather_objects
+from disttrain.distributed.collectives import broadcast_from_main, gather_objects, sum_
 from disttrain.errors import ConfigurationError, DivergedError, StoppedError
 from disttrain.health.spikes import RolledBack, write_skipped
 from disttrain.health.stop import StopRequest
@@ -61,6 +64,8 @@ class RunMonitor:
         """What the step made last came to, on every rank."""
         self.last_num_items = 0
         self._logged_step = -1
+        # A step, and its losses and then the norm if it has one, which are on their way from the device.
+        self._unlogged: tuple[int, Callable[[], torch.Tensor]] | None = None
         self.evaluations = Evaluations(job, run_dir, self.saver, tracker, console)
 
     def after_step(self, result: StepResult | None, num_items: int) -> None:
@@ -71,9 +76,14 @@ class RunMonitor:
         """
         job, recipe = self.job, self.job.recipe
         self.receive(result, num_items)
-        # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged.
+        self._log_late()
+        # On a GPU a look at the loss waits for the step, so it is looked at only when it is logged, or after the next.
         if result is not None and job.is_logged(job.step):
-            self._log(result)
+            if result.total_losses is None:
+                norm = [] if result.grad_norm is None else [result.grad_norm.float().view(1)]
+                self._unlogged = (job.step, later.to_host_later(torch.cat([result.losses.float(), *norm])))
+            else:
+                self._log(job.step, result.total_losses, result.grad_norm)
         self.console.progress(job.step, 1 + (job.step - 1) // job.steps_per_epoch, job.num_epochs)
         if result is not None and job.spikes.is_on:
             self._look_for_a_spike(result)
@@ -97,6 +107,9 @@ class RunMonitor:
     def _act(self, answer: list[bool]) -> None:
         due = self._save_is_due()
         if due or any(answer):
+            self.job.non_finite.catch_up()
+            self._report_incidents()
+            self._log_late()
             answer = [early or late for early, late in zip(answer, self._agreement.finish(), strict=True)]
             agree_on_state(self.job)
         stop, time_is_up = answer
@@ -153,26 +166,34 @@ class RunMonitor:
         self.console.warn(f"{what}: returning to the newest checkpoint, and continuing without that step.")
         raise RolledBack(self.saver.address)
 
-    def _log(self, result: StepResult) -> None:
+    def _log_late(self) -> None:
+        """Log a step whose numbers have come meanwhile; of a step that was not made there is nothing to log."""
+        unlogged, self._unlogged = self._unlogged, None
+        if unlogged is not None and unlogged[0] <= self.job.step:
+            step, num_slices, numbers = unlogged[0], self.job.strategy.num_slices, unlogged[1]().double()
+            # As of a step that is looked at once: one that was skipped has no norm.
+            norms = [norm for norm in numbers[num_slices:].tolist() if math.isfinite(norm)]
+            self._log(step, sum_(numbers[:num_slices].clone()), norms[0] if norms else None)
+
+    def _log(self, step: int, total_losses: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
         job, machines = self.job, self.machines.summed()
-        assert result.total_losses is not None
-        loss = math.fsum(result.total_losses.tolist())  # only this sum rounds, in the slices' order
+        loss = math.fsum(total_losses.tolist())  # only this sum rounds, in the slices' order
         now = time.monotonic()
         rate, items = self._items_since_log / max(now - self._last_log, 1e-9), job.task.items
         self._last_log, self._items_since_log = now, 0
         metrics = {
             "train/loss": loss,
             f"train/{'_'.join(items.split())}_per_second": rate,
-            **learning_rates(job.optimizer, job.schedule, job.step - 1),
-            "train/epoch": job.step / job.steps_per_epoch,
+            **learning_rates(job.optimizer, job.schedule, step - 1),
+            "train/epoch": step / job.steps_per_epoch,
         }
-        if result.grad_norm is not None:
-            metrics["train/grad_norm"] = float(result.grad_norm)
+        if grad_norm is not None:
+            metrics["train/grad_norm"] = float(grad_norm)
         metrics.update(self.machines.metrics(machines))
-        self.tracker.metrics(job.step, metrics)
-        self._logged_step = job.step
+        self.tracker.metrics(step, metrics)
+        self._logged_step = step
         if short := self.machines.short_of_memory(machines):
-            self.tracker.event("short-of-memory", step=job.step, ranks=short)
+            self.tracker.event("short-of-memory", step=step, ranks=short)
             self.console.warn(shortage_words(short))
         self.console.measured(loss, f"{rate:,.0f} {items}/s")
 
@@ -186,9 +207,12 @@ class RunMonitor:
             yield
             self.job.non_finite.agree()
         except DivergedError as error:
+            self.job.step = self.job.non_finite.step_of(self.job.step)
+            self._log_late()
             self._report_incidents()
             raise self._ending(error) from None
         self._report_incidents()
+        self._log_late()
         seconds = time.monotonic() - started
         self._act(self._agreement.finish())
         self._refuse_no_items()
@@ -229,7 +253,7 @@ class RunMonitor:
         self._num_items = max(of_rank for of_rank, _ in counted)  # a newcomer has seen none
         result = self.last_result
         if result is not None and result.total_losses is not None and counted[0][1] < job.step:
-            self._log(result)
+            self._log(job.step, result.total_losses, result.grad_norm)
         if job.step % job.steps_per_epoch == 0 or self._save_is_due():
             self.saver.save_unless_saved()
         self.evaluations.make_up(self._pace, self._context)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from disttrain.distributed import later
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import OptimRecipe, ScheduleRecipe
 from disttrain.recipe.names import check_optimizer, nearest
@@ -18,10 +19,11 @@ from disttrain.training.muon import Muon
 
 
 def build_optimizer(
-    recipe: OptimRecipe, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+    recipe: OptimRecipe, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], *, may_fuse: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer that the recipe names, with its options, for parameters or groups of them.
 
+    On GPUs it takes a step in a kernel for many parameters, if it `may_fuse` and the recipe does not say otherwise.
     Raises ConfigurationError for an unknown name, an unknown option or a value that the optimizer refuses.
     """
     params: list[Any] = list(parameters)
@@ -51,6 +53,8 @@ def build_optimizer(
             hint = f"; did you mean '{near}'?" if near else "."
             raise ConfigurationError(f"the task's param_groups: {kind.__name__} has no option '{key}'{hint}")
     options = {name: _tuple(value) for name, value in recipe.options.items()}
+    if may_fuse and _can_fuse(kind, recipe.options, params):
+        options["fused"] = True
     # Before the optimizer writes what all groups share into each.
     own = [{key: group[key] for key in allowed if key in group} for group in params if isinstance(group, Mapping)]
     try:
@@ -62,7 +66,42 @@ def build_optimizer(
             kind([nn.Parameter(torch.zeros(1))], lr=recipe.lr, **options | of_group)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"the task's param_groups: {kind.__name__} refuses {of_group}: {error}") from error
+    if options.get("fused") and kind is torch.optim.SGD and later.is_asynchronous(_all(params)[0].device):
+        optimizer.register_step_pre_hook(lambda optimizer, *_: begin_momentum(optimizer))
     return optimizer
+
+
+def gradients_are_dense(model: nn.Module) -> bool:
+    """Whether no module asks for sparse gradients, as an embedding may: fused kernels do not take them."""
+    return not any(getattr(module, "sparse", False) is True for module in model.modules())
+
+
+def _can_fuse(kind: type, options: Mapping[str, Any], params: list[Any]) -> bool:
+    """Whether torch has a fused kernel, also in 2.11, for all of it."""
+    taken = {"fused", "foreach", "differentiable"} & options.keys()
+    if taken or kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        return False
+    dampened = [options.get("dampening", 0), *(group.get("dampening", 0) for group in params if type(group) is dict)]
+    return not any(dampened) and all(
+        type(one) is nn.Parameter and one.is_floating_point() and later.is_asynchronous(one.device)
+        for one in _all(params)
+    )
+
+
+def _all(params: list[Any]) -> list[nn.Parameter]:
+    return [one for group in params for one in (group["params"] if isinstance(group, Mapping) else [group])]
+
+
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that get their first gradient in a step a momentum of zeros, which comes to the same.
+
+    Left to itself, torch's fused SGD begins only with all at once, and counts a first step as made that `found_inf` has
+    it leave out: the momentum is then what the memory held (`torch.optim.sgd._fused_sgd`, torch 2.11 to 2.14).
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _tuple(value: Any) -> Any:

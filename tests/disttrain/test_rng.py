@@ -29,6 +29,7 @@ def test_a_samples_numbers_do_not_depend_on_its_batch(samples: list[int], num: i
     together = rng.uniform(1, 2, torch.tensor(samples), num)
     alone = torch.cat([rng.uniform(1, 2, torch.tensor([sample]), num) for sample in samples])
     assert torch.equal(together, alone)
+    assert torch.equal(together, rng.uniform_there(1, 2, torch.tensor(samples), num)), "as a GPU computes them"
 
 
 def test_the_numbers_are_uniform_and_the_columns_independent() -> None:

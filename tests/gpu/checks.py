@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import threading
 import time
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import disttrain
+from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.distributed.fixed_point import FixedPointSum, magnitudes
 from disttrain.distributed.world import join_world
 from disttrain.health import stacks
@@ -18,6 +20,7 @@ from disttrain.health.finite import all_finite
 from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.training.given import Given
 from disttrain.training.job import build_job
+from tests.gpu import networks
 from tests.gpu.registry import (
     DEVICE,
     Answer,
@@ -123,6 +126,26 @@ def deterministic_fast_mode_repeats_its_bits() -> Answer:
                 shas.append(in_a_process(code))
         assert wanted == "false" or shas[0] == shas[1], shas
         found[f"deterministic={wanted}"] = "the same" if shas[0] == shas[1] else "others"
+    return found
+
+
+@check(120)
+def a_bad_step_is_left_out_on_the_device() -> Answer:
+    """Of eight steps the first, third and last have an infinite loss: they are skipped, reported, and leave no trace."""
+    found = {}
+    for options in (("optim.momentum=0.9",), ("optim.name=adamw", "optim.lr=0.001")):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = small("train.non_finite=skip", "train.ema_decay=0.9", *options)
+            disttrain.train(recipe, run_dir=folder, model=networks.Blows(at=(1, 3, 8)))
+            lines = [json.loads(line) for line in (Path(folder) / "journal.jsonl").read_text().splitlines()]
+            skipped = [line["step"] for line in lines if line.get("name") == "non-finite"]
+            newest = read_checkpoint(CheckpointStore(Path(folder) / "checkpoints").paths()[-1])
+            tensors = [*newest.model.values(), *newest.optimizer.values()]
+            assert skipped == [1, 3, 8], skipped
+            assert all(bool(one.isfinite().all()) for one in tensors), "something of them is left"
+            counts = [one.item() for name, one in newest.optimizer.items() if name.endswith(".step")]
+            assert not counts or set(counts) == {5.0}, counts
+            found[options[0]] = "left out"
     return found
 
 

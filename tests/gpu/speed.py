@@ -28,6 +28,7 @@ OF_A_RESNET = (
     "optim.momentum=0.9", "optim.nesterov=true", "optim.weight_decay=0.0005", "train.precision=bf16",
     "train.label_smoothing=0.1", "train.log_every_steps=1000000", "train.epochs=1000",
 )  # fmt: skip
+ADAMW = ("optim.name=adamw", "optim.lr=0.001", "optim.weight_decay=0.01")
 EXACT_8 = ("parallel.exact=true", f"parallel.slices={8 if HAS_GPU else 2}")
 
 
@@ -107,7 +108,7 @@ def by_hand(*, channels_last: bool, compiled: bool) -> Callable[[], None]:
 
 @check(90, alone=True)
 def how_often_a_step_waits_for_the_gpu() -> Answer:
-    """Waits of a step by their places: one in fast and in exact mode, whatever the number of slices."""
+    """Waits of a step by their places: none in fast mode, one in exact mode, whatever the number of slices."""
     needs_gpu()
     found, num_steps = {}, 5
     places: Counter[str] = Counter()
@@ -117,7 +118,7 @@ def how_often_a_step_waits_for_the_gpu() -> Answer:
         places[f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else f"{filename}:{lineno}"] += 1
 
     with join_world(DEVICE) as world:
-        for name, overrides in (("fast", ()), ("exact", EXACT_8)):
+        for name, overrides in (("fast", ()), ("fast, AdamW", ADAMW), ("exact", EXACT_8)):
             job, step = steps_of(world, *overrides)
             for _ in range(3):
                 step()
@@ -129,9 +130,13 @@ def how_often_a_step_waits_for_the_gpu() -> Answer:
                 for _ in range(num_steps):
                     step()
                 torch.cuda.set_sync_debug_mode("default")
+            if name != "exact":
+                torch.cuda.set_sync_debug_mode("error")  # as a step would have it that waits in a place of torch's own
+                step()
+                torch.cuda.set_sync_debug_mode("default")
             found[name] = {place: count / num_steps for place, count in sorted(places.items())}
             job.close()
-    assert all(sum(places.values()) <= 1 for places in found.values()), found
+    assert all(sum(places.values()) <= (name == "exact") for name, places in found.items()), found
     return found
 
 

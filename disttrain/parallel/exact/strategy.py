@@ -24,6 +24,7 @@ class SlicesSummed(Strategy):
 
     fills_empty = False
     bits_depend_on_world_size = False
+    looks_at_sums = True
     slice_word = "slice"
     _sums: ExactSlices
 

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttrain.distributed import fixed_point
+from disttrain.distributed import fixed_point, later
 from disttrain.distributed.world import join_world
 from disttrain.recipe import load_recipe
 from disttrain.training.given import Given
@@ -92,6 +92,34 @@ def steps(*overrides: str, prepare: Callable[[Job], None] = lambda job: None) ->
 def test_a_step_of_fast_mode_looks_once(overrides: tuple[str, ...]) -> None:
     _, seen = steps("parallel.exact=false", "train.log_every_steps=100", *overrides)
     assert [sum(looks.values()) for looks in seen] == [1] * NUM_STEPS, seen
+
+
+@pytest.mark.parametrize("optimizer", [("optim.momentum=0.9",), ("optim.name=adamw", "optim.lr=0.01")])
+def test_a_step_on_a_gpu_looks_at_nothing_but_what_the_step_before_has_sent(
+    optimizer: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU passes for a GPU: the first step looks at nothing, each other at one tensor of the step before it."""
+    jobs: list[Job] = []
+    ages: list[int] = []
+
+    def to_host_later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        begun = jobs[0].step
+
+        def read() -> torch.Tensor:
+            ages.append(jobs[0].step - begun)
+            return tensor
+
+        return read
+
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(later, "to_host_later", to_host_later)
+    _, seen = steps(
+        "parallel.exact=false", "data.crop_padding=2", "data.flip=true", "data.cutout=4", "train.clip_norm=0.5",
+        "train.accumulate=2", "train.ema_decay=0.9", "train.precision=bf16", "train.log_every_steps=1", *optimizer,
+        prepare=jobs.append,
+    )  # fmt: skip
+    assert [sum(looks.values()) for looks in seen] == [0, *[READ_LATER] * (NUM_STEPS - 1)], seen
+    assert ages == [1] * (NUM_STEPS - 1)
 
 
 def test_a_step_of_exact_mode_looks_once_however_many_slices_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

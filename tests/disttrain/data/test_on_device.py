@@ -1,0 +1,77 @@
+"""Batches that are made on the device: the bits of the CPU's way, and nothing sent there in a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from disttrain.data import MemorySplit, StepSampler
+from disttrain.distributed import later
+from disttrain.recipe import DataRecipe
+from tests.disttrain.data.loaders import eval_loader, train_loader
+
+NUM, BATCH, NUM_STEPS = 30, 8, 4
+EVERYTHING = DataRecipe(batch_size=BATCH, crop_padding=2, flip=True, cutout=3)
+ALTERNATING = DataRecipe(batch_size=BATCH, crop_padding=2, crop_fill="reflect", flip="alternate")
+
+
+class Sendings(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what goes from the CPU to another device; "meta" has no numbers, so a look at one raises."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = operator(*args, **(kwargs or {}))
+        places = {one.device.type for one in args if isinstance(one, torch.Tensor)}
+        if isinstance(answer, torch.Tensor):
+            self.num += "cpu" in places and answer.device.type == "meta"
+        return answer
+
+
+def split() -> MemorySplit:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (NUM, 3, 9, 7), dtype=torch.uint8, generator=generator)
+    return MemorySplit(images, torch.arange(NUM) % 3, ("a", "b", "c"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, ALTERNATING])
+def test_what_a_gpu_would_compute_has_the_same_bits(recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for is_asynchronous in (False, True):
+        monkeypatch.setattr(later, "is_asynchronous", lambda device, it_is=is_asynchronous: it_is)
+        loader = train_loader(split(), StepSampler(NUM, batch_size=BATCH, num_replicas=2, rank=1), recipe, accumulate=2)
+        parts = [part for epoch in range(2) for step in loader.epoch(epoch) for part in step.parts]
+        found.append([(part.data[0], part.data[1], part.samples) for part in parts])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, ALTERNATING])
+def test_in_a_step_nothing_is_sent_to_the_device(recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: device.type == "meta")
+    device = torch.device("meta")
+    loader = train_loader(split(), StepSampler(NUM, batch_size=BATCH), recipe, accumulate=2, device=device)
+    by_step = []
+    for epoch in range(2):
+        steps = loader.epoch(epoch)
+        for _ in range(NUM_STEPS):
+            with Sendings() as sent:
+                batch = next(steps)
+            by_step.append(sent.num)
+            assert {part.data[0].device for part in batch.parts} == {device}
+    assert by_step[1:NUM_STEPS] == by_step[NUM_STEPS + 1 :] == [0] * (NUM_STEPS - 1)
+    assert by_step[NUM_STEPS] == 1, "an epoch's order, once"
+
+
+def test_an_evaluation_sends_nothing_after_its_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: device.type == "meta")
+    batches = iter(eval_loader(split(), EVERYTHING, batch_size=BATCH, device=torch.device("meta")))
+    next(batches)
+    with Sendings() as sent:
+        assert len(list(batches)) == NUM_STEPS - 1
+    assert sent.num == 0
