@@ -26,7 +26,7 @@ LAYERS = {
     "recipe": set(),
     "distributed": set(),
     "data": {"distributed", "recipe", "rng"},
-    "models": {"recipe"},
+    "models": {"distributed", "recipe"},
     "task": {"data", "distributed", "models", "recipe", "rng"},
     "parallel": {"distributed", "recipe", "rng"},
     "checkpoint": {"distributed"},

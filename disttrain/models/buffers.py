@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from disttrain.distributed.foreach import copy_all_
+
 
 def places_of_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where a buffer is or may be: the module that holds it, and its name there."""
@@ -83,8 +85,7 @@ class BufferCopies:
                 self._copies[index] = buffer.clone()
             else:
                 fitting.append((copy, buffer))
-        if fitting:
-            torch._foreach_copy_([copy for copy, _ in fitting], [buffer for _, buffer in fitting])
+        copy_all_([copy for copy, _ in fitting], [buffer for _, buffer in fitting])
 
     @torch.no_grad()
     def restore_if(self, is_bad: torch.Tensor) -> bool:

@@ -67,28 +67,61 @@ def sums_in_fixed_order(recipe: Recipe) -> Iterator[None]:
 def exact_conditions(recipe: Recipe) -> Iterator[None]:
     """In exact mode: `train.threads` threads (0: one), and deterministic kernels only; all as before afterwards.
 
-    In fast mode it changes nothing, or with `train.deterministic` all but the threads. To be entered before the
-    first kernel runs on a GPU: cuBLAS reads its workspace's size once.
+    In fast mode cuDNN takes the fastest kernels, or with `train.deterministic` it is as in exact mode but for the
+    threads. In both, products on GPUs are as `train.tf32` has them. To be entered before the first kernel runs on a
+    GPU: cuBLAS reads its workspace's size once.
     """
-    if not (recipe.parallel.exact or recipe.train.deterministic):
+    with _products(tf32=recipe.train.tf32):
+        if recipe.parallel.exact or recipe.train.deterministic:
+            with _deterministic(recipe):
+                yield
+        else:
+            with _cudnn_benchmark(is_on=True):
+                yield
+
+
+@contextmanager
+def _products(*, tf32: bool | None) -> Iterator[None]:
+    if tf32 is None:
         yield
         return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    # By the older names: they keep the newer ones in step, and not the other way round (torch 2.11 to 2.14).
+    before, precision = (matmul.allow_tf32, cudnn.allow_tf32), matmul.fp32_precision
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.fp32_precision = precision
+
+
+@contextmanager
+def _cudnn_benchmark(*, is_on: bool) -> Iterator[None]:
+    """Whether cuDNN tries its kernels for each shape, and keeps to the one that happens to be fastest."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, is_on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def _deterministic(recipe: Recipe) -> Iterator[None]:
     threads, workspace = torch.get_num_threads(), os.environ.get(_CUBLAS_WORKSPACE)
     _read_by_cublas_before()
-    filled, benchmarked = _debugging.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    filled = _debugging.fill_uninitialized_memory
     # The machine's cores shared out among its workers would be another number at another world size.
     if recipe.parallel.exact:
         torch.set_num_threads(recipe.train.threads or 1)
     _debugging.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
-    torch.backends.cudnn.benchmark = False  # it would choose kernels by how fast they happen to be
     os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
     try:
-        with deterministic_algorithms():
+        with deterministic_algorithms(), _cudnn_benchmark(is_on=False):
             yield
     finally:
         torch.set_num_threads(threads)
         _debugging.fill_uninitialized_memory = filled
-        torch.backends.cudnn.benchmark = benchmarked
         if workspace is None:
             os.environ.pop(_CUBLAS_WORKSPACE, None)
 

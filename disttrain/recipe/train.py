@@ -77,6 +77,11 @@ class TrainRecipe(Section):
     channels_last: bool = Field(
         default=False, description="keep weights and images in the order of pixels, which convolutions on GPUs prefer"
     )
+    tf32: Annotated[bool | None, NoneIfSaid] = Field(
+        default=None,
+        description="GPUs: round what float32 products take in to 10 bits, for speed; left out: as torch has it, "
+        "convolutions alone",
+    )
     deterministic: bool = Field(
         default=False, description="kernels and sums of fixed order only, for the same bits on GPUs each time; slower"
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from disttrain.data import SplitOutline, labels_of
 from disttrain.errors import ConfigurationError
@@ -40,3 +43,9 @@ def checked_class_weights(asked: Sequence[float] | str | None, train_set: Any) -
             "class."
         )
     return tuple(map(float, numbers))
+
+
+@lru_cache(maxsize=16)  # every batch asks, and on a GPU each copy would wait for it
+def weights_on(device: torch.device, dtype: torch.dtype, weights: tuple[float, ...]) -> torch.Tensor:
+    """The weights as a tensor, (K,): not to be written to."""
+    return torch.tensor(weights, dtype=dtype, device=device)

@@ -19,7 +19,7 @@ from disttrain.data.mix import NUM_MIX, mix
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import Recipe
 from disttrain.task.base import Task
-from disttrain.task.class_weights import checked_class_weights
+from disttrain.task.class_weights import checked_class_weights, weights_on
 from disttrain.task.multi_label import MultiLabel
 from disttrain.task.served_images import ServedImages, example_images
 from disttrain.task.single_label import SingleLabel, most_probable, probable_in_words
@@ -136,7 +136,7 @@ class ImageClassification(Task):
         scores, weight = self._scores(model, images), None
         if self.class_weights is not None:
             scores = scores if scores.dtype == torch.float64 else scores.float()  # half a type would round the weights
-            weight = torch.tensor(self.class_weights, dtype=scores.dtype, device=scores.device)
+            weight = weights_on(scores.device, scores.dtype, tuple(self.class_weights))
         return self.labels.losses(
             scores, labels, weight=weight, label_smoothing=self.label_smoothing, reduction=reduction
         )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional
 
+from disttrain.distributed import later
 from disttrain.errors import ConfigurationError
 
 
@@ -58,8 +59,7 @@ class SingleLabel:
         num_classes = len(self.classes)
         loss = self.losses(logits.float(), labels)
         classes = labels if labels.ndim == 1 else labels.argmax(1)
-        pairs = (classes * num_classes + logits.argmax(1)).cpu()  # counting on a GPU has no deterministic kernel
-        confusion = torch.bincount(pairs, minlength=num_classes * num_classes)
+        confusion = _counts(classes * num_classes + logits.argmax(1), num_classes * num_classes)
         found = {"loss": loss, "confusion": confusion.view(num_classes, num_classes)}
         if self._counts_top_k:
             found["top_k"] = (logits.topk(self.top_k, 1).indices == classes[:, None]).sum()
@@ -126,3 +126,10 @@ def most_probable(classes: Sequence[str], probabilities: torch.Tensor, top: int)
 def probable_in_words(prediction: Mapping[str, Any]) -> str:
     """What `most_probable` says of a sample, in words."""
     return ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in prediction["classes"])
+
+
+def _counts(values: torch.Tensor, num: int) -> torch.Tensor:
+    """How often each of 0 to `num` - 1 is among the values, (num,) int64."""
+    if later.is_asynchronous(values.device):  # bincount waits for the largest value, and is not deterministic there
+        return torch.zeros(num, dtype=torch.int64, device=values.device).index_add_(0, values, torch.ones_like(values))
+    return torch.bincount(values.cpu(), minlength=num)

@@ -20,6 +20,7 @@ from torch import nn
 
 from disttrain import rng
 from disttrain.data import EvalLoader
+from disttrain.distributed import later
 from disttrain.distributed.collectives import broadcast_object, gather_objects, sum_
 from disttrain.errors import ConfigurationError, brief
 from disttrain.faultpoints import reached
@@ -77,7 +78,7 @@ def scored(
     ConfigurationError for scores or metrics that are not what the task may return, and for a set in which the task
     counts no items.
     """
-    scores: dict[int, dict[str, torch.Tensor | list[Any]]] = {}
+    coming: dict[int, Callable[[], dict[str, torch.Tensor | list[Any]]]] = {}
     weight = 0
     with buffers_kept(model), _in_eval_mode(model):
         for batch in loader:
@@ -92,9 +93,10 @@ def scored(
                 score = task.score(model, batch.data) if compute is None else compute(task.score, batch.data)
             if batch.number >= loader.num_batches:
                 continue  # only so that every rank makes as many forward passes
-            scores[batch.number] = checked_score(task, score)
+            coming[batch.number] = _on_its_way(checked_score(task, score))
             weight += batch.weight
             on_batch()
+    scores = {number: score() for number, score in coming.items()}
     sums, total = _summed(task, scores, weight, loader.num_batches)
     if total == 0 and has_own(task, "weight"):  # a loss of 0 would look perfect, and be kept as the best
         raise ConfigurationError(
@@ -132,7 +134,10 @@ def concluded(task: Task, loader: EvalLoader, sums: Sums) -> Evaluation:
 
 
 def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]:
-    """What a batch scored, by name: counts as int64 and numbers as float64, on the CPU. Raises ConfigurationError."""
+    """What a batch scored, by name: counts as int64 and numbers as float64. Raises ConfigurationError.
+
+    They are on the CPU, or still on a device that one would wait for.
+    """
     name = f"{type(task).__name__}.score"
     if not isinstance(score, Mapping):
         raise ConfigurationError(f"{name} returned a {type(score).__name__}: it has to be a dict of tensors and lists.")
@@ -142,13 +147,20 @@ def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]
             _refuse_unsendable(name, key, value)
             checked[key] = value
         elif isinstance(value, torch.Tensor) and not value.is_complex() and value.layout == torch.strided:
-            checked[key] = value.detach().to("cpu", torch.float64 if value.is_floating_point() else torch.int64)
+            place = value.device if later.is_asynchronous(value.device) else torch.device("cpu")
+            checked[key] = value.detach().to(place, torch.float64 if value.is_floating_point() else torch.int64)
         else:
             raise ConfigurationError(
                 f"{name} returned a {type(value).__name__} for {key!r}: tensors are added up and lists joined; make it "
                 "one of them (torch.tensor(value))."
             )
     return checked
+
+
+def _on_its_way(score: Mapping[str, torch.Tensor | list[Any]]) -> Callable[[], dict[str, torch.Tensor | list[Any]]]:
+    """Begin to bring what a batch scored to the host; the result waits for it."""
+    coming = {key: later.to_host_later(value) for key, value in score.items() if isinstance(value, torch.Tensor)}
+    return lambda: {key: coming[key]() if key in coming else value for key, value in score.items()}
 
 
 def _refuse_unsendable(name: str, key: object, value: list[Any]) -> None:

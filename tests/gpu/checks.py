@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import disttrain
-from disttrain.checkpoint import CheckpointStore, read_checkpoint
+from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.distributed.fixed_point import FixedPointSum, magnitudes
 from disttrain.distributed.world import join_world
 from disttrain.health import stacks
@@ -131,7 +131,7 @@ def deterministic_fast_mode_repeats_its_bits() -> Answer:
 
 @check(120)
 def a_bad_step_is_left_out_on_the_device() -> Answer:
-    """Of eight steps the first, third and last have an infinite loss: they are skipped, reported, and leave no trace."""
+    """Of eight steps the first, third and last have an infinite loss: they are skipped and reported, without trace."""
     found = {}
     for options in (("optim.momentum=0.9",), ("optim.name=adamw", "optim.lr=0.001")):
         with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +147,20 @@ def a_bad_step_is_left_out_on_the_device() -> Answer:
             assert not counts or set(counts) == {5.0}, counts
             found[options[0]] = "left out"
     return found
+
+
+@check(200)
+def a_checkpoint_is_of_its_step_though_the_next_ones_compute() -> Answer:
+    """Saved beside the training after each step, or where a run ends: the same bits."""
+    shas = []
+    for options in (("checkpoint.every_steps=1", "checkpoint.keep_last=99"), ("train.max_steps=6",)):
+        with tempfile.TemporaryDirectory() as folder:
+            code = trained(f"{folder}/run", "train.deterministic=true", "train.ema_decay=0.9", *options)
+            in_a_process(code)
+            step = read_checkpoint(Path(folder) / "run" / "checkpoints" / "step-00000006")
+            shas.append((weights_sha256(step.model), weights_sha256(step.optimizer)))
+    assert shas[0] == shas[1], shas
+    return {}
 
 
 @check(60)

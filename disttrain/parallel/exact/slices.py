@@ -15,6 +15,7 @@ from torch import nn
 
 from disttrain.distributed.collectives import broadcast_, exact_sum_
 from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes
+from disttrain.distributed.foreach import copy_all_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.exact.changes import changes_of
@@ -253,7 +254,7 @@ class ExactSlices:
 
     def _restore_buffers(self) -> None:
         if self._buffers_at_start:
-            torch._foreach_copy_(self._buffers(), self._buffers_at_start)
+            copy_all_(self._buffers(), self._buffers_at_start)
 
     def _room_for_gradient(self, index: int) -> torch.Tensor:
         for summands in self._summands:

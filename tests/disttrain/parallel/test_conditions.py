@@ -39,6 +39,29 @@ def test_the_conditions_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) ->
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
+def test_products_and_cudnn_are_as_the_recipe_has_them_and_put_back() -> None:
+    backends = torch.backends
+
+    def now() -> tuple[bool, bool, bool, str]:
+        fact = environment_fingerprint(torch.device("cpu"))["float32_precision"]
+        precisions = (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        return (
+            backends.cuda.matmul.allow_tf32,
+            backends.cudnn.allow_tf32,
+            backends.cudnn.benchmark,
+            f"{precisions}{fact}",
+        )
+
+    before = now()
+    for tf32 in (True, False):
+        with exact_conditions(load_recipe("digits", [f"train.tf32={str(tf32).lower()}"])):
+            assert now()[:3] == (tf32, tf32, True)
+            assert ("tf32" in now()[3]) is tf32
+    with exact_conditions(load_recipe("digits", ["train.deterministic=true", "train.tf32=true"])):
+        assert now()[:3] == (True, True, False)
+    assert now() == before
+
+
 def test_a_compiler_that_is_there_is_to_be_deterministic_too(monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("torch._inductor.config")
     monkeypatch.setattr(config, "deterministic", False)
