@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,23 +41,17 @@ def test_the_conditions_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_products_and_cudnn_are_as_the_recipe_has_them_and_put_back() -> None:
-    backends = torch.backends
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 
-    def now() -> tuple[bool, bool, bool, str]:
-        fact = environment_fingerprint(torch.device("cpu"))["float32_precision"]
-        precisions = (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
-        return (
-            backends.cuda.matmul.allow_tf32,
-            backends.cudnn.allow_tf32,
-            backends.cudnn.benchmark,
-            f"{precisions}{fact}",
-        )
+    def now() -> tuple[bool, bool, bool, str, str]:
+        newer: list[Any] = [matmul, cudnn.conv]
+        return matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, *(one.fp32_precision for one in newer)
 
     before = now()
     for tf32 in (True, False):
         with exact_conditions(load_recipe("digits", [f"train.tf32={str(tf32).lower()}"])):
             assert now()[:3] == (tf32, tf32, True)
-            assert ("tf32" in now()[3]) is tf32
+            assert [precision == "tf32" for precision in now()[3:]] == [tf32, tf32]
     with exact_conditions(load_recipe("digits", ["train.deterministic=true", "train.tf32=true"])):
         assert now()[:3] == (True, True, False)
     assert now() == before
