@@ -21,11 +21,13 @@ from torch.utils._pytree import tree_leaves
 from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.exact.block import Block
 from disttrain.parallel.exact.norm import norm_of_whole
-from disttrain.parallel.exact.sharded import Block, ShardedSlices
+from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.exact.slices import slices_of
 from disttrain.parallel.exact.strategy import SlicesSummed
 from disttrain.parallel.fsdp import Fsdp
+from disttrain.parallel.gathered import KeptGathered
 from disttrain.recipe import ParallelRecipe
 
 
@@ -44,6 +46,11 @@ class ExactFsdp(SlicesSummed, Fsdp):
         self._sums, self.slices, self.num_slices = sums, sums.slices, num_slices
         self.passes_of = [slices_of(rank, world.size, num_slices) for rank in range(world.size)]
         self._root.set_requires_gradient_sync(False)
+        several = any(len(passes) > 1 for passes in self.passes_of)
+        blocks = self._blocks.values()
+        self._kept = (
+            KeptGathered(self._root, blocks, frees_after_forward=recipe.reshard_after_forward) if several else None
+        )
         self._is_dealing = self._is_filler = False
         self._frees_blocks = False
         self._take: Callable[[Block], None] = self._deal
@@ -62,15 +69,19 @@ class ExactFsdp(SlicesSummed, Fsdp):
         is_last: bool = True,
     ) -> torch.Tensor:
         """As `Strategy` has it. Until the last micro-batch of a slice, gradients stay on this worker, whole."""
-        if is_last:
+        self._is_dealing = is_last and not self._sums.holds_gradients
+        if self._is_dealing:
             self._sums.begin_dealing()
-        self._is_dealing = is_last
         loss: torch.Tensor = self._call(compute, batch)
         return loss
 
+    def open_slice(self) -> None:
+        """As `Strategy` has it."""
+        self._begin_pass()
+
     def keep_pace(self, compute: Callable[[nn.Module, Any], torch.Tensor], batch: Any, *, is_last: bool) -> None:
         """As `Strategy` has it. Such passes come before those of a slice, and leave no gradients to them."""
-        self._sums.open()
+        self._begin_pass()
         self._is_filler = True
         self.loss(compute, batch, num_samples=0, is_last=is_last).backward()  # type: ignore[no-untyped-call]
         if is_last:
@@ -90,6 +101,8 @@ class ExactFsdp(SlicesSummed, Fsdp):
 
     def finish_step(self, global_size: int, step: int) -> None:
         """As `Strategy` has it. Raises ConfigurationError, on every rank, if the ranks computed different blocks."""
+        if self._kept is not None:
+            self._kept.end()
         called, self._called = self._called, 0
         if self._differs(called):
             raise ConfigurationError(
@@ -212,6 +225,11 @@ class ExactFsdp(SlicesSummed, Fsdp):
 
     def _deal(self, block: Block) -> None:
         self._sums.take(block, counts=not self._is_filler)
+
+    def _begin_pass(self) -> None:
+        if self._kept is not None:
+            self._kept.begin()
+        self._sums.open()
 
     def _finish_dealing(self) -> None:
         self._sums.take_rest(counts=not self._is_filler)

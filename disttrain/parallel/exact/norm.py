@@ -8,7 +8,7 @@ import torch
 
 from disttrain.distributed.collectives import deal_out, sum_
 from disttrain.distributed.sharded import local
-from disttrain.parallel.exact.sharded import rows_of_all
+from disttrain.parallel.exact.block import rows_of_all
 from disttrain.parallel.mesh import ShardMesh
 
 # A rank holds its part of so many numbers three times while they are put together.

@@ -5,6 +5,9 @@ them, from every worker of its replica one slice's, and adds them to its integer
 replicas are added up. Their grids must be known before: they are those of
 the bounds that the step before makes us expect. Where these do not hold, which shows when all slices are through, the
 step is computed a second time, on the grids of the magnitudes that were found.
+
+Of a small model, a worker keeps its slices' gradients whole until the step's end: they are dealt out then, all at once,
+on the right grids.
 """
 
 from __future__ import annotations
@@ -14,80 +17,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from disttrain.distributed.collectives import are_as_expected, deal_out, largest_of_all, max_, sum_
+from disttrain.distributed.collectives import are_as_expected, largest_of_all, max_, sum_
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, bounds_after, magnitudes, measured
-from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World
-from disttrain.parallel.exact.slices import ExactSlices, zeroed
+from disttrain.parallel.exact.block import Block, Gradients, as_gradient
+from disttrain.parallel.exact.slices import ExactSlices, slices_of, zeroed
 from disttrain.parallel.mesh import ShardMesh
 
-Gradients = Sequence[torch.Tensor | None]
-
-
-class Block:
-    """Parameters whose gradients are dealt out together: those of a block, or of what is in none."""
-
-    def __init__(self, model: nn.Module, sharded: Mapping[str, torch.Tensor], mesh: ShardMesh) -> None:
-        """`sharded` are the parameters that can be trained, by their names in the model; `mesh` is how they are."""
-        self.names = list(sharded)
-        self._places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in sharded]
-        self._mesh = mesh
-        self.parts = [local(one.detach()) for one in sharded.values()]
-        self._rows = [rows_of_all(one.shape[0], mesh.shard_size) for one in sharded.values()]
-        self._sizes = [part.numel() for part in self.parts]
-        self._total: FixedPointSum | None = None
-        self.whole: list[torch.Tensor] = []
-        """The gathered parameters of the pass under way: their gradients arrive there."""
-        self.versions: list[int] = []
-        self.num_calls = self.num_left = 0
-        """How often it was called in this pass, and how often gradients have come all the way back through it."""
-        self.is_waiting = False
-        """Whether gradients of this pass are still to be dealt out."""
-
-    def enter(self) -> None:
-        """To be called while the parameters are gathered."""
-        self.whole = [getattr(module, name) for module, name in self._places]
-        self.versions = self.versions or [parameter._version for parameter in self.whole]
-
-    def take(self) -> list[torch.Tensor | None]:
-        """The gradients that have arrived, which are then with the caller alone."""
-        gradients = [parameter.grad for parameter in self.whole]
-        for parameter in self.whole:
-            parameter.grad = None
-        return gradients
-
-    def begin(self, largest: Mapping[str, float], num_slices: int) -> None:
-        """Begin a sum on the grids of these magnitudes."""
-        # Its integers, twice the bytes of a part, are there from the first slice to the end of the last, not longer.
-        self._total = FixedPointSum(self.parts, [largest[name] for name in self.names], num_slices)
-
-    def deal_out(self, gradients: Gradients) -> None:
-        """Add a gradient, of one slice, of every worker of this replica: every rank must call it; None adds nothing."""
-        assert self._total is not None, "a sum must have begun"
-        size = self._mesh.shard_size
-        pieces: list[list[torch.Tensor]] = [[] for _ in range(size)]
-        for parameter, gradient, rows in zip(self.whole, gradients, self._rows, strict=True):
-            whole = torch.zeros_like(parameter) if gradient is None else gradient
-            for rank, (start, end) in enumerate(rows):
-                pieces[rank].append(whole[start:end])
-        for received in deal_out(pieces, [sum(self._sizes)] * size, self._mesh.shard_group):
-            self._total.add(torch.split(received, self._sizes))
-
-    def sums(self) -> list[torch.Tensor]:
-        """This worker's parts of the sums; what is not summed has any numbers. The sum is over then.
-
-        Every rank must call it: the replicas' sums are added up, as integers.
-        """
-        assert self._total is not None, "a sum must have begun"
-        integers, replicas = self._total.integers(), self._mesh.replica_group
-        if replicas is not None and integers.numel():
-            sum_(integers, replicas)
-        into = [torch.empty_like(part) for part in self.parts]
-        self._total.write(into)
-        self._total = None
-        return into
+# What the gradients of a worker's slices may take of its memory until the step's end.
+_MOST_HELD_BYTES = 64 << 20
 
 
 class ShardedSlices(ExactSlices):
@@ -97,6 +36,9 @@ class ShardedSlices(ExactSlices):
         super().__init__(model, world, num_slices)
         self._model = model
         self._blocks: list[Block] = []
+        self._num_passes = max(len(slices_of(rank, world.size, num_slices)) for rank in range(world.size))
+        self.holds_gradients = False
+        """Whether a worker keeps the gradients of all its slices until the step's end."""
 
     def _start_from_rank_0(self) -> None:
         self._parameters = {}  # as they are cut; and to hold none of them whole
@@ -113,6 +55,10 @@ class ShardedSlices(ExactSlices):
             rest = {name: one for name, one in rest.items() if name not in inside}
             self._blocks.append(Block(self._model, inside, mesh))
         self._blocks.append(Block(self._model, rest, mesh))
+        trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
+        size = sum(one.numel() * one.element_size() for one in trained.values())  # whole: the same on all ranks
+        self.holds_gradients = self._num_passes * size <= _MOST_HELD_BYTES
+        self._summed_together = [Block(self._model, trained, mesh)] if self.holds_gradients else self._blocks
         return self._blocks
 
     def _begin_step(self) -> None:
@@ -127,9 +73,11 @@ class ShardedSlices(ExactSlices):
         self._discrete_of_first = None
         self._found: list[list[float]] = []
         self._found_finite: list[list[float]] = []
+        self._held: list[dict[str, torch.Tensor | None]] = []
         self._begin_slice()
 
     def _begin_slice(self) -> None:
+        self._held_of_slice: dict[str, torch.Tensor | None] = {}
         self._of_slice: dict[str, float] = {}
         self._finite_of_slice: dict[str, float] = {}
 
@@ -149,7 +97,7 @@ class ShardedSlices(ExactSlices):
 
     def _sum_on(self, grids: dict[str, float]) -> None:
         self._grids = grids
-        for block in self._blocks:
+        for block in self._summed_together:
             block.begin(grids, self.num_slices)
 
     @torch.no_grad()
@@ -162,26 +110,42 @@ class ShardedSlices(ExactSlices):
         gradients = block.take()
         if not counts:
             gradients = [None] * len(gradients)
-        for index, (name, magnitude) in enumerate(zip(block.names, magnitudes(gradients), strict=True)):
-            self._of_slice[name] = magnitude
-            if math.isinf(magnitude):
-                finite = zeroed(gradients[index])
-                self._finite_of_slice[name] = magnitudes([finite])[0]
-                if math.isinf(self._agreed.get(name, ABSENT)):
-                    gradients[index] = finite
+        self._measure(dict(zip(block.names, gradients, strict=True)))
         if self._grids is not None:
-            block.deal_out(gradients)
+            block.deal_out(self._finite_where_needed(dict(zip(block.names, gradients, strict=True))))
 
     def take_rest(self, *, counts: bool) -> None:
         """As `take`, for the blocks that were called since `begin_dealing` and still wait."""
         for block in self._blocks:
-            if block.is_waiting and block.num_calls:
+            if self.holds_gradients:
+                # No block that was not called in this run has had any.
+                arrived = zip(block.names, block.take(), strict=bool(block.whole))
+                self._held_of_slice.update(arrived if counts else ())
+            elif block.is_waiting and block.num_calls:
                 self.take(block, counts=counts)
+
+    def _measure(self, gradients: Mapping[str, torch.Tensor | None]) -> None:
+        """Note the magnitudes of a slice's gradients."""
+        found = dict(zip(gradients, magnitudes(list(gradients.values())), strict=True))
+        self._of_slice.update(found)
+        for name, magnitude in found.items():
+            if math.isinf(magnitude):
+                self._finite_of_slice[name] = magnitudes([zeroed(gradients[name])])[0]
+
+    def _finite_where_needed(self, gradients: Mapping[str, torch.Tensor | None]) -> Gradients:
+        """The gradients, with zeros in place of what is not finite where those of any slice are known not to be."""
+        return [
+            zeroed(gradient) if math.isinf(self._agreed.get(name, ABSENT)) else gradient
+            for name, gradient in gradients.items()
+        ]
 
     @torch.no_grad()
     def close(self, slice_index: int) -> None:
         """As `ExactSlices` has it; the gradients have been taken."""
         self.refuse_writing()
+        if self.holds_gradients:
+            self._measure(self._held_of_slice)
+            self._held.append(self._held_of_slice)
         changes = self._take_changes(slice_index)
         self._summands.append(changes)
         of_changes = measured([changes], len(changes))[0].tolist()
@@ -190,23 +154,41 @@ class ShardedSlices(ExactSlices):
         self._found_finite.append([finite.get(name, ABSENT) for name in self._parameters])
         self._begin_slice()
 
+    @torch.no_grad()
     def needs_second_pass(self) -> bool:
-        """Whether the grids were unknown or not right for the gradients found. Every rank must call it, once a step."""
-        if self._grids is not None:
-            assert self.expected is not None
-            if are_as_expected(_table(self._found, len(self.expected)), self.num_slices, self.expected):
-                self._agreed = self._grids
-                return False
-        summed = self.summed
+        """Whether the grids were unknown or not right for the gradients found, and these are gone.
+
+        Every rank must call it, once a step.
+        """
+        grids = self._grids_of_all()
+        if self.holds_gradients:
+            self._sum_on(grids)
+            for index in range(self._num_passes):
+                held = self._held[index] if index < len(self._held) else {}
+                for block in self._summed_together:
+                    block.deal_out(self._finite_where_needed({name: held.get(name) for name in block.names}))
+            self._held = []
+            return False
+        if grids is self._grids:
+            return False
+        self._found_before = self._found
+        self._begin_pass_of_all()
+        self._sum_on(grids)
+        return True
+
+    def _grids_of_all(self) -> dict[str, float]:
+        """The magnitudes to sum by: those expected, or where they do not hold, those found. Every rank must call it."""
+        expected, summed = self.expected, self.summed
+        might_hold = expected is not None and (self.holds_gradients or self._grids is not None)
+        if might_hold and are_as_expected(_table(self._found, len(summed)), self.num_slices, expected or []):
+            self._agreed = self._grids or dict(zip(summed, expected or [], strict=True))
+            return self._agreed
         self._agreed = dict(zip(summed, largest_of_all(_table(self._found, len(summed))), strict=True))
         grids = dict(self._agreed)
         if math.inf in grids.values():
             finite = largest_of_all(_table(self._found_finite, len(self._parameters)))
             grids.update(zip(self._parameters, finite, strict=True))
-        self._found_before = self._found
-        self._begin_pass_of_all()
-        self._sum_on(grids)
-        return True
+        return grids
 
     def refuse_writing(self) -> None:
         """Raise ConfigurationError if the model has written to parameters while they were gathered."""
@@ -243,7 +225,7 @@ class ShardedSlices(ExactSlices):
         self.sums_are_finite = self._are_finite(largest)
         self._finite_parts: dict[str, torch.Tensor] = {}
         sums: dict[str, torch.Tensor] = {}
-        for block in self._blocks:
+        for block in self._summed_together:
             sums.update(zip(block.names, block.sums(), strict=True))
         for name, parameter in self._parameters.items():
             if largest[name] == ABSENT:
@@ -282,18 +264,3 @@ class ShardedSlices(ExactSlices):
 
 def _table(found: Sequence[Sequence[float]], num_tensors: int) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64).view(-1, num_tensors)
-
-
-def rows_of_all(num_rows: int, num_ranks: int) -> list[tuple[int, int]]:
-    """Which rows of a parameter each rank has, from the first up to the last, exclusive: as `torch.chunk` cuts."""
-    size = -(-num_rows // num_ranks)
-    return [(min(rank * size, num_rows), min((rank + 1) * size, num_rows)) for rank in range(num_ranks)]
-
-
-def as_gradient(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a gradient as the gradient of a sharded parameter."""
-    assert isinstance(parameter, DTensor)
-    shape, stride = parameter.shape, parameter.stride()
-    return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )

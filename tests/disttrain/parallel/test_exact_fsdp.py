@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
+from disttrain.distributed.collectives import num_issued
 from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
+from disttrain.parallel import gathered
+from disttrain.parallel.exact import sharded
 from disttrain.parallel.exact.norm import norm_of_whole
 from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.mesh import mesh_of
@@ -24,6 +28,7 @@ from disttrain.recipe import load_recipe
 from disttrain.testing import run_workers
 from disttrain.training.given import Given
 from disttrain.training.job import build_job
+from disttrain.training.loop import train_step
 from disttrain.training.preflight.exactness import try_exactness
 from tests.disttrain.parallel.exact_runs import outcome
 from tests.disttrain.parallel.odd_blocks import Returning, Sparse
@@ -74,12 +79,23 @@ def on(size: int, train: Callable[..., Any], *arguments: Any, **options: Any) ->
     run_workers(partial(train, **options), size, args=arguments, process_group=False)
 
 
+def as_of_a_large_model(train: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Neither weights nor gradients stay whole for longer than a block needs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathered, "_MOST_BYTES", 0)
+        patch.setattr(sharded, "_MOST_HELD_BYTES", 0)
+        return train(*arguments, **options)
+
+
+large_gpt = partial(as_of_a_large_model, train_gpt)
+
+
 def test_a_gpt_has_the_bits_of_one_worker_also_when_it_was_stopped_and_resumed_otherwise(folder: Path) -> None:
     """With AdamW, clipping, accumulation, averages of the weights and bfloat16."""
     train_gpt(folder, "alone", *FSDP)
-    on(3, train_gpt, folder, "mixed", "train.max_steps=2", *FSDP)
+    on(3, large_gpt, folder, "mixed", "train.max_steps=2", *FSDP)
     on(2, train_gpt, folder, "mixed", "train.max_steps=3", *EXACT)
-    on(4, train_gpt, folder, "mixed", "train.max_steps=4", "parallel.shard_modules=['MLP']", *TWO_BY_TWO)
+    on(4, large_gpt, folder, "mixed", "train.max_steps=4", "parallel.shard_modules=['MLP']", *TWO_BY_TWO)
     on(2, train_gpt, folder, "mixed", "train.max_steps=5", *FSDP)
     train_gpt(folder, "mixed", *FSDP)
     assert bits(folder / "mixed") == bits(folder / "alone")
@@ -105,13 +121,21 @@ def train_odd(run_dir: Path, *overrides: str, model: type[nn.Module] = OddBySlic
     disttrain.train(recipe, run_dir=run_dir, model=model, task=Signs, **sets)
 
 
-@pytest.mark.parametrize("policy", ["skip", "zero"])
-def test_an_odd_model_has_the_bits_of_one_worker(tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "size", "strategy", "train"),
+    [
+        ("skip", 3, FSDP, partial(as_of_a_large_model, train_odd)),
+        ("zero", 4, TWO_BY_TWO, partial(as_of_a_large_model, train_odd)),
+        ("zero", 3, FSDP, train_odd),
+    ],
+)
+def test_an_odd_model_has_the_bits_of_one_worker(
+    tmp_path: Path, policy: str, size: int, strategy: tuple[str, ...], train: Callable[..., None]
+) -> None:
     """Tied, frozen and unused parameters, one that only some slices use, BatchNorm, a step that is not finite."""
     overrides = ("model.freeze=blocks.0.0.*", f"train.non_finite={policy}")
-    size, strategy = (3, FSDP) if policy == "skip" else (4, TWO_BY_TWO)
     train_odd(tmp_path / "alone", *FSDP, *overrides)
-    on(size, train_odd, tmp_path / "several", *strategy, *overrides)
+    on(size, train, tmp_path / "several", *strategy, *overrides)
     assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))  # a loss that is NaN is among it
     state = read_checkpoint(CheckpointStore(tmp_path / "several" / "checkpoints").paths()[-1]).state
     assert state["non_finite"]["total"] > 0
@@ -142,7 +166,7 @@ def test_a_gradient_that_is_always_zero_has_no_step_computed_twice(tmp_path: Pat
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ShardedSlices, "needs_second_pass", noted)
-            train_odd(tmp_path / "several", *FSDP, model=Zeroed, seed=FINITE)
+            as_of_a_large_model(train_odd, tmp_path / "several", *FSDP, model=Zeroed, seed=FINITE)
         return answers
 
     by_rank = run_workers(second_passes, 2, process_group=False)
@@ -193,7 +217,8 @@ class Past(Odd):
 
 def test_blocks_that_return_objects_or_are_computed_again_have_the_bits_of_one_worker(tmp_path: Path) -> None:
     train_odd(tmp_path / "alone", *FSDP, "train.epochs=1", model=Returning, seed=FINITE)
-    on(2, train_odd, tmp_path / "several", *FSDP, "train.epochs=1", model=Returning, seed=FINITE)
+    large = partial(as_of_a_large_model, train_odd)
+    on(2, large, tmp_path / "several", *FSDP, "train.epochs=1", model=Returning, seed=FINITE)
     assert repr(outcome(tmp_path / "several")) == repr(outcome(tmp_path / "alone"))
 
 
@@ -214,7 +239,8 @@ def test_what_shards_cannot_do_exactly_is_refused_by_name(tmp_path: Path) -> Non
             said.append(str(caught.value))
         return said
 
-    for fused, whole, twice, past, sparse in run_workers(refused, 2, process_group=False):
+    large = partial(as_of_a_large_model, refused)
+    for fused, whole, twice, past, sparse in run_workers(large, 2, process_group=False):
         assert "cannot be combined with optim.fused = true in exact mode" in fused
         assert "cannot be combined with optim.name = 'Adafactor'" in whole
         assert "was computed twice" in twice
@@ -244,13 +270,38 @@ def test_one_hash_whatever_the_number_of_workers_and_the_strategy(folder: Path, 
             train_odd(folder / name, "train.non_finite=zero", "train.clip_norm=0.3", *overrides)
 
     on(1, train, "alone", *EXACT)
+    large = partial(as_of_a_large_model, train)
     for size in (2, 3, 4):
         on(size, train, f"ddp-{size}", *EXACT)
         on(size, train, f"fsdp-{size}", *FSDP)
-    on(4, train, "two-by-two", *TWO_BY_TWO)
+        on(size, large, f"large-{size}", *FSDP)
+    on(4, train, "two-by-two-0", *TWO_BY_TWO)
+    on(4, large, "two-by-two-1", *TWO_BY_TWO)
     alone = repr(outcome(folder / "alone"))
-    for name in ("two-by-two", *(f"{strategy}-{size}" for size in (2, 3, 4) for strategy in ("ddp", "fsdp"))):
+    named = (f"{strategy}-{size}" for size in (2, 3, 4) for strategy in ("ddp", "fsdp", "large"))
+    for name in ("two-by-two-0", "two-by-two-1", *named):
         assert repr(outcome(folder / name)) == alone, name
+
+
+def test_a_small_model_is_gathered_once_in_a_step_and_nothing_is_left_of_it(folder: Path) -> None:
+    def collectives_of_a_step() -> int:
+        words = [*GPT, f"data.root={folder / 'texts'}", "train.accumulate=1", *FSDP]
+        with join_world("cpu", threads=1) as world:
+            job = build_job(load_recipe("text-gpt", words), world, Given())
+            first, second = itertools.islice(job.loader.epoch(0), 2)
+            train_step(job, first)
+            begun = num_issued(world.device)
+            job.step += 1
+            train_step(job, second)
+            assert all(is_sharded(parameter) for parameter in job.model.parameters())
+            return num_issued(world.device) - begun
+
+    (small, _), (large, _) = (
+        run_workers(partial(variant, collectives_of_a_step), 2, process_group=False)
+        for variant in (lambda call: call(), as_of_a_large_model)
+    )
+    # Two blocks and the rest: gathered once, against in each of two slices, and twice the blocks.
+    assert large - small >= 7
 
 
 def test_the_trial_gathers_one_block_at_a_time(folder: Path) -> None:
