@@ -59,7 +59,7 @@ def steps(world: World, *, exact: bool) -> Iterator[nn.Module]:
 def compare(rounds: int, exact: bool) -> tuple[list[tuple[Seconds, Seconds]], bool]:
     """Per step in each round, through gloo and in memory; and whether both have the same weights."""
     pairs: list[tuple[Seconds, Seconds]] = []
-    with join_world("cpu", threads=1, shares_memory=True) as world:
+    with join_world("cpu", threads=1, most_sharing_memory=9) as world:
         assert world.sums is not None, "there is no memory to share here"
         ways = [steps(replace(world, sums=None), exact=exact), steps(world, exact=exact)]
         for way in ways:

@@ -47,7 +47,7 @@ class _Group:
     port: int
     timeout: timedelta  # of a collective
     hang_timeout_s: float
-    shares_memory: bool  # where it can
+    most_sharing_memory: int  # workers, where it can be
     connections: Connections = field(default_factory=Connections)
 
 
@@ -110,15 +110,17 @@ def join_world(
     threads: int = 0,
     timeout_s: float = 600.0,
     *,
-    shares_memory: bool = False,
+    most_sharing_memory: int = 0,
     is_whole_process: bool = False,
 ) -> Iterator[World]:
     """Join the job's process group, and leave it whatever happens.
 
-    `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers.
-    `shares_memory`: if all are on one machine and compute on its CPU, they have `World.sums`, where that can be. A
-    collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit reports first. A
-    launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
+    `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers. Up to
+    `most_sharing_memory` workers that are all on one machine and compute on its CPU have `World.sums`, where that can
+    be.
+
+    A collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit reports first.
+    A launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
     this process is the only worker.
 
     For a process that `is_whole_process`, which has nothing left to do after the block and ends by `worker.leave`, a
@@ -153,7 +155,8 @@ def join_world(
                 place = MeetingPlace(host, port, rank, size, is_alone, timeout)
                 # Where the others meet by now, a worker that joins them later reads in its verdict.
                 shared, store = (None, HashStore()) if joins_later() or size == 1 else place.stores()
-                group = _Group(shared, host, port, timeout, timeout_s, shares_memory and chosen.type == "cpu")
+                most_sharing = most_sharing_memory if chosen.type == "cpu" else 0
+                group = _Group(shared, host, port, timeout, timeout_s, most_sharing)
             if joins_later():
                 rank, local_rank, size, local_size = 0, 0, 1, 1
             if group is None or size == 1:
@@ -192,7 +195,7 @@ def join_world(
 def with_shared_sums(world: World) -> World:
     """The same with `sums`, where that can be. Every rank must call it, after the group has formed."""
     group = world.group
-    if group is None or not group.shares_memory or not 1 < world.size == world.local_size:
+    if group is None or not 1 < world.size == world.local_size <= group.most_sharing_memory:
         return replace(world, sums=None)
     return replace(world, sums=shared_sums(world.rank, world.size, group.timeout.total_seconds()))
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import sys
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from disttrain.recipe.section import Count, Patterns, Positive, Section, WholeNumber
+
+_SAME_BITS_ANYHOW = 2  # workers: there is one order in which two numbers are added
+
+
+def _true_false_or_auto(value: Any) -> Any:
+    if type(value) is not bool and value != "auto":
+        raise ValueError(f'should be "auto", true or false, not {value!r}')
+    return value
 
 
 class ParallelRecipe(Section):
@@ -63,9 +72,10 @@ class ParallelRecipe(Section):
         default=False,
         description="fsdp: GPUs keep weights and optimizer state in main memory, and get them block by block",
     )
-    shared_memory: bool = Field(
-        default=False,
-        description="ddp and exact: gradients of CPU workers that are all on one machine meet in memory they share",
+    shared_memory: Annotated[bool | Literal["auto"], BeforeValidator(_true_false_or_auto)] = Field(
+        default="auto",
+        description="ddp and exact: gradients of CPU workers that are all on one machine meet in memory they share; "
+        "auto: where the bits are the same as without (exact mode, or two workers)",
     )
     on_lost_worker: Literal["restart", "continue", "stop"] = Field(
         default="restart",
@@ -76,6 +86,14 @@ class ParallelRecipe(Section):
         description="exact: in every so many steps one slice is computed by a second worker as well, and the bits are "
         "compared (0: off)",
     )
+
+    @property
+    def most_sharing_memory(self) -> int:
+        """How many workers at most may have their gradients meet in memory they share."""
+        if not self.shared_memory or self.sync_every or self.strategy not in ("auto", "ddp"):
+            return 0
+        # In fast mode three or more are added up in another order than gloo's: an older run would get other bits.
+        return sys.maxsize if self.exact or self.shared_memory is True else _SAME_BITS_ANYHOW
 
     @property
     def continues(self) -> bool:

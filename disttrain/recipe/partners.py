@@ -7,6 +7,7 @@ from typing import Any
 from disttrain.recipe.model import Recipe, TaskRecipe
 
 _FSDP, _SYNC = 'parallel.strategy = "fsdp"', "parallel.sync_every"
+_EXACT = "parallel.exact"
 _CROPS, _IMAGES = "data.crop_padding", f'task.name = "{TaskRecipe().name}"'
 _NEEDED = {
     "parallel.shard_modules": _FSDP,
@@ -16,6 +17,7 @@ _NEEDED = {
     "parallel.prefetch": _FSDP,
     "parallel.reshard_after_forward": _FSDP,
     "parallel.cpu_offload": _FSDP,
+    "parallel.slices": _EXACT,
     "parallel.outer_learning_rate": _SYNC,
     "parallel.outer_momentum": _SYNC,
     "data.crop_fill": _CROPS,
@@ -29,6 +31,7 @@ def keys_without_effect(recipe: Recipe) -> list[str]:
     parallel, defaults = recipe.parallel, Recipe()
     there = {
         _FSDP: parallel.strategy == "fsdp",
+        _EXACT: parallel.exact,
         _SYNC: parallel.sync_every > 0,
         _CROPS: recipe.data.crop_padding > 0,
         _IMAGES: recipe.task.name == TaskRecipe().name or ":" in recipe.task.name,  # a task of one's own may use it

@@ -24,6 +24,7 @@ from disttrain.layout import CHECKPOINTS, JOURNAL, checkpoint_name
 from disttrain.task import Task, has_own, named
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker, backlog_of, how_to_open, last_status, load_state, sync_command
+from disttrain.training.gradients import where_gradients_meet
 from disttrain.training.job import Job
 
 # How long MLflow is waited for when a run stops or fails: launchers soon kill what does not end.
@@ -63,6 +64,7 @@ def tracked(
         "world_size": job.world.size,
         "num_nodes": job.world.num_nodes,
         "strategy": job.strategy.name,
+        "gradients": where_gradients_meet(job.world),
         "host": job.world.host,
     }
     tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)

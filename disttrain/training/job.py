@@ -33,6 +33,7 @@ from disttrain.training.compiled import compile_model
 from disttrain.training.early_stopping import EarlyStopping, best_metric
 from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given, model_words
+from disttrain.training.gradients import facts_of_fast_mode
 from disttrain.training.groups import parameter_groups
 from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task
@@ -212,10 +213,8 @@ class Job:
 
     def environment_fingerprint(self) -> dict[str, Any]:
         """What the bits of the run depend on besides its recipe."""
-        return {
-            **environment_fingerprint(self.world.device),
-            **({"workers": self.world.size} if self.strategy.bits_depend_on_world_size else {}),
-        }
+        of_fast_mode = facts_of_fast_mode(self.world) if self.strategy.bits_depend_on_world_size else {}
+        return {**environment_fingerprint(self.world.device), **of_fast_mode}
 
 
 def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = None) -> Job:

@@ -153,7 +153,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
             recipe.train.device,
             recipe.train.threads,
             recipe.train.hang_timeout_s,
-            shares_memory=recipe.parallel.shared_memory,
+            most_sharing_memory=recipe.parallel.most_sharing_memory,
             is_whole_process=is_whole_process,
         ) as world,
         exact_conditions(recipe),

@@ -43,6 +43,7 @@ from disttrain.tracking import SystemSampler
 from disttrain.training.apart import why_no_outer_step
 from disttrain.training.conclusion import is_concluded, tracked
 from disttrain.training.given import Given
+from disttrain.training.gradients import where_gradients_meet, why_memory_is_not_shared
 from disttrain.training.init import start_from_images, start_from_weights
 from disttrain.training.job import Job, build_job
 from disttrain.training.monitor import RunMonitor
@@ -199,10 +200,13 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     num_frozen = sum(parameter.numel() for parameter in job.model.parameters() if not parameter.requires_grad)
     frozen = f", {num_frozen:,} frozen" if num_frozen else ""
     console.line(f"{job.recipe.name}: {job.model_name} ({num_parameters:,} parameters{frozen}) on {job.data_words}")
-    console.line(f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}; {job.strategy.reason}")
+    meeting = f", gradients in {where_gradients_meet(world)}" if world.sums is not None else ""
+    workers = f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}"
+    console.line(f"{workers}; {job.strategy.reason}{meeting}")
     of_losses = (why_it_restarts(job), why_losses_do_not_end_it(job.recipe))
     layout = why_nothing_is_turned(job.model) if job.recipe.train.channels_last else None
-    remarks = (world.remark, *of_losses, why_no_outer_step(job), layout, *keys_without_effect(job.recipe))
+    of_ways = (why_no_outer_step(job), why_memory_is_not_shared(world, job.recipe), layout)
+    remarks = (world.remark, *of_losses, *of_ways, *keys_without_effect(job.recipe))
     for remark in filter(None, remarks):
         console.line(remark)
     early = f"; {job.early_stopping.words()}" if job.step < job.total_steps else ""

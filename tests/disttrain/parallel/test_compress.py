@@ -35,7 +35,7 @@ class Mixed(nn.Module):
 @pytest.mark.distributed(world_size=2, process_group=False)
 @pytest.mark.parametrize("name", DTYPES)
 def test_gradients_are_the_means_to_the_type_that_they_are_sent_in(rank: int, name: str) -> None:
-    with join_world("cpu", threads=1, shares_memory=name == "bf16") as world:
+    with join_world("cpu", threads=1, most_sharing_memory=9 * (name == "bf16")) as world:
         strategy = parallelize(network(), world, ParallelRecipe(compress=name))  # type: ignore[arg-type]
         assert strategy.reason == f"DistributedDataParallel: 2 workers, gradients sent as {name}"
         found, exact = gradients_of_an_epoch(strategy, world, accumulate=2), gradients_by_hand()

@@ -35,7 +35,7 @@ from tests.disttrain.parallel.gradients import (
 @pytest.mark.distributed(world_size=[1, 2, 3, 4], process_group=False)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_gradient_is_the_mean_over_the_global_batch(accumulate: int) -> None:
-    with join_world("cpu", threads=1, shares_memory=accumulate > 1) as world:
+    with join_world("cpu", threads=1, most_sharing_memory=9 * (accumulate > 1)) as world:
         strategy = parallelize(network(), world, ParallelRecipe())
         assert_close(gradients_of_an_epoch(strategy, world, accumulate), gradients_by_hand())
 
@@ -168,7 +168,7 @@ def test_a_run_evaluates_the_model_that_it_saves(tmp_path: Path, capsys: pytest.
 @pytest.mark.distributed(world_size=2, process_group=False)
 def test_accumulation_talks_once_per_step() -> None:
     """Gradients travel with the last micro-batch only: what is summed in memory is counted."""
-    with join_world("cpu", threads=1, shares_memory=True) as world:
+    with join_world("cpu", threads=1, most_sharing_memory=9) as world:
         strategy = parallelize(network(), world, ParallelRecipe())
         assert world.sums is not None
         for number in range(4):
@@ -187,8 +187,8 @@ def test_a_run_has_the_same_bits_whether_gradients_meet_in_memory_or_through_glo
         run_workers(exact_runs.train, 2, args=(tmp_path / where, *options), process_group=False)
         return read_checkpoint(CheckpointStore(tmp_path / where / "checkpoints").paths()[-1]).model
 
-    through_gloo = run("gloo")
-    run("both", "train.max_steps=7", "parallel.shared_memory=true")
-    both = run("both")
+    through_gloo = run("gloo", "parallel.shared_memory=false")
+    run("both", "train.max_steps=7")
+    both = run("both", "parallel.shared_memory=false")
     assert through_gloo.keys() == both.keys()
     assert all(torch.equal(through_gloo[name], both[name]) for name in both)

@@ -20,6 +20,8 @@ from disttrain.recipe.partners import keys_without_effect
         (["parallel.outer_momentum=0.5", "parallel.outer_learning_rate=0.7"], ["outer_momentum"]),
         (["parallel.outer_momentum=0.5", "parallel.sync_every=5"], []),
         (["data.crop_fill=reflect"], []),
+        (["parallel.slices=8"], ["slices"]),
+        (["parallel.slices=8", "parallel.exact=true"], []),
         (["data.crop_fill=reflect", "data.crop_padding=0"], ["data.crop_fill"]),
         (["task.name=tabular", "data.flip=alternate", "train.eval_views=mirror"], ["data.flip", "train.eval_views"]),
     ],

@@ -22,6 +22,7 @@ from tests.disttrain.parallel.exact_runs import outcome
 from tests.launch.local.forked import NEW, Run
 
 ROOT = Path(__file__).parents[3]
+GLOO = "parallel.shared_memory=false"
 CONTINUE = "parallel.on_lost_worker=continue"
 IN_MANY_PLACES: dict[str, list[tuple[str, int, int, int]]] = {
     "in a step, in the recovery from it, and later": [
@@ -94,8 +95,8 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
     of_rank_0 = [("checkpoint: state", 0, 1, SIGKILL), ("after the commit", 1, 7, SIGKILL)]
     ended = launch(
         undisturbed(tmp_path, SAVING),
-        disturbed(tmp_path, signals, "parallel.shared_memory=true", size=3, waits_at=[6]),
-        Run(str(tmp_path / "without rank 0"), size=3, signals=of_rank_0, overrides=(CONTINUE, SAVING)),
+        disturbed(tmp_path, signals, size=3, waits_at=[6]),
+        Run(str(tmp_path / "without rank 0"), size=3, signals=of_rank_0, overrides=(CONTINUE, SAVING, GLOO)),
         # In step 5 rank 0 computes its slice, which is that step's audited one, wrong.
         Run(
             str(tmp_path / "corrupt"), size=3, signals=[("backward", 0, 7, "flip")], overrides=(CONTINUE, SAVING, AUDIT)
