@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from disttrain.layout import LOCK
 
 PATIENCE_S = 10.0
 """How long the workers of a job that was killed a moment ago may take to exit."""
+_TO_END_S = 3.0  # after this it is news that one has not
 _ACROSS_MACHINES_S = 120.0  # an NFS server frees the locks of a machine that is lost after a lease of, mostly, 90 s
 
 
@@ -25,15 +26,20 @@ def patience_across_machines_s(others_wait_s: float) -> float:
 
 
 @contextmanager
-def owned(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
+def owned(
+    folder: Path, patience_s: float = PATIENCE_S, say: Callable[[str], object] = lambda words: None
+) -> Iterator[None]:
     """Own `folder` while the block runs. The system gives it back when the process ends, however it ends.
+
+    `say` gets a line if that takes longer than it takes a process to end.
 
     A POSIX record lock (fcntl(2), F_SETLK): other than flock's, it is not inherited by forked data workers, which may
     outlive the owner. Raises ConfigurationError, which names the owner, if it is not free within `patience_s`; OSError
     if the folder cannot be written or its file system supports no locks.
     """
     path = folder / LOCK
-    deadline = time.monotonic() + patience_s
+    began, has_said = time.monotonic(), False
+    deadline = began + patience_s
     while True:
         with os.fdopen(open_safely(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+") as file:
             if _locked(file.fileno()) and _is_still(path, file.fileno()):
@@ -47,12 +53,13 @@ def owned(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
                     if _is_still(path, file.fileno()):  # not if the folder was moved, and another is there
                         path.unlink(missing_ok=True)  # while it is ours: another owner's cannot be removed
                 return
+            file.seek(0)
+            in_use = f"{folder} is in use: {file.read().strip() or 'another process'} is training there"
             if time.monotonic() >= deadline:
-                file.seek(0)
-                raise ConfigurationError(
-                    f"{folder} is in use: {file.read().strip() or 'another process'} is training there. Wait until it "
-                    "has ended, stop it, or choose another --run-dir."
-                )
+                raise ConfigurationError(f"{in_use}. Wait until it has ended, stop it, or choose another --run-dir.")
+            if not has_said and min(time.monotonic(), deadline) - began > _TO_END_S:
+                has_said = True
+                say(f"{in_use}; waiting for its end, {deadline - time.monotonic():.0f} s at most")
         time.sleep(0.1)
 
 

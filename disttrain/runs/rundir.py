@@ -73,11 +73,17 @@ def new_run_dir(recipe: Recipe) -> Path:
 
 
 @contextmanager
-def owned_run_dir(path: Path, *, whatever_is_there: bool = False, patience_s: float = PATIENCE_S) -> Iterator[None]:
+def owned_run_dir(
+    path: Path,
+    *,
+    whatever_is_there: bool = False,
+    patience_s: float = PATIENCE_S,
+    say: Callable[[str], object] = lambda words: None,
+) -> Iterator[None]:
     """Make the folder `path`, or check that it is a run's; own it while the block runs.
 
     Raises ConfigurationError if something else is there (unless that may be: in the working folder of a run behind a
-    URL), if another process owns it for longer than `patience_s`, or if it cannot be written.
+    URL), if another process owns it for longer than `patience_s`, or if it cannot be written. `say`: as for `owned`.
     """
     stored = path / RECIPE
     with ExitStack() as until_the_end:
@@ -92,7 +98,7 @@ def owned_run_dir(path: Path, *, whatever_is_there: bool = False, patience_s: fl
                 raise ConfigurationError(
                     f"{path} is not empty and not a run directory (it has no {RECIPE}): choose another --run-dir."
                 )
-            until_the_end.enter_context(owned(path, patience_s))
+            until_the_end.enter_context(owned(path, patience_s, say))
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by
 from disttrain.layout import NEEDS_A_RESTART
 from disttrain.recipe import Recipe
+from disttrain.recipe.continuing import why_losses_restart
 from disttrain.training.job import Job
 
 
@@ -25,9 +26,7 @@ def why_it_restarts(job: Job) -> str | None:
         "only workers of `disttrain train` and `disttrain node` continue": launched_by() not in OUR_LAUNCHERS,
         "NCCL cannot continue": world.device.type != "cpu",
         "hooks see each step once": bool(job.hooks),
-        "train.spike_factor is set": job.spikes.is_on,
-        "train.precision is 'fp16'": job.scaler.is_enabled(),
-        f"train.non_finite is '{recipe.train.non_finite}'": recipe.train.non_finite != "stop",
+        why_losses_restart(recipe) or "": why_losses_restart(recipe) is not None,
         "data.workers read ahead": job.loader.streams,
     }
     found = [reason for reason, applies in reasons.items() if applies]

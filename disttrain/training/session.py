@@ -78,7 +78,9 @@ def open_session(
             is_one_of_several = world.num_nodes > 1 or world.slot is not None
             across_machines_s = patience_across_machines_s(recipe.train.hang_timeout_s)
             patience_s = across_machines_s if is_one_of_several else PATIENCE_S
-            until_the_end.enter_context(owned_run_dir(path, whatever_is_there=is_url(address), patience_s=patience_s))
+            until_the_end.enter_context(
+                owned_run_dir(path, whatever_is_there=is_url(address), patience_s=patience_s, say=console.warn)
+            )
             if is_url(address):
                 store = MirroredStore(
                     until_the_end.enter_context(Mirror(RemoteRun(address), path, console.warn)), **keep

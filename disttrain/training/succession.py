@@ -66,9 +66,9 @@ class Succession:
     def _take_over(self, saved: Sequence[tuple[int, bool]]) -> None:
         monitor, enter = self._monitor, self._monitor.until_the_end.enter_context
         job, run_dir, console, tracker = monitor.job, monitor.run_dir, monitor.console, monitor.tracker
-        enter(owned(run_dir, self._to_be_free_s()))  # which it cannot as long as the other lives
+        console.take_over()  # whoever spoke before is dead, or on a machine that is cut off
+        enter(owned(run_dir, self._to_be_free_s(), console.warn))  # which it cannot as long as the other lives
         reached("succession: owner", step=job.step)
-        console.take_over()
         self._sample()
         tracker.take_over(job.step)
         enter(concluding(job, run_dir, monitor.saver.address, console, monitor.stop, tracker, self._started))

@@ -152,6 +152,7 @@ def _settled(
 ) -> tuple[Recipe, tuple[int, ...], tuple[str, ...]]:
     """The recipe as it will be proven, the numbers of workers, and the overrides that make it so."""
     from disttrain.recipe import ConfigurationError, check_installed, load_recipe
+    from disttrain.recipe.continuing import why_losses_restart
 
     asked = load_recipe(recipe, overrides)
     fast_on_purpose = "exact" in asked.parallel.model_fields_set and not asked.parallel.exact
@@ -191,6 +192,9 @@ def _settled(
         raise click.UsageError(
             "--lose: only exact mode has the same bits without a lost worker; leave out -o parallel.exact=false."
         )
+    why = why_losses_restart(checked) if loses else None
+    if why is not None:
+        raise ConfigurationError(f"--lose: this recipe cannot continue without a lost worker: {why}")
     check_installed(checked)
     if checked.parallel.exact and max(workers) > checked.parallel.slices:
         raise ConfigurationError(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.errors import ConfigurationError
+from disttrain.runs import lock
 from disttrain.runs.lock import owned, this_owner
 from disttrain.testing import run_workers
 
@@ -48,13 +49,17 @@ def owner(folder: Path, *, forks: bool = False) -> Iterator[tuple[subprocess.Pop
             os.kill(child, signal.SIGKILL)
 
 
-def test_a_second_writer_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_told_who_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_TO_END_S", 0.1)
+    said: list[str] = []
     with (
         owner(tmp_path) as (process, _),
         pytest.raises(ConfigurationError, match=rf"in use: process {process.pid} on .+ is training there"),
-        owned(tmp_path, patience_s=0.3),
+        owned(tmp_path, patience_s=0.5, say=said.append),
     ):
         pass
+    (line,) = said
+    assert re.search(rf"in use: process {process.pid} on .+ waiting for its end, \d s at most", line)
 
 
 @pytest.mark.parametrize("forks", [False, True], ids=["alone", "its child lives on"])

@@ -16,8 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from disttrain.errors import ConfigurationError
+from disttrain_launch.cli import main
 from disttrain_launch.prove import losses as losses_module
 from disttrain_launch.prove.disturbed import DisturbedRun, RunFailed
 from disttrain_launch.prove.losses import Group, Losses, Pace
@@ -211,11 +213,11 @@ def test_losses_and_kills_in_one_proof(tmp_path: Path) -> None:
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.long
-def test_a_recipe_that_cannot_continue_is_refused_with_the_reason(tmp_path: Path) -> None:
-    done = prove(tmp_path, "--workers", "2", "--lose", "1", "--steps", "3", "-o", "train.spike_factor=9", code=78)
-    assert done.stderr.splitlines()[-1] == (
-        "disttrain: --lose: this recipe cannot continue without a lost worker: train.spike_factor is set"
+def test_a_recipe_that_cannot_continue_is_refused_with_the_reason_before_anything_is_trained() -> None:
+    done = CliRunner().invoke(main, ["prove", "digits", "--workers", "2", "--lose", "1", "-o", "train.spike_factor=9"])
+    assert done.exit_code == 78
+    assert done.stderr == (
+        "disttrain: --lose: this recipe cannot continue without a lost worker: train.spike_factor is set\n"
     )
 
 
