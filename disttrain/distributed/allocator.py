@@ -19,6 +19,7 @@ _LARGEST_KEPT = 1 << 30
 # As far as glibc moves its own threshold, and the most that versions before 2.35 take.
 _LARGEST_BY_ITSELF = 32 << 20
 _SMALLEST_RETURNED = 1 << 20
+_WORTH_TRIMMING = 8 << 20
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 _TUNABLES = "GLIBC_TUNABLES"
 
@@ -62,8 +63,13 @@ def return_freed_memory() -> None:
     glibc.malloc_trim(0)
 
 
-def trim() -> None:
-    """Have glibc return what is free to the system: many small blocks hold as much as few large ones."""
+def trim_after(num_bytes: int) -> None:
+    """Have glibc return what is free to the system, after something that is large enough to be worth the time.
+
+    Activations are many small blocks, which stay in the heap when they are freed, as long as something lies above them.
+    """
+    if num_bytes < _WORTH_TRIMMING:
+        return
     glibc = _glibc()
     if glibc is not None and not is_set_by_user(os.environ):
         glibc.malloc_trim(0)

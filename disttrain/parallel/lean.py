@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from disttrain.distributed.allocator import trim
-
-_WORTH_TRIMMING = 8 << 20  # bytes of a block's gradients: what is small takes less memory than time
+from disttrain.distributed.allocator import trim_after
 
 
 def hold_less(root: Any) -> None:
@@ -53,5 +51,4 @@ class _ReduceScatter:
         dist.all_to_all_single(received, input_tensor, group=group)
         input_tensor.untyped_storage().resize_(0)
         torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
-        if received.nbytes >= _WORTH_TRIMMING:
-            trim()  # the block's activations are freed by now
+        trim_after(received.nbytes)  # the block's activations are freed by now

@@ -64,6 +64,7 @@ class Mirror:
         self._names = threading.Lock()
         self._reserved: set[str] = set()
         self._released: set[str] = set()
+        self._given: dict[str, str] = {}  # what the newest one of each name here is called there
         self._thread = threading.Thread(target=self._serve, name="mirror", daemon=True)
 
     def __enter__(self) -> Self:
@@ -119,11 +120,12 @@ class Mirror:
         if not self._lease.is_ours():
             raise OSError(f"{self.run.url} was taken over by another job")
         with self._names:  # nothing of that name is being removed
-            name = checkpoint
+            # No name twice: an earlier one of this step may just be on its way, its manifest last.
+            name = next_revision(self._given[checkpoint]) if checkpoint in self._given else checkpoint
             while self.run.manifest(name) is not None:
                 name = next_revision(name)
             self._reserved.add(name)
-            self._released.discard(name)
+            self._given[checkpoint] = name
         return name
 
     def release(self, name: str) -> None:
@@ -206,7 +208,9 @@ class Mirror:
         """What a local checkpoint is to be called there; None if it is there, or here no more."""
         if not (path / MANIFEST).exists():
             return None
-        manifest, name = read_bytes(path / MANIFEST), path.name
+        manifest = read_bytes(path / MANIFEST)
+        with self._names:
+            name = self._given.get(path.name, path.name)
         while (there := self.run.manifest(name)) is not None:
             if there == manifest and name not in damaged:
                 return None

@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+from disttrain.distributed.allocator import trim_after
 from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
@@ -224,6 +225,8 @@ class ExactFsdp(SlicesSummed, Fsdp):
                 module.reshard()
 
     def _deal(self, block: Block) -> None:
+        if self._world.device.type == "cpu":
+            trim_after(sum(whole.nbytes for whole in block.whole))  # the block's activations are freed by now
         self._sums.take(block, counts=not self._is_filler)
 
     def _begin_pass(self) -> None:

@@ -15,6 +15,7 @@ from disttrain.checkpoint import (
     reach,
     read_checkpoint,
     weights_sha256,
+    write_checkpoint,
 )
 from disttrain.checkpoint.reach import sharded_store
 from disttrain.distributed.world import join_world
@@ -75,6 +76,17 @@ def test_each_machine_brings_its_part_and_another_one_reads_it(tmp_path: Path) -
             assert found is not None
             assert found.state["step"] == 3
             assert same(found, 3.5)
+
+
+def test_a_step_that_is_saved_again_at_once_has_a_name_of_its_own_under_which_it_is_uploaded(tmp_path: Path) -> None:
+    """The parts of the second are brought while the manifest of the first may be on its way."""
+    run = RemoteRun((tmp_path / "bucket" / "run").as_uri())
+    with machine(run.url, tmp_path / "here") as store:
+        names = [Brought(run.url, store).reserve("step-00000003") for _ in range(2)]
+        assert names == ["step-00000003", "step-00000003.2"]
+        write_checkpoint(store.folder / "step-00000003", tensors(3.0), moments(tensors(3.0)), state(3))
+        settle(store)
+        assert run.checkpoints().good == [names[1]]
 
 
 def test_where_a_machine_may_not_write_to_the_url_rank_0_collects_what_it_has(tmp_path: Path) -> None:
