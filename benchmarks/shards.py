@@ -6,9 +6,10 @@ The state is that of AdamW: weights, and two moments of each. Both ways take tur
 
 Copied beside a pass: how long training is held, from the second save of a run on, against `torch.save` of the part.
 held: the same with a copy that is made at once. save: until it is on the disk. load: from rank 0's look for the newest
-checkpoint, verified, to each worker's part of every tensor. Memory is the peak of anonymous pages above what was there,
-sampled each 2 ms, and the peak of all, VmHWM, which has the pages of files that are mapped: the system takes those back
-when it needs them.
+checkpoint, verified, to each worker's part of every tensor; also in turn with worker 0 reading it all and sending it as
+one pickled object, as it was done at first, with the ratios of time and of both workers' processor time. Memory is the
+peak of anonymous pages above what was there, sampled each 2 ms, and the peak of all, VmHWM, which has the pages of
+files that are mapped: the system takes those back when it needs them.
 """
 
 from __future__ import annotations
@@ -184,6 +185,37 @@ def stall(folder: Path, megabytes: float, rounds: int) -> list[tuple[float, floa
     return found
 
 
+def loads(folder: Path, megabytes: float, rounds: int) -> list[tuple[float, ...]]:
+    """Of each round the seconds and the processor's seconds here of each its own, and of one object, in turn."""
+    found = []
+    with join_world("cpu", threads=1) as world:
+        one = Way(world, folder, megabytes, WAYS[1])
+        one.save(1)
+        for _ in range(rounds + 1):
+            taken: list[float] = []
+            for load in (one.load, one.load_as_one_object):
+                max_(torch.zeros(1))
+                begin, begin_here = time.perf_counter(), time.process_time()
+                load()
+                taken += [time.perf_counter() - begin, time.process_time() - begin_here]
+            found.append(tuple(taken))
+        one.writer.close()
+    return found[1:]
+
+
+def print_loads(by_rank: Sequence[Sequence[tuple[float, ...]]]) -> None:
+    """A line for each way, and one for their ratio."""
+    rounds = [(one[0], one[1] + other[1], one[2], one[3] + other[3]) for one, other in zip(*by_rank, strict=True)]
+    clock, used, clock_of_object, used_by_object = (statistics.median(column) for column in zip(*rounds, strict=True))
+    print(f"load, each its own   {clock:.2f} s, processor {used:.2f} s")
+    print(f"load, as one object  {clock_of_object:.2f} s, processor {used_by_object:.2f} s")
+    ratios = (
+        statistics.median(one[0] / one[2] for one in rounds),
+        statistics.median(one[1] / one[3] for one in rounds),
+    )
+    print(f"ratio {ratios[0]:.3f}, processor {ratios[1]:.3f}; at most 0.25", flush=True)
+
+
 def named(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors with names."""
     return ((f"tensor-{number}", tensor) for number, tensor in enumerate(tensors))
@@ -220,6 +252,7 @@ def main() -> None:
             ratio = statistics.median(one / other for one, other in rounds)
             words = f"held {1e3 * held:.1f} ms, torch.save {1e3 * plain:.0f} ms, ratio {ratio:.3f}"
             print(f"worker {rank}  copied beside a pass: {words}")
+        print_loads(run(loads, folder / "loads", options.megabytes, options.rounds))
         for rank, found in enumerate(run(times, folder / "times", options.megabytes, options.rounds)):
             for what, seconds in sorted(found.items()):
                 words = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
