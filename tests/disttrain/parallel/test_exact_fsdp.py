@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from disttrain.parallel.exact.norm import norm_of_whole
 from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.mesh import mesh_of
 from disttrain.recipe import load_recipe
-from disttrain.testing import WorkerFailed, faults, run_workers, workers
+from disttrain.testing import run_workers
 from disttrain.training.given import Given
 from disttrain.training.job import build_job
 from disttrain.training.loop import train_step
@@ -328,27 +327,3 @@ def test_the_trial_gathers_one_block_at_a_time(folder: Path) -> None:
 
     # Three trials, forward and backward, and an evaluation of three blocks.
     assert run_workers(most_gathered, 2, process_group=False) == [(1, 21), (1, 21)]
-
-
-KINDS = ((2, FSDP), (3, EXACT), (4, TWO_BY_TWO), (1, EXACT), (3, FSDP), (2, EXACT), (4, FSDP))
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-def test_25_kills_each_resumed_with_another_strategy_and_number_of_workers(folder: Path) -> None:
-    """Of any worker, up to two steps after the newest checkpoint: before, in or after its passes and its commit."""
-    keys = ("train.max_steps=20", "train.epochs=20", "checkpoint.every_steps=2")
-    train_gpt(folder, "alone", *keys, *EXACT)
-    chance = random.Random(12)
-    for number in range(25):
-        size, kind = KINDS[number % len(KINDS)]
-        at = chance.choice(("step", "backward", "before the commit", "after the commit"))
-        before = CheckpointStore(folder / "mixed" / "checkpoints").paths()
-        begin = read_checkpoint(before[-1]).state["step"] if before else 0
-        fault = faults.kill(chance.randrange(size), at=at, step=min(begin + chance.choice((1, 2)), 19))
-        with workers(size, faults=[fault], process_group=False) as group, pytest.raises(WorkerFailed):
-            group.run(train_gpt, folder, "mixed", *keys, *kind)
-        assert fault.happened, (number, at, begin)
-    on(2, train_gpt, folder, "mixed", *keys, *FSDP)
-    assert bits(folder / "mixed") == bits(folder / "alone")
-    assert step_of(folder / "alone") == 20
