@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain.distributed import later
 from disttrain.distributed.collectives import broadcast_, gather_objects, sum_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
@@ -162,6 +163,10 @@ class Ddp(Strategy):
             gradient_as_bucket_view=True,
             find_unused_parameters=self._find_unused,
         )
+        if later.is_asynchronous(self._world.device) and _has_statistics_alone(self.model):
+            # Of what no training step reads, rank 0's are needed in evaluations and checkpoints alone. Set afterwards:
+            # all are to start from the same.
+            self.module.broadcast_buffers = False
         if self._world.sums is not None:
             dtype = None if self._smaller is None else self._smaller.dtype
             self.module.register_comm_hook(InMemory(self._world.sums, self._world.size, dtype), begin_in_memory)
@@ -189,6 +194,12 @@ class Ddp(Strategy):
             "several workers wait for each: remove what is not used, freeze it when the model is built "
             "(requires_grad = False), or set parallel.find_unused_parameters = true, which costs a little in each step."
         )
+
+
+def _has_statistics_alone(model: nn.Module) -> bool:
+    """Whether each buffer is one of BatchNorm's, which are written to in training, and read in evaluations."""
+    modules = [module for module in model.modules() if any(one is not None for one in module._buffers.values())]
+    return all(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
 
 
 def _listed(names: list[str]) -> str:
