@@ -77,9 +77,10 @@ class ParallelRecipe(Section):
         description="ddp and exact: gradients of CPU workers that are all on one machine meet in memory they share; "
         "auto: where the bits are the same as without (exact mode, or two workers)",
     )
-    on_lost_worker: Literal["restart", "continue", "stop"] = Field(
-        default="restart",
-        description="restart all when one is killed; continue without it (exact mode, gloo); or stop: end the run",
+    on_lost_worker: Literal["auto", "restart", "continue", "stop"] = Field(
+        default="auto",
+        description="restart all when one is killed; continue without it (exact mode, gloo); or stop: end the run; "
+        "auto: continue in exact mode with `disttrain train` on one machine, else restart",
     )
     audit_every_steps: WholeNumber = Field(
         default=0,
@@ -97,8 +98,20 @@ class ParallelRecipe(Section):
 
     @property
     def continues(self) -> bool:
-        """Whether the others continue without a lost worker, as far as the recipe tells; if not, all restart."""
-        return self.on_lost_worker == "continue" and self.exact and self.strategy != "fsdp"
+        """Whether the others continue without a lost worker on several machines, as far as the recipe tells.
+
+        If not, all restart.
+        """
+        return self.asks_to_continue(on_one_machine=False) and self.exact and self.strategy != "fsdp"
+
+    def asks_to_continue(self, *, on_one_machine: bool) -> bool:
+        """Whether the others are to continue without a lost worker, where they can.
+
+        `on_one_machine`: `disttrain train` has started all of them. The one place that settles what "auto" means.
+        """
+        if self.on_lost_worker == "auto":
+            return on_one_machine and self.exact and self.strategy != "fsdp"
+        return self.on_lost_worker == "continue"
 
     @model_validator(mode="after")
     def _something_to_compress(self) -> Self:

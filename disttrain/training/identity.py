@@ -7,12 +7,23 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from disttrain.data import Digest, SampleSet, Split, SplitOutline
+from disttrain.data import Digest, SampleSet, Split, SplitOutline, digest_of
+from disttrain.distributed.collectives import broadcast_from_main
+from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError, brief
+from disttrain.recipe import Recipe
 from disttrain.task import Task, named
 from disttrain.training.optim import Schedule
+from disttrain.training.recoverable import asks_to_continue
 
 _PARAMETERS = {"task": "task.name", "model": "model.name", "train_set": "data.dataset", "test_set": "data.dataset"}
+
+
+def digest_for_savers(train: Split | SampleSet, recipe: Recipe, world: World) -> Digest:
+    """The digest of the training set on rank 0, and on whoever may take its place. Every rank must call it."""
+    if asks_to_continue(recipe):
+        return broadcast_from_main(world, lambda: digest_of(train))
+    return digest_of(train) if world.is_main else Digest()
 
 
 def describe_data(train: Split | SampleSet, digest: Digest) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from disttrain.checkpoint import optimizer_to_tensors, shared_names
-from disttrain.data import Datasets, Digest, EvalLoader, Loader, SampleSets, StepSampler, digest_of
+from disttrain.data import Datasets, Digest, EvalLoader, Loader, SampleSets, StepSampler
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.health.nonfinite import NonFiniteGuard
@@ -36,7 +36,7 @@ from disttrain.training.given import Given, model_words
 from disttrain.training.gradients import facts_of_fast_mode
 from disttrain.training.groups import parameter_groups
 from disttrain.training.hooks import Hooks, build_hooks
-from disttrain.training.identity import describe_data, describe_task
+from disttrain.training.identity import describe_data, describe_task, digest_for_savers
 from disttrain.training.optim import Schedule, build_optimizer, gradients_are_dense
 from disttrain.training.recompute import checkpoint_activations
 from disttrain.training.sets import eval_loader, load_sets, model_for, served
@@ -295,5 +295,5 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
         ema=WeightAverage(strategy.model, recipe.train.ema_decay) if recipe.train.ema_decay is not None else None,
         hooks=hooks,
         best=best,
-        digest=digest_of(data.train) if world.is_main or recipe.parallel.on_lost_worker == "continue" else Digest(),
+        digest=digest_for_savers(data.train, recipe, world),
     )

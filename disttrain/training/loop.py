@@ -37,6 +37,7 @@ from disttrain.training.joining import open_joining
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rates
 from disttrain.training.preflight.model import rehearse
+from disttrain.training.recoverable import asks_to_continue
 from disttrain.training.recovery import Recovery
 from disttrain.training.session import open_session
 from disttrain.training.shortage import shortage_in_evaluation, shortage_in_step
@@ -143,7 +144,7 @@ def _run(
 
 
 def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole_process: bool) -> Result:
-    if recipe.parallel.on_lost_worker != "continue":  # else this worker may take rank 0's place
+    if not asks_to_continue(recipe):  # else it may take rank 0's place
         leave_the_launchers_streams()
     with (
         stop_requests() as stop,
@@ -171,8 +172,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
 
 def _fit_through_losses(job: Job, monitor: RunMonitor) -> dict[str, float]:
     """As `fit`, without the workers that die meanwhile, where that is possible."""
-    succession = Succession(monitor, leads=job.world.is_main and not joins_later())
-    recovery = Recovery(job, monitor, succession, job.watchdog)
+    recovery = Recovery(job, monitor, Succession(monitor, leads=job.world.is_main and not joins_later()), job.watchdog)
     if joins_later():
         recovery.join()
     while True:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from disttrain.distributed.launched import OUR_LAUNCHERS, launched_by
+from typing import TYPE_CHECKING
+
+from disttrain.distributed.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
 from disttrain.layout import NEEDS_A_RESTART
 from disttrain.recipe import Recipe
 from disttrain.recipe.continuing import why_losses_restart
-from disttrain.training.job import Job
+
+if TYPE_CHECKING:
+    from disttrain.training.job import Job
+
+
+def asks_to_continue(recipe: Recipe) -> bool:
+    """Whether its workers are to continue without one that is lost, where they can."""
+    return recipe.parallel.asks_to_continue(on_one_machine=launched_by() == LAUNCHER)
 
 
 def continues_after_losses(job: Job) -> bool:
     """Whether its workers can continue without one of them."""
-    asks = job.recipe.parallel.on_lost_worker == "continue"
-    return asks and job.world.group is not None and why_it_restarts(job) is None
+    return asks_to_continue(job.recipe) and job.world.group is not None and _why_not(job) is None
 
 
-def why_it_restarts(job: Job) -> str | None:
-    """Why it restarts when a worker is lost, although its recipe says to continue; None if that is not so."""
-    recipe, world = job.recipe, job.world
-    if recipe.parallel.on_lost_worker != "continue" or world.group is None:
+def what_a_loss_means(job: Job) -> str | None:
+    """What becomes of the run when a worker is lost, where that may not be what its user expects; else None."""
+    if not asks_to_continue(job.recipe) or job.world.group is None:
         return None
+    why_not, is_default = _why_not(job), job.recipe.parallel.on_lost_worker == "auto"
+    if why_not is not None:
+        return None if is_default else f"{NEEDS_A_RESTART}{why_not}"
+    return "if a worker is lost, the others continue (parallel.on_lost_worker)" if is_default else None
+
+
+def _why_not(job: Job) -> str | None:
+    """Why its workers cannot continue without one of them; None if they can."""
+    recipe, world = job.recipe, job.world
     reasons = {
         "only exact mode has the same bits without it (parallel.exact)": job.strategy.bits_depend_on_world_size,
         "a lost shard has no copy": job.strategy.is_sharded,
@@ -29,8 +45,7 @@ def why_it_restarts(job: Job) -> str | None:
         why_losses_restart(recipe) or "": why_losses_restart(recipe) is not None,
         "data.workers read ahead": job.loader.streams,
     }
-    found = [reason for reason, applies in reasons.items() if applies]
-    return f"{NEEDS_A_RESTART}{found[0]}" if found else None
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def why_losses_do_not_end_it(recipe: Recipe) -> str | None:

@@ -48,6 +48,7 @@ class Recovery:
         self._is_new = False  # among workers that have a state to hand out
         self._unreported: list[Verdict] = []
         self._accused: list[int] = []  # of holding up the others, as reported last
+        self._hung_at: tuple[int, int] | None = None  # the generation in which one did, and the step
         self._kept: tuple[int, list[float] | None, dict[str, int]] | None = None
         monitor.saver.is_passed_on = self._verdicts is not None and succession.is_possible
         if watchdog is not None and self._verdicts is not None:
@@ -57,6 +58,12 @@ class Recovery:
         """Have the launcher kill the ranks that hold up the others; on the watchdog's thread, while it watches."""
         if not self._is_ready or (0 in ranks and not self._succession.is_possible):
             return False
+        if ranks and self._hung_at is not None:
+            generation, step = self._hung_at
+            if step == self._job.step and generation != self._generation:
+                return False  # others hang where one was killed for it: so might all, one after the other
+        if ranks:
+            self._hung_at = self._generation, self._job.step
         accused = [0] if 0 in ranks else list(ranks)  # as it serves the store, nothing is known of others without it
         if accused != self._accused:
             self._accused = accused

@@ -51,7 +51,7 @@ from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
 from disttrain.training.preflight.state import check_state
 from disttrain.training.preflight.warmup import warm_up
-from disttrain.training.recoverable import why_it_restarts, why_losses_do_not_end_it
+from disttrain.training.recoverable import what_a_loss_means, why_losses_do_not_end_it
 from disttrain.training.resume import resume
 from disttrain.training.sharding import refuse_unshardable
 
@@ -205,7 +205,7 @@ def _introduce(job: Job, address: str, console: Console, *, is_done: bool) -> No
     meeting = f", gradients in {where_gradients_meet(world)}" if world.sums is not None else ""
     workers = f"{world.size} worker{'s' if world.size > 1 else ''} on {world.device.type}"
     console.line(f"{workers}; {job.strategy.reason}{meeting}")
-    of_losses = (why_it_restarts(job), why_losses_do_not_end_it(job.recipe))
+    of_losses = (what_a_loss_means(job), why_losses_do_not_end_it(job.recipe))
     layout = why_nothing_is_turned(job.model) if job.recipe.train.channels_last else None
     of_ways = (why_no_outer_step(job), why_memory_is_not_shared(world, job.recipe), layout)
     remarks = (world.remark, *of_losses, *of_ways, *keys_without_effect(job.recipe))

@@ -80,7 +80,8 @@ def killed_by_a_fault(run_dir: Path, epochs: int, dice: random.Random) -> bool:
 
 def killed_from_outside(run_dir: Path, epochs: int, dice: random.Random, victim: str) -> bool:
     """A start by `disttrain train`; the launcher, a worker or all of them are killed. False if the run was quicker."""
-    overrides = [word for override in (*SMALL, *OVERRIDES, f"train.epochs={epochs}") for word in ("-o", override)]
+    settings = (*SMALL, *OVERRIDES, f"train.epochs={epochs}", "parallel.on_lost_worker=restart")
+    overrides = [word for override in settings for word in ("-o", override)]
     command = [sys.executable, "-m", "disttrain_launch", "train", "digits", *overrides]
     size = dice.choice(SIZES)
     job = psutil.Popen([*command, "-n", str(size), "--run-dir", str(run_dir)], cwd=ROOT, stdout=subprocess.DEVNULL,

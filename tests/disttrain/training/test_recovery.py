@@ -7,7 +7,10 @@ import weakref
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from disttrain.recipe import as_recipe
+from disttrain.training import recovery as module
 from disttrain.training.recovery import Recovery
 
 
@@ -35,3 +38,20 @@ def test_an_error_that_ends_the_run_is_not_held_by_its_own_frames() -> None:
     finally:
         gc.enable()
     assert held() is None
+
+
+def test_others_that_hang_in_the_step_in_which_one_was_killed_for_it_are_left_to_a_restart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step that hangs whoever computes it would have all killed, one after the other, and their replacements."""
+    monkeypatch.setattr(module, "report_ready", lambda **_: None)
+    job: Any = SimpleNamespace(recipe=as_recipe({"name": "mine"}), world=SimpleNamespace(group=None), step=5)
+    others: Any = SimpleNamespace(saver=SimpleNamespace(), is_possible=True)
+    recovery = Recovery(job, others, others, None)
+    recovery._is_ready = True
+    assert recovery._report_hung([2])
+    assert recovery._report_hung([2, 3]), "in the same group it may be said again"
+    recovery._generation = 1
+    assert not recovery._report_hung([1])
+    job.step = 6
+    assert recovery._report_hung([1])

@@ -30,6 +30,11 @@ IN_MANY_PLACES: dict[str, list[tuple[str, int, int, int]]] = {
         ("recovery: joined", 2, 1, SIGKILL),
         ("before the commit", 3, 6, SIGKILL),
     ],
+    "in a forward pass, after a backward pass, and in a sum": [
+        ("step + 0.001", 1, 3, SIGKILL),
+        ("backward", 2, 6, SIGKILL),
+        ("backward + 0.001", 3, 9, SIGKILL),
+    ],
     "in an evaluation, and after others have made their step": [
         ("after the commit", 2, 3, SIGKILL),
         ("evaluation", 1, 2, SIGKILL),
@@ -95,7 +100,14 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
     of_rank_0 = [("checkpoint: state", 0, 1, SIGKILL), ("after the commit", 1, 7, SIGKILL)]
     ended = launch(
         undisturbed(tmp_path, SAVING),
-        disturbed(tmp_path, signals, size=3, waits_at=[6]),
+        # By default, as nothing is said of it.
+        Run(
+            str(tmp_path / "disturbed"),
+            size=3,
+            signals=signals,
+            waits_at=[6],
+            overrides=("parallel.on_lost_worker=auto",),
+        ),
         Run(str(tmp_path / "without rank 0"), size=3, signals=of_rank_0, overrides=(CONTINUE, SAVING, GLOO)),
         # In step 5 rank 0 computes its slice, which is that step's audited one, wrong.
         Run(
@@ -142,8 +154,9 @@ def test_losses_in_many_places(tmp_path: Path, where: str) -> None:
 
 
 @pytest.mark.long
-def test_by_default_all_are_ended_to_be_restarted(tmp_path: Path) -> None:
-    default = Run(str(tmp_path / "default"), signals=[("step", 1, 4, SIGKILL)])
+def test_all_are_ended_to_be_restarted_where_the_recipe_says_so(tmp_path: Path) -> None:
+    overrides = ("parallel.on_lost_worker=restart",)
+    default = Run(str(tmp_path / "default"), signals=[("step", 1, 4, SIGKILL)], overrides=overrides)
     (ended,) = launch(default)
     assert ended["exit_code"] != 0
     assert "rank 1 " in ended["message"]
