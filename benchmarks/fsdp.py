@@ -38,6 +38,7 @@ from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World, join_world
 from disttrain.parallel.conditions import exact_conditions
 from disttrain.parallel.fsdp import blocks_of
+from disttrain.parallel.gathered import _MOST_BYTES
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.testing import run_workers
 from disttrain.training.given import Given
@@ -191,9 +192,12 @@ def compare_steps(workers: int, layers: int, dim: int, rounds: int) -> None:
         low, ratio, high = statistics.quantiles(ratios, n=4)
         print(f"{name:<30}{ratio:.3f} ({low:.3f} to {high:.3f})")
     # Weights in forward and backward passes, of one slice or of this worker's; the root's once, which is left out here.
+    # In exact mode those of a small model are gathered once for all slices.
     share, per_worker = (workers - 1) / workers, -(-SLICES // workers)
+    gathered = 1 if per_worker > 1 and 4 * num <= _MOST_BYTES else 2 * per_worker
     print(f"sent by a worker, MB: fsdp {num * share * 12 / 1e6:.1f} (gradients {num * share * 4 / 1e6:.1f}), ", end="")
-    print(f"exact {num * share * 12 * per_worker / 1e6:.1f} (gradients {num * share * 4 * per_worker / 1e6:.1f})")
+    sent = num * share * 4 * (gathered + per_worker) / 1e6
+    print(f"exact {sent:.1f} (gradients {num * share * 4 * per_worker / 1e6:.1f})")
 
 
 def main() -> None:
