@@ -83,7 +83,7 @@ def bytes_per_step(job: Job) -> int:
 
 def measure(overrides: tuple[str, ...], steps: int, rounds: int) -> tuple[list[tuple[float, float]], list[int]]:
     """(fast, exact) seconds per step of each round, and the bytes per step of both."""
-    with join_world("cpu", threads=1) as world:
+    with join_world("cpu", threads=1, most_sharing_memory=2) as world:
         jobs = [build_job(recipe(overrides, exact=exact), world, Given()) for exact in (False, True)]
         sources = [batches(job) for job in jobs]
         measured = []

@@ -219,7 +219,7 @@ def measure_parts(rounds: int) -> dict[str, float]:
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),
         stop_requests() as stop,
-        join_world("cpu", threads=1) as world,
+        join_world("cpu", threads=1, most_sharing_memory=2) as world,
         suppress(_Measured),
         open_session(settings, world, Path(folder, "run"), Given(), stop) as monitor,
     ):

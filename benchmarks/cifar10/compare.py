@@ -95,7 +95,7 @@ def main() -> int:
     for name, values in seconds.items():
         print(f"  {name:<16} {words(values)}")
     print("ratios, pair by pair")
-    pairs = [("disttrain x1", "handwritten x1"), ("disttrain x2", "handwritten x2")]
+    pairs = [("disttrain x1", "handwritten x1"), ("disttrain x2", "handwritten x2"), ("disttrain x2", "handwritten x1")]
     pairs += [(f"disttrain x{size}", f"{peer} x{size}") for peer in PEERS for size in (1, 2)]
     pairs += [(name, "tutorial") for name in ("disttrain x1", "disttrain x2") if "tutorial" in programs]
     for first, second in pairs:
