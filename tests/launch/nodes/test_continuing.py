@@ -104,3 +104,26 @@ def test_a_lost_worker_ends_the_run_on_both_machines_where_the_recipe_says_stop(
         assert "rank 1 on host-1 was killed by SIGKILL" in two.said(number)
         assert 'parallel.on_lost_worker is "stop": not restarting' in two.said(number)
         assert "Restart " not in two.said(number)
+
+
+def test_the_leading_machine_is_lost_and_all_resume_once_it_is_started_again(two: Nodes, tmp_path: Path) -> None:
+    """Without a word from anybody at the other machine, which ends its workers and waits meanwhile."""
+    longer = (*CONTINUE, "train.epochs=60", "checkpoint.every_steps=5")
+    reference = tmp_path / "reference"
+    run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=480)
+    with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:
+        two.start("--nodes=2", overrides=longer, variables=slowed)
+        wait_for(lambda: has_steps(two.run_dir, 12), "some steps and a checkpoint")
+        two.machines[0].kill()
+        again = two.machines.replace(two.machines[0])
+        words = "the workers here are ended, and join again when it is back"
+        wait_for(lambda: words in two.said(1), "what the other machine says")
+        wait_for(lambda: not workers_of(two.machines[1]), "the end of its workers")
+        two.start_on(again, "--nodes=2", overrides=longer, variables=slowed)
+        _, second, first = two.end(480)
+    said = [two.said(number) for number in (0, 1, 2)]
+    assert (first, second) == (0, 0), said
+    assert outcome(two.run_dir) == outcome(reference)
+    assert "resuming from step 1" in said[2], "the latest checkpoint: step 10, or one of the next"
+    assert len(events(two, "resume")) == 1
+    assert not events(two, "worker-lost")
