@@ -5,7 +5,8 @@
 
 `steps` builds both jobs in the same two workers, one thread each, and lets them train in turn, a few steps at a time,
 so that a machine whose speed drifts does not favour one. Printed are the medians, the median of the rounds' ratios with
-the quartiles, and the bytes that each worker hands to the collectives per step.
+the quartiles, the ratio of fast mode in as many parts as exact mode has slices (`train.accumulate`): what smaller
+batches alone cost; and the bytes that each worker hands to the collectives per step.
 
 `resume` starts `disttrain train` as users do. A cold start is timed from the command to the first step in the journal;
 then the job is killed with SIGKILL, started again, and timed from the command to the first step that was not there.
@@ -46,10 +47,13 @@ JOBS = {
 }
 
 
-def recipe(overrides: tuple[str, ...], *, exact: bool) -> Recipe:
+# The ways to train: fast, exact, and fast in as many parts as each of two workers has slices.
+WAYS = (("parallel.exact=false",), ("parallel.exact=true",), ("parallel.exact=false", "train.accumulate=2"))
+
+
+def recipe(*overrides: str) -> Recipe:
     """The tutorial's recipe on made-up images of CIFAR-10's size."""
-    word = "true" if exact else "false"
-    return load_recipe("cifar10-net", [*COMMON, *SYNTHETIC, *overrides, f"parallel.exact={word}"])
+    return load_recipe("cifar10-net", [*COMMON, *SYNTHETIC, *overrides])
 
 
 def batches(job: Job) -> Iterator[StepBatch]:
@@ -81,33 +85,34 @@ def bytes_per_step(job: Job) -> int:
     return 8 * (weights + buffers + num_tensors + 2) + counters
 
 
-def measure(overrides: tuple[str, ...], steps: int, rounds: int) -> tuple[list[tuple[float, float]], list[int]]:
-    """(fast, exact) seconds per step of each round, and the bytes per step of both."""
+def measure(overrides: tuple[str, ...], steps: int, rounds: int) -> tuple[list[list[float]], list[int]]:
+    """Seconds per step of each of the `WAYS` in each round, and the bytes per step."""
     with join_world("cpu", threads=1, most_sharing_memory=2) as world:
-        jobs = [build_job(recipe(overrides, exact=exact), world, Given()) for exact in (False, True)]
+        jobs = [build_job(recipe(*overrides, *way), world, Given()) for way in WAYS]
         sources = [batches(job) for job in jobs]
         measured = []
         for _ in range(rounds + 1):
-            fast, exact = (turn(job, source, steps) for job, source in zip(jobs, sources, strict=True))
-            measured.append((fast, exact))
+            measured.append([turn(job, source, steps) for job, source in zip(jobs, sources, strict=True)])
         return measured[1:], [bytes_per_step(job) for job in jobs]
 
 
 def compare_steps(rounds: int) -> bool:
     """Print the table; return whether every job stays within its bound."""
     print(
-        f"{'':<22}{'fast':>10}{'exact':>10}{'ratio':>8}{'quartiles':>16}{'at most':>9}{'MB fast':>10}{'MB exact':>10}"
+        f"{'':<22}{'fast':>10}{'exact':>10}{'ratio':>8}{'quartiles':>16}{'at most':>9}{'in parts':>10}"
+        f"{'MB fast':>10}{'MB exact':>10}"
     )
     good = True
     for name, (overrides, steps, most) in JOBS.items():
         measured, sizes = run_workers(
             measure, 2, args=(overrides, steps, rounds), process_group=False, timeout_s=600, check_collectives=False
         )[0]
-        fast, exact = (statistics.median(column) for column in zip(*measured, strict=True))
-        low, ratio, high = statistics.quantiles([b / a for a, b in measured], n=4)
+        fast, exact, _ = (statistics.median(column) for column in zip(*measured, strict=True))
+        low, ratio, high = statistics.quantiles([one[1] / one[0] for one in measured], n=4)
+        in_parts = statistics.median(one[2] / one[0] for one in measured)
         print(
             f"{name:<22}{fast * 1e3:>7.1f} ms{exact * 1e3:>7.1f} ms{ratio:>8.3f}{low:>9.3f}-{high:.3f}{most:>9.2f}"
-            f"{sizes[0] / 1e6:>10.2f}{sizes[1] / 1e6:>10.2f}",
+            f"{in_parts:>10.3f}{sizes[0] / 1e6:>10.2f}{sizes[1] / 1e6:>10.2f}",
             flush=True,
         )
         good &= ratio <= most
