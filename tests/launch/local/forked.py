@@ -24,11 +24,14 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules.module import register_module_forward_hook
 
 import disttrain.training.loop  # noqa: F401  # here once, and not in each worker
 from disttrain import faultpoints
+from disttrain.distributed import collectives
 from disttrain.distributed.ports import reserved_port
 from disttrain.distributed.report import report_failure, report_finished
+from disttrain.distributed.shared_sums import SharedSums
 from disttrain.errors import is_lost_peer
 from disttrain.layout import CONSOLE, ERROR_FILE, VERDICTS
 from disttrain_launch.local import worker as worker_module
@@ -169,6 +172,27 @@ class _Script:
     def _all_are_there(self) -> bool:
         return dist.is_initialized() and dist.get_world_size() == self._size
 
+    def note_more_points(self) -> None:
+        """Have points where the code has none, from the third step on: "forward"; "in the sum", once it is begun."""
+
+        def reached(name: str) -> None:
+            if self._passed.get("step", 0) >= 3:
+                self.reached(name, {})
+
+        def sum_(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+            work = dist.all_reduce(tensor, group=group, async_op=True)
+            reached("in the sum")
+            collectives.wait_for(work)
+            return tensor
+
+        def finish(sums: SharedSums) -> None:
+            reached("in the sum")
+            finished(sums)
+
+        finished = SharedSums.finish
+        register_module_forward_hook(lambda *_: reached("forward"))
+        collectives.sum_, SharedSums.finish = sum_, finish  # type: ignore[method-assign]
+
     @staticmethod
     def _send(number: int, after_s: float) -> None:
         if after_s:
@@ -181,7 +205,10 @@ def train_through(run: Run) -> dict[str, Any]:
     """Train the small job of exact mode, with these losses; how it ended."""
 
     def work(rank: int) -> None:
-        faultpoints._armed = _Script(run, rank)  # type: ignore[assignment]
+        script = _Script(run, rank)
+        faultpoints._armed = script  # type: ignore[assignment]
+        if any(point in ("forward", "in the sum") for point, *_ in run.signals):
+            script.note_more_points()
         train(Path(run.folder), *run.overrides)
 
     worker_module.Worker._start = staticmethod(_forking(work))  # type: ignore[assignment, method-assign]

@@ -35,6 +35,11 @@ IN_MANY_PLACES: dict[str, list[tuple[str, int, int, int]]] = {
         ("backward", 2, 6, SIGKILL),
         ("backward + 0.001", 3, 9, SIGKILL),
     ],
+    "in the forward pass, after a slice's backward pass, and in the sum": [
+        ("forward", 1, 2, SIGKILL),
+        ("backward", 2, 4, SIGKILL),
+        ("in the sum", 3, 3, SIGKILL),
+    ],
     "in an evaluation, and after others have made their step": [
         ("after the commit", 2, 3, SIGKILL),
         ("evaluation", 1, 2, SIGKILL),
