@@ -3,7 +3,8 @@
     python benchmarks/loss.py lose [--losses 20] [--restarts 5]
     python benchmarks/loss.py undisturbed [--pairs 10] [--steps 1000]
 
-Both train `digits` in exact mode with four workers, without MLflow. (`-o KEY=VALUE` and `--workers` change that.)
+Both train `digits` in exact mode with four workers, without MLflow. (`--recipe`, `-o KEY=VALUE` and `--workers` change
+that.)
 
 `lose` kills single workers by SIGKILL, each at a random moment once the one before has been replaced or the run has
 continued, and prints the seconds until the next new step is journalled: with `parallel.on_lost_worker = "continue"`,
@@ -41,17 +42,17 @@ START_UP_S, POLL_S = 10.0, 0.01  # the first: about
 MOST_S, WORST_S, OF_A_RESTART, MOST_RATIO = 1.0, 3.0, 0.15, 1.01
 
 
-def arguments(policy: str, steps: int, overrides: Sequence[str], *limits: str) -> list[str]:
+def arguments(policy: str, steps: int, asked: argparse.Namespace, *limits: str) -> list[str]:
     """Those of `disttrain train`."""
-    settled = (*RECIPE, *overrides, f"train.max_steps={steps}", f"parallel.on_lost_worker={policy}")
-    return ["digits", *(word for one in settled for word in ("-o", one)), *limits]
+    settled = (*RECIPE, *asked.overrides, f"train.max_steps={steps}", f"parallel.on_lost_worker={policy}")
+    return [asked.recipe, *(word for one in settled for word in ("-o", one)), *limits]
 
 
 def lose(policy: str, number: int, asked: argparse.Namespace) -> list[Loss]:
     """So many losses of a run with this policy."""
     steps, limits = 10_000_000, ("--max-losses", str(number), "--max-restarts", str(number))
     with tempfile.TemporaryDirectory() as folder:
-        with DisturbedRun(Path(folder, "run"), arguments(policy, steps, asked.overrides, *limits)) as run:
+        with DisturbedRun(Path(folder, "run"), arguments(policy, steps, asked, *limits)) as run:
             # It has more steps than it will ever make, so there is time for each replacement.
             losses = Losses(run.workers, run.pause, steps, Pace(START_UP_S, 1.0))
 
@@ -101,7 +102,7 @@ def cost_per_step(policy: str, asked: argparse.Namespace) -> float:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        DisturbedRun(Path(folder, "run"), arguments(policy, asked.steps, asked.overrides)) as run,
+        DisturbedRun(Path(folder, "run"), arguments(policy, asked.steps, asked)) as run,
     ):
         run.run(asked.workers, meanwhile)
     return measured[0]
@@ -125,6 +126,7 @@ def main() -> None:
     """Read the command line, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("lose", "undisturbed"))
+    parser.add_argument("--recipe", default="digits")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--losses", type=int, default=20)
     parser.add_argument("--restarts", type=int, default=5)
