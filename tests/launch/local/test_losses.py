@@ -30,11 +30,6 @@ IN_MANY_PLACES: dict[str, list[tuple[str, int, int, int]]] = {
         ("recovery: joined", 2, 1, SIGKILL),
         ("before the commit", 3, 6, SIGKILL),
     ],
-    "in a forward pass, after a backward pass, and in a sum": [
-        ("step + 0.001", 1, 3, SIGKILL),
-        ("backward", 2, 6, SIGKILL),
-        ("backward + 0.001", 3, 9, SIGKILL),
-    ],
     "in the forward pass, after a slice's backward pass, and in the sum": [
         ("forward", 1, 2, SIGKILL),
         ("backward", 2, 4, SIGKILL),
