@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ import pytest
 
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.runs.journal import read_journal
+from disttrain.testing import faults
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.watch import Watch
-from tests.disttrain.parallel.exact_runs import outcome
+from tests.disttrain.parallel.exact_runs import SMALL, outcome
 from tests.launch.local.forked import NEW, Run
 
 ROOT = Path(__file__).parents[3]
@@ -192,6 +194,23 @@ def test_the_only_worker_left_stands_still_before_its_replacement_has_joined(tmp
     assert ended["exit_code"] == 1
     assert "rank 0 holds up the others (train.hang_timeout_s): killing it" in ended["stderr"]
     assert "rank 0 on" in ended["message"]
+
+
+@pytest.mark.long
+def test_a_lost_shard_has_no_copy_and_so_all_restart_from_the_checkpoint_by_themselves(tmp_path: Path) -> None:
+    run_dir, sharded = tmp_path / "disturbed", (CONTINUE, "parallel.strategy=fsdp", "checkpoint.every_steps=2")
+    model = "model.name=tests.disttrain.parallel.exact_runs:build"
+    words = [word for one in (*SMALL, model, *sharded) for word in ("-o", one)]
+    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", "-n", "2", "--max-restarts", "1", *words]
+    with faults.armed(faults.kill(1, step=6)) as armed:
+        environment = {**os.environ, **armed, "PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
+        run = [*command, "--run-dir", str(run_dir)]
+        ended = subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=480, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "restart 1 of 1 from the latest checkpoint" in ended.stderr
+    assert "a loss needs a restart (--max-restarts): a lost shard has no copy" in ended.stdout
+    launch(undisturbed(tmp_path, model))
+    check(tmp_path, [], [])
 
 
 def test_a_hundred_losses(tmp_path: Path) -> None:
