@@ -28,7 +28,7 @@ from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.exact.slices import slices_of
 from disttrain.parallel.exact.strategy import SlicesSummed
 from disttrain.parallel.fsdp import Fsdp
-from disttrain.parallel.gathered import KeptGathered
+from disttrain.parallel.gathered import KeptGathered, take_hooks_of_fsdp_off
 from disttrain.recipe import ParallelRecipe
 
 
@@ -163,16 +163,9 @@ class ExactFsdp(SlicesSummed, Fsdp):
 
         Without its hooks, blocks are gathered and freed by ours, which leave the order alone.
         """
-        kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        put_back = take_hooks_of_fsdp_off(self._blocks.values())
         handles = []
         for block in self._blocks.values():
-            module = cast("Any", block)
-            state_of_fsdp = type(module._get_fsdp_state())
-            for hooks in (block._forward_pre_hooks, block._forward_hooks):
-                kept.append((hooks, dict(hooks)))
-                for key, hook in dict(hooks).items():
-                    if isinstance(getattr(hook, "__self__", None), state_of_fsdp):
-                        del hooks[key]
             handles.append(block.register_forward_pre_hook(_gather, prepend=True))
             handles.append(block.register_forward_hook(_free_until_backward))
         self._frees_blocks = True
@@ -182,9 +175,7 @@ class ExactFsdp(SlicesSummed, Fsdp):
             self._frees_blocks = False
             for handle in handles:
                 handle.remove()
-            for hooks, before in kept:
-                hooks.clear()
-                hooks.update(before)
+            put_back()
             for block in self._blocks.values():
                 cast("Any", block).reshard()
 
