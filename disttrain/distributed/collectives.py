@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, surprises
-from disttrain.distributed.shared_sums import SharedSums
 from disttrain.distributed.travelling import all_in, head_of, packed, size_in, unpacked
-from disttrain.distributed.world import World
 from disttrain.errors import DisttrainError, PeerError
+
+if TYPE_CHECKING:
+    from disttrain.distributed.shared_sums import SharedSums
+    from disttrain.distributed.world import World
 
 Decision = TypeVar("Decision")
 _DAY = timedelta(days=1)

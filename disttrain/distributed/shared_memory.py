@@ -13,17 +13,16 @@ import socket
 import struct
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
+
+from disttrain.distributed.collectives import gather_objects
 
 _Offer = tuple[bytes, bytes]  # where a rank listens, and what it wants to hear
 _HELLO = struct.Struct("<I16s")  # rank, and what the listener wants to hear
 _PEER = struct.Struct("3i")  # struct ucred: process, user, group
 _TIME = struct.Struct("@ll")  # struct timeval
 _MOST_S = 10**6  # the system takes no numbers of any size
-_Value = TypeVar("_Value")
 
 
 def share_memory(
@@ -36,13 +35,13 @@ def share_memory(
     """
     if not hasattr(os, "memfd_create"):  # not Linux, so on no rank
         return None
-    # Only the group's collectives are waited for: they notice a rank that dies.
+    # Only our collectives are waited for: they notice a rank that dies, and a verdict that one has.
     with ExitStack() as unless_it_fails, ExitStack() as in_any_case:
         listener = _listener(size)
         if listener is not None:
             in_any_case.enter_context(listener)
         secret = secrets.token_bytes(16)
-        offers = _of_all((listener.getsockname(), secret) if listener is not None else None)
+        offers: list[_Offer | None] = gather_objects((listener.getsockname(), secret) if listener is not None else None)
         if listener is None or not all(offers):
             return None
         peers: list[socket.socket | None] = [None] * size
@@ -57,7 +56,7 @@ def share_memory(
                 if (offer := offers[other]) is not None:
                     peers[other] = _connected(offer, rank, descriptor)
             has_connected = True
-        if not all(_of_all(has_connected)):
+        if not all(gather_objects(has_connected)):
             return None
         memory: torch.Tensor | None = None
         with suppress(OSError, ValueError):
@@ -75,7 +74,7 @@ def share_memory(
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIME.pack(int(limit_s) + 1, 0))
             if descriptor is not None:
                 memory = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
-        if not all(_of_all(memory is not None)) or memory is None:
+        if not all(gather_objects(memory is not None)) or memory is None:
             return None
         unless_it_fails.pop_all()
         return memory, peers
@@ -86,12 +85,6 @@ def close_all(peers: Iterable[socket.socket | None]) -> None:
     for peer in peers:
         if peer is not None:
             peer.close()
-
-
-def _of_all(value: _Value) -> list[_Value]:
-    values: list[_Value] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _reserved(num_bytes: int) -> int:
@@ -107,7 +100,10 @@ def _reserved(num_bytes: int) -> int:
 
 def _listener(size: int) -> socket.socket | None:
     """A socket that waits for the others, at an address that is no file; None if that cannot be."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:  # a sandbox without such sockets, or no descriptor is left
+        return None
     try:
         listener.setblocking(False)
         listener.bind(f"\0disttrain-{secrets.token_hex(16)}")

@@ -14,6 +14,7 @@ from disttrain.distributed.agreement import Agreement
 from disttrain.distributed.collectives import broadcast_object, gather_objects, interruptible, sum_
 from disttrain.distributed.connections import Connections
 from disttrain.distributed.regroup import rejoin
+from disttrain.distributed.shared_sums import shared_sums
 from disttrain.distributed.verdicts import Verdict, Verdicts
 from disttrain.distributed.world import join_world
 from disttrain.errors import is_lost_peer
@@ -79,7 +80,11 @@ def _waits_for_an_object(collective: Callable[[int], object]) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("collective", [gather_objects, broadcast_object])
+def _shares_memory(rank: int) -> None:
+    shared_sums(rank, 2, 600.0)
+
+
+@pytest.mark.parametrize("collective", [gather_objects, broadcast_object, _shares_memory])
 def test_who_waits_for_objects_is_freed_by_a_verdict(collective: Callable[[int], object]) -> None:
     """Of a machine that is cut off, no closed connection tells."""
     waited, _ = run_workers(
