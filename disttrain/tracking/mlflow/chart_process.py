@@ -24,7 +24,7 @@ class ChartProcess:
         ours, theirs = socket.socketpair()
         self._orders, self._answers = ours.makefile("w"), ours.makefile("r")
         with theirs:
-            if hasattr(os, "fork") and os.fork() == 0:
+            if _forked():
                 self._orders.close()
                 self._answers.close()
                 ours.close()
@@ -59,6 +59,13 @@ class ChartProcess:
         except OSError:
             return False
         return True
+
+
+def _forked() -> bool:
+    """Whether this is a new process, forked off just now; in the old one also False if there can be no more."""
+    with contextlib.suppress(OSError):  # RLIMIT_NPROC, or a container's limit
+        return hasattr(os, "fork") and os.fork() == 0
+    return False
 
 
 def _drawn(run_dir: Path) -> list[Path]:

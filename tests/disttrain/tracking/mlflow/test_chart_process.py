@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import psutil
@@ -30,6 +32,16 @@ def test_charts_are_drawn_by_another_process_or_without_it_here(tmp_path: Path) 
     charts.begin()
     assert charts.drawn() == [chart]
     assert chart.is_file()
+
+
+def test_where_there_can_be_no_more_processes_this_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    charts = ChartProcess(tmp_path)
+    charts.begin()
+    assert charts.drawn() == []
 
 
 def test_the_process_ends_with_the_one_that_wants_charts(tmp_path: Path) -> None:
