@@ -48,4 +48,5 @@ def checked_class_weights(asked: Sequence[float] | str | None, train_set: Any) -
 @lru_cache(maxsize=16)  # every batch asks, and on a GPU each copy would wait for it
 def weights_on(device: torch.device, dtype: torch.dtype, weights: tuple[float, ...]) -> torch.Tensor:
     """The weights as a tensor, (K,): not to be written to."""
-    return torch.tensor(weights, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # whoever asks first; what is made in that mode is refused in training
+        return torch.tensor(weights, dtype=dtype, device=device)

@@ -89,6 +89,11 @@ def test_class_weights_multiply_each_class_and_the_number_of_images_divides() ->
     balanced = task_of(class_weights="balanced")
     assert balanced.class_weights is not None
     assert torch.tensor(balanced.class_weights)[labels].mean().item() == pytest.approx(1)
+    learned = scores(70).requires_grad_()
+    others = task_of(class_weights=[0.25, *weights[1:]])
+    with torch.inference_mode():  # as a user's hook may have it, before a step asks for them
+        others.loss(model, (images, labels))
+    others.loss(Scores(learned), (images, labels)).backward()
     # An evaluation counts every image alike.
     plain, weighted = (task.score(model, (images, labels))["loss"] for task in (task_of(), balanced))
     assert torch.equal(plain, weighted)
