@@ -55,6 +55,10 @@ _MAY_CHANGE = {
     "parallel.reshard_after_forward", "train.checkpoint_activations",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
+# What each machine may have for itself, while all else is the same on all workers.
+_OF_A_MACHINE = {
+    "name", "code", "data.root", "data.verify", "data.download", "data.layout", "data.workers", "train.device",
+}  # fmt: skip
 
 
 def new_run_dir(recipe: Recipe) -> Path:
@@ -181,19 +185,40 @@ def refuse_another_job(path: Path, recipe: Recipe, warn: Callable[[str], None]) 
 
 def refuse_other_recipe(path: Path | str, stored: Recipe, recipe: Recipe, remedy: str) -> None:
     """Raise ConfigurationError if a run that was trained with `stored` cannot be resumed with `recipe`."""
-    before, now = (flatten(one.model_dump(mode="json")) for one in (stored, recipe))
     differences = [
-        f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and key != "name"
-        and key not in _MAY_CHANGE
-        and not key.startswith(_SECTIONS_THAT_MAY_CHANGE)
+        words
+        for key, words in _differences(stored.model_dump(mode="json"), recipe)
+        if key != "name" and key not in _MAY_CHANGE and not key.startswith(_SECTIONS_THAT_MAY_CHANGE)
     ]
     if differences:
         raise ConfigurationError(
             f"{path} holds a run of another recipe: {'; '.join(differences)}. Choose a new --run-dir, or {remedy}."
         )
+
+
+def refuse_edited_recipe(of_run: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raise ConfigurationError if the `recipe` of a worker that comes to a run under way is not `of_run`, as in JSON.
+
+    The worker has read it later than the others, and with another learning rate, say, its weights would be others.
+    """
+    differences = [
+        words
+        for key, words in _differences(of_run, recipe)
+        if key not in _OF_A_MACHINE and not key.startswith("tracking.")
+    ]
+    if differences:
+        raise ConfigurationError(
+            f"the recipe has changed since the run began: {'; '.join(differences)}. A worker that joins needs it as it "
+            "was."
+        )
+
+
+def _differences(before: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The keys whose values differ, each with words that show it."""
+    was, now = flatten(before), flatten(recipe.model_dump(mode="json"))
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key):
+            yield key, f"{key} was {_shown(was.get(key))}, now {_shown(now.get(key))}"
 
 
 def _shown(value: object) -> str:

@@ -10,10 +10,10 @@ from disttrain.checkpoint import CheckpointStore
 from disttrain.distributed.launched import rank_hint
 from disttrain.distributed.world import World
 from disttrain.health.stop import StopRequest
-from disttrain.layout import CHECKPOINTS
-from disttrain.recipe import Recipe
+from disttrain.layout import CHECKPOINTS, RECIPE
+from disttrain.recipe import Recipe, load_recipe
 from disttrain.recipe.address import is_url, settled, working_folder
-from disttrain.runs.rundir import log_to_file, stop_logging
+from disttrain.runs.rundir import log_to_file, refuse_edited_recipe, stop_logging
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker
 from disttrain.training.given import Given
@@ -29,13 +29,16 @@ def open_joining(
 ) -> Iterator[RunMonitor]:
     """Build the job as at its start: what has become of it comes from the others, once they are joined.
 
-    `world` is of this worker alone. The arguments are those of `open_session`.
+    `world` is of this worker alone. The arguments are those of `open_session`. Raises ConfigurationError as that does,
+    and if the recipe was edited since the run began, as far as its folder is seen from here.
     """
     address = settled(str(run_dir))
     path = working_folder(address) if is_url(address) else Path(address)
     console = Console(speaks=False)
     with ExitStack() as until_the_end:
         until_the_end.callback(stop_logging, log_to_file(path, rank_hint() or 0))
+        if (path / RECIPE).is_file():
+            refuse_edited_recipe(load_recipe(str(path / RECIPE), of_run=True).model_dump(mode="json"), recipe)
         progress, watchdog = until_the_end.enter_context(watched(path, recipe, world))
         job = build_job(recipe, world, given)
         until_the_end.enter_context(closing(job))

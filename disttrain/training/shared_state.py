@@ -10,6 +10,7 @@ from disttrain.checkpoint.stored import outline_of
 from disttrain.distributed.collectives import broadcast_object
 from disttrain.distributed.packed import broadcast_many
 from disttrain.faultpoints import reached
+from disttrain.runs.rundir import refuse_edited_recipe
 from disttrain.training.job import Job
 from disttrain.training.monitor import RunMonitor
 
@@ -25,7 +26,7 @@ class Sent:
 def share_state(job: Job, monitor: RunMonitor, source: int, *, is_behind: bool) -> Sent:
     """Have all that are behind take everything from rank `source`: nothing is changed before all of it is there.
 
-    Every rank must call it.
+    Every rank must call it. Raises ConfigurationError on one that has joined with another recipe.
     """
     began, is_source = time.monotonic(), job.world.rank == source
     own = job.model_tensors()
@@ -37,6 +38,7 @@ def share_state(job: Job, monitor: RunMonitor, source: int, *, is_behind: bool) 
     sent = Sent(sum(one.nbytes for one in all_of_it), time.monotonic() - began)
     if not is_behind:
         return sent
+    refuse_edited_recipe(state["recipe"], job.recipe)
     reached("recovery: received", step=job.step)
     for tensor, value in zip(own.values(), received, strict=False):
         tensor.detach().copy_(value)
