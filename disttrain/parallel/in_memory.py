@@ -26,9 +26,13 @@ def begin_in_memory(
 ) -> torch.futures.Future[torch.Tensor]:
     """Begin to replace a bucket's gradients by their mean over all workers, which they are after `sums.finish()`.
 
-    The reducer gets them as they are. With `gradient_as_bucket_view` they stay where they are, so it need not wait.
+    Sparse ones meet through gloo. The reducer gets the others as they are. With `gradient_as_bucket_view` they stay
+    where they are, so it need not wait.
     """
     gradients = bucket.buffer()
+    if gradients.layout != torch.strided:  # each worker's has a number of rows of its own: as without a hook
+        work = dist.all_reduce(gradients.div_(shared.num_workers), op=dist.ReduceOp.SUM, async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
     if shared.dtype is not None and is_wider(gradients, shared.dtype):
         # Divided in their own type, as by `send_smaller`.
         shared.sums.begin_(gradients.div_(shared.num_workers), sent_as=shared.dtype)

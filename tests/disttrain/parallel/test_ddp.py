@@ -179,6 +179,31 @@ def test_accumulation_talks_once_per_step() -> None:
         strategy.finish_step(2, 0)
 
 
+@pytest.mark.distributed(world_size=2, process_group=False)
+def test_sparse_gradients_meet_beside_those_in_memory(rank: int) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1, bias=False)
+
+    def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        assert isinstance(model, Rows)
+        return model.linear(model.table(rows)).sum()
+
+    with join_world("cpu", threads=1, most_sharing_memory=9) as world:
+        model = Rows()
+        strategy = parallelize(model, world, ParallelRecipe())
+        assert world.sums is not None
+        for _ in range(2):  # the reducer arranges its sums anew after the first
+            model.zero_grad()
+            strategy.loss(loss, torch.tensor([rank, 3]), num_samples=2).backward()
+            strategy.finish_step(4, 0)
+            (row,), table = model.linear.weight.detach(), model.table.weight.detach()
+            assert model.table.weight.grad is not None
+            assert torch.equal(model.table.weight.grad.to_dense(), torch.stack([row / 2, row / 2, torch.zeros(2), row]))
+            torch.testing.assert_close(model.linear.weight.grad, ((table[0] + table[1]) / 2 + table[3])[None])
+
+
 def test_a_run_has_the_same_bits_whether_gradients_meet_in_memory_or_through_gloo(tmp_path: Path) -> None:
     """Of two workers; a run may be resumed without."""
 
