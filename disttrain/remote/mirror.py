@@ -208,10 +208,11 @@ class Mirror:
         """What a local checkpoint is to be called there; None if it is there, or here no more."""
         if not (path / MANIFEST).exists():
             return None
-        manifest = read_bytes(path / MANIFEST)
+        manifest, name = read_bytes(path / MANIFEST), path.name
         with self._names:
-            name = self._given.get(path.name, path.name)
-        while (there := self.run.manifest(name)) is not None:
+            given = step_and_revision(self._given.get(path.name, path.name))
+        # Not from the given one on: of a save that failed afterwards nothing is here, and the one before it is there.
+        while (there := self.run.manifest(name)) is not None or step_and_revision(name) < given:
             if there == manifest and name not in damaged:
                 return None
             name = next_revision(name)

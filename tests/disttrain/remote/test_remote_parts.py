@@ -87,6 +87,9 @@ def test_a_step_that_is_saved_again_at_once_has_a_name_of_its_own_under_which_it
         write_checkpoint(store.folder / "step-00000003", tensors(3.0), moments(tensors(3.0)), state(3))
         settle(store)
         assert run.checkpoints().good == [names[1]]
+        Brought(run.url, store).reserve("step-00000003")  # for a save that fails
+        settle(store)
+        assert run.checkpoints().good == [names[1]], "it would be brought again, without what other machines have"
 
 
 def test_where_a_machine_may_not_write_to_the_url_rank_0_collects_what_it_has(tmp_path: Path) -> None:
