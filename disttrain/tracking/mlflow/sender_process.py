@@ -239,14 +239,15 @@ def sole_sender(run_dir: Path, orders: Orders) -> Iterator[bool]:
 
 def main() -> None:
     """Run as a process by `MlflowSender`."""
+    settings = json.loads(sys.stdin.readline())
+    run_dir = Path(settings["run_dir"])
+    # Before there are threads, and the stream of messages: whoever reads it would wait for this process as well.
+    charts = ChartProcess(run_dir)
     # Libraries print what they like: standard output becomes nothing's, and the messages get a stream of their own.
     voice = Voice(os.fdopen(os.dup(sys.stdout.fileno()), "w"))
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, sys.stdout.fileno())
     os.dup2(nothing, sys.stderr.fileno())
-    settings = json.loads(sys.stdin.readline())
-    run_dir = Path(settings["run_dir"])
-    charts = ChartProcess(run_dir)  # before there are threads
     orders = Orders(sys.stdin)
     try:
         with sole_sender(run_dir, orders) as alone:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from disttrain.tracking.mlflow import sender_process
 from disttrain.tracking.mlflow.chart_process import ChartProcess
 
 
@@ -50,3 +54,25 @@ def test_the_process_ends_with_the_one_that_wants_charts(tmp_path: Path) -> None
     (process,) = set(psutil.Process().children()) - known
     del charts
     assert process.wait(60) == 0
+
+
+def test_who_hears_the_sender_out_does_not_wait_for_its_charts(tmp_path: Path) -> None:
+    """Here they never get on: their process is stopped."""
+    settings = json.dumps({"run_dir": str(tmp_path), "uri": "http://127.0.0.1:9", "experiment": "", "run_name": ""})
+    start = f"from {sender_process.__name__} import main; main()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", start], stdin=pipe, stdout=pipe, stderr=pipe) as sender:
+        assert sender.stdin is not None
+        sender.stdin.write(settings.encode() + b"\n")
+        sender.stdin.flush()
+        deadline, drawing = time.monotonic() + 60, list[psutil.Process]()
+        while not drawing or os.readlink(f"/proc/{drawing[0].pid}/fd/2") != os.devnull:  # it has let go of ours
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            drawing = psutil.Process(sender.pid).children()
+        drawing[0].suspend()
+        sender.kill()
+        try:
+            sender.communicate(timeout=60)  # up to the end of its output, which no other process may hold
+        finally:
+            drawing[0].kill()
