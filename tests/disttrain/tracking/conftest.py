@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.distributed.ports import reserved_port
 from disttrain.recipe import Recipe, parse_recipe
 
 START_TIMEOUT_S = 120
@@ -26,11 +27,8 @@ START_TIMEOUT_S = 120
 class MlflowServer:
     """`mlflow server` in a process group of its own, which can be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+    def __init__(self, folder: Path, port: int) -> None:
+        self._folder, self.port = folder, port
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -63,11 +61,8 @@ class MlflowServer:
 class Line:
     """A TCP line to a server: forwards every byte while it is up; connections to it are refused while it is down."""
 
-    def __init__(self, port: int) -> None:
-        self._target = port
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+    def __init__(self, server: int, port: int) -> None:
+        self._target, self.port = server, port
         self.uri = f"http://127.0.0.1:{self.port}"
         self._listener: socket.socket | None = None
         self._thread: threading.Thread | None = None
@@ -118,20 +113,22 @@ class Line:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """One server for all tests; a test that kills it starts it again."""
-    mlflow_server = MlflowServer(tmp_path_factory.mktemp("server"))
-    try:
-        mlflow_server.start()
-        yield mlflow_server
-    finally:
-        mlflow_server.kill()
+    with reserved_port() as port:  # other tests, which run beside these, open ports all the time
+        mlflow_server = MlflowServer(tmp_path_factory.mktemp("server"), port)
+        try:
+            mlflow_server.start()
+            yield mlflow_server
+        finally:
+            mlflow_server.kill()
 
 
 @pytest.fixture
 def line(server: MlflowServer) -> Iterator[Line]:
     """A line to the server, cut at first."""
-    line = Line(server.port)
-    yield line
-    line.cut()
+    with reserved_port() as port:
+        line = Line(server.port, port)
+        yield line
+        line.cut()
 
 
 @pytest.fixture
