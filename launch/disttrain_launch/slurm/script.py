@@ -12,6 +12,12 @@ from disttrain.layout import DEVICE
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ports that systems hand out by themselves
 
+_FORBIDDEN_AGAIN = (
+    "# Slurm was allowed to requeue this job for its time limit, and would do so after a node's failure from then on.",
+    '[ -z "$SLURM_RESTART_COUNT" ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0',
+    "",
+)
+
 
 @dataclass(frozen=True)
 class SlurmJob:
@@ -118,6 +124,7 @@ class SlurmJob:
             f"    -n {shlex.quote(self.workers)} --max-restarts {self.max_restarts} --stop-grace {self.grace_s}",
             ")",
             "",
+            *(_FORBIDDEN_AGAIN if self.stops else []),
             "# Slurm warns this script alone; srun hands the signal on to `disttrain node`: all workers save and stop.",
             "warned= again=",
             "trap 'warned=yes again=yes; kill -USR1 \"$step\" 2>/dev/null' USR1",

@@ -20,6 +20,9 @@ node=(
     -n auto --max-restarts 3 --stop-grace 120
 )
 
+# Slurm was allowed to requeue this job for its time limit, and would do so after a node's failure from then on.
+[ -z "$SLURM_RESTART_COUNT" ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
+
 # Slurm warns this script alone; srun hands the signal on to `disttrain node`: all workers save and stop.
 warned= again=
 trap 'warned=yes again=yes; kill -USR1 "$step" 2>/dev/null' USR1
