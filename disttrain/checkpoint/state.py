@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from disttrain.distributed.sharded import is_sharded
 from disttrain.errors import ConfigurationError, brief
 
 
@@ -87,7 +88,7 @@ def optimizer_from_tensors(
         raise ConfigurationError(
             f"the checkpoint's optimizer state does not fit this optimizer: {brief(error)}"
         ) from error
-    _restore_types(optimizer, state)
+    _restore_as_stored(optimizer, state)
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
@@ -170,11 +171,23 @@ def _kind(option: Any) -> str:
     return "number" if isinstance(option, int | float) else type(option).__name__
 
 
-def _restore_types(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
-    """`load_state_dict` casts state to the parameter's type, also what the optimizer keeps in another on purpose."""
+def _restore_as_stored(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """What `load_state_dict` leaves undone: types, and the order in memory.
+
+    It casts state to the parameter's type, also what the optimizer keeps in another on purpose. And it takes the order
+    in memory from the file, where the parameter may have another (channels_last): torch's fused kernels go through both
+    side by side, number by number, on CPUs without a look at the order.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entries in state.items():
-        loaded = optimizer.state[parameters[index]]
+        parameter = parameters[index]
+        loaded = optimizer.state[parameter]
         for name, value in entries.items():
-            if isinstance(value, torch.Tensor) and loaded[name].dtype != value.dtype:
+            if not isinstance(value, torch.Tensor):
+                continue
+            if loaded[name].dtype != value.dtype:
                 loaded[name] = value.to(loaded[name].device)
+            if is_sharded(parameter) or loaded[name].shape != parameter.shape:
+                continue
+            if loaded[name].stride() != parameter.stride():
+                loaded[name] = torch.empty_like(parameter, dtype=loaded[name].dtype).copy_(loaded[name])

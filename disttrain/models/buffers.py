@@ -91,7 +91,7 @@ class BufferCopies:
     def restore_if(self, is_bad: torch.Tensor) -> bool:
         """Put back what was copied if `is_bad`, (), is 1, without a look at it; return whether that can be.
 
-        It cannot for buffers that were replaced, sparse or expanded: then nothing is done.
+        It cannot for buffers that were replaced, sparse, expanded or elsewhere: then nothing is done.
         """
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for (module, name), copy in zip(self._places, self._copies, strict=True):
@@ -101,6 +101,8 @@ class BufferCopies:
             if buffer is None or copy is None or not _is_dense(copy) or _is_expanded(buffer):
                 return False
             if (copy.shape, copy.dtype, copy.device) != (buffer.shape, buffer.dtype, buffer.device):
+                return False
+            if buffer.device != is_bad.device:
                 return False
             pairs.append((copy, buffer))
         for dtype in {buffer.dtype for _, buffer in pairs}:  # a few kernels for all of a type

@@ -197,9 +197,15 @@ class Ddp(Strategy):
 
 
 def _has_statistics_alone(model: nn.Module) -> bool:
-    """Whether each buffer is one of BatchNorm's, which are written to in training, and read in evaluations."""
+    """Whether each buffer is one of BatchNorm's, which are written to in training, and read in evaluations.
+
+    A class of a user's that is made of it may read them in training, as batch renormalisation does.
+    """
     modules = [module for module in model.modules() if any(one is not None for one in module._buffers.values())]
-    return all(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+    return all(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.nn.")
+        for module in modules
+    )
 
 
 def _listed(names: list[str]) -> str:

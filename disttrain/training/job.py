@@ -37,7 +37,7 @@ from disttrain.training.gradients import facts_of_fast_mode
 from disttrain.training.groups import parameter_groups
 from disttrain.training.hooks import Hooks, build_hooks
 from disttrain.training.identity import describe_data, describe_task, digest_for_savers
-from disttrain.training.optim import Schedule, build_optimizer, gradients_are_dense
+from disttrain.training.optim import Schedule, build_optimizer, may_fuse
 from disttrain.training.recompute import checkpoint_activations
 from disttrain.training.sets import eval_loader, load_sets, model_for, served
 from disttrain.training.sharding import constructing, is_to_shard
@@ -248,7 +248,7 @@ def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = 
     total_steps = min(whole := settings.epochs * steps_per_epoch, settings.max_steps or whole)
     with named(task, "param_groups"):
         groups = parameter_groups(recipe.optim, strategy.model, task.param_groups(strategy.model))
-    optimizer = build_optimizer(recipe.optim, groups, may_fuse=gradients_are_dense(strategy.model))
+    optimizer = build_optimizer(recipe.optim, groups, may_fuse=may_fuse(strategy))
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     loader = Loader(
         served(data.train, task),

@@ -13,6 +13,7 @@ from torch import nn
 
 from disttrain.distributed import later
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import OptimRecipe, ScheduleRecipe
 from disttrain.recipe.names import check_optimizer, nearest
 from disttrain.training.muon import Muon
@@ -66,14 +67,19 @@ def build_optimizer(
             kind([nn.Parameter(torch.zeros(1))], lr=recipe.lr, **options | of_group)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"the task's param_groups: {kind.__name__} refuses {of_group}: {error}") from error
-    if options.get("fused") and kind is torch.optim.SGD and later.is_asynchronous(_all(params)[0].device):
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
+    if is_fused and kind is torch.optim.SGD and later.is_asynchronous(_all(params)[0].device):
         optimizer.register_step_pre_hook(lambda optimizer, *_: begin_momentum(optimizer))
     return optimizer
 
 
-def gradients_are_dense(model: nn.Module) -> bool:
-    """Whether no module asks for sparse gradients, as an embedding may: fused kernels do not take them."""
-    return not any(getattr(module, "sparse", False) is True for module in model.modules())
+def may_fuse(strategy: Strategy) -> bool:
+    """Whether its gradients are dense, which those of an embedding may not be: fused kernels take no others.
+
+    And not in exact mode: whole weights are to have the bits of FSDP's parts, which cannot be fused.
+    """
+    is_sparse = any(getattr(module, "sparse", False) is True for module in strategy.model.modules())
+    return strategy.bits_depend_on_world_size and not is_sparse
 
 
 def _can_fuse(kind: type, options: Mapping[str, Any], params: list[Any]) -> bool:
@@ -96,10 +102,11 @@ def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Give parameters that get their first gradient in a step a momentum of zeros, which comes to the same.
 
     Left to itself, torch's fused SGD begins only with all at once, and counts a first step as made that `found_inf` has
-    it leave out: the momentum is then what the memory held (`torch.optim.sgd._fused_sgd`, torch 2.11 to 2.14).
+    it leave out: the momentum is then what the memory held (`torch.optim.sgd._fused_sgd`, torch 2.11 to 2.14). With
+    dampening it would not come to the same: a first gradient is not dampened.
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
+        for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():
             if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 

@@ -350,3 +350,7 @@ def test_buffers_are_put_back_whatever_became_of_them() -> None:
         assert model.mask.tolist() == [0, -math.inf]
         assert int(model.num_batches_tracked) == counted - 1
         assert model.nothing is None
+    copies = BufferCopies(model := nn.BatchNorm1d(3))
+    copies.take()
+    assert copies.restore_if(torch.zeros(()))
+    assert not copies.restore_if(torch.zeros((), device="meta")), "the model has left its buffers elsewhere"

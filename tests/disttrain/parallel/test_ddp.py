@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.commands import evaluate
 from disttrain.data import MemorySplit, StepSampler
+from disttrain.distributed import later
 from disttrain.distributed.collectives import gather_objects
 from disttrain.distributed.world import join_world
 from disttrain.parallel.choose import parallelize
@@ -163,6 +165,20 @@ def test_a_run_evaluates_the_model_that_it_saves(tmp_path: Path, capsys: pytest.
     by_one_worker = json.loads(capsys.readouterr().out)
     of_the_run = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert by_one_worker == {key: of_the_run[key] for key in by_one_worker}
+
+
+class Renorm(nn.BatchNorm1d):
+    """Stands for what reads its running statistics in training, too."""
+
+
+@pytest.mark.parametrize(("norm", "is_sent_at_each_step"), [(nn.BatchNorm1d, False), (Renorm, True)])
+def test_on_gpus_only_what_no_training_step_reads_stays_where_it_is(
+    norm: type[nn.Module], is_sent_at_each_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    with join_world("cpu", threads=1) as world:
+        strategy: Any = parallelize(nn.Sequential(nn.Linear(2, 3), norm(3)), world, ParallelRecipe(strategy="ddp"))
+        assert strategy.module.broadcast_buffers is is_sent_at_each_step
 
 
 @pytest.mark.distributed(world_size=2, process_group=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from disttrain.distributed import later
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import OptimRecipe, ScheduleRecipe, parse_recipe
 from disttrain.training.optim import Schedule, build_optimizer
@@ -52,6 +53,19 @@ def test_optimizers_by_name_with_their_options(options: dict[str, Any], kind: ty
 def test_what_an_optimizer_cannot_take_is_said_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         build_optimizer(optim(**options), nn.Linear(2, 2).parameters())
+
+
+def test_a_fused_kernel_does_not_dampen_a_first_gradient_on_a_gpu_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    weight, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "fused": True}
+    for parameter, optimizer in (
+        (weight, build_optimizer(optim(name="sgd", **options), [weight])),
+        (other, torch.optim.SGD([other], **options)),
+    ):
+        parameter.grad = torch.full((3,), 2.0)
+        optimizer.step()
+    assert torch.equal(weight, other)
 
 
 def test_warm_up_climbs_linearly_and_ends_at_the_base_rate() -> None:

@@ -144,6 +144,14 @@ def test_an_evaluation_on_a_gpu_looks_at_nothing_while_it_computes(monkeypatch: 
     assert evaluated() == (at_once, [0] * 4)
 
 
+def test_exact_mode_steps_whole_weights_by_the_kernels_that_parts_of_them_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP's parts cannot be fused, and the bits are to be the same."""
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    exact, _ = steps("train.log_every_steps=100")
+    fast, _ = steps("train.log_every_steps=100", "parallel.exact=false")
+    assert [job.optimizer.param_groups[0]["fused"] for job in (exact, fast)] == [None, True]
+
+
 def test_a_step_of_exact_mode_looks_once_however_many_slices_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_slices in (2, 8):
         _, seen = steps(
