@@ -39,6 +39,7 @@ WAYS = {
     "fp16": "parallel.compress=fp16",
     "every 10": "parallel.sync_every=10",
     "every 50": "parallel.sync_every=50",
+    "every 50, int8": "parallel.sync_every=50 parallel.compress=int8",
 }
 COMMON = (
     "train.threads=1",
@@ -126,7 +127,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
             for name, override in ways.items():
-                overrides, place = [*COMMON, *options.overrides, override], f"{name.replace(' ', '-')}-{number}"
+                overrides, place = (
+                    [*COMMON, *options.overrides, *override.split()],
+                    f"{name.replace(' ', '-')}-{number}",
+                )
                 found[name].append(measure(Path(folder, place), options.recipe, options.rate, overrides))
     base = found["float32"]
     for name, runs in found.items():

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INT8 = "int8"  # for the changes of workers that train apart
 
 
 @dataclass(frozen=True)

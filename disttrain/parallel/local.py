@@ -11,7 +11,7 @@ from torch import nn
 from disttrain.distributed.collectives import broadcast_, gather_objects
 from disttrain.distributed.world import World
 from disttrain.errors import DivergedError
-from disttrain.parallel.compress import DTYPES
+from disttrain.parallel.compress import DTYPES, INT8
 from disttrain.parallel.outer import MeanChanges, OuterOptimizer, mean_changes
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import ParallelRecipe
@@ -33,7 +33,8 @@ class Local(Strategy):
     def __init__(self, model: nn.Module, world: World, recipe: ParallelRecipe) -> None:
         """All start from rank 0's weights and buffers. Every rank must call it."""
         alone = world.size == 1
-        self._sent_as = DTYPES[recipe.compress] if recipe.compress != "none" and not alone else None
+        sent_as = {**DTYPES, INT8: torch.int8}
+        self._sent_as = sent_as[recipe.compress] if recipe.compress != "none" and not alone else None
         steps = f"{recipe.sync_every} steps" if recipe.sync_every > 1 else "step"
         sent = "" if self._sent_as is None else f", changes sent as {recipe.compress}"
         who = "1 worker makes" if alone else f"{world.size} workers train apart and make"
@@ -174,7 +175,7 @@ class Local(Strategy):
             name: _change(self._start[name], one.detach()) if name in self._start else None
             for name, one in everything.items()
         }
-        return mean_changes(changes, everything, self._world.size, sent_as)
+        return mean_changes(changes, everything, self._world.size, sent_as, buffers=self._buffers().keys())
 
     def _everything(self) -> dict[str, torch.Tensor]:
         return {**self._parameters, **self._buffers()}

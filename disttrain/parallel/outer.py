@@ -7,13 +7,14 @@ which moves the weights that all start from again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from disttrain.distributed.collectives import max_, sum_
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, magnitudes
+from disttrain.distributed.int8 import int8_mean_
 
 # What 32 and 64 bits hold beside a sign, but one: a sum may come to exactly that power of two.
 _BITS = {torch.int32: 30, torch.int64: 62}
@@ -40,26 +41,32 @@ def mean_changes(
     like: Mapping[str, torch.Tensor],
     num_workers: int,
     sent_as: torch.dtype | None = None,
+    buffers: Collection[str] = (),
 ) -> MeanChanges:
     """The mean of the changes of all workers, each of the form that `like` has by the same name; None: no change.
 
     Each number travels as an integer of 32 bits (64 for a float64) on a grid that all workers share, so the order of
     the workers does not affect the mean; what is cut off is less than 2**-29 of the tensor's largest number, times the
-    number of workers. With `sent_as`, a float type of 16 bits, it travels as such a float, and sums round. Every rank
-    must call it.
+    number of workers. With `sent_as`, a float type of 16 bits, it travels as such a float, and sums round; with int8
+    as `int8_mean_` has it, but for the names in `buffers`. Every rank must call it.
     """
     agreed: list[float] = max_(torch.tensor(magnitudes(list(changes.values())), dtype=torch.float64)).tolist()
     largest = dict(zip(changes, agreed, strict=True))
     present = [name for name, magnitude in largest.items() if ABSENT < magnitude < math.inf]
     by_name = {name: torch.zeros_like(like[name]) if changes[name] is None else changes[name] for name in present}
     mean: dict[str, torch.Tensor] = {name: change for name, change in by_name.items() if change is not None}
-    for names in _at_once(mean) if num_workers > 1 else ():
-        some, bounds = [mean[name] for name in names], [largest[name] for name in names]
-        if sent_as is None:
-            _sum_integers_(some, bounds, num_workers)
-            torch._foreach_div_(some, float(num_workers))
-        else:
-            _mean_of_floats_(some, bounds, num_workers, sent_as)
+    # In int8 a small number beside a large one is off by as much as it is: a variance could become negative.
+    in_full = {name for name in mean if sent_as is None or (sent_as is torch.int8 and name in buffers)}
+    for full in (True, False) if num_workers > 1 else ():
+        for names in _at_once({name: change for name, change in mean.items() if (name in in_full) is full}):
+            some, bounds = [mean[name] for name in names], [largest[name] for name in names]
+            if sent_as is None or full:
+                _sum_integers_(some, bounds, num_workers)
+                torch._foreach_div_(some, float(num_workers))
+            elif sent_as is torch.int8:
+                int8_mean_(some, num_workers)
+            else:
+                _mean_of_floats_(some, bounds, num_workers, sent_as)
     return MeanChanges(mean, tuple(name for name, magnitude in largest.items() if magnitude == math.inf))
 
 

@@ -29,8 +29,10 @@ class ParallelRecipe(Section):
     find_unused_parameters: bool = Field(
         default=False, description="ddp: a step may leave parameters without a gradient (LayerDrop, an unused head)"
     )
-    compress: Literal["none", "bf16", "fp16"] = Field(
-        default="none", description="ddp: gradients travel as float32, or in half the bytes as bf16 or fp16"
+    compress: Literal["none", "bf16", "fp16", "int8"] = Field(
+        default="none",
+        description="ddp: gradients travel as float32, or in half the bytes as bf16 or fp16; sync_every: what an outer "
+        "step sends, or in a quarter as int8",
     )
     sync_every: WholeNumber = Field(
         default=0,
@@ -119,6 +121,11 @@ class ParallelRecipe(Section):
             raise ValueError(
                 f'compress = "{self.compress}" is for several workers, and strategy = "{self.strategy}" is for one; '
                 "leave one of the two out"
+            )
+        if self.compress == "int8" and not self.sync_every:
+            raise ValueError(
+                'compress = "int8" is for the outer steps of sync_every, and sync_every is 0; set it, or compress = '
+                '"bf16", which also suits the gradients of every step'
             )
         if self.shard_size == 1:
             raise ValueError('shard_size = 1 has every worker hold the whole model, which is strategy = "ddp"')

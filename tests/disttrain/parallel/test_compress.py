@@ -130,3 +130,5 @@ def test_one_worker_rounds_nothing_and_no_strategy_for_one_can_be_asked_to() -> 
     for strategy in ("dp", "none"):
         with pytest.raises(ConfigurationError, match="is for several workers"):
             load_recipe("digits", ["parallel.compress=bf16", f"parallel.strategy={strategy}"])
+    with pytest.raises(ConfigurationError, match='compress = "int8" is for the outer steps of sync_every'):
+        load_recipe("digits", ["parallel.compress=int8"])

@@ -102,6 +102,28 @@ def test_a_run_resumes_at_any_step_to_the_same_bits(tmp_path: Path) -> None:
     assert newest(tmp_path / "other workers").state["step"] == 10
 
 
+def in_int8(run_dir: Path) -> None:
+    """A whole run, one in parts, and one that sends 32 bits."""
+    options = (FAST, f"parallel.sync_every={EVERY}", f"model.name={exact_runs.__name__}:build")
+    for where, *overrides in (("whole",), ("in parts", "train.max_steps=7"), ("in parts",)):
+        exact_runs.train(
+            run_dir / where, *options, "parallel.compress=int8", f"train.hooks=['{HERE}:Watch']", *overrides
+        )
+    exact_runs.train(run_dir / "32 bits", *options)
+
+
+def test_what_is_sent_in_8_bits_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    run_workers(in_int8, 2, args=(tmp_path,), process_group=False)
+    whole, in_parts = exact_runs.outcome(tmp_path / "whole"), exact_runs.outcome(tmp_path / "in parts")
+    assert (in_parts.weights, in_parts.optimizer, in_parts.state) == (whole.weights, whole.optimizer, whole.state)
+    assert (
+        "make an outer step every 4 steps, changes sent as int8" in (tmp_path / "whole/logs/worker-0.log").read_text()
+    )
+    in_full = newest(tmp_path / "32 bits").model
+    assert not all(torch.equal(in_full[name], one) for name, one in newest(tmp_path / "whole").model.items())
+    assert all((in_full[name] - one).abs().max() < 0.05 for name, one in newest(tmp_path / "whole").model.items())
+
+
 def test_a_run_that_ends_before_the_first_outer_step_says_so(tmp_path: Path) -> None:
     overrides = (FAST, "train.max_steps=2", "parallel.sync_every=3")
     run_workers(exact_runs.train, 1, args=(tmp_path, *overrides), process_group=False)
@@ -158,6 +180,10 @@ def test_means_do_not_depend_on_who_changed_what_and_come_in_few_bits(rank: int)
             first, *others = gather_objects(small.tolist())
             assert others == [first, first]
             torch.testing.assert_close(small.double(), exact, rtol=0, atol=100 * torch.finfo(dtype).eps)
+        changes, of_type = {"a": summands[rank].clone(), "b": summands[rank].clone()}, torch.int8
+        in_int8 = mean_changes(changes, dict.fromkeys("ab", like["a"]), 3, of_type, buffers={"b"}).by_name
+        assert torch.equal(in_int8["b"], found["a"]), "a buffer's change is sent in full"
+        assert not torch.equal(in_int8["a"], found["a"])
         bad = torch.full((2,), math.nan if rank == 1 else 1.0)
         some = mean_changes({"a": torch.ones(2), "b": bad}, {"a": bad, "b": bad}, 3)
         assert some.not_finite == ("b",)
