@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.distributed.shared_sums import SharedSums
-from disttrain.parallel.compress import is_wider
+from disttrain.parallel.compress import Smaller, is_wider, send_smaller
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ def begin_in_memory(
     where they are, so it need not wait.
     """
     gradients = bucket.buffer()
-    if gradients.layout != torch.strided:  # each worker's has a number of rows of its own: as without a hook
-        work = dist.all_reduce(gradients.div_(shared.num_workers), op=dist.ReduceOp.SUM, async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])
+    if gradients.layout != torch.strided:  # each worker's has a number of rows of its own
+        return send_smaller(Smaller(shared.dtype or gradients.dtype, shared.num_workers), bucket)
     if shared.dtype is not None and is_wider(gradients, shared.dtype):
         # Divided in their own type, as by `send_smaller`.
         shared.sums.begin_(gradients.div_(shared.num_workers), sent_as=shared.dtype)
