@@ -209,14 +209,20 @@ class Watchdog:
             faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._stacks)
             is_still = self._still_s() >= self._timeout_s and not self._progress.patient
             found = self._verdict(time.monotonic()) if is_still else None
-            if self._may_be_cured(found[1] if found is not None else ()) or found is None:
+            is_known = self._asked_at is not None
+            may_be_cured = self._may_be_cured(found[1] if found is not None else ())
+            if found is None or self._closed.is_set():
                 continue
             verdict, _ = found
-            if not self._closed.is_set():
-                self._stacks.write(f"{verdict}\n".encode())
-                faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+            if not is_known:  # also if it can be cured: nothing else would show where it was stuck
+                self._write(verdict)
+            if not may_be_cured:
                 self._end(verdict)
                 return
+
+    def _write(self, verdict: str) -> None:
+        self._stacks.write(f"{verdict}\n".encode())
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
 
     def _may_be_cured(self, culprits: Sequence[int]) -> bool:
         """Ask for it, if there are any; take it back, if there are none any more."""

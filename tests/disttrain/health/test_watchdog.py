@@ -112,6 +112,33 @@ def test_who_has_begun_fewer_collectives_holds_up_the_others() -> None:
     assert named([beat(0, place=8, issued=12, waits=False), beat(1, issued=12, waits=True), beats[2]]) == {1, 2}
 
 
+def test_where_a_rank_was_stuck_is_logged_also_if_the_others_continue_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher kills it then, and nothing else would show it."""
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)  # it ends the process
+    world: Any = SimpleNamespace(rank=0, size=1, host="box", device=torch.device("cpu"), sums=None)
+    ended: list[str] = []
+    asked: list[list[int]] = []
+    progress = Progress()
+    progress.at("computing the next step", 3)
+    dog = watchdog.Watchdog(world, progress, 0.2, tmp_path / "log", ended.append)
+    dog.cure = lambda ranks: asked.append([*ranks]) is None
+    with open(tmp_path / "log", "ab", buffering=0) as dog._stacks:
+        judging = threading.Thread(target=dog._judge)
+        judging.start()
+        deadline = time.monotonic() + 60
+        while len(asked) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        dog._closed.set()
+        judging.join()
+    log = (tmp_path / "log").read_text()
+    assert log.count("no worker has made progress for 0.2 s (train.hang_timeout_s): rank 0 on box") == 1
+    assert log.count("Current thread") == 1
+    assert asked[0] == [0]
+    assert not ended
+
+
 def test_compiling_may_take_as_long_as_it_takes() -> None:
     """The first time for each size of a batch, until it has made progress."""
     job: Any = SimpleNamespace(recipe=load_recipe("digits", ["train.compile=true"]), compiled=set())
