@@ -93,7 +93,7 @@ def scored(
                 score = task.score(model, batch.data) if compute is None else compute(task.score, batch.data)
             if batch.number >= loader.num_batches:
                 continue  # only so that every rank makes as many forward passes
-            coming[batch.number] = _on_its_way(checked_score(task, score))
+            coming[batch.number] = on_its_way(checked_score(task, score))
             weight += batch.weight
             on_batch()
     scores = {number: score() for number, score in coming.items()}
@@ -157,7 +157,7 @@ def checked_score(task: Task, score: Any) -> dict[str, torch.Tensor | list[Any]]
     return checked
 
 
-def _on_its_way(score: Mapping[str, torch.Tensor | list[Any]]) -> Callable[[], dict[str, torch.Tensor | list[Any]]]:
+def on_its_way(score: Mapping[str, torch.Tensor | list[Any]]) -> Callable[[], dict[str, torch.Tensor | list[Any]]]:
     """Begin to bring what a batch scored to the host; the result waits for it."""
     coming = {key: later.to_host_later(value) for key, value in score.items() if isinstance(value, torch.Tensor)}
     return lambda: {key: coming[key]() if key in coming else value for key, value in score.items()}

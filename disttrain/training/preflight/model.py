@@ -19,7 +19,7 @@ from disttrain.distributed.sharded import local
 from disttrain.errors import ConfigurationError, is_circumstance, is_lost_peer, where
 from disttrain.models.buffers import buffers_kept, same_bits
 from disttrain.task import ImageClassification, Task, has_own
-from disttrain.training.evaluate import checked_score
+from disttrain.training.evaluate import checked_score, on_its_way
 from disttrain.training.given import model_words
 from disttrain.training.job import Job
 from disttrain.training.preflight.evaluation import check_evaluation
@@ -73,8 +73,8 @@ def _evaluate(job: Job) -> None:
         quietly(job, training=False),
         torch.autocast(job.world.device.type, job.autocast, job.autocast is not None),
     ):
-        score = checked_score(job.task, job.strategy.score(_score(job.task), data))
-    check_evaluation(job.task, score, num, job.recipe.checkpoint.best)
+        score = on_its_way(checked_score(job.task, job.strategy.score(_score(job.task), data)))
+    check_evaluation(job.task, score(), num, job.recipe.checkpoint.best)
 
 
 def _score(task: Task) -> Callable[[nn.Module, Any], Mapping[str, Any]]:

@@ -18,6 +18,7 @@ from disttrain.training.evaluate import scored
 from disttrain.training.given import Given
 from disttrain.training.job import Job, build_job
 from disttrain.training.loop import train_step
+from disttrain.training.preflight import model
 from tests.disttrain.parallel.exact_runs import SMALL, build
 
 LOOKING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
@@ -150,6 +151,25 @@ def test_exact_mode_steps_whole_weights_by_the_kernels_that_parts_of_them_have(m
     exact, _ = steps("train.log_every_steps=100")
     fast, _ = steps("train.log_every_steps=100", "parallel.exact=false")
     assert [job.optimizer.param_groups[0]["fused"] for job in (exact, fast)] == [None, True]
+
+
+def test_what_a_task_makes_of_a_score_is_tried_on_the_host_as_in_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+
+    def to_host_later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        sent.append(tensor.clone())
+        return lambda host=sent[-1]: host  # type: ignore[misc]
+
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(later, "to_host_later", to_host_later)
+    with join_world("cpu", threads=1) as world:
+        job = build_job(load_recipe("digits", SMALL), world, Given(model=build(3, (3, 32, 32))))
+        tried: list[dict[str, Any]] = []
+        monkeypatch.setattr(model, "check_evaluation", lambda task, score, *rest: tried.append(score))
+        model._evaluate(job)
+        job.close()
+    assert sent
+    assert [id(one) for one in tried[0].values()] == [id(one) for one in sent]
 
 
 def test_a_step_of_exact_mode_looks_once_however_many_slices_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
