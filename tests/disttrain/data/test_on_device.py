@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttrain.data import MemorySplit, StepSampler
+from disttrain.data import MemorySplit, StepSampler, normalise
 from disttrain.distributed import later
 from disttrain.recipe import DataRecipe
 from tests.disttrain.data.loaders import eval_loader, train_loader
@@ -16,6 +16,19 @@ from tests.disttrain.data.loaders import eval_loader, train_loader
 NUM, BATCH, NUM_STEPS = 30, 8, 4
 EVERYTHING = DataRecipe(batch_size=BATCH, crop_padding=2, flip=True, cutout=3)
 ALTERNATING = DataRecipe(batch_size=BATCH, crop_padding=2, crop_fill="reflect", flip="alternate")
+
+
+class Divisors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is divided by: a GPU takes a plain number for its inverse to multiply by."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.places: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator._schema.name.startswith("aten::div"):
+            self.places.add(args[1].device.type if isinstance(args[1], torch.Tensor) else "a number")
+        return operator(*args, **(kwargs or {}))
 
 
 class Sendings(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -75,3 +88,9 @@ def test_an_evaluation_sends_nothing_after_its_first_batch(monkeypatch: pytest.M
     with Sendings() as sent:
         assert len(list(batches)) == NUM_STEPS - 1
     assert sent.num == 0
+
+
+def test_bytes_are_normalised_by_true_divisions() -> None:
+    with Divisors() as divisors:
+        normalise(split().images.to("meta"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
+    assert divisors.places == {"meta"}
