@@ -47,7 +47,7 @@ def test_means_in_8_bits_are_near_and_do_not_depend_on_the_order_of_the_ranks(
         for start in range(0, len(exact), 512):
             part = slice(start, start + 512)
             allowed = float(of_all[:, part].abs().max()) / 127 + 1e-41
-            torch.testing.assert_close(one[part], exact[part], rtol=0, atol=allowed)
+            assert (one[part] - exact[part]).abs().max() <= allowed  # importing torch.testing takes half a second
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
