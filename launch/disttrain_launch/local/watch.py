@@ -174,7 +174,8 @@ class Watch:
         }
         for worker in (self._workers[rank] for rank in hung_ranks(reports)):
             if not worker.was_shot:
-                complain(f"rank {worker.rank} holds up the others (train.hang_timeout_s): killing it")
+                words = "killing it; the stacks of all are in the run's logs"
+                complain(f"rank {worker.rank} holds up the others (train.hang_timeout_s): {words}")
                 worker.shoot()
 
     def _leave_out_the_corrupt(self) -> None:
