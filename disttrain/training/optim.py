@@ -67,9 +67,12 @@ def build_optimizer(
             kind([nn.Parameter(torch.zeros(1))], lr=recipe.lr, **options | of_group)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"the task's param_groups: {kind.__name__} refuses {of_group}: {error}") from error
-    is_fused = any(group.get("fused") for group in optimizer.param_groups)
-    if is_fused and kind is torch.optim.SGD and later.is_asynchronous(_all(params)[0].device):
-        optimizer.register_step_pre_hook(lambda optimizer, *_: begin_momentum(optimizer))
+    if kind is torch.optim.SGD and any(group.get("fused") for group in optimizer.param_groups):
+        is_wanted = later.is_asynchronous(_all(params)[0].device)
+        # On CPUs where a gradient scaler may have a step left out.
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_: begin_momentum(optimizer) if is_wanted or hasattr(optimizer, "found_inf") else None
+        )
     return optimizer
 
 

@@ -68,6 +68,22 @@ def test_a_fused_kernel_does_not_dampen_a_first_gradient_on_a_gpu_either(monkeyp
     assert torch.equal(weight, other)
 
 
+def test_a_first_step_that_a_scaler_has_a_fused_kernel_leave_out_leaves_no_momentum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch's own is then what the memory held."""
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **_: torch.full_like(tensor, math.nan))
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer(optim(name="sgd", lr=0.1, momentum=0.9, fused=True), [weight])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for gradient in (math.inf, 2.0):
+        scaler.scale(torch.ones(()))
+        weight.grad = torch.full((3,), gradient)
+        scaler.step(optimizer)
+        scaler.update(1.0)
+    assert weight.tolist() == pytest.approx([0.8] * 3)
+
+
 def test_warm_up_climbs_linearly_and_ends_at_the_base_rate() -> None:
     warm = schedule(warmup_steps=4)
     assert [warm.learning_rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
