@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from disttrain.checkpoint import CheckpointStore
 from disttrain.distributed.launched import rank_hint
 from disttrain.distributed.world import World
+from disttrain.errors import ConfigurationError
 from disttrain.health.stop import StopRequest
 from disttrain.layout import CHECKPOINTS, RECIPE
 from disttrain.recipe import Recipe, load_recipe
@@ -30,7 +33,7 @@ def open_joining(
     """Build the job as at its start: what has become of it comes from the others, once they are joined.
 
     `world` is of this worker alone. The arguments are those of `open_session`. Raises ConfigurationError as that does,
-    and if the recipe was edited since the run began, as far as its folder is seen from here.
+    and if the recipe or code was edited since the run began, as far as its folder is seen from here.
     """
     address = settled(str(run_dir))
     path = working_folder(address) if is_url(address) else Path(address)
@@ -42,6 +45,7 @@ def open_joining(
         progress, watchdog = until_the_end.enter_context(watched(path, recipe, world))
         job = build_job(recipe, world, given)
         until_the_end.enter_context(closing(job))
+        refuse_newer_code(path / RECIPE)
         job.progress, job.watchdog = progress, watchdog
         check_model(job, console.warn)
         store = CheckpointStore(
@@ -57,3 +61,22 @@ def open_joining(
             yield monitor
         finally:
             progress.at("ending", job.step, patient=True)
+
+
+def refuse_newer_code(stored: Path) -> None:
+    """Raise ConfigurationError if code that is loaded here was edited after the recipe was `stored` with the run.
+
+    By then the others had built all that it names, of the code as it was. Nothing else would show that this worker
+    computes something else than they do.
+    """
+    try:
+        began = stored.stat().st_mtime_ns
+    except OSError:
+        return
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__dict__", {}).get("__file__")
+        with suppress(OSError, ValueError):  # there is no such file
+            if isinstance(file, str) and os.stat(file).st_mtime_ns > began:
+                raise ConfigurationError(
+                    f"{file} has changed since the run began, and a worker that joins needs it as it was."
+                )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
 from disttrain.runs.rundir import refuse_edited_recipe, store_recipe
 from disttrain.training.given import Given
-from disttrain.training.joining import open_joining
+from disttrain.training.joining import open_joining, refuse_newer_code
 
 
 def test_a_recipe_that_was_edited_since_the_run_began_is_refused(tmp_path: Path) -> None:
@@ -27,3 +30,19 @@ def test_a_recipe_that_was_edited_since_the_run_began_is_refused(tmp_path: Path)
         pass
     of_another_machine = load_recipe("digits", ["parallel.exact=true", "data.root=/elsewhere", "tracking.uri=none"])
     refuse_edited_recipe(run.model_dump(mode="json"), of_another_machine)
+
+
+def test_code_that_was_edited_since_the_run_began_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that joins would compute something else than the others, and nothing would say so."""
+    stored, code = tmp_path / "recipe.toml", tmp_path / "mine.py"
+    refuse_newer_code(stored)
+    for file in (stored, code):
+        file.touch()
+    modules = {"mine": SimpleNamespace(__file__=str(code)), "built in": sys, "gone": SimpleNamespace(__file__="/gone")}
+    monkeypatch.setattr("disttrain.training.joining.sys", SimpleNamespace(modules=modules))
+    os.utime(code, (1_000_000_000, 1_000_000_000))
+    os.utime(stored, (1_000_000_001, 1_000_000_001))
+    refuse_newer_code(stored)
+    os.utime(code, (1_000_000_002, 1_000_000_002))
+    with pytest.raises(ConfigurationError, match=r"mine\.py has changed since the run began"):
+        refuse_newer_code(stored)
