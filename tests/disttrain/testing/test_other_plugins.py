@@ -5,8 +5,11 @@ With the real plugins it is tried in an environment that has them: see tests/tes
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -193,3 +196,19 @@ def test_coverage_of_what_workers_run(tmp_path: Path, monkeypatch: pytest.Monkey
         pass
     run_workers(measured_there.never, 1)
     assert 8 not in measuring.get_data().lines(str(source))
+
+
+def test_what_a_session_in_this_process_leaves_may_import_when_it_is_freed() -> None:
+    from _pytest.pytester import SysModulesSnapshot
+
+    class Late:
+        def __del__(self) -> None:
+            import tokenize  # noqa: F401
+
+    snapshot = SysModulesSnapshot()
+    sys.modules["late"] = ModuleType("late")
+    sys.modules["late"].made = Late()  # type: ignore[attr-defined]
+    snapshot.restore()
+    assert "late" not in sys.modules
+    with pytest.raises(io.UnsupportedOperation):
+        io.BytesIO().fileno()
