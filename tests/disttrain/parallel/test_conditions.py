@@ -133,7 +133,7 @@ def test_the_fingerprint_tells_processors_and_kernels_apart(monkeypatch: pytest.
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Have torch describe a GPU. What it yields are its memory's numbers, which can be changed."""
-    properties, memory = SimpleNamespace(multi_processor_count=132), {"allocation.all.allocated": 0}
+    properties, memory = SimpleNamespace(multi_processor_count=132, major=9, minor=0), {"allocation.all.allocated": 0}
     for name, value in {
         "is_initialized": True, "device_count": 1, "get_device_name": "H100", "get_device_properties": properties,
         "memory_stats": memory,
