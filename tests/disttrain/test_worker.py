@@ -81,12 +81,12 @@ def test_a_failure_is_reported_before_the_goodbye_that_may_never_end(
     """NCCL's waits for what the other ranks have not joined; so it is left out."""
     left: list[Any] = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda *group: left.append(group))
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "report.json"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"report-{rank}.json"))
     options = ["-o", "data.dataset=folder", "-o", f"data.root={tmp_path}/nowhere", "-o", "train.device=cpu"]
     monkeypatch.setattr(sys, "argv", ["train", "digits", *options, "--run-dir", str(tmp_path.parent / "run")])
     assert worker(program.command) == 78
     assert dist.is_initialized()
-    assert json.loads((tmp_path / "report.json").read_text())["rank"] == rank
+    assert json.loads((tmp_path / f"report-{rank}.json").read_text())["rank"] == rank
     assert () not in left, "the group of all"
 
 
