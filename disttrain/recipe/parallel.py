@@ -39,6 +39,11 @@ class ParallelRecipe(Section):
         description="each worker trains by itself for so many steps between two outer steps (DiLoCo; 0: gradients meet "
         "in every step)",
     )
+    sync_fragments: Count = Field(
+        default=1,
+        description="sync_every: the parts of the model that meet at steps of their own, so that fewer bytes are sent "
+        "at once (Streaming DiLoCo)",
+    )
     outer_learning_rate: Positive = Field(default=0.7, description="sync_every: what the outer step is multiplied by")
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="sync_every: the outer step's Nesterov momentum (0: none); often too much with SGD"
@@ -126,6 +131,11 @@ class ParallelRecipe(Section):
             raise ValueError(
                 'compress = "int8" is for the outer steps of sync_every, and sync_every is 0; set it, or compress = '
                 '"bf16", which also suits the gradients of every step'
+            )
+        if self.sync_every and self.sync_fragments > self.sync_every:
+            raise ValueError(
+                f"sync_fragments = {self.sync_fragments} has each fragment meet at a step of its own, and sync_every = "
+                f"{self.sync_every} has fewer; lower sync_fragments"
             )
         if self.shard_size == 1:
             raise ValueError('shard_size = 1 has every worker hold the whole model, which is strategy = "ddp"')

@@ -18,6 +18,7 @@ _NEEDED = {
     "parallel.reshard_after_forward": _FSDP,
     "parallel.cpu_offload": _FSDP,
     "parallel.slices": _EXACT,
+    "parallel.sync_fragments": _SYNC,
     "parallel.outer_learning_rate": _SYNC,
     "parallel.outer_momentum": _SYNC,
     "data.crop_fill": _CROPS,

@@ -27,11 +27,13 @@ _WORKER, _OUTER, _OPTIMIZER, _MODEL = "worker.", "outer.", "optimizer.", "model.
 
 
 def why_no_outer_step(job: Job) -> str | None:
-    """Why the run makes no outer step, if its workers train apart and never make one."""
-    every = job.recipe.parallel.sync_every
-    if not job.strategy.trains_apart or every <= job.total_steps:
+    """Why the run makes no outer step for some of the model, if its workers train apart and never make one."""
+    strategy, num_steps, parallel = job.strategy, job.total_steps, job.recipe.parallel
+    num_without = strategy.fragments.num_never_due(num_steps) if isinstance(strategy, Local) else 0
+    if not num_without:
         return None
-    return f"parallel.sync_every = {every}, and the run has {job.total_steps} steps: it makes no outer step"
+    of = f" for {num_without} of {parallel.sync_fragments} fragments" if num_without < parallel.sync_fragments else ""
+    return f"parallel.sync_every = {parallel.sync_every}, and the run has {num_steps} steps: it makes no outer step{of}"
 
 
 def gathered_apart(job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -123,8 +123,9 @@ def test_the_last_override_counts() -> None:
         (
             "parallel.qqq=8",
             "-o parallel.qqq: unknown key; [parallel] has strategy, find_unused_parameters, compress, sync_every, "
-            "outer_learning_rate, outer_momentum, exact, slices, shard_modules, shard_size, param_dtype, reduce_dtype, "
-            "prefetch, reshard_after_forward, cpu_offload, shared_memory, on_lost_worker, audit_every_steps",
+            "sync_fragments, outer_learning_rate, outer_momentum, exact, slices, shard_modules, shard_size, "
+            "param_dtype, reduce_dtype, prefetch, reshard_after_forward, cpu_offload, shared_memory, on_lost_worker, "
+            "audit_every_steps",
         ),
         ("train.epochs=0", "-o train.epochs: should be at least 1, not 0"),
         ("train.epochs=1.5", "-o train.epochs: should be a whole number, not 1.5"),
@@ -191,8 +192,9 @@ def test_a_section_that_is_a_value(tmp_path: Path) -> None:
         f"{path}: optim: is a section; give its keys: name, lr, decay_biases_and_norms, groups, "
         "weight_decay, maximize, foreach, fused, differentiable, momentum, dampening, nesterov",
         f"{path}: parallel: is a section; give its keys: strategy, find_unused_parameters, compress, sync_every, "
-        "outer_learning_rate, outer_momentum, exact, slices, shard_modules, shard_size, param_dtype, reduce_dtype, "
-        "prefetch, reshard_after_forward, cpu_offload, shared_memory, on_lost_worker, audit_every_steps",
+        "sync_fragments, outer_learning_rate, outer_momentum, exact, slices, shard_modules, shard_size, "
+        "param_dtype, reduce_dtype, prefetch, reshard_after_forward, cpu_offload, shared_memory, on_lost_worker, "
+        "audit_every_steps",
     ]
 
 
