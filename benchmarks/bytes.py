@@ -27,20 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ways import WAYS
 
 from disttrain.recipe import load_recipe
 from disttrain.runs.journal import read_journal
 from disttrain.testing import cluster
 from disttrain.testing.hosts import Host, why_not
 
-WAYS = {
-    "float32": "parallel.compress=none",
-    "bf16": "parallel.compress=bf16",
-    "fp16": "parallel.compress=fp16",
-    "every 10": "parallel.sync_every=10",
-    "every 50": "parallel.sync_every=50",
-    "every 50, int8": "parallel.sync_every=50 parallel.compress=int8",
-}
 COMMON = (
     "train.threads=1",
     "train.log_every_steps=10",

@@ -67,6 +67,15 @@ COMPARISONS = {
     "tracking": Comparison("What MLflow costs", ("tracking.py",), ("--rounds", "2", "--epochs", "4")),
     "loss": Comparison("A lost worker against a restart", ("loss.py", "lose"), ("--losses", "6", "--restarts", "2")),
     "ready": Comparison("What it costs to be ready for a loss", ("loss.py", "undisturbed"), ("--pairs", "2")),
+    "worlds": Comparison(
+        "Larger worlds on slow links, as root on Linux", ("worlds.py",), ("--sites", "2", "8", "--rates", "100mbit")
+    ),
+    "accuracy": Comparison(
+        "What fewer bytes cost in accuracy",
+        ("accuracy.py", "-o", "train.epochs=3", "-o", "optim.lr=0.01"),
+        ("--seeds", "0", "--ways", "every 50"),
+        needs_cifar10=True,
+    ),
     "harness": Comparison("The test harness", ("harness.py",), ("--tests", "5")),
 }
 

@@ -20,7 +20,7 @@ from disttrain.distributed.int8 import int8_mean_
 _BITS = {torch.int32: 30, torch.int64: 62}
 _WIDE = (torch.float64, torch.complex128)
 # So many numbers are summed at once: a whole model's integers would take three times the memory of its weights.
-_AT_ONCE = 1 << 22
+AT_ONCE = 1 << 22
 # Scaling by so many powers of two stays within float32's range.
 _MOST_SHIFT = 120
 
@@ -78,7 +78,7 @@ def _at_once(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
         for name, tensor in tensors.items():
             if (tensor.dtype in _WIDE) is not is_wide:
                 continue
-            if names and size + tensor.numel() > _AT_ONCE:
+            if names and size + tensor.numel() > AT_ONCE:
                 yield names
                 names, size = [], 0
             names.append(name)
