@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,10 +26,12 @@ from disttrain.training.job import Job
 from disttrain.training.preflight.evaluation import check_evaluation
 from disttrain.training.preflight.exactness import generators_kept, named_operators
 from disttrain.training.preflight.score import check_score
+from disttrain.training.preflight.state import check_sparse_gradients
 from disttrain.training.preflight.task import check_task, checked_loss
 
 _log = logging.getLogger("disttrain")
 _ANY_MODEL = "the model returned"
+_SPARSE = re.compile(r"SparseTensorImpl|'Sparse[A-Z]+' backend")
 _NUM_SAMPLES = 2  # or one, if training or evaluation will come upon a single one
 
 
@@ -50,7 +53,8 @@ def rehearse(job: Job) -> None:
 
     DistributedDataParallel arranges its sums anew after its first step. With this behind it, a step has the same bits
     whether the process has just started or not. Every rank must call it. Raises ConfigurationError as `check_model`
-    does, for a parameter that gets no gradient although the other workers would wait for it, and if none gets one.
+    does, for a parameter that gets no gradient although the other workers would wait for it, if none gets one, and for
+    sparse ones that the optimizer does not take.
     """
     num = _num_samples(job, training=True)
     data, weight = job.loader.fetched(0, torch.arange(num))
@@ -58,6 +62,7 @@ def rehearse(job: Job) -> None:
         with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
             loss = job.strategy.loss(partial(checked_loss, job.task), data, num_samples=num)
         job.strategy.rehearse(loss)
+        check_sparse_gradients(job)
         if weight and all(one.grad is None for one in job.model.parameters() if one.requires_grad):
             raise ConfigurationError(
                 f"{type(job.task).__name__}.loss returned a tensor that depends on no parameter of the model, so "
@@ -123,6 +128,11 @@ def _explained(job: Job, method: str, data: Any, num: int, *, training: bool) ->
         what = f"{_at_fault(job, method, error)} on {on}"
         _log.exception("%s", what)
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        if _SPARSE.search(reason):  # torch's own words are of its backends
+            reason = (
+                "a gradient is sparse, which this way of training cannot sum: make it dense (sparse=False); "
+                "DistributedDataParallel takes those of nn.Embedding and nn.EmbeddingBag alone"
+            )
         raise ConfigurationError(
             f"{what}: {reason} ({where(error)}). {why_one}The traceback is in the run's logs."
         ) from error

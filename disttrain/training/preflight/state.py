@@ -28,12 +28,40 @@ def check_state(job: Job) -> None:
                 else "make it dense, of another type, or leave it out of the state (persistent=False)"
             )
             raise ConfigurationError(f"the model's state '{name}' {reason}, which a checkpoint cannot hold: {hint}.")
-    _try_optimizer(job)
+    _try_optimizer(job, [_corners(group["params"]) for group in job.optimizer.param_groups])
 
 
-def _try_optimizer(job: Job) -> None:
-    """A step, and its state taken out and put back, with a corner of one parameter of each kind in each group."""
-    corners = [_corners(group["params"]) for group in job.optimizer.param_groups]
+def check_sparse_gradients(job: Job) -> None:
+    """Have the optimizer step with a few numbers for each parameter whose gradient, which must be there, is sparse.
+
+    In exact mode nothing is done: there they are refused whatever the optimizer. Raises ConfigurationError, on every
+    rank alike, if the optimizer fails, or would keep what a checkpoint cannot hold.
+    """
+    if not job.strategy.bits_depend_on_world_size:
+        return
+    for number, group in enumerate(job.optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter.grad is None or parameter.grad.layout == torch.strided:
+                continue
+            corner = nn.Parameter(_corner(parameter.detach()))
+            corner.grad = torch.ones_like(corner).to_sparse(parameter.grad.sparse_dim())
+            corners: list[list[nn.Parameter]] = [[] for _ in job.optimizer.param_groups]
+            corners[number].append(corner)
+            try:
+                _try_optimizer(job, corners)
+            except ConfigurationError as error:
+                name = next(name for name, one in job.model.named_parameters() if one is parameter)
+                given = [f"{key} = {group[key]}" for key in ("momentum", "weight_decay") if group.get(key)]
+                raise ConfigurationError(
+                    f"optim: {type(job.optimizer).__name__}{' with ' if given else ''}{' and '.join(given)} does not "
+                    f"take the gradient of '{name}', which is sparse: make it dense (sparse=False), or choose "
+                    "name = 'sgd' with momentum = 0 and weight_decay = 0 (for this parameter alone: by the task's "
+                    "param_groups), or 'adagrad' with weight_decay = 0."
+                ) from error
+
+
+def _try_optimizer(job: Job, corners: list[list[nn.Parameter]]) -> None:
+    """A step, and its state taken out and put back, with some of the `corners` for each group of parameters."""
     optimizer = _optimizer_of(job, corners)
     tried = (group for group, some in zip(job.optimizer.param_groups, corners, strict=True) if some)
     for ours, group in zip(optimizer.param_groups, tried, strict=True):
