@@ -34,7 +34,7 @@ def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
     assert before is not None
     _abandon()
     if world.sums is not None:
-        world.sums.close()
+        world.sums.abandon()
     host, port = verdict.host or before.host, verdict.port or before.port
     shared, in_time = before.store, before.hang_timeout_s
     if shared is None or (host, port) != (before.host, before.port):
@@ -49,7 +49,7 @@ def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
     dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(group.timeout)
     local_rank, local_size = (rank, size) if verdict.local_rank is None else (verdict.local_rank, verdict.local_size)
     place = replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size, group=group)
-    return with_shared_sums(place)
+    return with_shared_sums(place, _TO_CONNECT)
 
 
 def let_go(error: BaseException) -> None:

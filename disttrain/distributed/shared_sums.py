@@ -2,27 +2,31 @@
 
 Every two workers have a socket between them, too. Whoever has written its numbers sends a few bytes, and waiting is
 reading them: a waiting worker takes no time of a core, and a peer that dies is noticed at once, since the system closes
-its sockets. A thread of its own reads them, see `_Waiter`.
+its sockets. A thread of its own reads them, see `waiter`.
 
 Numbers are added in the order of the ranks: the bits depend on no timing. They come in pieces, each in the next of
 `_NUM_PLACES` places, which are used in turn. A piece is added up by everyone if that is little, else each worker adds
-up a part of it, and then reads the others'.
+up a part of it, and then reads the others'. Where there are more machines, a machine's first worker adds up all of it,
+sums that with the first ones of the others, and everyone reads what comes of it: only these sums leave the machine.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
-import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
-from disttrain.distributed.shared_memory import close_all, share_memory
+from disttrain.distributed.between_machines import BetweenMachines
+from disttrain.distributed.collectives import wait_for
+from disttrain.distributed.shared_memory import SharedMemory, close_all, cut_all, share_memory
+from disttrain.distributed.waiter import Waiter
 
 _PIECE = 1 << 20  # bytes: pieces of two workers fit into the cache that their cores share
 _NUM_PLACES = 8
@@ -36,24 +40,28 @@ _MOST_READ = 1 << 12
 
 
 class SharedSums:
-    """The sums of this machine's workers. Every rank must begin and finish the same ones in the same order.
+    """The sums of all workers. Every rank must begin and finish the same ones in the same order.
 
     All calls raise RuntimeError if another worker has gone, has not come in time, or sums something else.
     """
 
-    def __init__(self, rank: int, memory: torch.Tensor, peers: Sequence[socket.socket | None]) -> None:
-        """`memory` is (places, ranks, bytes) uint8; `peers` are the sockets by rank, None for this one."""
-        self._rank, self._memory, self._size = rank, memory, len(peers)
-        self._peers = {other: peer for other, peer in enumerate(peers) if peer is not None}
+    def __init__(self, rank: int, shared: SharedMemory, waiter: Waiter, between: BetweenMachines | None) -> None:
+        """`between` is there for the first worker of each machine, where there are more than one."""
+        self._rank, self._ranks, self._between = rank, shared.ranks, between
+        self._place, self._size = shared.ranks.index(rank), len(shared.ranks)
+        self._memory = shared.memory.view(self._size, _NUM_PLACES, _PIECE)
+        self._peers = {other: peer for other, peer in enumerate(shared.peers) if peer is not None}
+        self.workers = tuple(map(len, shared.machines))
+        """How many there are on each machine: with the order of the machines, what the order of additions hangs on."""
         self.num_begun = 0
         """How many pieces this rank has begun, finished or not; any thread may ask."""
         self._under_way: deque[_Piece] = deque()
         self._sent = bytearray()  # since `_num_met` messages, as `_heard`
         self._heard = {other: bytearray() for other in self._peers}
         self._num_sent = self._num_met = 0
-        self._waiter = _Waiter()
+        self._waiter = waiter
         # A group that was formed anew has no block to end with.
-        self._close = weakref.finalize(self, _end, self._waiter, list(peers))
+        self._close = weakref.finalize(self, _end, waiter, shared.peers)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor`, which is contiguous, by its sum over all ranks."""
@@ -71,40 +79,59 @@ class SharedSums:
         for part in torch.split(tensor.view(-1), max(1, _PIECE // max(dtype.itemsize, tensor.element_size()))):
             while len(self._under_way) >= _MOST_BEGUN:
                 self._finish_one()
-            places = self._memory[self.num_begun % _NUM_PLACES, :, : part.numel() * dtype.itemsize].view(dtype)
+            places = self._memory[:, self.num_begun % _NUM_PLACES, : part.numel() * dtype.itemsize].view(dtype)
             self.num_begun += 1
             if divisor == 1:
-                places[self._rank].copy_(part)
+                places[self._place].copy_(part)
             else:
-                torch.div(part, divisor, out=places[self._rank])
+                torch.div(part, divisor, out=places[self._place])
             self._under_way.append(_Piece(part, places, self._send(places.shape[1] * dtype.itemsize)))
+            if self._between is not None and self._has_come(self._under_way[-1].message):
+                self._add_up_all()  # the network works while the next one is computed
 
     @torch.no_grad()
     def finish(self) -> None:
         """Wait for all sums that have been begun."""
-        for piece in self._under_way:
-            self._add_up(piece)
+        self._add_up_all()
         while self._under_way:
             self._finish_one()
 
     def cut(self) -> None:
-        """Have all that is called raise from now on, on the peers as well."""
-        for peer in self._peers.values():
-            with suppress(OSError):
-                peer.shutdown(socket.SHUT_RDWR)
+        """Have all that is called raise from now on, on this machine's other workers as well."""
+        cut_all(self._peers.values())
 
     def close(self) -> None:
         """Give the sockets back, as the last reference would; the memory follows with the tensors that show it."""
         self._close()
+        if self._between is not None:
+            self._between.close()
+
+    def abandon(self) -> None:
+        """As `close`, after another worker was lost."""
+        self._close()
+        if self._between is not None:
+            self._between.abandon()
 
     def _finish_one(self) -> None:
         piece = self._under_way[0]
+        if len(self.workers) > 1:
+            self._add_up_all()  # so that more than one is on its way through the network
+            if piece.between is not None:
+                wait_for(piece.between)
+            self._wait_for(self._send(piece.places[0].nbytes | _IS_SUMMED))
+            piece.into.copy_(piece.places[0])
+            self._under_way.popleft()
+            return
         self._add_up(piece)
         if piece.summed is not None:
             self._wait_for(piece.summed)
-            for rank, part in enumerate(piece.into.tensor_split(self._size)):
-                part.copy_(piece.part(rank)[rank])
+            for place, part in enumerate(piece.into.tensor_split(self._size)):
+                part.copy_(piece.part(place)[place])
         self._under_way.popleft()
+
+    def _add_up_all(self) -> None:
+        for piece in self._under_way:
+            self._add_up(piece)
 
     def _add_up(self, piece: _Piece) -> None:
         """Add up all of it, or this rank's part, which the others then wait for."""
@@ -112,13 +139,18 @@ class SharedSums:
             return
         self._wait_for(piece.message)
         places, into = piece.places, piece.into
-        if self._size == 2 and into.dtype == places.dtype:
+        if len(self.workers) > 1:
+            if self._between is not None:
+                for row in places[1:]:
+                    places[0].add_(row)
+                piece.between = self._between.begin_sum_(places[0])
+        elif self._size == 2 and into.dtype == places.dtype:
             torch.add(places[0], places[1], out=into)
         elif self._size == 2 or places[0].nbytes <= _LITTLE:
             into.copy_(_sum_of(places))
         else:
-            mine = piece.part(self._rank)
-            mine[self._rank].copy_(_sum_of(mine))
+            mine = piece.part(self._place)
+            mine[self._place].copy_(_sum_of(mine))
             piece.summed = self._send(places[0].nbytes | _IS_SUMMED)
         piece.is_added_up = True
 
@@ -143,11 +175,22 @@ class SharedSums:
             while len(heard) < length:
                 heard += self._received(other, peer)
             if heard[:length] != expected:
-                raise RuntimeError(f"rank {other} does not sum what rank {self._rank} sums: one of them left a sum out")
+                raise RuntimeError(
+                    f"rank {self._ranks[other]} does not sum what rank {self._rank} sums: one of them left a sum out"
+                )
         for heard in self._heard.values():
             del heard[:length]
         del self._sent[:length]
         self._num_met = number + 1
+
+    def _has_come(self, number: int) -> bool:
+        """Whether `_wait_for` would return at once."""
+        length = (number + 1 - self._num_met) * _MESSAGE.size
+        for other, peer in self._peers.items():
+            with suppress(OSError):  # nothing is there; or it has gone, as whoever waits for it learns
+                if len(self._heard[other]) < length:
+                    self._heard[other] += peer.recv(_MOST_READ, socket.MSG_DONTWAIT)
+        return all(len(heard) >= length for heard in self._heard.values())
 
     def _received(self, other: int, peer: socket.socket) -> bytes:
         """What `other` has sent, or sends next."""
@@ -159,49 +202,12 @@ class SharedSums:
                 self._waiter.wait_for(peer)
                 received = peer.recv(_MOST_READ, socket.MSG_DONTWAIT)
         except BlockingIOError as error:  # the socket's own limit of time
-            raise RuntimeError(f"Timed out waiting for what rank {other} adds to a sum") from error
+            raise RuntimeError(f"Timed out waiting for what rank {self._ranks[other]} adds to a sum") from error
         except OSError as error:
-            raise _gone(other) from error
+            raise _gone(self._ranks[other]) from error
         if not received:
-            raise _gone(other)
+            raise _gone(self._ranks[other])
         return received
-
-
-class _Waiter:
-    """Waits until there is something to read, on a thread of its own.
-
-    The system tends to move a thread to the core of the one whose message wakes it. Were that a thread that computes,
-    two workers would often share a core while others are less busy: beside three other processes on two cores in 0.6
-    of the steps in place of 0.3, and these took a fifth longer than through gloo, whose threads wait likewise (Linux
-    6.18).
-    """
-
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
-        self._asked, self._answered = threading.Lock(), threading.Lock()
-        self._asked.acquire()
-        self._answered.acquire()
-        threading.Thread(target=self._serve, name="disttrain-shared-sums", daemon=True).start()
-
-    def wait_for(self, peer: socket.socket) -> None:
-        """Return when a message or the end of `peer` can be read, or when it has reached its limit of time."""
-        self._socket = peer
-        self._asked.release()
-        self._answered.acquire()
-
-    def end(self) -> None:
-        """Have the thread end; nothing can be waited for any more."""
-        self._socket = None
-        self._asked.release()
-
-    def _serve(self) -> None:
-        while True:
-            self._asked.acquire()
-            if self._socket is None:
-                return
-            with suppress(OSError):
-                self._socket.recv(1, socket.MSG_PEEK)
-            self._answered.release()
 
 
 @dataclass
@@ -212,6 +218,7 @@ class _Piece:
     places: torch.Tensor
     message: int
     summed: int | None = None
+    between: dist.Work | None = None
     is_added_up: bool = False
 
     def part(self, rank: int) -> torch.Tensor:
@@ -227,7 +234,8 @@ def _sum_of(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _end(waiter: _Waiter, peers: Sequence[socket.socket | None]) -> None:
+def _end(waiter: Waiter, peers: list[socket.socket | None]) -> None:
+    cut_all(peers)  # a socket that is closed while a thread reads from it would stay open for the other end
     waiter.end()
     close_all(peers)
 
@@ -236,13 +244,21 @@ def _gone(rank: int) -> RuntimeError:
     return RuntimeError(f"Connection closed by peer: rank {rank} has gone, or has left the group")
 
 
-def shared_sums(rank: int, size: int, timeout_s: float) -> SharedSums | None:
-    """Sums of the ranks of the process group, which are all on this machine; None, on all of them, if that cannot be.
+def shared_sums(rank: int, timeout: timedelta, to_form: timedelta | None = None) -> SharedSums | None:
+    """Sums of the ranks of the process group; None, on all of them, if no two are on one machine or one cannot share.
 
-    A sum that takes longer than `timeout_s` fails. Every rank must call it.
+    A sum that takes longer than `timeout` fails; `to_form` is how long the machines may take to meet (None: as long).
+    Every rank must call it.
     """
-    shared = share_memory(rank, size, _NUM_PLACES * size * _PIECE, timeout_s)
-    if shared is None:
+    waiter: Waiter | None = None
+    with suppress(RuntimeError):
+        waiter = Waiter()
+    shared = share_memory(rank, _NUM_PLACES * _PIECE, timeout.total_seconds(), is_able=waiter is not None)
+    if shared is None or waiter is None:
+        if waiter is not None:
+            waiter.end()
         return None
-    memory, peers = shared
-    return SharedSums(rank, memory.view(_NUM_PLACES, size, _PIECE), peers)
+    between = None
+    if len(shared.machines) > 1 and rank == shared.ranks[0]:
+        between = BetweenMachines(shared.place, len(shared.machines), timeout, to_form or timeout)
+    return SharedSums(rank, shared, waiter, between)

@@ -69,7 +69,7 @@ class World:
     """Of this machine among `num_slots`, where machines come and go and each keeps its own; else None."""
     num_slots: int = 0
     sums: SharedSums | None = field(default=None, compare=False, repr=False)
-    """What adds up in memory that all workers share; None where they do not, and gloo or NCCL has to."""
+    """What adds up in memory that a machine's workers share; None where none do, and gloo or NCCL has to."""
 
     def leave_group(self) -> None:
         """Cut the connections of the process group, so that collectives raise RuntimeError here and on the peers."""
@@ -116,8 +116,7 @@ def join_world(
     """Join the job's process group, and leave it whatever happens.
 
     `threads` is the number of CPU threads of this worker; 0 shares the machine's cores out among its workers. Up to
-    `most_sharing_memory` workers that are all on one machine and compute on its CPU have `World.sums`, where that can
-    be.
+    `most_sharing_memory` workers that compute on CPUs have `World.sums`, if some are on one machine and that can be.
 
     A collective that takes longer than `timeout_s` fails, so much later that a watchdog with this limit reports first.
     A launcher has set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of them
@@ -192,12 +191,16 @@ def join_world(
             torch.set_num_threads(threads_before)
 
 
-def with_shared_sums(world: World) -> World:
-    """The same with `sums`, where that can be. Every rank must call it, after the group has formed."""
+def with_shared_sums(world: World, to_form: timedelta | None = None) -> World:
+    """The same with `sums`, where that can be. Every rank must call it, after the group has formed.
+
+    `to_form` is how long the machines may take to meet (None: as long as a collective).
+    """
     group = world.group
-    if group is None or not 1 < world.size == world.local_size <= group.most_sharing_memory:
+    if group is None or not 1 < world.size <= group.most_sharing_memory:
         return replace(world, sums=None)
-    return replace(world, sums=shared_sums(world.rank, world.size, group.timeout.total_seconds()))
+    with group.connections.noted(group.port):
+        return replace(world, sums=shared_sums(world.rank, group.timeout, to_form))
 
 
 def _leave_in_failure(device: torch.device, size: int) -> None:

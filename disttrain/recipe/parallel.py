@@ -81,8 +81,8 @@ class ParallelRecipe(Section):
     )
     shared_memory: Annotated[bool | Literal["auto"], BeforeValidator(_true_false_or_auto)] = Field(
         default="auto",
-        description="ddp and exact: gradients of CPU workers that are all on one machine meet in memory they share; "
-        "auto: where the bits are the same as without (exact mode, or two workers)",
+        description="ddp and exact: gradients of CPU workers of one machine meet in memory they share, and several "
+        "machines send one sum each; auto: where the bits are the same as without (exact mode, or two workers)",
     )
     on_lost_worker: Literal["auto", "restart", "continue", "stop"] = Field(
         default="auto",

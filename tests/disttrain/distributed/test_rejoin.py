@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def _waits_for_an_object(collective: Callable[[int], object]) -> str:
 
 
 def _shares_memory(rank: int) -> None:
-    shared_sums(rank, 2, 600.0)
+    shared_sums(rank, timedelta(seconds=600))
 
 
 @pytest.mark.parametrize("collective", [gather_objects, broadcast_object, _shares_memory])

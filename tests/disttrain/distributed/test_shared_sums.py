@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from disttrain.distributed.shared_sums import SharedSums, shared_sums
 from disttrain.errors import is_lost_peer
 
 TIMEOUT_S = 240.0
+TIMEOUT = timedelta(seconds=TIMEOUT_S)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.complex64)
 
 
@@ -23,7 +27,7 @@ def numbers(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def opened() -> SharedSums:
-    sums = shared_sums(dist.get_rank(), dist.get_world_size(), TIMEOUT_S)
+    sums = shared_sums(dist.get_rank(), TIMEOUT)
     assert sums is not None
     return sums
 
@@ -78,7 +82,7 @@ def test_one_that_waits_learns_at_once_that_another_has_gone_or_sums_something_e
     dist.barrier()
     sums.close()
 
-    impatient = shared_sums(rank, 3, 0.0)  # a second
+    impatient = shared_sums(rank, timedelta(0))  # a second
     assert impatient is not None
     if rank == 0:
         with pytest.raises(RuntimeError, match="Timed out waiting for what rank 1") as caught:
@@ -98,4 +102,71 @@ def test_where_one_rank_has_no_memory_none_has(
 
     if rank == of_rank:
         monkeypatch.setattr(f"{shared_memory.__name__}.{function}", fail)
-    assert shared_sums(rank, 2, TIMEOUT_S) is None
+    assert shared_sums(rank, TIMEOUT) is None
+
+
+@pytest.mark.distributed(world_size=2)
+def test_where_one_rank_has_no_thread_left_none_shares(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        if rank == 1:
+            patch.setattr(threading.Thread, "start", fail)
+        assert shared_sums(rank, TIMEOUT) is None
+
+
+@pytest.mark.distributed(world_size=2)
+def test_a_sum_that_is_closed_while_it_is_waited_for_ends_here_and_at_the_peer(rank: int) -> None:
+    sums = opened()
+    if rank == 0:
+        errors: list[RuntimeError] = []
+
+        def wait() -> None:
+            try:
+                sums.sum_(torch.ones(1))
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while sums.num_begun == 0:
+            time.sleep(0.01)
+        time.sleep(0.5)  # until the socket is read
+        sums.close()
+        thread.join()
+        assert is_lost_peer(errors[0])
+    else:
+        # The end of the connection, while the other rank's process goes on.
+        assert sums._peers[0].recv(4096)
+        assert sums._peers[0].recv(4096) == b""
+    dist.barrier()
+
+
+@pytest.mark.distributed(world_size=2)
+def test_a_sum_whose_wait_was_interrupted_can_be_finished_later(rank: int) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    sums = opened()
+    tensor, other = torch.full((3,), 1.0 + rank), torch.full((3,), 2.0 + rank)
+    sums.begin_(tensor) if rank == 0 else None
+    if rank == 0:
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Interrupted):
+            sums.finish()
+        dist.barrier()
+    else:
+        dist.barrier()
+        sums.begin_(tensor)
+    sums.finish()
+    assert tensor.tolist() == [3.0] * 3
+    if rank == 1:
+        time.sleep(0.2)  # the other rank waits for this one, and had an answer to what it asked before
+    assert sums.sum_(other).tolist() == [5.0] * 3
+    dist.barrier()
+    sums.close()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
+from disttrain.distributed.shared_sums import SharedSums
 from disttrain.distributed.world import World
 from disttrain.recipe import load_recipe
 from disttrain.training.gradients import facts_of_fast_mode, why_memory_is_not_shared
@@ -24,8 +27,9 @@ TRUE, EXACT = "parallel.shared_memory=true", "parallel.exact=true"
         (TWO, ["parallel.shared_memory=false"], None),
         (replace(TWO, size=3, local_size=3), [], None),  # by default only where the bits stay
         (replace(TWO, size=3, local_size=3), [EXACT], "gradients meet through gloo"),
-        (replace(TWO, size=4), [], None),
-        (replace(TWO, size=4), [TRUE], "no effect here: the workers are on several machines"),
+        (replace(TWO, local_size=1), [], None),
+        (replace(TWO, local_size=1), [TRUE], "no effect here: each machine has one worker"),
+        (replace(TWO, size=4), [EXACT], "gradients meet through gloo: the system has no memory"),
         (replace(TWO, device=torch.device("cuda", 0)), [TRUE], "no effect here: GPUs"),
         (TWO, [TRUE, "parallel.strategy=fsdp"], 'no effect here: parallel.strategy = "fsdp"'),
         (TWO, [TRUE, "parallel.sync_every=5"], "no effect here: each worker trains by itself"),
@@ -47,3 +51,6 @@ def test_by_default_memory_is_shared_where_the_bits_stay(overrides: list[str], m
     # Of three or more the bits tell, so that a run that is resumed the other way says so.
     assert facts_of_fast_mode(TWO) == {"workers": 2}
     assert facts_of_fast_mode(replace(TWO, size=3)) == {"workers": 3, "gradients": "gloo"}
+    for workers, where in (((3,), "shared memory"), ((1, 2), "shared memory (1 + 2 workers) and gloo")):
+        sums = cast("SharedSums", SimpleNamespace(workers=workers))
+        assert facts_of_fast_mode(replace(TWO, size=3, sums=sums)) == {"workers": 3, "gradients": where}

@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import disttrain.training.loop  # noqa: F401  # here once, and not in each worker
 from disttrain import faultpoints
-from disttrain.distributed import collectives
+from disttrain.distributed import collectives, shared_memory
 from disttrain.distributed.ports import reserved_port
 from disttrain.distributed.report import report_failure, report_finished
 from disttrain.distributed.shared_sums import SharedSums
@@ -130,6 +130,7 @@ class Run:
             all are there, at one of the points of a step. Rank 0 waits before each step until a worker comes.
         overrides: of the recipe.
         most_losses: after how many within minutes the launcher gives up.
+        machines: a letter for the machine that each rank takes itself to be on, as far as memory is shared: "aab".
     """
 
     folder: str
@@ -140,6 +141,7 @@ class Run:
     deaths: int = 0
     overrides: Sequence[str] = ()
     most_losses: int = 10
+    machines: str = ""
 
 
 class _Script:
@@ -207,6 +209,8 @@ def train_through(run: Run) -> dict[str, Any]:
     def work(rank: int) -> None:
         script = _Script(run, rank)
         faultpoints._armed = script  # type: ignore[assignment]
+        if run.machines:
+            shared_memory._machine = lambda: run.machines[rank % NEW]
         if any(point in ("forward", "in the sum") for point, *_ in run.signals):
             script.note_more_points()
         train(Path(run.folder), *run.overrides)

@@ -129,6 +129,23 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
     assert ended[0]["stderr"].count("done in") == 4, "whoever takes the place of rank 0 speaks to the user"
 
 
+def test_those_on_several_machines_continue_whichever_worker_of_a_machine_is_lost(tmp_path: Path) -> None:
+    """In the sum: first the one that sums with the other machine, then the only one left there, then one of the rest.
+
+    A replacement joins in between, so that both machines have two workers again.
+    """
+    signals = [
+        ("in the sum", 2, 2, SIGKILL),
+        ("in the sum", 3, 3, SIGKILL),
+        ("in the sum", 1, 5, SIGKILL),
+    ]
+    ended = launch(undisturbed(tmp_path), disturbed(tmp_path, signals, machines="aabb", waits_at=[4, 8]))
+    check(tmp_path, ended, [1, 2, 3])
+    assert events(tmp_path / "disturbed", "worker-joined")
+    (start,) = events(tmp_path / "disturbed", "start")
+    assert start["world"]["gradients"] == "shared memory (2 + 2 workers) and gloo"
+
+
 def check_what_is_written(run_dir: Path, undisturbed: Path) -> None:
     """Each checkpoint and evaluation is there and reported, once; of those that wrote before, nothing is left."""
     for name in ("checkpoint", "evaluated"):
