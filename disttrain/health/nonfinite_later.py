@@ -50,15 +50,14 @@ def guard_of(
 
 def _can_leave_out(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
     """Whether the optimizer's step heeds `found_inf`, as torch's fused ones do (see torch/amp/grad_scaler.py)."""
-    if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if any(parameter.device != device for group in optimizer.param_groups for parameter in group["params"]):
         return False
-    return all(
-        group["fused"]
-        # A first step that is left out would take its place all the same: see `training.optim.begin_momentum`.
-        and not (group.get("momentum") and group["dampening"])
-        and all(parameter.device == device for parameter in group["params"])
-        for group in optimizer.param_groups
-    )
+    if type(optimizer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        # With dampening a first step that is left out would take its place: see `training.momentum.begin_momentum`.
+        return all(
+            group["fused"] and not (group.get("momentum") and group["dampening"]) for group in optimizer.param_groups
+        )
+    return getattr(optimizer, "heeds_found_inf", False) is True
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from disttrain.training.momentum import begin_momentum
 
 Group = dict[str, Any]
 
@@ -24,6 +27,9 @@ class Muon(torch.optim.Optimizer):
     Parameters of fewer than two dimensions, complex ones, and those of a group with `orthogonalised = False` are
     `other`'s. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; options and defaults that
     `torch.optim.Muon` has, too, are the same there.
+
+    With `fused`, `other` is torch's fused one, and a step that `found_inf` says is bad leaves everything as it was, as
+    a step of torch's fused optimizers does: the device decides, and nothing waits for it.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Muon(torch.optim.Optimizer):
         other_momentum: float = 0.9,
         other_betas: Sequence[float] = (0.9, 0.999),
         orthogonalised: bool = True,
+        fused: bool | None = None,
     ) -> None:
         """`hold_norms`: before its step each weight is scaled to a norm of the square root of its rows.
 
@@ -54,7 +61,7 @@ class Muon(torch.optim.Optimizer):
             "ns_coefficients": tuple(ns_coefficients), "eps": eps, "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn, "hold_norms": hold_norms, "orthogonalised": orthogonalised,
         }  # fmt: skip
-        of_other: dict[str, Any] = {"lr": lr, "weight_decay": other_weight_decay}
+        of_other: dict[str, Any] = {"lr": lr, "weight_decay": other_weight_decay, "fused": fused}
         self._other: torch.optim.Optimizer
         if other == "sgd":
             of_other |= {"momentum": other_momentum, "nesterov": other_momentum > 0}
@@ -71,6 +78,12 @@ class Muon(torch.optim.Optimizer):
             if other_lr is not None and lr > 0:
                 group["lr_scale"] = group.get("lr_scale", 1.0) * other_lr / lr
         super().__init__([*matrices, *others], defaults)
+        self._step_supports_amp_scaling = bool(fused)  # torch's name for it: a gradient scaler then gives `found_inf`
+
+    @property
+    def heeds_found_inf(self) -> bool:
+        """Whether every parameter stays as it is in a step that `found_inf`, () on the device, says is bad."""
+        return all(group["orthogonalised"] or group["fused"] for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -79,22 +92,32 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             if group["orthogonalised"]:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        self._step_of(parameter, parameter.grad, group)
+                        with _unchanged_if(found_inf, parameter, self._momentum_of(parameter)):
+                            self._step_of(parameter, parameter.grad, group)
         # Set at each step: a checkpoint that was loaded has put others in the place of both.
         self._other.state = self.state
         self._other.param_groups = [group for group in self.param_groups if not group["orthogonalised"]]
-        self._other.step()
+        other: Any = self._other
+        other.found_inf, other.grad_scale = found_inf, getattr(self, "grad_scale", None)
+        if isinstance(other, torch.optim.SGD) and other.defaults["fused"]:
+            begin_momentum(other)
+        other.step()
         return loss
 
-    def _step_of(self, parameter: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
+    def _momentum_of(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum, buffer = group["momentum"], state["momentum_buffer"]
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: torch.Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _step_of(self, parameter: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
+        momentum, buffer = group["momentum"], self._momentum_of(parameter)
         buffer.lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
         matrix = direction.reshape(len(direction), -1)
@@ -121,6 +144,18 @@ def orthogonalised(matrix: torch.Tensor, coefficients: Sequence[float], steps: i
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if is_tall else x
+
+
+@contextmanager
+def _unchanged_if(is_bad: torch.Tensor | None, *tensors: torch.Tensor) -> Iterator[None]:
+    """Put back what the block writes to these tensors if `is_bad`, (), is 1, without a look at it; None: it is not."""
+    if is_bad is None:
+        yield
+        return
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=True):
+        torch.where(is_bad == 1, old, tensor, out=tensor)
 
 
 def _listed(params: Any) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from disttrain.errors import ConfigurationError
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import OptimRecipe, ScheduleRecipe
 from disttrain.recipe.names import check_optimizer, nearest
+from disttrain.training.momentum import begin_momentum
 from disttrain.training.muon import Muon
 
 
@@ -88,7 +89,7 @@ def may_fuse(strategy: Strategy) -> bool:
 def _can_fuse(kind: type, options: Mapping[str, Any], params: list[Any]) -> bool:
     """Whether torch has a fused kernel, also in 2.11, for all of it."""
     taken = {"fused", "foreach", "differentiable"} & options.keys()
-    if taken or kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if taken or kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Muon):
         return False
     dampened = [options.get("dampening", 0), *(group.get("dampening", 0) for group in params if type(group) is dict)]
     return not any(dampened) and all(
@@ -99,19 +100,6 @@ def _can_fuse(kind: type, options: Mapping[str, Any], params: list[Any]) -> bool
 
 def _all(params: list[Any]) -> list[nn.Parameter]:
     return [one for group in params for one in (group["params"] if isinstance(group, Mapping) else [group])]
-
-
-def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters that get their first gradient in a step a momentum of zeros, which comes to the same.
-
-    Left to itself, torch's fused SGD begins only with all at once, and counts a first step as made that `found_inf` has
-    it leave out: the momentum is then what the memory held (`torch.optim.sgd._fused_sgd`, torch 2.11 to 2.14). With
-    dampening it would not come to the same: a first gradient is not dampened.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():
-            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _tuple(value: Any) -> Any:

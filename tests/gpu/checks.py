@@ -133,7 +133,8 @@ def deterministic_fast_mode_repeats_its_bits() -> Answer:
 def a_bad_step_is_left_out_on_the_device() -> Answer:
     """Of eight steps the first, third and last have an infinite loss: they are skipped and reported, without trace."""
     found = {}
-    for options in (("optim.momentum=0.9",), ("optim.name=adamw", "optim.lr=0.001")):
+    muon = ("optim.name=muon", "optim.lr=0.01", "optim.other=sgd")
+    for options in (("optim.momentum=0.9",), ("optim.name=adamw", "optim.lr=0.001"), muon):
         with tempfile.TemporaryDirectory() as folder:
             recipe = small("train.non_finite=skip", "train.ema_decay=0.9", *options)
             disttrain.train(recipe, run_dir=folder, model=networks.Blows(at=(1, 3, 8)))

@@ -28,6 +28,7 @@ OF_A_RESNET = (
     "optim.momentum=0.9", "optim.nesterov=true", "optim.weight_decay=0.0005", "train.precision=bf16",
     "train.label_smoothing=0.1", "train.log_every_steps=1000000", "train.epochs=1000",
 )  # fmt: skip
+MUON = ("optim.name=muon", "optim.other=sgd")
 ADAMW = ("optim.name=adamw", "optim.lr=0.001", "optim.weight_decay=0.01")
 EXACT_8 = ("parallel.exact=true", f"parallel.slices={8 if HAS_GPU else 2}")
 
@@ -118,7 +119,7 @@ def how_often_a_step_waits_for_the_gpu() -> Answer:
         places[f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else f"{filename}:{lineno}"] += 1
 
     with join_world(DEVICE) as world:
-        for name, overrides in (("fast", ()), ("fast, AdamW", ADAMW), ("exact", EXACT_8)):
+        for name, overrides in (("fast", ()), ("fast, AdamW", ADAMW), ("fast, Muon", MUON), ("exact", EXACT_8)):
             job, step = steps_of(world, *overrides)
             for _ in range(3):
                 step()

@@ -78,6 +78,36 @@ def test_the_same_steps_are_left_out(tmp_path: Path, num_workers: int, options: 
     assert facts[0] == facts[1]
 
 
+def without_leaving_out(function: Callable[..., Any], *args: Any) -> Any:
+    """By the kernels of a GPU, with a look at each step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nonfinite_later, "_can_leave_out", lambda *_: False)
+        found, num_later = as_on_a_gpu(function, *args)
+    assert num_later == 0
+    return found
+
+
+@pytest.mark.parametrize("other", ["sgd", "adamw"])
+def test_muon_leaves_out_the_same_steps_on_the_device(tmp_path: Path, other: str) -> None:
+    """The first step too, and the last: matrices, and what its other optimizer trains, with their momenta."""
+    bad = [samples_of(0)[0], samples_of(2)[0], samples_of(7)[0]]
+    settings = (
+        "optim.name=muon", f"optim.other={other}", "optim.lr=0.01", "optim.momentum=0.9", "optim.hold_norms=true",
+        "checkpoint.every_steps=0", "train.epochs=2", "train.non_finite=skip",
+    )  # fmt: skip
+    without_leaving_out(job, tmp_path / "at once", bad, *settings)
+    _, num_later = as_on_a_gpu(job, tmp_path / "later", bad, *settings)
+    assert num_later == NUM_STEPS, "no step was waited for"
+    one, other_one = (
+        read_checkpoint(CheckpointStore(tmp_path / run / "checkpoints").paths()[-1]) for run in ("at once", "later")
+    )
+    assert one.state["non_finite"]["total"] >= 3
+    assert one.state["non_finite"] == other_one.state["non_finite"]
+    assert weights_sha256(one.model) == weights_sha256(other_one.model)
+    assert weights_sha256(one.optimizer) == weights_sha256(other_one.optimizer)
+    assert recorded(tmp_path / "at once") == recorded(tmp_path / "later")
+
+
 @pytest.mark.parametrize(
     ("num_workers", "victim"), [(1, VICTIM), (2, samples_of(3)[0])], ids=["seen in the next step", "at the epoch's end"]
 )

@@ -96,7 +96,14 @@ def test_a_step_of_fast_mode_looks_once(overrides: tuple[str, ...]) -> None:
     assert [sum(looks.values()) for looks in seen] == [1] * NUM_STEPS, seen
 
 
-@pytest.mark.parametrize("optimizer", [("optim.momentum=0.9",), ("optim.name=adamw", "optim.lr=0.01")])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ("optim.momentum=0.9",),
+        ("optim.name=adamw", "optim.lr=0.01"),
+        ("optim.name=muon", "optim.hold_norms=true", "optim.other=sgd"),
+    ],
+)
 def test_a_step_on_a_gpu_looks_at_nothing_but_what_the_step_before_has_sent(
     optimizer: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
