@@ -11,6 +11,7 @@ import torch
 
 from disttrain import rng
 from disttrain.data.batching import Batching, Fetched, prepared_by
+from disttrain.data.bunches import in_bunches, samples_at_once
 from disttrain.data.dataset import SampleSet, Split
 from disttrain.data.reader import StreamReader, open_reader
 from disttrain.data.sampler import StepSampler
@@ -100,6 +101,7 @@ class Loader:
         self._num_slices = num_slices or sampler.num_replicas
         self._fills_empty, self._passes_of, self._weighs = fills_empty, passes_of, weighs
         self._reader = open_reader(split, self._device, data, task)
+        self._bunch_size = samples_at_once(split, task, self._device, self._reader.place)
 
     def __len__(self) -> int:
         """Steps per epoch."""
@@ -145,17 +147,40 @@ class Loader:
         """One slice of a step, as the worker that serves it has it; read in this process."""
         seed = rng.derive(self._seed, epoch)
         pieces = self._cut(epoch, step, slice_index)
-        return [self._batch(epoch, piece, self._reader.take(piece.samples, seed)) for piece in pieces]
+        return [_batch(piece, self._ready(epoch, piece, self._reader.take(piece.samples, seed))) for piece in pieces]
 
     def _steps(self, epoch: int, steps: range) -> Iterator[StepBatch]:
         plan, ahead = tee(self._pieces(epoch, step) for step in steps)
-        # A stream's workers read ahead of what is handed out.
-        requests = (self._there(epoch, piece.samples, self._reader.place) for pieces in ahead for piece in pieces)
-        fetched = self._reader.read(requests, rng.derive(self._seed, epoch))
+        each = (piece for pieces in ahead for piece in pieces)
+        ready = self._in_bunches(epoch, each) if self._bunch_size else self._one_by_one(epoch, each)
         for step, pieces in zip(steps, plan, strict=True):
             size = self._sampler.global_size(step)
             # No name keeps a batch while the next one is made, which then has its memory, warm in the caches.
-            yield StepBatch(step, [self._batch(epoch, piece, next(fetched)) for piece in pieces], size, size)
+            yield StepBatch(step, [_batch(piece, next(ready)) for piece in pieces], size, size)
+
+    def _one_by_one(self, epoch: int, pieces: Iterator[_Piece]) -> Iterator[Fetched]:
+        plan, ahead = tee(pieces)
+        # A stream's workers read ahead of what is handed out.
+        requests = (self._there(epoch, piece.samples, self._reader.place) for piece in ahead)
+        fetched = self._reader.read(requests, rng.derive(self._seed, epoch))
+        for piece in plan:
+            yield self._ready(epoch, piece, next(fetched))
+
+    def _in_bunches(self, epoch: int, pieces: Iterator[_Piece]) -> Iterator[Fetched]:
+        """As `_one_by_one`, with one call of each kernel for several batches, which are views of one tensor."""
+        for bunch in in_bunches(pieces, self._bunch_size, lambda piece: len(piece.samples)):
+            yield from self._bunch(epoch, [piece.samples for piece in bunch])
+
+    def _bunch(self, epoch: int, batches: list[torch.Tensor]) -> Iterator[Fetched]:
+        # The device has the epoch's order already, so this copies nothing to it.
+        samples = torch.cat([self._there(epoch, batch, self._device) for batch in batches])
+        draw = rng.Draw(self._seed, epoch, samples, self._device)
+        data = self._reader.take(samples, rng.derive(self._seed, epoch)).data
+        sizes = [len(batch) for batch in batches]
+        split = [tensor.split(sizes) for tensor in prepared_by(draw, self._task, data, samples, training=True)]
+        del data
+        for *parts, size in zip(*split, sizes, strict=True):
+            yield Fetched(tuple(parts), size)
 
     def _pieces(self, epoch: int, step: int) -> list[_Piece]:
         if self._passes_of:
@@ -193,12 +218,8 @@ class Loader:
                     pieces.append(_Piece(cut[real], False, slice_index or 0, real == 0, is_last))
         return pieces
 
-    def _batch(self, epoch: int, piece: _Piece, fetched: Fetched) -> Batch:
-        data = self._prepared(fetched.data, epoch, piece.samples)
-        weight = 0 if piece.is_filler else fetched.weight
-        return Batch(
-            data, piece.samples, weight, piece.is_filler, piece.slice_index, piece.opens_slice, piece.closes_slice
-        )
+    def _ready(self, epoch: int, piece: _Piece, fetched: Fetched) -> Fetched:
+        return Fetched(self._prepared(fetched.data, epoch, piece.samples), fetched.weight)
 
     def _prepared(self, data: Any, epoch: int, samples: torch.Tensor, *, training: bool = True) -> Any:
         draw = rng.Draw(self._seed, epoch, self._there(epoch, samples, self._device), self._device)
@@ -207,6 +228,13 @@ class Loader:
     def _there(self, epoch: int, samples: torch.Tensor, place: torch.device) -> torch.Tensor:
         """The samples' numbers at this place: nothing is sent in a step to a device that one would wait for."""
         return self._sampler.on(place, epoch, samples) if later.is_asynchronous(place) else samples
+
+
+def _batch(piece: _Piece, ready: Fetched) -> Batch:
+    weight = 0 if piece.is_filler else ready.weight
+    return Batch(
+        ready.data, piece.samples, weight, piece.is_filler, piece.slice_index, piece.opens_slice, piece.closes_slice
+    )
 
 
 def _one_ahead(steps: Iterator[StepBatch], num_workers: int) -> Iterator[StepBatch]:

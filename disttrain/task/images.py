@@ -102,7 +102,7 @@ class ImageClassification(Task):
         if isinstance(batch, torch.Tensor):
             return self._normalised(batch)
         images, labels = batch
-        mixes = self.mixup > 0 or self.cutmix > 0
+        mixes = not self.prepares_alone
         if not training or not (self.crop_padding or self.flip or self.cutout or mixes):
             return self._normalised(images), labels
         u = draw(NUM_UNIFORM + NUM_MIX * mixes)
@@ -119,6 +119,11 @@ class ImageClassification(Task):
             targets = functional.one_hot(labels, len(self.classes)).float() if labels.ndim == 1 else labels
             images, labels = mix(images, targets, u[:, NUM_UNIFORM:], mixup=self.mixup, cutmix=self.cutmix)
         return images, labels
+
+    @property
+    def prepares_alone(self) -> bool:
+        """Whether what `prepare` makes of an image follows from nothing else in its batch."""
+        return not (self.mixup > 0 or self.cutmix > 0)
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         return images if self.mean is None or self.std is None else normalise(images, self.mean, self.std)

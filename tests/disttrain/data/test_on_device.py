@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttrain.data import MemorySplit, StepSampler, normalise
+from disttrain.data import Loader, MemorySplit, StepSampler, bunches, normalise
 from disttrain.distributed import later
-from disttrain.recipe import DataRecipe
-from tests.disttrain.data.loaders import eval_loader, train_loader
+from disttrain.recipe import DataRecipe, Recipe
+from disttrain.task import ImageClassification
+from tests.disttrain.data.loaders import eval_loader, image_task, train_loader
 
 NUM, BATCH, NUM_STEPS = 30, 8, 4
 EVERYTHING = DataRecipe(batch_size=BATCH, crop_padding=2, flip=True, cutout=3)
@@ -46,9 +47,21 @@ class Sendings(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return answer
 
 
-def split() -> MemorySplit:
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators; on a GPU all that is not a view is a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+
+def split(height: int = 9, width: int = 7) -> MemorySplit:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (NUM, 3, 9, 7), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (NUM, 3, height, width), dtype=torch.uint8, generator=generator)
     return MemorySplit(images, torch.arange(NUM) % 3, ("a", "b", "c"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
 
 
@@ -94,3 +107,53 @@ def test_bytes_are_normalised_by_true_divisions() -> None:
     with Divisors() as divisors:
         normalise(split().images.to("meta"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
     assert divisors.places == {"meta"}
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, ALTERNATING])
+@pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (2, 2)])
+def test_several_batches_are_prepared_at_once_to_the_same_bits(
+    recipe: DataRecipe, size: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from the second step on, as a run that was resumed has them; with a quarter of the kernels."""
+    found, num_operators = [], []
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    for most_bytes in (0, bunches._MOST_BYTES):
+        monkeypatch.setattr(bunches, "_MOST_BYTES", most_bytes)
+        sampler = StepSampler(NUM, batch_size=BATCH, num_replicas=size, rank=size - 1)
+        loader = train_loader(split(16, 16), sampler, recipe, accumulate=accumulate)
+        with Operators() as ran:
+            steps = [step for epoch, start in ((0, 0), (1, 1)) for step in loader.epoch(epoch, start)]
+        found.append([(*part.data, part.samples, torch.tensor(part.weight)) for step in steps for part in step.parts])
+        num_operators.append(ran.num)
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert other[0].is_contiguous()
+    assert num_operators[1] < num_operators[0] / (2 * accumulate)
+
+
+def test_no_more_are_prepared_at_once_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each batch by itself where it would not begin where memory of its own does, or is mixed from its images."""
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    image = 3 * 16 * 16 * 4
+    mixed = ImageClassification(split(16, 16), Recipe(data=EVERYTHING), mixup=1.0)
+    for (height, width), task, most_bytes, expected in (
+        ((16, 16), None, 23 * image, [16, 14]),
+        ((16, 16), None, 3 * image, [8, 8, 8, 6]),
+        ((9, 7), None, 2**20, [8, 8, 8, 6]),
+        ((16, 16), mixed, 2**20, [8, 8, 8, 6]),
+    ):
+        monkeypatch.setattr(bunches, "_MOST_BYTES", most_bytes)
+        images = split(height, width)
+        task = task or image_task(images, EVERYTHING)
+        sizes: list[int] = []
+        prepare = type(task).prepare
+
+        def counted(self: Any, batch: Any, *rest: Any, prepare: Any = prepare, sizes: Any = sizes, **kw: Any) -> Any:
+            sizes.append(len(batch[0]))
+            return prepare(self, batch, *rest, **kw)
+
+        counted.__module__ = prepare.__module__
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageClassification, "prepare", counted)
+            list(Loader(images, StepSampler(NUM, batch_size=BATCH), EVERYTHING, task).epoch(0))
+        assert sizes == expected
