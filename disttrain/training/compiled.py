@@ -6,10 +6,15 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree
 
+from disttrain.distributed import later
+from disttrain.distributed.foreach import copy_all_
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import TrainRecipe
 
@@ -18,6 +23,9 @@ _COMPILERS = {
     "cpu": ("CXX", ("clang++",) if sys.platform == "darwin" else ("g++",)),
     "cuda": ("CC", ("gcc", "clang")),
 }
+
+GRAPH_PASSES = {"reduce-overhead": 3, "max-autotune": 3}
+"""The modes whose kernels are replayed as CUDA graphs, and in which pass that is so: after two that are not."""
 
 
 def compile_model(model: nn.Module, settings: TrainRecipe, device: torch.device) -> None:
@@ -29,6 +37,40 @@ def compile_model(model: nn.Module, settings: TrainRecipe, device: torch.device)
     """
     _refuse_without_compiler(device.type)
     model.compile(mode=settings.compile_mode, dynamic=None if settings.compile_any_shape else False)
+    compiled = model._compiled_call_impl
+    if replays_graphs(settings, device) and compiled is not None:
+        model._compiled_call_impl = _answering_from_memory_of_its_own(compiled)
+
+
+def replays_graphs(settings: TrainRecipe, device: torch.device) -> bool:
+    """Whether what is compiled is replayed as CUDA graphs, each of which writes its results to the same memory again.
+
+    torch keeps a result that is still wanted only while a backward pass is due. What is kept longer raises "accessing
+    tensor output of CUDAGraphs that has been overwritten", or, as a gradient that another is added to, is wrong without
+    a word (pytorch/pytorch#169545): so it has to be copied.
+    """
+    return settings.compile and settings.compile_mode in GRAPH_PASSES and later.is_asynchronous(device)
+
+
+@torch.no_grad()
+def own_gradients(model: nn.Module) -> None:
+    """Copy the gradients to memory of their own, for more to be added to them."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    copies = [torch.empty_like(gradient) for gradient in gradients]
+    copy_all_(copies, gradients)
+    for parameter, copy in zip(parameters, copies, strict=True):
+        parameter.grad = copy
+
+
+def _answering_from_memory_of_its_own(call: Callable[..., Any]) -> Callable[..., Any]:
+    """As `call`, with copies of what it returns where no backward pass keeps it: of the next view of an image, say."""
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        found = call(*args, **kwargs)
+        return found if torch.is_grad_enabled() else _pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, found)
+
+    return answer
 
 
 def _refuse_without_compiler(device_type: str) -> None:

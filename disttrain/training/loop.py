@@ -29,6 +29,7 @@ from disttrain.task import Task, named_at
 from disttrain.terminal.output import leave_the_launchers_streams
 from disttrain.training.audit import Corruption, audit, is_audited
 from disttrain.training.backward import backward_from, constant_over
+from disttrain.training.compiled import own_gradients, replays_graphs
 from disttrain.training.compiler import compiler_when_used
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
@@ -273,6 +274,8 @@ def _compute_slices(job: Job, batch: StepBatch) -> torch.Tensor:
                 strategy.keep_pace(job.task.loss, part.data, is_last=part.closes_slice)
             continue
         losses[part.slice_index].add_(_compute_part(job, part, batch))
+        if part is batch.parts[0] is not batch.parts[-1] and replays_graphs(job.recipe.train, job.world.device):
+            own_gradients(job.model)  # the parts to come add to them
         if part.closes_slice:
             strategy.close_slice(part.slice_index)
     return losses

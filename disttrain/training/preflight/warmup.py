@@ -8,11 +8,9 @@ import torch
 
 from disttrain.distributed.collectives import gather_objects
 from disttrain.errors import is_out_of_memory
+from disttrain.training.compiled import GRAPH_PASSES, replays_graphs
 from disttrain.training.job import Job
 from disttrain.training.preflight.model import quietly, rehearse
-
-# What is replayed as a CUDA graph runs twice before it is recorded.
-_PASSES = {"reduce-overhead": 3, "max-autotune": 3}
 
 
 def warm_up(job: Job) -> str | None:
@@ -31,7 +29,7 @@ def warm_up(job: Job) -> str | None:
     with quietly(job, training=True, compiled=True):
         for size in (sizes * rounds)[:rounds]:
             data = job.loader.samples(0, torch.arange(size))
-            for _ in range(_PASSES.get(settings.compile_mode, 1) if job.world.device.type == "cuda" else 1):
+            for _ in range(GRAPH_PASSES[settings.compile_mode] if replays_graphs(settings, job.world.device) else 1):
                 try:
                     with torch.autocast(job.world.device.type, job.autocast, job.autocast is not None):
                         loss = job.strategy.loss(job.task.loss, data, num_samples=size, is_last=False)

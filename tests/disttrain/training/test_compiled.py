@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree
 
+from disttrain.distributed import later
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
 from disttrain.training.compiled import compile_model
+from disttrain.training.evaluate import evaluate
 from disttrain.training.given import Given
 from disttrain.training.job import build_job
 from disttrain.training.loop import train_step
@@ -97,6 +100,73 @@ def test_kernels_are_made_before_the_first_step_and_leave_no_trace(monkeypatch: 
             job.step += 1
         assert len(made) == num
         job.close()
+
+
+class InOnePlace(torch.autograd.Function):
+    """Numbers as they are, and a gradient in memory that the next one will be in, as a CUDA graph gives it."""
+
+    place: torch.Tensor | None = None
+
+    @staticmethod
+    def forward(ctx: Any, numbers: torch.Tensor) -> torch.Tensor:
+        """See torch."""
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """See torch."""
+        if InOnePlace.place is None:
+            InOnePlace.place = torch.empty_like(gradient)
+        return InOnePlace.place.copy_(gradient).detach()
+
+
+class Replayed(nn.Module):
+    """A linear layer whose scores and gradients are always in the same memory, as those of CUDA graphs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 3072) / 50)
+        self.scores: dict[int, torch.Tensor] = {}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores = images.flatten(1) @ InOnePlace.apply(self.weight).T  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            return scores  # type: ignore[no-any-return]
+        return self.scores.setdefault(len(images), torch.empty_like(scores)).copy_(scores)
+
+
+def trained(*overrides: str) -> tuple[torch.Tensor, dict[str, float]]:
+    """The weights after a step of it, and its evaluation; nothing is compiled."""
+    common = ("parallel.exact=false", "train.eval_views=mirror", "train.compile=true")
+    InOnePlace.place = None
+    with join_world("cpu", threads=1) as world:
+        job = build_job(load_recipe("digits", [*SMALL, *common, *overrides]), world, Given(model=Replayed()))
+        train_step(job, next(iter(job.loader.epoch(0))))
+        evaluation = evaluate(job.model, job.task, job.eval_loader)
+        job.close()
+    return job.model.get_parameter("weight").detach().clone(), evaluation.metrics
+
+
+def test_what_cuda_graphs_write_over_is_copied_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU passes for a GPU: gradients that others are added to, and the scores of an image's two views."""
+
+    def as_it_is(model: Any, **options: Any) -> None:
+        model._compiled_call_impl = model._call_impl
+
+    monkeypatch.setattr(nn.Module, "compile", as_it_is)
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    whole, of_whole = trained("train.compile_mode=max-autotune")
+    parts, of_parts = trained("train.compile_mode=max-autotune", "train.accumulate=4")
+    assert torch.allclose(whole, parts, atol=1e-6)
+    assert of_whole["loss"] == pytest.approx(of_parts["loss"], abs=1e-4)
+    monkeypatch.setattr(_pytree, "tree_map_only", lambda kind, function, tree: tree)
+    assert abs(trained("train.compile_mode=max-autotune")[1]["loss"] - of_whole["loss"]) > 1e-3, (
+        "the test shows nothing"
+    )
+    wrong, _ = trained("train.compile_mode=default", "train.accumulate=4")
+    assert not torch.allclose(whole, wrong, atol=1e-6), "the test shows nothing"
 
 
 def without_memory_for_whole_batches(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
