@@ -38,7 +38,9 @@ def choose_device(
         return torch.device(name)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver too old still shows them
     if num_gpus == 0:
-        why = "is built without CUDA" if torch.version.cuda is None else "sees no driver that fits"
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f", or CUDA_VISIBLE_DEVICES={visible!r} hides them"
+        why = "is built without CUDA" if torch.version.cuda is None else f"sees no driver that fits{hidden}"
         raise ConfigurationError(
             f"{said}: PyTorch sees no GPU here (torch {torch.__version__} {why}): see `disttrain doctor`, or use 'cpu'."
         )

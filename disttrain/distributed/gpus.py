@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 
@@ -13,23 +14,42 @@ class OnePerGpu(int):
 
 def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """The number of NVIDIA GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else those of the machine."""
-    installed = installed_gpus()
+    installed = _uuids()
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or installed == 0:
-        return installed
-    count = 0
+    if visible is None or not installed:
+        return len(installed)
+    if visible.lstrip().startswith("MIG-"):
+        return 1  # CUDA shows a process one part of a GPU, however many are listed
+    found: list[int] = []
     for device in (part.strip() for part in visible.split(",")):
-        # CUDA reads the list up to the first device that does not exist.
-        if not device or (device.lstrip("-").isdigit() and not 0 <= int(device) < installed):
+        index = _index(device, installed, by_uuid=visible.lstrip().startswith("GPU-"))
+        if index is None:  # CUDA reads the list up to the first device that does not exist
             break
-        count += 1
-    return count
+        if index in found:  # and shows none at all if one is there twice
+            return 0
+        found.append(index)
+    return len(found)
 
 
 def installed_gpus() -> int:
     """How many NVIDIA GPUs the driver shows."""
+    return len(_uuids())
+
+
+def _index(device: str, installed: list[str], *, by_uuid: bool) -> int | None:
+    """Which of the installed GPUs is meant, by its number or the beginning of its UUID; None: there is no such one."""
+    if by_uuid:
+        found = [index for index, uuid in enumerate(installed) if device.startswith("GPU-") and uuid.startswith(device)]
+        return found[0] if len(found) == 1 else None
+    number = re.match(r"\d+", device, re.ASCII)  # what follows the digits does not count
+    return int(number[0]) if number and int(number[0]) < len(installed) else None
+
+
+def _uuids() -> list[str]:
+    """Those of the GPUs that the driver shows; one that it does not name is empty."""
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: what it prints is no text
+        return []
+    lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
+    return [(re.search(r"UUID: (\S+?)\)", line) or ("", ""))[1] for line in lines]

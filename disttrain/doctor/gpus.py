@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from disttrain.distributed.gpus import installed_gpus
+from disttrain.distributed.gpus import count_gpus, installed_gpus
 from disttrain.doctor.collective import PATIENCE_S, all_reduced
 from disttrain.doctor.finding import Finding, failure, ok, warning
 from disttrain.doctor.isolated import CrashedError, Isolated
@@ -24,9 +24,15 @@ def gpus() -> Iterator[Finding]:
         names, built_for, nccl = looking.result(time.monotonic() + PATIENCE_S)
     finally:
         looking.end()
-    installed = installed_gpus()
+    installed, visible = installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if not names:
-        if installed and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+        if installed and visible not in (None, "", "-1") and not count_gpus():
+            yield failure(
+                "gpus",
+                f"CUDA_VISIBLE_DEVICES={visible!r} names none of the {installed} that the driver shows",
+                "Set it to numbers from 0, or to UUIDs that nvidia-smi -L lists, each once; or unset it.",
+            )
+        elif installed and visible not in ("", "-1"):
             why = f"is built for CUDA {built_for}" if built_for else "is built for CPUs"
             yield failure(
                 "gpus",

@@ -23,6 +23,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
+def test_gpus_that_a_variable_hides_are_not_blamed_on_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match=r"sees no driver that fits, or CUDA_VISIBLE_DEVICES='' hides them\)"):
+        choose_device("cuda", 0, 1, 1, {"CUDA_VISIBLE_DEVICES": ""})
+
+
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, gpus=0)
     assert choose_device("auto", 0, 1, 1) == CPU

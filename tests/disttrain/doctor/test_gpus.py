@@ -50,3 +50,16 @@ def test_an_nvml_that_fails_is_no_finding(four_gpus: list[tuple[str, int]], monk
 
     monkeypatch.setattr(sys.modules["pynvml"], "nvmlInit", fails)
     assert [finding.name for finding in gpus.gpus()] == ["gpus", "nccl"]
+
+
+@pytest.mark.parametrize(("visible", "status"), [("7", "failure"), ("0,0", "failure"), ("", "ok"), ("-1", "ok")])
+def test_a_variable_that_hides_all_gpus_is_named_unless_it_says_so(
+    visible: str, status: str, four_gpus: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "_seen_by_torch", lambda: [[], "13.0", "NCCL 2.28"])
+    monkeypatch.setattr(gpus, "count_gpus", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (finding,) = gpus.gpus()
+    assert finding.status == status
+    assert status == "ok" or finding.detail.startswith(f"CUDA_VISIBLE_DEVICES='{visible}' names none of the 4")
+    assert four_gpus == []
