@@ -38,7 +38,7 @@ from disttrain.distributed.sharded import local
 from disttrain.distributed.world import World, join_world
 from disttrain.parallel.conditions import exact_conditions
 from disttrain.parallel.fsdp import blocks_of
-from disttrain.parallel.gathered import _MOST_BYTES
+from disttrain.parallel.gathered import affordable_bytes
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.testing import run_workers
 from disttrain.training.given import Given
@@ -156,8 +156,8 @@ def job_turns(job: Job) -> Iterator[None]:
         yield
 
 
-def steps(layers: int, dim: int, rounds: int) -> tuple[int, list[tuple[float, ...]]]:
-    """How many parameters there are, and of each round the seconds of a step by hand, fast and exact."""
+def steps(layers: int, dim: int, rounds: int) -> tuple[int, int, list[tuple[float, ...]]]:
+    """How many parameters there are and may stay gathered; of each round a step's seconds by hand, fast, exact."""
     with join_world("cpu", threads=1) as world:
         fast, exact, plain = (
             build_job(recipe(layers, dim, strategy, exact=is_exact), world, Given())
@@ -175,12 +175,12 @@ def steps(layers: int, dim: int, rounds: int) -> tuple[int, list[tuple[float, ..
                 dist.barrier()
                 times.append(time.perf_counter() - began)
             measured.append(tuple(times))
-        return num, measured[2:]
+        return num, affordable_bytes(world) // 4, measured[2:]
 
 
 def compare_steps(workers: int, layers: int, dim: int, rounds: int) -> None:
     """Print the table."""
-    num, measured = run_workers(
+    num, affordable, measured = run_workers(
         steps, workers, args=(layers, dim, rounds), process_group=False, timeout_s=900, check_collectives=False
     )[0]
     for name, column in zip(("by hand", "fsdp", "fsdp, exact"), zip(*measured, strict=True), strict=True):
@@ -192,9 +192,9 @@ def compare_steps(workers: int, layers: int, dim: int, rounds: int) -> None:
         low, ratio, high = statistics.quantiles(ratios, n=4)
         print(f"{name:<30}{ratio:.3f} ({low:.3f} to {high:.3f})")
     # Weights in forward and backward passes, of one slice or of this worker's; the root's once, which is left out here.
-    # In exact mode those of a small model are gathered once for all slices.
+    # In exact mode those of a model that fits are gathered once for all slices.
     share, per_worker = (workers - 1) / workers, -(-SLICES // workers)
-    gathered = 1 if per_worker > 1 and 4 * num <= _MOST_BYTES else 2 * per_worker
+    gathered = 1 if per_worker > 1 and num <= affordable else 2 * per_worker
     print(f"sent by a worker, MB: fsdp {num * share * 12 / 1e6:.1f} (gradients {num * share * 4 / 1e6:.1f}), ", end="")
     sent = num * share * 4 * (gathered + per_worker) / 1e6
     print(f"exact {sent:.1f} (gradients {num * share * 4 * per_worker / 1e6:.1f})")

@@ -134,6 +134,9 @@ class Strategy:
         """Whether all slices must be computed once more before `finish_step`. Every rank must call it, once a step."""
         return False
 
+    def abandon_step(self) -> None:
+        """To be called if a slice of a step has failed: the model is as between steps, for whoever still uses it."""
+
     def finish_step(self, global_size: int, step: int) -> None:
         """To be called after the last slice of a step: now the gradients are the global batch's, of `global_size`.
 

@@ -233,9 +233,13 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         rehearse(job)
     set_learning_rates(job.optimizer, job.schedule, job.step)
     job.non_finite.begin_step()
-    losses = _compute_slices(job, batch)
-    if strategy.needs_second_pass():
+    try:
         losses = _compute_slices(job, batch)
+        if strategy.needs_second_pass():
+            losses = _compute_slices(job, batch)
+    except BaseException:
+        strategy.abandon_step()
+        raise
     if is_audited(job):
         audit(job, batch, losses, _compute_part)
     strategy.finish_step(batch.global_size, job.step)

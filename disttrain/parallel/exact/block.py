@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from disttrain.distributed.collectives import deal_out, sum_
+from disttrain.distributed.collectives import sum_
 from disttrain.distributed.fixed_point import FixedPointSum
 from disttrain.distributed.sharded import local
+from disttrain.parallel.exact.dealing import Dealer, Run, runs_of, together
 from disttrain.parallel.mesh import ShardMesh
 
 Gradients = Sequence[torch.Tensor | None]
@@ -19,16 +21,23 @@ Gradients = Sequence[torch.Tensor | None]
 class Block:
     """Parameters whose gradients are dealt out together: those of a block, or of what is in none."""
 
-    def __init__(self, model: nn.Module, sharded: Mapping[str, torch.Tensor], mesh: ShardMesh) -> None:
-        """`sharded` are the parameters that can be trained, by their names in the model; `mesh` is how they are."""
+    def __init__(self, model: nn.Module, sharded: Mapping[str, torch.Tensor], mesh: ShardMesh, dealer: Dealer) -> None:
+        """`sharded` are the parameters that can be trained, by their names in the model; `mesh` is how they are.
+
+        Blocks that share a `dealer` share its memory.
+        """
         self.names = list(sharded)
         self._places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in sharded]
-        self._mesh = mesh
+        self._mesh, self._dealer = mesh, dealer
         self.parts = [local(one.detach()) for one in sharded.values()]
-        self._rows = [rows_of_all(one.shape[0], mesh.shard_size) for one in sharded.values()]
-        self._sizes = [part.numel() for part in self.parts]
-        self._shapes = [one.shape for one in sharded.values()]
-        self._total: FixedPointSum | None = None
+        # Of each rank, of each parameter, which numbers it has: from the first up to the last, exclusive.
+        self._bounds = [
+            [_numbers_of(rank, one.shape, mesh.shard_size) for one in sharded.values()]
+            for rank in range(mesh.shard_size)
+        ]
+        most = [end - start for start, end in self._bounds[0]]  # the first rank has no fewer than others
+        self._runs = runs_of(most, self.parts[0].device) if self.parts else []
+        self._totals: list[FixedPointSum] | None = None
         self.whole: list[torch.Tensor] = []
         """The gathered parameters of the pass under way: their gradients arrive there."""
         self.versions: list[int] = []
@@ -51,34 +60,63 @@ class Block:
 
     def begin(self, largest: Mapping[str, float], num_slices: int) -> None:
         """Begin a sum on the grids of these magnitudes."""
-        # Its integers, twice the bytes of a part, are there from the first slice to the end of the last, not longer.
-        self._total = FixedPointSum(self.parts, [largest[name] for name in self.names], num_slices)
+        # The integers, twice the bytes of a part, are there from the first slice to the end of the last, not longer.
+        self._integers = torch.empty(
+            sum(map(torch.numel, self.parts)), dtype=torch.int64, device=self.parts[0].device if self.parts else None
+        )
+        self._totals, begin = [], 0
+        for run in self._runs:
+            like = _cut(self.parts, run)
+            grids = [largest[self.names[segment.index]] for segment in run]
+            end = begin + sum(map(torch.numel, like))
+            self._totals.append(FixedPointSum(like, grids, num_slices, self._integers[begin:end]))
+            begin = end
 
     def deal_out(self, gradients: Gradients) -> None:
         """Add a gradient, of one slice, of every worker of this replica: every rank must call it; None adds nothing."""
-        assert self._total is not None, "a sum must have begun"
-        size = self._mesh.shard_size
-        pieces: list[list[torch.Tensor]] = [[] for _ in range(size)]
-        for part, shape, gradient, rows in zip(self.parts, self._shapes, gradients, self._rows, strict=True):
-            whole = part.new_zeros(shape) if gradient is None else gradient
-            for rank, (start, end) in enumerate(rows):
-                pieces[rank].append(whole[start:end])
-        for received in deal_out(pieces, [sum(self._sizes)] * size, self._mesh.shard_group):
-            self._total.add(torch.split(received, self._sizes))
+        assert self._totals is not None, "a sum must have begun"
+        flat = [
+            part.new_zeros(1).expand(self._bounds[-1][index][1]) if gradient is None else gradient.reshape(-1)
+            for index, (part, gradient) in enumerate(zip(self.parts, gradients, strict=True))
+        ]
+        of_ranks = [[one[start:end] for one, (start, end) in zip(flat, bounds, strict=True)] for bounds in self._bounds]
+        totals = iter(self._totals)
+        for runs in together(self._runs, self._mesh.shard_size):
+            pieces = [[piece for run in runs for piece in _cut(of_rank, run)] for of_rank in of_ranks]
+            mine = [[piece.numel() for piece in _cut(self.parts, run)] for run in runs]
+            received = self._dealer.deal(pieces, sum(map(sum, mine)))
+            of_runs = torch.split(received, list(map(sum, mine)), dim=1)
+            for total, sizes, of_run in zip(itertools.islice(totals, len(runs)), mine, of_runs, strict=True):
+                for of_rank in of_run:
+                    total.add(torch.split(of_rank, sizes))
 
     def sums(self) -> list[torch.Tensor]:
         """This worker's parts of the sums; what is not summed has any numbers. The sum is over then.
 
         Every rank must call it: the replicas' sums are added up, as integers.
         """
-        assert self._total is not None, "a sum must have begun"
-        integers, replicas = self._total.integers(), self._mesh.replica_group
-        if replicas is not None and integers.numel():
-            sum_(integers, replicas)
-        into = [torch.empty_like(part) for part in self.parts]
-        self._total.write(into)
-        self._total = None
+        assert self._totals is not None, "a sum must have begun"
+        for total in self._totals:
+            total.integers()  # zeros, where nothing has been added
+        if (replicas := self._mesh.replica_group) is not None and self._integers.numel():
+            sum_(self._integers, replicas)
+        into = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in self.parts]
+        for run, total in zip(self._runs, self._totals, strict=True):
+            total.write(_cut(into, run))
+        del self._integers
+        self._totals = None
         return into
+
+
+def _cut(tensors: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    """A run's numbers of each tensor, as far as it has them, in the same memory."""
+    return [tensors[segment.index].view(-1)[segment.start : segment.end] for segment in run]
+
+
+def _numbers_of(rank: int, shape: torch.Size, num_ranks: int) -> tuple[int, int]:
+    """Which numbers of a parameter a rank has."""
+    start, end = rows_of_all(shape[0], num_ranks)[rank]
+    return start * shape[1:].numel(), end * shape[1:].numel()
 
 
 def rows_of_all(num_rows: int, num_ranks: int) -> list[tuple[int, int]]:

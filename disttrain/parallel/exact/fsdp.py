@@ -28,7 +28,7 @@ from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.exact.slices import slices_of
 from disttrain.parallel.exact.strategy import SlicesSummed
 from disttrain.parallel.fsdp import Fsdp
-from disttrain.parallel.gathered import KeptGathered, take_hooks_of_fsdp_off
+from disttrain.parallel.gathered import KeptGathered, affordable_bytes, take_hooks_of_fsdp_off
 from disttrain.recipe import ParallelRecipe
 
 
@@ -50,7 +50,9 @@ class ExactFsdp(SlicesSummed, Fsdp):
         several = any(len(passes) > 1 for passes in self.passes_of)
         blocks = self._blocks.values()
         self._kept = (
-            KeptGathered(self._root, blocks, frees_after_forward=recipe.reshard_after_forward) if several else None
+            KeptGathered(self._root, blocks, affordable_bytes(world), frees_after_forward=recipe.reshard_after_forward)
+            if several
+            else None
         )
         self._is_dealing = self._is_filler = False
         self._frees_blocks = False
@@ -99,6 +101,11 @@ class ExactFsdp(SlicesSummed, Fsdp):
     def needs_second_pass(self) -> bool:
         """As `Strategy` has it: whether the grids of the sums were not right."""
         return self._sums.needs_second_pass()
+
+    def abandon_step(self) -> None:
+        """As `Strategy` has it."""
+        if self._kept is not None:
+            self._kept.end()
 
     def finish_step(self, global_size: int, step: int) -> None:
         """As `Strategy` has it. Raises ConfigurationError, on every rank, if the ranks computed different blocks."""

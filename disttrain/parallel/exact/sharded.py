@@ -22,6 +22,7 @@ from disttrain.distributed.collectives import are_as_expected, largest_of_all, m
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, bounds_after, magnitudes, measured
 from disttrain.distributed.world import World
 from disttrain.parallel.exact.block import Block, Gradients, as_gradient
+from disttrain.parallel.exact.dealing import Dealer
 from disttrain.parallel.exact.slices import ExactSlices, slices_of, zeroed
 from disttrain.parallel.mesh import ShardMesh
 
@@ -49,16 +50,17 @@ class ShardedSlices(ExactSlices):
     def attach(self, modules: Mapping[str, nn.Module], mesh: ShardMesh) -> list[Block]:
         """Follow the parameters, which are sharded now; `modules` are the blocks, by name. The last is of the rest."""
         self._parameters = dict(self._model.named_parameters())
+        dealer = Dealer(mesh.shard_group)
         rest = {name: one for name, one in self._parameters.items() if one.requires_grad}
         for path in modules:
             inside = {name: one for name, one in rest.items() if name.startswith(f"{path}.")}
             rest = {name: one for name, one in rest.items() if name not in inside}
-            self._blocks.append(Block(self._model, inside, mesh))
-        self._blocks.append(Block(self._model, rest, mesh))
+            self._blocks.append(Block(self._model, inside, mesh, dealer))
+        self._blocks.append(Block(self._model, rest, mesh, dealer))
         trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
         size = sum(one.numel() * one.element_size() for one in trained.values())  # whole: the same on all ranks
         self.holds_gradients = self._num_passes * size <= _MOST_HELD_BYTES
-        self._summed_together = [Block(self._model, trained, mesh)] if self.holds_gradients else self._blocks
+        self._summed_together = [Block(self._model, trained, mesh, dealer)] if self.holds_gradients else self._blocks
         return self._blocks
 
     def _begin_step(self) -> None:

@@ -18,9 +18,9 @@ from disttrain.checkpoint import CheckpointStore, read_checkpoint
 from disttrain.distributed.collectives import num_issued
 from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import join_world
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, UserCodeError
 from disttrain.parallel import gathered
-from disttrain.parallel.exact import sharded
+from disttrain.parallel.exact import dealing, sharded
 from disttrain.parallel.exact.norm import norm_of_whole
 from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.mesh import mesh_of
@@ -82,8 +82,11 @@ def on(size: int, train: Callable[..., Any], *arguments: Any, **options: Any) ->
 def as_of_a_large_model(train: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Neither weights nor gradients stay whole for longer than a block needs them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gathered, "_MOST_BYTES", 0)
+        patch.setattr(gathered, "_LEAST_BYTES", 0)
+        patch.setattr(gathered, "_SHARE_OF_FREE", 0.0)
         patch.setattr(sharded, "_MOST_HELD_BYTES", 0)
+        patch.setattr(dealing, "_MOST_NUMBERS", {"cpu": 50})  # of one tensor, and of several
+        patch.setattr(dealing, "_MOST_RUNS", 6)
         return train(*arguments, **options)
 
 
@@ -302,6 +305,30 @@ def test_a_small_model_is_gathered_once_in_a_step_and_nothing_is_left_of_it(fold
     )
     # Two blocks and the rest: gathered once, against in each of two slices, and twice the blocks.
     assert large - small >= 7
+
+
+def test_a_step_that_fails_leaves_the_model_sharded_and_usable(folder: Path) -> None:
+    def losses() -> tuple[float, float]:
+        words = [*GPT, f"data.root={folder / 'texts'}", "train.accumulate=1", *FSDP]
+        with join_world("cpu", threads=1) as world:
+            job = build_job(load_recipe("text-gpt", words), world, Given())
+            (batch,) = itertools.islice(job.loader.epoch(0), 1)
+            before = job.strategy.score(job.task.loss, batch.parts[0].data).item()
+            computed, num_calls = job.task.loss, itertools.count()
+
+            def fails(model: Any, data: Any) -> torch.Tensor:
+                if next(num_calls):
+                    raise ValueError("of a second slice")
+                return computed(model, data)
+
+            job.task.loss = fails  # type: ignore[method-assign]
+            with pytest.raises(UserCodeError, match="of a second slice"):
+                train_step(job, batch)
+            assert all(is_sharded(parameter) for parameter in job.model.parameters())
+            return before, job.strategy.score(computed, batch.parts[0].data).item()
+
+    for before, after in run_workers(losses, 2, process_group=False):
+        assert before == after
 
 
 def test_the_trial_gathers_one_block_at_a_time(folder: Path) -> None:
