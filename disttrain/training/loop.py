@@ -37,6 +37,7 @@ from disttrain.training.job import Job, StepResult
 from disttrain.training.joining import open_joining
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rates
+from disttrain.training.parts import on_parts
 from disttrain.training.preflight.model import rehearse
 from disttrain.training.recoverable import asks_to_continue
 from disttrain.training.recovery import Recovery
@@ -254,11 +255,12 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         # Each is one rank's own, zero on the others. From here on the step needs no other rank, so none can spoil it.
         total_losses = sum_(losses.to("cpu", torch.float64, copy=True))
     reached("before the commit", step=job.step)
-    if verdict is Verdict.STEP:
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-    elif verdict is not Verdict.SKIP:
-        job.optimizer.step()
+    with on_parts(job.optimizer):
+        if verdict is Verdict.STEP:
+            job.scaler.step(job.optimizer)
+            job.scaler.update()
+        elif verdict is not Verdict.SKIP:
+            job.optimizer.step()
     if job.ema is not None and verdict is not Verdict.SKIP:
         job.ema.update(job.step, unless=job.non_finite.is_bad())
     job.optimizer.zero_grad(set_to_none=True)
