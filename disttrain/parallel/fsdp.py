@@ -28,6 +28,8 @@ from disttrain.parallel.modules import blocks_of, refuse_renormalising
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import ParallelRecipe
 
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+
 
 class Fsdp(Strategy):
     """Each parameter is cut among the workers along its first dimension: all of them, or those of each replica.
@@ -50,6 +52,8 @@ class Fsdp(Strategy):
         self._called = 0  # a checksum of which blocks this step has called, in their order
         self._blocks = blocks
         of_blocks, of_rest = _precision_policies(model, recipe)
+        if of_rest.param_dtype is not None and world.device.type == "cpu":
+            _cast_into_norms(model, blocks, of_rest.param_dtype)
         offload = self._offload_policy(recipe.cpu_offload)
         self._is_freed_between = freed = recipe.reshard_after_forward
         for number, block in enumerate(blocks.values()):  # one after the other: none has another whole block then
@@ -218,6 +222,19 @@ def _precision_policies(model: nn.Module, recipe: ParallelRecipe) -> tuple[Mixed
                     "set parallel.param_dtype = 'fp32'."
                 )
     return MixedPrecisionPolicy(param, reduce), MixedPrecisionPolicy(param, reduce, cast_forward_inputs=False)
+
+
+def _cast_into_norms(model: nn.Module, blocks: dict[str, nn.Module], dtype: torch.dtype) -> None:
+    """Cast what goes into norms outside the blocks, as FSDP2 does for blocks.
+
+    CPUs have no norm of float32 numbers by bfloat16 weights; on GPUs, autocast makes float32 of both.
+    """
+    in_blocks = {module for block in blocks.values() for module in block.modules()}
+    for module in model.modules():
+        if isinstance(module, _NORMS) and module not in in_blocks:
+            module.register_forward_pre_hook(
+                lambda _, inputs: tuple(one.to(dtype) if one.is_floating_point() else one for one in inputs)
+            )
 
 
 def _words(blocks: dict[str, nn.Module]) -> str:

@@ -91,3 +91,23 @@ def test_float32_statistics_are_refused_by_name() -> None:
 
     for said in run_workers(refused, 2, process_group=False):
         assert "'0.1' is a BatchNorm1d, whose statistics are float32" in said
+
+
+def test_norms_outside_the_blocks_take_numbers_of_any_type() -> None:
+    def losses() -> list[float]:
+        found = []
+        with join_world("cpu", threads=1) as world:
+            for keys in ({}, {"param_dtype": "bf16"}):
+                torch.manual_seed(0)
+                norms = (nn.LayerNorm(4), nn.RMSNorm(4), nn.GroupNorm(2, 4))
+                model = nn.Sequential(*norms, *(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)), nn.LayerNorm(4))
+                strategy = Fsdp(model, world, ParallelRecipe(strategy="fsdp", **keys))
+                batch = torch.arange(8.0).view(2, 4)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = strategy.loss(lambda model, batch: model(batch).square().sum(), batch, num_samples=2)
+                loss.backward()  # type: ignore[no-untyped-call]
+                found.append(loss.item())
+        return found
+
+    for autocast, gathered in run_workers(losses, 2, process_group=False):
+        assert gathered == pytest.approx(autocast, rel=0.02)
