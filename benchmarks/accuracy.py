@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ways import WAYS
+from ways import OTHER_STEPS, WAYS
 
 import disttrain
 from disttrain.testing import workers
 
 BASE = "float32"
+ALL_WAYS = WAYS | OTHER_STEPS
 COMMON = (
     "train.threads=1",
     "train.log_every_steps=50",
@@ -63,7 +64,7 @@ def main() -> None:
     """Train in turn, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cifar10-net")
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS][1:], default=[*WAYS][1:], help=f"besides {BASE}")
+    parser.add_argument("--ways", nargs="+", choices=[*ALL_WAYS][1:], default=[*ALL_WAYS][1:], help=f"besides {BASE}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--metric", help="by default accuracy, or loss where there is none")
@@ -87,7 +88,7 @@ def main() -> None:
             for way in (BASE, *options.ways):
                 if any((run["seed"], run["way"]) == (seed, way) for run in runs):
                     continue
-                overrides = [*COMMON, *root, *options.overrides, f"train.seed={seed}", *WAYS[way].split()]
+                overrides = [*COMMON, *root, *options.overrides, f"train.seed={seed}", *ALL_WAYS[way].split()]
                 try:
                     metrics = group.run(train, options.recipe, overrides, Path(folder, f"{len(runs)}"))[0]
                 except disttrain.testing.WorkerFailed as error:  # it diverged: that is a result
