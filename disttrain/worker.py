@@ -18,7 +18,7 @@ import click
 from disttrain.distributed.report import report_failure, report_finished
 from disttrain.errors import AgreedError, DisttrainError, ExitCode, PeerError, failure_time, is_lost_peer
 from disttrain.health.stop import end_with_launcher
-from disttrain.terminal.output import have_standard_streams
+from disttrain.terminal.output import have_standard_streams, keep_the_launchers_streams_from_forks
 
 
 def worker(command: click.Command) -> int:
@@ -31,6 +31,7 @@ def worker(command: click.Command) -> int:
     from disttrain.recipe.home import home_folder  # not above: `--help` need not wait for pydantic
 
     have_standard_streams()
+    keep_the_launchers_streams_from_forks()
     end_with_launcher()
     try:
         os.environ.setdefault("HOME", str(home_folder()))  # libraries keep caches there, and some fail without one

@@ -76,7 +76,7 @@ def _load(data: DataRecipe, images: bool, facts: Mapping[str, Any] | None) -> Da
         from disttrain.data.sources.cifar import load_cifar
 
         return load_cifar(data, CIFAR10 if data.dataset == "cifar10" else CIFAR100)
-    raise ConfigurationError(f"data.dataset: there is no data set {data.dataset!r}.")
+    raise ConfigurationError(f"data.dataset: {data.dataset!r} is not a known data set.")
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,27 @@ def leave_the_launchers_streams() -> None:
 
     A process that a user's code forks would keep them open, and whoever reads the launcher's output would wait for it.
     """
-    if os.environ.get(LAUNCHER_PID) == str(os.getppid()):  # else the variable is of another process, which started this
-        for descriptor in _left_by_the_launcher():
-            if descriptor > 2:
-                with suppress(OSError):
-                    os.close(descriptor)
-        os.environ.pop(CONSOLE, None)
+    if _is_of_this_process():
+        _close_those_left()
+
+
+def keep_the_launchers_streams_from_forks() -> None:
+    """Have what this process forks leave the launcher's streams, which it may need itself."""
+    if _is_of_this_process():
+        os.register_at_fork(after_in_child=_close_those_left)
+
+
+def _is_of_this_process() -> bool:
+    """Whether descriptors were left to it, and not to another process, which started this one."""
+    return os.environ.get(LAUNCHER_PID) == str(os.getppid())
+
+
+def _close_those_left() -> None:
+    for descriptor in _left_by_the_launcher():
+        if descriptor > 2:
+            with suppress(OSError):
+                os.close(descriptor)
+    os.environ.pop(CONSOLE, None)
 
 
 def _left_by_the_launcher() -> list[int]:

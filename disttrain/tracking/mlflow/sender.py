@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from disttrain.layout import LAUNCHER_PID
 from disttrain.recipe import ask_before_sending
 from disttrain.recipe.home import home_folder
 from disttrain.runs.redact import redact, split_credentials
@@ -41,6 +42,7 @@ _SURROUNDINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "CUDA_VISIBLE_DEVICES": "",  # the GPUs are the training's
     "GIT_PYTHON_REFRESH": "quiet",
+    LAUNCHER_PID: "",  # it ends by itself, also where its worker was killed: nothing that the run's code left behind
     "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # nothing is loaded there; should a library begin to, no code comes along
 }
 

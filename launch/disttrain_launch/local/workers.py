@@ -13,6 +13,7 @@ from typing import NoReturn
 from disttrain.distributed.ports import reserved_port
 from disttrain.distributed.requests import heard_requests
 from disttrain_launch.local.group import WorkerGroup
+from disttrain_launch.local.left import left_behind
 from disttrain_launch.local.watch import MOST_LOSSES, Watch
 from disttrain_launch.local.worker import Worker
 from disttrain_launch.messages import complain, say
@@ -48,6 +49,8 @@ def run_workers(
         complain(restarts.gave_up)
     if outcome.is_loss:
         complain(how_to_resume())
+    for pid, name in left_behind().items():
+        complain(f"process {pid} ({name}), which the run's code has started, is still running; `kill {pid}` ends it")
     sys.exit(restarts.settled(outcome).exit_code)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -121,3 +122,30 @@ def test_a_worker_that_will_not_lead_keeps_no_stream_of_the_launcher(monkeypatch
     with os.fdopen(reader, "rb") as stream:
         assert stream.read() == b"x", "nobody holds the other end"
     assert "DISTTRAIN_CONSOLE" not in os.environ
+
+
+FORKS = """
+import os, signal
+from disttrain.terminal.output import keep_the_launchers_streams_from_forks
+keep_the_launchers_streams_from_forks()
+if not os.fork():
+    signal.pause()
+"""
+
+
+def test_what_a_worker_that_may_lead_forks_keeps_no_stream_of_the_launcher() -> None:
+    reader, writer = os.pipe()
+    environment = {
+        **os.environ,
+        "DISTTRAIN_CONSOLE": f"{writer} {writer}",
+        "DISTTRAIN_LAUNCHER_PID": str(os.getpid()),
+    }
+    worker = subprocess.Popen([sys.executable, "-c", FORKS], env=environment, pass_fds=[writer], start_new_session=True)
+    os.close(writer)
+    try:
+        assert worker.wait(120) == 0
+        with os.fdopen(reader, "rb") as stream:
+            assert select.select([stream], [], [], 120)[0], "its fork holds the other end"
+            assert stream.read() == b""
+    finally:
+        os.killpg(worker.pid, signal.SIGKILL)

@@ -46,12 +46,12 @@ class Words(disttrain.Task):
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         assert isinstance(model, Table)
-        table = {"params": [model.table.weight], **({"momentum": 0.0} if self.still else {})}
+        table: dict[str, Any] = {"params": [model.table.weight], **({"momentum": 0.0} if self.still else {})}
         return [table, {"params": list(model.scores.parameters())}]
 
 
 def train(run_dir: Path, sparse: bool | Literal["by hand"], *, still: bool = False, **options: Any) -> torch.Tensor:
-    recipe = {
+    recipe: dict[str, Any] = {
         "data": {"batch_size": 12},
         "train": {"threads": 1, "epochs": 2, **options.pop("train", {})},
         "tracking": {"uri": "none", "system_metrics": False},

@@ -25,6 +25,7 @@ from disttrain_launch.prove.disturbed import DisturbedRun, RunFailed
 from disttrain_launch.prove.losses import Group, Losses, Pace
 from disttrain_launch.prove.proof import Proof
 from disttrain_launch.prove.report import as_table, is_proven
+from tests.disttrain.testing.left_behind import shared_memory_of
 from tests.launch.local.forked import Run
 from tests.launch.local.test_losses import CONTINUE, check, events, launch, lost_ranks
 from tests.launch.prove.test_prove import left_in, prove
@@ -50,9 +51,13 @@ class SeveralAtOnce(Losses):
 
 
 def lose_from_outside(
-    run: Run, steps: int, most: int, *more: Run, kind: type[Losses] = Losses
+    run: Run, steps: int, most: int, *more: Run, kind: type[Losses] = Losses, seen: set[int] | None = None
 ) -> tuple[Losses, Group, list[dict[str, Any]]]:
-    """Run these in turn, and kill workers of the first: what `prove` sees are its processes and its journal."""
+    """Run these in turn, and kill workers of the first: what `prove` sees are its processes and its journal.
+
+    The numbers of its processes are added to `seen`.
+    """
+    seen = set() if seen is None else seen
     with ThreadPoolExecutor(1) as pool:
         group = Group(Path(run.folder) / "journal.jsonl", run.size)
         ended = pool.submit(launch, run, *more)
@@ -60,7 +65,9 @@ def lose_from_outside(
         def workers() -> Mapping[int, psutil.Process]:
             (launcher,) = [one for one in psutil.Process().children() if "tests.launch.local.forked" in one.cmdline()]
             found = {}
+            seen.add(launcher.pid)
             for child in sorted(launcher.children(), key=psutil.Process.create_time):
+                seen.add(child.pid)
                 with suppress(psutil.Error):  # it has just ended
                     found[child.name()] = child
             return {rank: found[name] for rank in range(run.size) if (name := f"rank-{rank}") in found}
@@ -229,15 +236,15 @@ def test_a_thousand_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     About five minutes where nothing else runs. Nothing is left behind.
     """
     monkeypatch.setattr(losses_module, "_LONGEST_PAUSE_S", 0.1)
-    shared_memory = set(os.listdir("/dev/shm"))
     steps = 5 * EPOCHS
     longest = (f"train.epochs={EPOCHS}", "train.eval_every_epochs=50", "checkpoint.every_steps=10")
     reference = launch(Run(str(tmp_path / "undisturbed"), size=1, overrides=longest))
     total, times, seconds, number = 0, 0, [], 0
+    processes: set[int] = set()
     while total < THOUSAND:
         number += 1
         run = Run(str(tmp_path / f"{number}"), overrides=(CONTINUE, *longest), most_losses=10_000)
-        losses, group, ended = lose_from_outside(run, steps, THOUSAND - total, kind=SeveralAtOnce)
+        losses, group, ended = lose_from_outside(run, steps, THOUSAND - total, kind=SeveralAtOnce, seen=processes)
         lost = lost_ranks(tmp_path / f"{number}")
         check(tmp_path, [*reference, *ended], lost, f"{number}")
         assert group.restarts == 0
@@ -250,4 +257,4 @@ def test_a_thousand_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert not [one for one in psutil.process_iter(["cmdline"]) if run.folder in str(one.info["cmdline"])]
     middle, worst = statistics.median(seconds), max(seconds)
     print(f"{total} workers lost in {times} losses, {number} runs: median {middle:.2f} s, worst {worst:.2f} s")
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert shared_memory_of(processes) == []
