@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import torchvision
 from PIL import Image
+from spread import quartiles
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -103,9 +103,9 @@ def main() -> None:
         sources = (whole(loader), one_by_one(Pictures(split.images, split.labels)))
         found = [tuple(per_second(source) for source in sources) for _ in range(options.rounds + 1)][1:]
     for name, column in zip(("whole batches", "torchvision, one by one"), zip(*found, strict=True), strict=True):
-        low, middle, high = statistics.quantiles(column, n=4)
+        low, middle, high = quartiles(column)
         print(f"{name:<26}{middle:>10,.0f} images/s   ({low:,.0f} to {high:,.0f})")
-    low, ratio, high = statistics.quantiles([ours / theirs for ours, theirs in found], n=4)
+    low, ratio, high = quartiles([ours / theirs for ours, theirs in found])
     bound = f"at least {LEAST:.0f}; {options.rounds} rounds"
     print(f"{'ratio':<26}{ratio:>10.1f}            ({low:.1f} to {high:.1f}), {bound}")
     sys.exit(0 if ratio >= LEAST else 1)

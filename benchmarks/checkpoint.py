@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from spread import quartiles
 from torch.nn import functional
 
 from disttrain.checkpoint import CheckpointStore, CheckpointWriter, optimizer_to_tensors
@@ -131,7 +132,7 @@ def slowdown(folder: Path, rounds: int, batch_size: int, steps: int) -> None:
 
 def spread(values: list[float], form: str) -> str:
     """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = quartiles(values)
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 

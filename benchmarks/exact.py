@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from spread import quartiles
 
 from disttrain.data import StepBatch
 from disttrain.distributed.world import join_world
@@ -108,7 +109,7 @@ def compare_steps(rounds: int) -> bool:
             measure, 2, args=(overrides, steps, rounds), process_group=False, timeout_s=600, check_collectives=False
         )[0]
         fast, exact, _ = (statistics.median(column) for column in zip(*measured, strict=True))
-        low, ratio, high = statistics.quantiles([one[1] / one[0] for one in measured], n=4)
+        low, ratio, high = quartiles([one[1] / one[0] for one in measured])
         in_parts = statistics.median(one[2] / one[0] for one in measured)
         print(
             f"{name:<22}{fast * 1e3:>7.1f} ms{exact * 1e3:>7.1f} ms{ratio:>8.3f}{low:>9.3f}-{high:.3f}{most:>9.2f}"

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from spread import quartiles
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -189,7 +190,7 @@ def compare_steps(workers: int, layers: int, dim: int, rounds: int) -> None:
         ("fsdp / by hand, at most 1.05", [fast / hand for hand, fast, _ in measured]),
         ("exact / fast, at most 1.30", [exact / fast for _, fast, exact in measured]),
     ):
-        low, ratio, high = statistics.quantiles(ratios, n=4)
+        low, ratio, high = quartiles(ratios)
         print(f"{name:<30}{ratio:.3f} ({low:.3f} to {high:.3f})")
     # Weights in forward and backward passes, of one slice or of this worker's; the root's once, which is left out here.
     # In exact mode those of a model that fits are gathered once for all slices.

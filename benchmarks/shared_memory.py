@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from spread import quartiles
 from torch import nn
 from torch.nn import functional
 
@@ -123,7 +124,7 @@ def main() -> None:
             gloo, memory = (statistics.median(pair[way][index] for pair in pairs) * factor for way in (0, 1))
             if not gloo:
                 continue
-            low, middle, high = statistics.quantiles([b[index] / a[index] for a, b in pairs], n=4)
+            low, middle, high = quartiles([b[index] / a[index] for a, b in pairs])
             print(
                 f"{'exact' if exact else 'fast'}, {what:<11}{gloo:>11.2f} {unit}{memory:>12.2f} {unit}"
                 f"{middle:>8.3f}{low:>9.3f}-{high:.3f}{'yes' if same else 'NO':>11}",

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from spread import quartiles
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -132,7 +133,7 @@ def ratio(rounds: int, workers: list[int], cpu_time: bool, *more: str) -> bool:
             compare, size, args=arguments, process_group=False, timeout_s=900, check_collectives=False
         )[0]
         hand, ours = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
-        low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
+        low, middle, high = quartiles([b / a for a, b in pairs])
         same = digests[0] == digests[1]
         print(
             f"{f'{size} worker' + 's' * (size > 1):<12}{hand:>8.2f} ms{ours:>8.2f} ms{middle:>8.3f}"

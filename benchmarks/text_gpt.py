@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from spread import quartiles
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -146,7 +147,7 @@ def main() -> None:
         )[0]
         loop, *others = zip(*measured, strict=True)
         for (kind, most), taken, digest in zip(KINDS.items(), others, digests[1:], strict=True):
-            low, ratio, high = statistics.quantiles([b / a for a, b in zip(loop, taken, strict=True)], n=4)
+            low, ratio, high = quartiles([b / a for a, b in zip(loop, taken, strict=True)])
             same = digest == digests[0]
             print(
                 f"{kind + f', {size} worker' + 's' * (size > 1):<20}{statistics.median(loop) * 1e3:>7.1f} ms"

@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from spread import quartiles
 
 # The training process says how much processor time it took, of itself alone.
 _WORKER = """
@@ -98,7 +99,7 @@ def main() -> None:
         for kind, measured in found.items():
             values = [one[index] for one in measured]
             ratios = [one[index] / base[index] for one, base in zip(measured, found["none"], strict=True)]
-            low, ratio, high = statistics.quantiles(ratios, n=4)
+            low, ratio, high = quartiles(ratios)
             print(f"  {kind:<6}{statistics.median(values):>9.3f}   {ratio:.3f} ({low:.3f} to {high:.3f})")
         ratios = [dead[index] / live[index] for dead, live in zip(found["dead"], found["alive"], strict=True)]
         print(f"  dead over alive      {statistics.median(ratios):.3f}")
