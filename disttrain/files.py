@@ -84,9 +84,9 @@ def parse_json(content: str | bytes) -> Any:
         value = json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [value]
+    level: list[list[Any] | dict[str, Any]] = [[value]]
     for _ in range(_DEEPEST):
-        level = [inner for outer in level if isinstance(outer, list | dict) for inner in _items(outer)]
+        level = [inner for outer in level for inner in _items(outer) if isinstance(inner, (list, dict))]
         if not level:
             return value
     raise ValueError("it is nested too deeply")

@@ -63,7 +63,7 @@ class CheckpointStore:
     def find(self, state: Mapping[str, Any]) -> Path | None:
         """Where the checkpoint of `state["step"]` is, with an evaluation if the state has one; None if it is not."""
         path = self.folder / checkpoint_name(state["step"])
-        return path if path.is_dir() and bool(metrics_of(path)) >= bool(state["metrics"]) else None
+        return path if path.is_dir() and (not state["metrics"] or metrics_of(path)) else None
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest good checkpoint, or None. Damaged ones are quarantined: renamed, and named to `warn`."""

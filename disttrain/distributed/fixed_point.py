@@ -13,6 +13,7 @@ The grid may then be coarser by h + 6 bits: less than 2**(2 * h - 55) of the lar
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -88,7 +89,7 @@ def _largest_by_norms(tensors: list[torch.Tensor]) -> torch.Tensor:
 def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) -> Callable[[], list[float] | None]:
     """Bounds that the summands of the next sums are expected to keep, from the sums just made; None: unknown.
 
-    They are brought from the device while it goes on; a call of what is returned gives them.
+    They are brought from the device while it goes on; a call of what is returned gives them, the same list each time.
 
     `largest` is what was known of the summands' magnitudes. A bound is some eight times the largest number of the sum,
     so 0 after zeros, and ABSENT for a tensor that was not there. After infinities nothing is expected: a tensor that
@@ -98,7 +99,7 @@ def expected_magnitudes(sums: Sequence[torch.Tensor], largest: Sequence[float]) 
         return lambda: None
     known = [tensor if magnitude != ABSENT else None for tensor, magnitude in zip(sums, largest, strict=True)]
     numbers = to_host_later(measured([known])[0])
-    return lambda: bounds_after(numbers().tolist())
+    return functools.cache(lambda: bounds_after(numbers().tolist()))  # a step that may be undone asks twice
 
 
 def bounds_after(found: Sequence[float]) -> list[float] | None:

@@ -69,7 +69,7 @@ def tracked(
     }
     tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)
     tracker.start(
-        resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.environment_fingerprint(), step=job.step
+        resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.environment_fingerprint, step=job.step
     )
     with concluding(job, run_dir, address, console, stop, tracker, started):
         yield tracker

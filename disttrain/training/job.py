@@ -208,11 +208,12 @@ class Job:
             "given": sorted(self.given),
             "shared": shared_names(self.model.state_dict()),
             **({"init": self.init} if self.init is not None else {}),
-            "environment_fingerprint": self.environment_fingerprint(),
+            "environment_fingerprint": self.environment_fingerprint,
         }
 
+    @cached_property
     def environment_fingerprint(self) -> dict[str, Any]:
-        """What the bits of the run depend on besides its recipe."""
+        """What the bits of the run depend on besides its recipe. Looked up once: it takes as long as a small save."""
         of_fast_mode = facts_of_fast_mode(self.world) if self.strategy.bits_depend_on_world_size else {}
         return {**environment_fingerprint(self.world.device), **of_fast_mode}
 

@@ -30,6 +30,7 @@ from disttrain.training.succession import Succession
 
 _TO_HEAR_S = 3.0  # the launcher notices at once when a worker dies
 _TO_HEAR_AGAIN_S = 30.0
+_LOOK_EVERY_S = 0.05  # for newcomers: a look at the pipe takes as long as all else that a step does to be recoverable
 _log = logging.getLogger("disttrain")
 
 
@@ -45,6 +46,7 @@ class Recovery:
         self._verdicts = Verdicts.of_this_process() if continues_after_losses(job) else None
         self._generation, self._is_ready = 0, False
         self._left_at, self._sent = time.monotonic(), Sent()
+        self._look_at = 0.0
         self._is_new = False  # among workers that have a state to hand out
         self._unreported: list[Verdict] = []
         self._accused: list[int] = []  # of holding up the others, as reported last
@@ -96,8 +98,10 @@ class Recovery:
         if not self._is_ready:
             self._is_ready = True
             self._declare()
-        if self._verdicts.have_come():
-            raise _AnotherGroup
+        if (now := time.monotonic()) >= self._look_at:
+            self._look_at = now + _LOOK_EVERY_S
+            if self._verdicts.have_come():
+                raise _AnotherGroup
 
     def over(self) -> None:
         """From now on a loss ends in a restart."""

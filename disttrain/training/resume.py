@@ -68,7 +68,7 @@ def resume(job: Job, checkpoint: Checkpoint) -> list[str]:
         job.early_stopping.load_state(state["best_evaluation"])
     job.step = state["step"]
     job.metrics = state["metrics"] or None
-    return differences(state["environment_fingerprint"], job.environment_fingerprint())
+    return differences(state["environment_fingerprint"], job.environment_fingerprint)
 
 
 def _resume_together(job: Job, checkpoint: Checkpoint) -> None:

@@ -73,13 +73,16 @@ class Saver:
         if self._is_apart:
             self._save_apart(instead)
             return
+        writes = job.world.is_main or (self.is_passed_on and job.world.rank == 1)
+        if not writes and not job.strategy.is_sharded:
+            return
         model: Tensors = job.model_tensors()
         optimizer: Tensors = job.optimizer_tensors()[0]
         if self._shards is not None:
             model, optimizer = self._shards.mine(model, optimizer)
         elif job.strategy.is_sharded:
             model, optimizer = gathered(job.world, model), gathered(job.world, optimizer)
-        if job.world.is_main or (self.is_passed_on and job.world.rank == 1):
+        if writes:
             self._writer.find = None if job.world.is_main else self._store.find
             self._report(self._writer.save(model, optimizer, {**job.state(), **instead}))
         elif self._shards is not None:

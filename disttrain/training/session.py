@@ -158,7 +158,7 @@ def _session_in(
             if words := warm_up(job):
                 console.line(words)
         if not job.strategy.bits_depend_on_world_size and not job.is_finished:
-            for difference in unlike_the_first(gather_objects(job.environment_fingerprint())):
+            for difference in unlike_the_first(gather_objects(job.environment_fingerprint)):
                 console.warn(f"the workers differ: {difference}; the bits may differ from other runs'.")
             try_exactness(job)
         broadcast_from_main(world, lambda: store_recipe(path, recipe))

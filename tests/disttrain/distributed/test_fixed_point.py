@@ -177,6 +177,8 @@ def test_nothing_is_expected_after_infinities_and_what_was_absent_or_zero_stays_
     assert expected_magnitudes([torch.tensor([math.inf])], [math.inf])() is None
     # What was not finite anywhere has not been summed: what is in the tensor is this rank's own, and may be finite.
     assert expected_magnitudes([one, one], [1.0, math.inf])() is None
+    twice = expected_magnitudes([one, zero], [1.0, 1.0])  # asked for before a step that may be undone, and in it
+    assert twice() is twice()
 
 
 EXPECTED = [1.0, ABSENT]

@@ -110,7 +110,7 @@ def killed_from_outside(run_dir: Path, epochs: int, dice: random.Random, victim:
 def run_with_kills(tmp_path: Path, num_kills: int, num_outside: int, epochs: int, seed: int) -> None:
     """Compare a run that met `num_kills` SIGKILLs, `num_outside` of them from outside, with one that met none."""
     dice = random.Random(seed)
-    run_workers(job, 1, args=(tmp_path / "undisturbed", epochs), process_group=False, timeout_s=300)
+    run_workers(job, 1, args=(tmp_path / "undisturbed", epochs), process_group=False, timeout_s=1200)
     run_dir, kills = tmp_path / "killed", 0
     outside = range(1, num_kills, num_kills // num_outside)
     for attempt in range(2 * num_kills):

@@ -55,3 +55,34 @@ def test_others_that_hang_in_the_step_in_which_one_was_killed_for_it_are_left_to
     assert not recovery._report_hung([1])
     job.step = 6
     assert recovery._report_hung([1])
+
+
+class Mailbox:
+    """A pipe for verdicts that counts how often it was looked into."""
+
+    def __init__(self) -> None:
+        self.looks, self.is_full = 0, False
+
+    def have_come(self) -> bool:
+        self.looks += 1
+        return self.is_full
+
+
+def test_steps_that_are_short_do_not_each_look_for_a_verdict_and_none_is_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each look is a system call of each worker, at each step of a run that loses nobody."""
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(module, "time", clock)
+    now = 100.0
+    job: Any = SimpleNamespace(recipe=as_recipe({"name": "mine"}), world=SimpleNamespace(group=None), step=5)
+    others: Any = SimpleNamespace(saver=SimpleNamespace(), is_possible=True)
+    recovery, mailbox = Recovery(job, others, others, None), Mailbox()
+    recovery._verdicts, recovery._is_ready = mailbox, True  # type: ignore[assignment]
+    for _ in range(1000):  # of a millisecond each
+        now += 0.001
+        recovery.after_step()
+    assert 10 <= mailbox.looks <= 30
+    mailbox.is_full, now = True, now + 0.1
+    with pytest.raises(RuntimeError):
+        recovery.after_step()
