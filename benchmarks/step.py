@@ -1,7 +1,7 @@
 """What a step costs besides its arithmetic: against a loop written by hand, and part by part.
 
     python benchmarks/step.py ratio [--rounds 60] [--workers 1,2] [--cpu-time] [-o key=value]
-    python benchmarks/step.py parts [--rounds 60] [--workers 1]
+    python benchmarks/step.py parts [--rounds 60] [--workers 1] [--exact]
 
 `ratio` trains the network of `cifar10-net` on made-up images, batches of 100, with one worker and with two. The loop by
 hand is what an expert writes for this one purpose: one uint8 tensor, whole batches, DistributedDataParallel. It runs in
@@ -10,7 +10,8 @@ that a run does between two steps counts. Printed are medians, the median of the
 whether both have the same weights in the end, bit for bit. One worker has two threads, two have one each.
 
 `parts` calls each thing that our loop does and the one by hand does not, and prints the microseconds of a call: the
-least of the rounds, as whatever else runs on the machine only adds to them.
+least of the rounds, as whatever else runs on the machine only adds to them. With `--exact` they are what exact mode
+does with the gradients of a step of 4 slices: all of it, and its parts.
 
 On a machine that others use, too, `--cpu-time` compares the processor time of worker 0, of all its threads, in place of
 the time that has passed.
@@ -40,9 +41,12 @@ import disttrain
 from disttrain import rng
 from disttrain.checkpoint import weights_sha256
 from disttrain.data.sources.synthetic import synthetic_images
+from disttrain.distributed.collectives import sum_
+from disttrain.distributed.fixed_point import FixedPointSum, expected_magnitudes, measured
 from disttrain.distributed.world import join_world
 from disttrain.health.nonfinite import marked
 from disttrain.health.stop import stop_requests
+from disttrain.parallel.exact.strategy import SlicesSummed
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.task import named_at
 from disttrain.testing import run_workers
@@ -56,6 +60,7 @@ from disttrain.training.shortage import shortage_in_step
 
 # As many images as CIFAR-10 has: a checkpoint is saved after an epoch, and after 50 steps it would count tenfold.
 BATCH, NUM_IMAGES, STEPS_PER_TURN, CALLS = 100, 50000, 20, 100
+EXACT = ("parallel.exact=true", "parallel.slices=4")
 MOST = 1.02  # so many times as long as the loop by hand
 QUIET = ("tracking.uri=none", "data.dataset=synthetic", f"data.options={{num_train={NUM_IMAGES}, num_test=100}}")
 
@@ -212,9 +217,53 @@ def parts_of(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure_parts(rounds: int) -> dict[str, float]:
+def parts_of_exact(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
+    """What exact mode does with the gradients of a step, which are zeros here, so that their sums are, too."""
+    job = monitor.job
+    strategy, world = job.strategy, job.world
+    assert isinstance(strategy, SlicesSummed)
+    parameters = list(job.model.parameters())
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    lists = [gradients] * len(strategy.slices)
+    bounds = [0.0] * len(gradients)
+    integers = torch.zeros(sum(map(torch.numel, gradients)), dtype=torch.int64)
+    total = FixedPointSum(gradients, bounds, strategy.num_slices)
+
+    def slices() -> None:
+        for index in strategy.slices:
+            strategy.open_slice()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            strategy.close_slice(index)
+
+    def as_integers() -> None:
+        total = FixedPointSum(gradients, bounds, strategy.num_slices, integers)
+        for summands in lists:
+            total.add(summands)
+
+    def step() -> None:
+        slices()
+        strategy.finish_step(BATCH, 0)
+
+    def slices_alone() -> None:
+        slices()
+        strategy._sums._begin_step()
+
+    return {
+        "slices, and their sum": step,
+        "slices opened and closed": slices_alone,
+        "their magnitudes": lambda: measured(lists),
+        "their integers": as_integers,
+        "integers summed": lambda: (sum_ if world.sums is None else world.sums.sum_)(integers),
+        "numbers again": lambda: total.write(gradients),
+        "the next step's bounds": lambda: expected_magnitudes(gradients, bounds),
+    }
+
+
+def measure_parts(rounds: int, exact: bool) -> dict[str, float]:
     """Microseconds of a call of each part."""
-    settings, found = recipe(100, 1), {}
+    settings = recipe(100, 1, *(EXACT if exact else ()))
+    found: dict[str, float] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
         open(os.devnull, "w") as nowhere,
@@ -224,7 +273,7 @@ def measure_parts(rounds: int) -> dict[str, float]:
         suppress(_Measured),
         open_session(settings, world, Path(folder, "run"), Given(), stop) as monitor,
     ):
-        calls = parts_of(monitor)
+        calls = (parts_of_exact if exact else parts_of)(monitor)
         for _ in range(rounds):
             for name, call in calls.items():
                 began = time.thread_time()
@@ -247,6 +296,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--exact", action="store_true", help="for `parts`: what exact mode does with gradients")
     parser.add_argument("-o", dest="overrides", action="append", default=[], help="a key of the run, for `ratio`")
     options = parser.parse_args()
     load = os.getloadavg()[0]
@@ -255,7 +305,7 @@ def main() -> None:
     if options.what == "ratio":
         sys.exit(0 if ratio(options.rounds, workers, options.cpu_time, *options.overrides) else 1)
     columns = [
-        run_workers(measure_parts, size, args=(options.rounds,), process_group=False, timeout_s=900)[0]
+        run_workers(measure_parts, size, args=(options.rounds, options.exact), process_group=False, timeout_s=900)[0]
         for size in workers
     ]
     for name in columns[0]:
