@@ -29,6 +29,8 @@ EXPORTED = "model"
 """The folder of the model that MLflow serves."""
 LOCK = ".lock"
 """Locked by the process that owns the run."""
+EPOCH = ".epoch"
+"""How many workers have owned a run on several machines, one after the other, see `runs.fence`."""
 STOP = "stop"
 """A file that is made there asks the run to save and stop."""
 
@@ -52,6 +54,7 @@ LAUNCHER_PID = "DISTTRAIN_LAUNCHER_PID"
 JOINS = "DISTTRAIN_JOINS"  # set for a worker that joins a run under way
 CONSOLE = "DISTTRAIN_CONSOLE"  # the descriptors of the launcher's output and errors, for whoever takes rank 0's place
 VERDICTS = "DISTTRAIN_VERDICTS"  # the descriptor of the pipe by which the launcher reports lost workers
+LEASE = "DISTTRAIN_LEASE"  # the descriptor of what says until when a worker may run, if another machine leads
 NODE_SLOT = "DISTTRAIN_NODE_SLOT"  # "2 8": this machine is the third of at most eight, as long as it takes part
 LAUNCHER_OPTIONS = "DISTTRAIN_OPTIONS"
 DEVICE = "DISTTRAIN_DEVICE"

@@ -83,13 +83,18 @@ def write_tensors(folder: Path, model: Tensors, optimizer: Tensors) -> dict[str,
     return {"format": 1, "files": files}
 
 
-def commit_checkpoint(path: Path, state: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
+def commit_checkpoint(
+    path: Path,
+    state: Mapping[str, Any],
+    write: Callable[[Path], dict[str, Any]],
+    guard: Callable[[], object] = lambda: None,
+) -> None:
     """Write the folder `path` so that it is there whole or not at all, also after a power failure.
 
     `write` writes the files of tensors into a folder, and returns what the manifest holds of them. Each file is
     written under a temporary name of the folder and fsynced, the manifest last; then the folder is renamed and its
-    parent fsynced. One that is there already stands until the new one takes its place. Raises OSError, with nothing
-    left behind, if any of that fails.
+    parent fsynced. One that is there already stands until the new one takes its place. `guard` is called before that.
+    Raises OSError, with nothing left behind, if any of that fails.
     """
     step = state["step"]
     temporary = hidden(path, WRITING)
@@ -104,6 +109,7 @@ def commit_checkpoint(path: Path, state: Mapping[str, Any], write: Callable[[Pat
         _write_json(temporary / MANIFEST, manifest)
         fsync(temporary)
         reached("checkpoint: written", step=step)
+        guard()
         _put_in_place(temporary, path, step)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

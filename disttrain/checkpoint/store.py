@@ -35,6 +35,8 @@ class CheckpointStore:
         self._keep_last = max(1, keep_last)
         self._keep_best = keep_best
         self._best = Best()
+        self.guard: Callable[[], object] = lambda: None
+        """Called before anything gets or loses its place in the folder; it may end the process."""
         self._known_good: set[str] = set()  # written or verified by this store
 
     def paths(self) -> list[Path]:
@@ -55,7 +57,7 @@ class CheckpointStore:
     def commit(self, state: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> Path:
         """The same with tensors that `write` writes: see `commit_checkpoint`."""
         path = self.folder / checkpoint_name(state["step"])
-        commit_checkpoint(path, state, write)
+        commit_checkpoint(path, state, write, self.guard)
         self._known_good.add(path.name)
         self._retire()
         return path

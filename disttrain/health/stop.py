@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from disttrain.distributed.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
+from disttrain.distributed.lease import HeldLease
 from disttrain.distributed.requests import STOP_SIGNALS, heard_requests, name_of
 from disttrain.layout import LAUNCHER_PID, VERDICTS
 
@@ -139,3 +140,7 @@ def end_with_launcher() -> None:
 
     if launcher == LAUNCHER or VERDICTS in os.environ:
         threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
+    lease = HeldLease.of_this_process()
+    if lease is not None:
+        # With its children, as its launcher would: that is cut off, or stands still.
+        lease.watch(lambda: os.killpg(os.getpgrp(), signal.SIGKILL))

@@ -25,7 +25,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ class Journal:
     write, so that it survives the death of the process; `sync` makes it survive the death of the machine.
     """
 
-    def __init__(self, path: str | os.PathLike[str], first_step: int = 0) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], first_step: int = 0, guard: Callable[[], object] = lambda: None
+    ) -> None:
         """Open or create the file at `path`; its folder must exist. Metrics of earlier steps than `first_step` will not
-        be journalled again. Raises OSError.
+        be journalled again. `guard` is called before each write, see `fence.Fence`. Raises OSError.
         """
-        self.path = Path(path)
+        self.path, self._guard = Path(path), guard
         self._lock = threading.Lock()
         self._held = b""
         self._first_step = first_step
@@ -149,6 +151,7 @@ class Journal:
         # A write may stop halfway on a full disk. Cutting the torn line off keeps the file whole, and holding the
         # records back until the next write keeps the journal complete once there is space again.
         size = os.fstat(self._fd).st_size
+        self._guard()
         try:
             if os.write(self._fd, data) != len(data):
                 raise OSError(f"{self.path}: the disk accepted only a part of a record")

@@ -20,6 +20,7 @@ from disttrain.layout import (
     CHARTS,
     CHECKPOINTS,
     DELIVERED,
+    EPOCH,
     EVALUATION,
     EXPORTED,
     JOURNAL,
@@ -96,7 +97,7 @@ def owned_run_dir(
             refuse_links(path)
             # A first start that was killed or refused leaves its logs, and perhaps a recipe half written; a stop
             # may have been requested.
-            leftovers = (LOGS, LOCK, being_written(stored).name, STOP)
+            leftovers = (LOGS, LOCK, EPOCH, being_written(stored).name, STOP)
             is_run = whatever_is_there or stored.exists() or recipe_of_checkpoints(path) is not None
             if not is_run and any(entry.name not in leftovers for entry in path.iterdir()):
                 raise ConfigurationError(
@@ -187,7 +188,7 @@ def refuse_other_recipe(path: Path | str, stored: Recipe, recipe: Recipe, remedy
     """Raise ConfigurationError if a run that was trained with `stored` cannot be resumed with `recipe`."""
     differences = [
         words
-        for key, words in _differences(stored.model_dump(mode="json"), recipe)
+        for key, words in _differences(stored.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if key != "name" and key not in _MAY_CHANGE and not key.startswith(_SECTIONS_THAT_MAY_CHANGE)
     ]
     if differences:
@@ -201,21 +202,28 @@ def refuse_edited_recipe(of_run: Mapping[str, Any], recipe: Recipe) -> None:
 
     The worker has read it later than the others, and with another learning rate, say, its weights would be others.
     """
-    differences = [
-        words
-        for key, words in _differences(of_run, recipe)
-        if key not in _OF_A_MACHINE and not key.startswith("tracking.")
-    ]
-    if differences:
+    if differences := edits(of_run, recipe.model_dump(mode="json")):
         raise ConfigurationError(
             f"the recipe has changed since the run began: {'; '.join(differences)}. A worker that joins needs it as it "
             "was."
         )
 
 
-def _differences(before: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, str]]:
+def edits(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what a recipe, as in JSON, differs from another that all workers have to have, but for what machines may have
+    for themselves: in words, a key each.
+    """
+    return [words for key, words in _differences(before, now) if not is_of_a_machine(key)]
+
+
+def is_of_a_machine(key: str) -> bool:
+    """Whether machines may have another value of this key of a recipe each, without another result."""
+    return key in _OF_A_MACHINE or key.startswith("tracking.")
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The keys whose values differ, each with words that show it."""
-    was, now = flatten(before), flatten(recipe.model_dump(mode="json"))
+    was, now = flatten(before), flatten(after)
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key):
             yield key, f"{key} was {_shown(was.get(key))}, now {_shown(now.get(key))}"

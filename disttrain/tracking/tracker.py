@@ -46,6 +46,7 @@ class Tracker:
         world_info: facts about this start of the job that become tags: world size, launcher, host.
         enabled: False makes every call do nothing, until it takes over.
         warn: called with messages for the user, from within the tracker's calls; a logger's warnings if None.
+        guard: called before each write to the journal, see `Journal`.
 
     Raises ConfigurationError if `tracking.uri` cannot be one of MLflow's; nothing raises after that.
     """
@@ -57,11 +58,12 @@ class Tracker:
         world_info: Mapping[str, Any],
         enabled: bool = True,
         warn: Callable[[str], None] | None = None,
+        guard: Callable[[], object] = lambda: None,
     ) -> None:
         self._run_dir = Path(run_dir)
         self._settings = recipe.tracking
         self._world_info = dict(world_info)
-        self._enabled = enabled
+        self._enabled, self._guard = enabled, guard
         self._warn = warn or _logger.warning
         self._journal: Journal | None = None
         self._sender: MlflowSender | None = None
@@ -86,7 +88,7 @@ class Tracker:
             return
         with self._harmless():
             self._step = step
-            self._journal = Journal(self._run_dir / JOURNAL, first_step=step)
+            self._journal = Journal(self._run_dir / JOURNAL, step, self._guard)
             self._journal.event("resume" if resumed else "start", world=self._world_info)
             self._journal.params(dict(_flatten(params)))
             self._journal.tags({**_versions(), **_texts(self._world_info), **_texts(tags)})
@@ -95,17 +97,18 @@ class Tracker:
                 self._journal.artifact(RECIPE)
         self._start_sender()
 
-    def take_over(self, step: int) -> None:
+    def take_over(self, step: int, guard: Callable[[], object]) -> None:
         """Continue, at this step of the job, the journal of a worker that has died, and feed MLflow in its place.
 
-        What all ranks have recorded since, and that worker has not, is journalled now.
+        `guard`: as for a new one. What all ranks have recorded since, and that worker has not, is journalled now.
         """
-        self._enabled, self._step = True, step
+        self._enabled, self._step, self._guard = True, step, guard
         self.uri = resolve_uri(self._settings.uri, self._run_dir)
         with self._harmless():
             path, first_step = self._run_dir / JOURNAL, self._latest.first_step()
             self._done = events_done(path)
-            self._journal = Journal(path, step if first_step is None else min(step, first_step))
+            first_step = step if first_step is None else min(step, first_step)
+            self._journal = Journal(path, first_step, guard)
             self._journal.append("status", status="RUNNING")  # the other's sender may have reported that it ended
             for what in self._latest.take():
                 if isinstance(what, Event):

@@ -42,11 +42,19 @@ def is_concluded(job: Job, run_dir: Path) -> bool:
 
 @contextmanager
 def tracked(
-    job: Job, run_dir: Path, address: str, console: Console, stop: StopRequest, *, resumed: bool, is_done: bool
+    job: Job,
+    run_dir: Path,
+    address: str,
+    console: Console,
+    stop: StopRequest,
+    *,
+    guard: Callable[[], object],
+    resumed: bool,
+    is_done: bool,
 ) -> Iterator[Tracker]:
     """Journal and MLflow run of the job, with how it ended. For rank 0; the others get a tracker that does nothing.
 
-    `is_done`: as `is_concluded` had it.
+    `guard`: as for a `Tracker`. `is_done`: as `is_concluded` had it.
     """
     if not job.world.is_main:
         yield Tracker(run_dir, job.recipe, {}, enabled=False, warn=console.warn)
@@ -67,7 +75,7 @@ def tracked(
         "gradients": where_gradients_meet(job.world),
         "host": job.world.host,
     }
-    tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn)
+    tracker = Tracker(run_dir, job.recipe, world_info, warn=console.warn, guard=guard)
     tracker.start(
         resumed=resumed, params=job.recipe.model_dump(mode="json"), tags=job.environment_fingerprint, step=job.step
     )

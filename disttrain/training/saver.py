@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,13 +194,14 @@ class Saver:
         while not broadcast_from_main(self._job.world, lambda: next(arrival)):
             pass
 
-    def take_over(self, saved: Sequence[tuple[int, bool]]) -> None:
+    def take_over(self, saved: Sequence[tuple[int, bool]], guard: Callable[[], object]) -> None:
         """Be the one who writes from now on; write what rank 0 has begun to save and was lost with it.
 
         `saved` is what was begun last, as the ranks that were there have it in `Saver.saved`: while the last is begun,
         the one before may not be written yet. What neither the disk nor this worker has is replaced by a checkpoint of
-        now. Raises DisttrainError if that cannot take its place.
+        now. `guard`: as a `CheckpointStore` has it. Raises DisttrainError if that cannot take its place.
         """
+        self._store.guard = guard
         self._store.clear_unfinished()
         kept = self._writer.kept
         for step, is_evaluated in saved:  # rank 0 may have died before it reported them

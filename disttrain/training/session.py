@@ -16,7 +16,7 @@ from disttrain.distributed.collectives import broadcast_from_main, gather_object
 from disttrain.distributed.launched import launched_by
 from disttrain.distributed.report import report_failure
 from disttrain.distributed.world import World
-from disttrain.errors import DisttrainError, ExitCode, mark_failure
+from disttrain.errors import ConfigurationError, DisttrainError, ExitCode, mark_failure
 from disttrain.faultpoints import reached
 from disttrain.health.progress import Progress
 from disttrain.health.spikes import RolledBack, read_skipped
@@ -29,6 +29,7 @@ from disttrain.recipe import Recipe
 from disttrain.recipe.address import is_url, settled, working_folder
 from disttrain.recipe.partners import keys_without_effect
 from disttrain.remote import Mirror, MirroredStore, RemoteRun
+from disttrain.runs.fence import Fence
 from disttrain.runs.lock import PATIENCE_S, patience_across_machines_s
 from disttrain.runs.rundir import (
     log_to_file,
@@ -54,6 +55,7 @@ from disttrain.training.preflight.warmup import warm_up
 from disttrain.training.recoverable import what_a_loss_means, why_losses_do_not_end_it
 from disttrain.training.resume import resume
 from disttrain.training.sharding import refuse_unshardable
+from disttrain.training.sources import sources_of, why_unlike
 
 _log = logging.getLogger("disttrain")
 
@@ -85,6 +87,8 @@ def open_session(
                 store = MirroredStore(
                     until_the_end.enter_context(Mirror(RemoteRun(address), path, console.warn)), **keep
                 )
+            if is_one_of_several:
+                store.guard = Fence(path, end_at_once).check
             refuse_another_job(path, recipe, warnings.append)
 
         warnings: list[str] = []
@@ -105,13 +109,13 @@ def watched(path: Path, recipe: Recipe, world: World) -> Iterator[tuple[Progress
     if world.size == 1 and launched_by() == "python":  # no rank waits for it, and the user may be debugging it
         yield progress, None
         return
-    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), _end_of_a_hang) as watchdog:
+    with Watchdog(world, progress, recipe.train.hang_timeout_s, log_file(path, world.rank), end_at_once) as watchdog:
         yield progress, watchdog
 
 
-def _end_of_a_hang(verdict: str) -> NoReturn:
-    """Whatever the main thread is in, it will not come back: nothing can be cleaned up, and nothing has to be."""
-    report_failure(verdict, ExitCode.FAILURE, None, time.time(), is_agreed=True)
+def end_at_once(why: str) -> NoReturn:
+    """End a process whose main thread will not come back, or must write no more: nothing has to be cleaned up."""
+    report_failure(why, ExitCode.FAILURE, None, time.time(), is_agreed=True)
     os._exit(ExitCode.FAILURE)
 
 
@@ -157,6 +161,8 @@ def _session_in(
             check_model(job, console.warn)
             if words := warm_up(job):
                 console.line(words)
+        if world.num_nodes > 1 and (words := why_unlike(gather_objects(sources_of(recipe)))):
+            raise ConfigurationError(f"the workers do not compute the same: {words}. Give all machines the same.")
         if not job.strategy.bits_depend_on_world_size and not job.is_finished:
             for difference in unlike_the_first(gather_objects(job.environment_fingerprint)):
                 console.warn(f"the workers differ: {difference}; the bits may differ from other runs'.")
@@ -168,7 +174,7 @@ def _session_in(
             console,
             closing(job),
             SystemSampler() if world.is_local_main and recipe.tracking.system_metrics else nullcontext() as sampler,
-            tracked(job, path, address, console, stop, resumed=resumed, is_done=is_done) as tracker,
+            tracked(job, path, address, console, stop, guard=store.guard, resumed=resumed, is_done=is_done) as tracker,
             ExitStack() as until_the_end,
             closing(
                 RunMonitor(job, path, store, tracker, console, stop, sampler, address, until_the_end, is_done=is_done)

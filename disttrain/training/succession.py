@@ -16,13 +16,19 @@ from disttrain.faultpoints import reached
 from disttrain.health.stop import stop_file
 from disttrain.layout import STOP
 from disttrain.recipe.address import is_url
+from disttrain.runs.fence import Fence
 from disttrain.runs.lock import owned, owner_of, patience_across_machines_s, this_owner
 from disttrain.tracking import SystemSampler
 from disttrain.training.conclusion import concluding
 from disttrain.training.machine_report import MachineReport
 from disttrain.training.monitor import RunMonitor
+from disttrain.training.session import end_at_once
 
 _TO_BE_FREE_S = 2.0  # the system frees the lock of a process that ends
+
+
+def _unguarded() -> None:
+    """On one machine a process that stood still is killed before its place is given away."""
 
 
 class Succession:
@@ -70,9 +76,10 @@ class Succession:
         enter(owned(run_dir, self._to_be_free_s(), console.warn))  # which it cannot as long as the other lives
         reached("succession: owner", step=job.step)
         self._sample()
-        tracker.take_over(job.step)
+        guard = _unguarded if job.world.slot is None else Fence(run_dir, end_at_once).check
+        tracker.take_over(job.step, guard)
         enter(concluding(job, run_dir, monitor.saver.address, console, monitor.stop, tracker, self._started))
-        monitor.saver.take_over(saved)
+        monitor.saver.take_over(saved, guard)
         monitor.evaluations.write_newest()
         reached("succession: journal", step=job.step)
         enter(stop_file(run_dir / STOP, monitor.stop, console.line, is_new=False))

@@ -40,6 +40,11 @@ class WorkerGroup:
     grace_s: float = 5.0
     options: str = ""
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What its workers inherit besides those that each has for itself."""
+        return ()
+
     def log(self, rank: int, *, joins: bool = False) -> Path | None:
         """The file with what a worker prints, if it has one; rank 0 prints to the user, unless it `joins` later."""
         return self.log_dir / log_name(rank) if self.log_dir is not None and (rank > 0 or joins) else None

@@ -386,7 +386,7 @@ def test_who_takes_over_adds_what_the_other_did_not_write_and_nothing_twice(run_
     second.metrics(2, {"train/loss": 0.5})
     second.event("worker-lost", step=1, noticed=6.0)
     assert kinds(run_dir).count("metrics") == 1
-    second.take_over(2)
+    second.take_over(2, lambda: None)
     second.metrics(2, {"train/loss": 0.5})
     second.event("evaluated", step=1)
     second.event("evaluated", step=2)
