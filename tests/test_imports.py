@@ -39,7 +39,7 @@ LAYERS = {
         "runs", "task", "terminal", "tracking",
     },
     "worker": {"distributed", "health", "recipe", "terminal"},
-    "agent": {"checkpoint", "distributed", "health", "recipe", "remote", "runs", "terminal", "tracking"},
+    "agent": {"__version__", "checkpoint", "distributed", "health", "recipe", "remote", "runs", "terminal", "tracking"},
     "commands": {
         "checkpoint", "data", "distributed", "doctor", "models", "parallel", "recipe", "remote", "runs",
         "task", "tracking", "training", "worker",

@@ -30,8 +30,9 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from disttrain.agent.cause import Cause
 from disttrain.agent.elastic import Agent, StoppedOnRequest, ignore_requests
 from disttrain.agent.finished import is_finished
+from disttrain.agent.led import refusal_at
 from disttrain.distributed.requests import STOP_SIGNALS, heard_requests
-from disttrain.errors import DisttrainError, ExitCode
+from disttrain.errors import ConfigurationError, DisttrainError, ExitCode
 from disttrain.layout import LAUNCHER_PID
 from disttrain.runs.summary import newest_step
 from disttrain.terminal.output import have_unbreakable_output
@@ -121,6 +122,9 @@ def command(
         raise click.exceptions.Exit(ExitCode.STOPPED) from None
     except RendezvousError as error:
         _leave_if(finished, run_dir)  # by the others, who are gone now
+        host, _, port = rendezvous.rpartition(":")
+        if refusal := refusal_at(host.strip("[]"), int(port), job_id):
+            raise ConfigurationError(refusal) from error
         raise DisttrainError(
             f"job {job_id!r}: the nodes cannot find each other at {rendezvous} ({_deepest(error)}). The node with "
             f"--node-rank 0 must serve that address, and at least {nodes[0]} must join within {_JOIN_S} s."

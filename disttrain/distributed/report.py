@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,13 @@ def report_ready(
     failed: bool = False,
     hung: Sequence[int] = (),
     corrupt: Sequence[int] = (),
+    sources: Mapping[str, str] | None = None,
 ) -> None:
     """Write to the launcher's file whether this worker can continue without another one, or waits to join them.
 
     It `can_lead` if that other may be rank 0. In this `generation`: `failed` if its group did not form, or broke
     although no worker died; `hung` are the ranks that hold up the others, `corrupt` those that compute wrong numbers.
+    `sources`: digests of what it computes with.
     """
     error_file = os.environ.get(ERROR_FILE)
     if error_file and launched_by() in OUR_LAUNCHERS:
@@ -97,6 +99,7 @@ def report_ready(
             "failed": failed,
             "hung": list(hung),
             "corrupt": list(corrupt),
+            "sources": dict(sources or {}),
         }
         with suppress(OSError):
             _write(error_file, words)

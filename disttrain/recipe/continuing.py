@@ -20,3 +20,15 @@ def why_losses_restart(recipe: Recipe) -> str | None:
         "NCCL cannot continue": settings.device.startswith("cuda"),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def is_led(recipe: Recipe, *, on_gpus: bool) -> bool:
+    """Whether of several machines one leads, so that the others continue without a lost worker or machine.
+
+    If not, each runs torchrun's agent, and all restart. Every machine must come to the same answer. `on_gpus`: they
+    were asked for.
+    """
+    parallel = recipe.parallel
+    if not parallel.asks_to_continue(under_a_launcher=True) or not parallel.exact or parallel.strategy == "fsdp":
+        return False
+    return parallel.on_lost_worker == "continue" or not (on_gpus or why_losses_restart(recipe))

@@ -87,7 +87,7 @@ class ParallelRecipe(Section):
     on_lost_worker: Literal["auto", "restart", "continue", "stop"] = Field(
         default="auto",
         description="restart all when one is killed; continue without it (exact mode, gloo); or stop: end the run; "
-        "auto: continue in exact mode with `disttrain train` on one machine, else restart",
+        "auto: continue in exact mode with `disttrain train` or `disttrain node`, else restart",
     )
     audit_every_steps: WholeNumber = Field(
         default=0,
@@ -103,21 +103,13 @@ class ParallelRecipe(Section):
         # In fast mode three or more are added up in another order than gloo's: an older run would get other bits.
         return sys.maxsize if self.exact or self.shared_memory is True else _SAME_BITS_ANYHOW
 
-    @property
-    def continues(self) -> bool:
-        """Whether the others continue without a lost worker on several machines, as far as the recipe tells.
-
-        If not, all restart.
-        """
-        return self.asks_to_continue(on_one_machine=False) and self.exact and self.strategy != "fsdp"
-
-    def asks_to_continue(self, *, on_one_machine: bool) -> bool:
+    def asks_to_continue(self, *, under_a_launcher: bool) -> bool:
         """Whether the others are to continue without a lost worker, where they can.
 
-        `on_one_machine`: `disttrain train` has started all of them. The one place that settles what "auto" means.
+        `under_a_launcher`: one of ours, which gives verdicts. The one place that settles what "auto" means.
         """
         if self.on_lost_worker == "auto":
-            return on_one_machine and self.exact and self.strategy != "fsdp"
+            return under_a_launcher and self.exact and self.strategy != "fsdp"
         return self.on_lost_worker == "continue"
 
     @model_validator(mode="after")

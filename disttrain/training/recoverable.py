@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from disttrain.distributed.launched import LAUNCHER, OUR_LAUNCHERS, launched_by
-from disttrain.layout import NEEDS_A_RESTART
+from disttrain.distributed.launched import NODE_LAUNCHER, OUR_LAUNCHERS, launched_by
+from disttrain.layout import NEEDS_A_RESTART, VERDICTS
 from disttrain.recipe import Recipe
 from disttrain.recipe.continuing import why_losses_restart
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def asks_to_continue(recipe: Recipe) -> bool:
     """Whether its workers are to continue without one that is lost, where they can."""
-    return recipe.parallel.asks_to_continue(on_one_machine=launched_by() == LAUNCHER)
+    return recipe.parallel.asks_to_continue(under_a_launcher=VERDICTS in os.environ)
 
 
 def continues_after_losses(job: Job) -> bool:
@@ -28,8 +29,8 @@ def what_a_loss_means(job: Job) -> str | None:
     if not asks_to_continue(job.recipe) or job.world.group is None:
         return None
     why_not, is_default = _why_not(job), job.recipe.parallel.on_lost_worker == "auto"
-    if why_not is not None:
-        return None if is_default else f"{NEEDS_A_RESTART}{why_not}"
+    if why_not is not None:  # on several machines one leads for this, so it is said also where nobody asked for it
+        return f"{NEEDS_A_RESTART}{why_not}" if not is_default or launched_by() == NODE_LAUNCHER else None
     return "if a worker is lost, the others continue (parallel.on_lost_worker)" if is_default else None
 
 
@@ -39,7 +40,7 @@ def _why_not(job: Job) -> str | None:
     reasons = {
         "only exact mode has the same bits without it (parallel.exact)": job.strategy.bits_depend_on_world_size,
         "a lost shard has no copy": job.strategy.is_sharded,
-        "only workers of `disttrain train` and `disttrain node` continue": launched_by() not in OUR_LAUNCHERS,
+        "only workers of `disttrain train` and `disttrain node` continue": VERDICTS not in os.environ,
         "NCCL cannot continue": world.device.type != "cpu",
         "hooks see each step once": bool(job.hooks),
         why_losses_restart(recipe) or "": why_losses_restart(recipe) is not None,

@@ -26,6 +26,7 @@ from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rates
 from disttrain.training.recoverable import continues_after_losses
 from disttrain.training.shared_state import Sent, share_state
+from disttrain.training.sources import sources_of
 from disttrain.training.succession import Succession
 
 _TO_HEAR_S = 3.0  # the launcher notices at once when a worker dies
@@ -44,6 +45,7 @@ class Recovery:
     def __init__(self, job: Job, monitor: RunMonitor, succession: Succession, watchdog: Watchdog | None) -> None:
         self._job, self._monitor, self._succession, self._watchdog = job, monitor, succession, watchdog
         self._verdicts = Verdicts.of_this_process() if continues_after_losses(job) else None
+        self._sources = sources_of(job.recipe) if self._verdicts is not None else {}
         self._generation, self._is_ready = 0, False
         self._left_at, self._sent = time.monotonic(), Sent()
         self._look_at = 0.0
@@ -82,6 +84,7 @@ class Recovery:
             failed=failed,
             hung=hung,
             corrupt=corrupt,
+            sources=self._sources,
         )
 
     def before_step(self) -> None:
@@ -157,7 +160,7 @@ class Recovery:
         """Wait for a place among the workers of a run under way, and take it, with their state."""
         if self._verdicts is None:
             raise DisttrainError("a worker cannot join this run while it is under way.")
-        report_ready(is_ready=True, joins=True)
+        report_ready(is_ready=True, joins=True, sources=self._sources)
         self._job.progress.at("waiting to join the other workers", self._job.step, patient=True)
         verdict = self._next_verdict(self._verdicts, None)
         if verdict is None or verdict.rank is None:

@@ -108,6 +108,9 @@ def _planned(
     *,
     trust: bool,
 ) -> Node:
+    from disttrain.recipe.continuing import is_led  # not above: `--help` need not wait for pydantic
+    from disttrain_launch.nodes.agreement import terms_of
+
     if run_dir is None:
         raise click.UsageError("--run-dir is missing: machines that join later, or again, must find the run.")
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
@@ -118,7 +121,8 @@ def _planned(
     planned = planned_node(arguments, num_workers, run_dir, options, max_restarts, source, overrides)
     planned = dataclasses.replace(
         planned,
-        continues=checked.parallel.continues,
+        continues=is_led(checked, on_gpus=planned.is_on_gpus),
+        terms=terms_of(checked),
         stops=checked.parallel.on_lost_worker == "stop",
         max_losses=max_losses,
         most_workers=checked.parallel.slices if checked.parallel.exact else 0,

@@ -123,9 +123,10 @@ def _job(
     """The job that the options make, checked. Raises click.UsageError, RecipeError or ConfigurationError."""
     from disttrain.recipe import RecipeError, shipped_recipes
     from disttrain.recipe.address import settled
+    from disttrain.recipe.continuing import is_led
     from disttrain.recipe.once import is_kept
     from disttrain_launch.cli.recipe_source import checked_recipe, mention_old_names
-    from disttrain_launch.slurm.script import SlurmJob
+    from disttrain_launch.slurm.script import SlurmJob, points_of
 
     if recipe is not None and is_kept(recipe):
         raise RecipeError(f"{recipe}: a job that starts later cannot read it: save the recipe to a file.")
@@ -134,7 +135,10 @@ def _job(
     checked = checked_recipe(recipe, run_dir, overrides, trust=trust)
     mention_old_names(recipe, run_dir, overrides)
     checks.check_slices(checked, nodes, workers)
-    job = SlurmJob(
+    # Of a sweep, all jobs have the same script.
+    points = [checked_recipe(recipe, run_dir, (*overrides, *point), trust=trust) for point in points_of(sweep)]
+    is_on_gpus = resources.get("gpus") is not None or workers == "gpu"
+    return SlurmJob(
         name=name or re.sub(r"[^A-Za-z0-9_.+-]+", "-", checked.name),
         recipe=recipe if recipe is None or recipe in shipped_recipes() else settled(recipe),
         overrides=overrides,
@@ -147,13 +151,10 @@ def _job(
         max_restarts=max_restarts,
         sweep=sweep,
         trust=trust,
-        continues=nodes > 1 and checked.parallel.continues,
+        continues=nodes > 1 and all(is_led(one, on_gpus=is_on_gpus) for one in (checked, *points)),
         stops=checked.parallel.on_lost_worker == "stop",
         prologue=prologue.read_text(encoding="utf-8") if prologue is not None else "",
     )
-    for point in job.points:
-        checked_recipe(recipe, run_dir, (*overrides, *point), trust=trust)
-    return job
 
 
 def _directives(gpus: int | None, cpus: int | None, **words: Any) -> list[tuple[str, str]]:

@@ -205,7 +205,20 @@ class Watch:
             else:
                 complain(f"continuing without a replacement for rank {worker.rank}: {what}")
                 self._forget(worker)
-        return [worker for worker in self._coming if worker.waits_to_join()]
+        return [worker for worker in self._coming if worker.waits_to_join() and not self._refuses(worker)]
+
+    def _refuses(self, newcomer: Member) -> bool:
+        """Whether one that waits to join would compute something else than the others: it is ended."""
+        differences = [newcomer.is_unlike(worker) for worker in self._workers if worker.ending is None]
+        name = next(iter(differences), None)
+        if name is None or None in differences:  # a run may have begun with other versions on its machine
+            return False
+        self._coming.remove(newcomer)
+        newcomer.kill()
+        words = f"{name} is not what it was when the run began, and a worker that joins needs it as it was"
+        complain(f"continuing without a replacement for rank {newcomer.rank}: {words}")
+        self._forget(newcomer)
+        return True
 
     def _forget(self, worker: Member) -> None:
         """Let go of the place of one that has ended before it has joined."""

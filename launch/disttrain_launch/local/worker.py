@@ -93,6 +93,13 @@ class Member(ABC):
         """The ranks of this generation that, as it says, compute wrong numbers."""
         return self._named("corrupt", generation)
 
+    def is_unlike(self, other: Member) -> str | None:
+        """What it says that it computes with and `other` has another one of; None if there is nothing."""
+        own, others = self._says("sources"), other._says("sources")
+        if not isinstance(own, dict) or not isinstance(others, dict):
+            return None
+        return next((name for name in sorted(own.keys() & others.keys()) if own[name] != others[name]), None)
+
     def _named(self, why: str, generation: int) -> list[int]:
         named = self._says(why) if self._says("generation") == generation else None
         return named if isinstance(named, list) else []
@@ -123,7 +130,7 @@ class Worker(Member):
         os.set_blocking(self._verdicts, False)
         environment = group.environment(rank, port) | {ERROR_FILE: f"/dev/fd/{report}", VERDICTS: str(verdicts)}
         environment |= {JOINS: "1" if joins else "", CONSOLE: "{} {}".format(*console)}
-        keep = (report, verdicts, *console)
+        keep = (report, verdicts, *console, *group.descriptors)
         self._process = self._start(group.arguments, environment, lifeline, self._output, keep)
         os.close(verdicts)
 

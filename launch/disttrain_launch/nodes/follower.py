@@ -10,21 +10,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from disttrain.distributed.lease import now
 from disttrain.distributed.requests import STOP_SIGNALS, asking
 from disttrain.distributed.suspended import Suspended
 from disttrain.distributed.verdicts import Verdict
-from disttrain.errors import DisttrainError, ExitCode
+from disttrain.errors import ConfigurationError, DisttrainError, ExitCode
 from disttrain_launch.local.worker import Worker
 from disttrain_launch.messages import complain
 from disttrain_launch.nodes.machine import Machine, Place
 from disttrain_launch.nodes.node import JOIN_S, Node
 from disttrain_launch.nodes.remote import told_of
-from disttrain_launch.nodes.wire import LEASE_S, Gone, Wire
+from disttrain_launch.nodes.wire import LEASE_S, Gone, Wire, is_store_at
 from disttrain_launch.outcome import Outcome
 
 _LOOK_EVERY_S = 0.05
 _TO_CONNECT_S = 5.0
 _AGAIN_AFTER_S = 1.0
+_GIVE_THE_SAME = "give all machines the same recipe, options and version of disttrain"
 TOO_EARLY = "stopped before the workers were ready; run the same command again"
 
 
@@ -40,6 +42,8 @@ class Follower:
         self._node, self._machine, self._signals, self._is_finished = node, machine, signals, is_finished
         self._workers: dict[int, Worker] = {}
         self._told: dict[int, dict[str, object]] = {}
+        self._lease = machine.leased()
+        self._unread: list[dict[str, Any]] = []  # messages that came with the greeting
         self._suspended = Suspended()
         self._was_asked_to_stop = False
 
@@ -74,24 +78,56 @@ class Follower:
             if self._is_finished():
                 return Outcome(ExitCode.DONE, f"{node.run_dir} is already finished: there is nothing left to do")
             try:
-                wire = Wire(socket.create_connection((node.host, node.port), _TO_CONNECT_S))
-            except OSError as error:
+                return self._greeted(Wire(socket.create_connection((node.host, node.port), _TO_CONNECT_S)))
+            except (OSError, Gone) as error:
+                where = f"{node.host}:{node.port}"
+                if isinstance(error, Gone) and is_store_at(node.host, node.port):
+                    raise ConfigurationError(
+                        f"job {node.job_id!r}: the machine at {where} has all workers restart after a loss, and this "
+                        f"one has the others continue (parallel.on_lost_worker): {_GIVE_THE_SAME}."
+                    ) from None
                 if time.monotonic() > deadline:
+                    why = "no machine there leads" if isinstance(error, Gone) else error.strerror or error
                     raise DisttrainError(
-                        f"job {node.job_id!r}: the nodes cannot find each other at {node.host}:{node.port} "
-                        f"({error.strerror or error}). The node with --node-rank 0 must serve that address."
+                        f"job {node.job_id!r}: the nodes cannot find each other at {where} ({why}). The node with "
+                        "--node-rank 0 must serve that address."
                     ) from error
-                self._heard(_AGAIN_AFTER_S, keeps=True)
-                continue
-            machine = self._machine
-            wire.send(
-                job=node.job_id,
-                host=machine.name,
-                address=machine.address,
-                workers=machine.capacity,
-                ports=machine.spare_ports,
-            )
-            return wire
+            self._heard(_AGAIN_AFTER_S, keeps=True)
+
+    def _greeted(self, wire: Wire) -> Wire | Outcome:
+        """The connection, once the other end leads this machine; or how it ends, if that refuses it.
+
+        Raises Gone, also if it has not answered in time or a signal has come.
+        """
+        machine = self._machine
+        wire.send(
+            job=self._node.job_id,
+            host=machine.name,
+            address=machine.address,
+            workers=machine.capacity,
+            ports=machine.spare_ports,
+            beat=now(),
+            **self._node.terms,
+        )
+        messages: list[dict[str, Any]] = []
+        while not messages and wire.is_open and time.monotonic() - wire.heard_at < LEASE_S:
+            sources: list[Any] = [wire, self._signals]
+            ready, _, _ = select.select(sources, [], [], _AGAIN_AFTER_S)
+            if self._signals in ready:
+                break
+            messages = wire.received()
+        if not messages:
+            wire.close()
+            raise Gone
+        if "end" in messages[0]:
+            wire.close()
+            return _end_of(messages[0])
+        if "leads" not in messages[0]:
+            wire.close()
+            where = f"{self._node.host}:{self._node.port}"
+            raise ConfigurationError(f"the machine at {where} has another version of disttrain: {_GIVE_THE_SAME}.")
+        self._unread = messages
+        return wire
 
     def _heard(self, timeout_s: float, *, keeps: bool = False) -> bytes:
         """The signals that have come; those that it `keeps` are there the next time, too."""
@@ -104,8 +140,9 @@ class Follower:
             if not wire.is_open:  # it closed with the last message, or when this end sent one
                 raise Gone
             sources: list[Any] = [wire, self._signals]
-            select.select(sources, [], [], _LOOK_EVERY_S if self._workers else 1.0)
-            if time.monotonic() - wire.heard_at > LEASE_S:
+            select.select(sources, [], [], 0.0 if self._unread else _LOOK_EVERY_S if self._workers else 1.0)
+            # Before anything is read: what stands there may have been sent long ago, to who stood still meanwhile.
+            if self._lease.is_over if self._workers else time.monotonic() - wire.heard_at > LEASE_S:
                 raise Gone
             for number in self._heard(0.0):
                 if number in STOP_SIGNALS:
@@ -115,7 +152,8 @@ class Follower:
                     wire.send(stop=number)
                     if not self._workers:  # the others continue, if they have begun
                         return Outcome(ExitCode.STOPPED, TOO_EARLY)
-            for message in wire.received():
+            messages, self._unread = self._unread, []
+            for message in messages or wire.received():
                 try:
                     end = self._obey(wire, message)
                 except (KeyError, TypeError, ValueError):
@@ -128,7 +166,9 @@ class Follower:
 
     def _obey(self, wire: Wire, message: dict[str, Any]) -> Outcome | None:
         if "end" in message:
-            return Outcome(int(message["end"]), str(message["message"]), message["traceback"])
+            return _end_of(message)
+        if "echo" in message:
+            self._lease.extend(min(float(message["echo"]), now()) + LEASE_S)
         if "say" in message:
             complain(str(message["say"]))
         if "start" in message:
@@ -171,3 +211,7 @@ class Follower:
         running = {worker.rank: worker.pid for worker in self._workers.values() if worker.ending is None}
         for line in self._suspended.news(running):
             complain(line)
+
+
+def _end_of(message: dict[str, Any]) -> Outcome:
+    return Outcome(int(message["end"]), str(message["message"]), message["traceback"])

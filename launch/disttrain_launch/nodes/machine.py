@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from disttrain.distributed.launched import NODE_LAUNCHER
+from disttrain.distributed.lease import Lease
 from disttrain.distributed.ports import reserved_port
-from disttrain.layout import LAUNCHED_BY, NODE_SLOT
+from disttrain.layout import LAUNCHED_BY, LEASE, NODE_SLOT
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.worker import Worker
 from disttrain_launch.nodes.node import Node
@@ -55,6 +56,12 @@ class _PlacedGroup(WorkerGroup):
     """A worker of this machine among those of others: `size` is of this machine."""
 
     place: Place | None = None
+    lease: Lease | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What the worker inherits besides its own."""
+        return () if self.lease is None else (self.lease.fileno(),)
 
     def variables(self, rank: int, port: str) -> dict[str, str]:
         """What is set for the worker."""
@@ -67,6 +74,7 @@ class _PlacedGroup(WorkerGroup):
             "MASTER_ADDR": place.host,
             LAUNCHED_BY: NODE_LAUNCHER,
             NODE_SLOT: f"{place.slot} {place.num_slots}",
+            LEASE: "" if self.lease is None else str(self.lease.fileno()),
         }
 
 
@@ -80,6 +88,7 @@ class Machine:
         self.capacity = int(node.workers)
         self.is_fit = True  # as a `RemoteMachine` has it
         self._until_the_end = ExitStack()
+        self._lease: Lease | None = None
         self._workers: list[Worker] = []
         # Each worker reads its standard input and ends when that closes: however this process dies, the kernel does it.
         self._lifeline = os.pipe()
@@ -111,9 +120,14 @@ class Machine:
     def _reserve(self) -> int:
         return self._until_the_end.enter_context(reserved_port())
 
+    def leased(self) -> Lease:
+        """The lease on which all workers run that are started here from now on."""
+        self._lease = self._until_the_end.enter_context(closing(Lease()))
+        return self._lease
+
     def start(self, place: Place) -> Worker:
         """A worker at this place."""
-        group = _PlacedGroup(self._node.arguments, place.local_size, place=place)
+        group = _PlacedGroup(self._node.arguments, place.local_size, place=place, lease=self._lease)
         worker = Worker(group, place.rank, place.port, self._lifeline[0], self._console, joins=place.joins)
         self._workers.append(worker)
         return worker

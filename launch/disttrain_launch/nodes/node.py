@@ -7,7 +7,9 @@ import re
 import shlex
 import socket
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from disttrain.distributed.cores import usable_cores
 from disttrain.distributed.gpus import OnePerGpu
@@ -40,6 +42,7 @@ class Node:
         max_losses: how often it may continue within some minutes.
         most_workers: as many as can share a step; 0 for any number.
         recipe, overrides: what is trained, by which a node knows whether a run that is finished has more to do.
+        terms: what has to be the same on all machines, see `agreement`.
     """
 
     arguments: tuple[str, ...]
@@ -59,6 +62,12 @@ class Node:
     stops: bool = False
     max_losses: int = 0
     most_workers: int = 0
+    terms: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_on_gpus(self) -> bool:
+        """Whether its workers were asked to use GPUs, each its own."""
+        return isinstance(self.workers, OnePerGpu) or os.environ.get(DEVICE) == "cuda"
 
     @property
     def _is_led(self) -> bool:

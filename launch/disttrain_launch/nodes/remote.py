@@ -122,6 +122,8 @@ class RemoteMachine:
 
     def take(self, message: dict[str, Any]) -> None:
         """Take in a message that is about it, or one of its workers."""
+        if isinstance(message.get("beat"), int | float):
+            self.wire.send(echo=message["beat"])
         if isinstance(message.get("port"), int):
             self._ports.append(message["port"])
         worker = self._workers.get(message.get("of", 0))

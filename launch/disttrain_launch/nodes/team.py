@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from disttrain.distributed.requests import STOP_SIGNALS
-from disttrain.errors import DisttrainError
+from disttrain.errors import DisttrainError, ExitCode
 from disttrain_launch.local.worker import Member, Worker
 from disttrain_launch.messages import complain
+from disttrain_launch.nodes.agreement import why_not_together
 from disttrain_launch.nodes.machine import Machine, Place
-from disttrain_launch.nodes.node import JOIN_S, Node, own_addresses, resolve
+from disttrain_launch.nodes.node import JOIN_S, Node
 from disttrain_launch.nodes.remote import RemoteMachine
-from disttrain_launch.nodes.wire import BEAT_EVERY_S, GONE_AFTER_S, Gone, Wire
+from disttrain_launch.nodes.wire import BEAT_EVERY_S, GONE_AFTER_S, Gone, Wire, listener_at
 from disttrain_launch.outcome import Outcome
 
 _LAST_CALL_S = 5.0  # once the fewest machines are there, how long to wait for more
 _PAUSED_S = 3.0  # between two looks: this process stood still, and so nobody was heard
 _TO_SAY_GOODBYE_S = 5.0
 _NO_PLACE = "the run has no place for this machine now; it waits here until there is one, or the run ends"
+_TOO_LATE = (
+    'the run began without this machine, and nobody joins it where parallel.on_lost_worker is "stop": there is nothing '
+    "to do here until it is started again"
+)
 _MOST_GREETINGS = 64  # connections that have not said what they are
 
 
@@ -45,8 +49,9 @@ class Team:
         self._strangers: list[Wire] = []
         self._at: dict[Member, tuple[Machine | RemoteMachine, Place]] = {}
         self._requests = b""
+        self._refused: set[str] = set()  # what was said of those that cannot take part
         self._looked_at = time.monotonic()
-        self._listener = _listener(node)
+        self._listener = listener_at(node.host, node.port)
 
     def close(self) -> None:
         """Let go of all machines."""
@@ -89,37 +94,53 @@ class Team:
     def _greet(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:
+            self._strangers.append(Wire(connection))
+        except OSError:  # it has gone already
             return
-        self._strangers.append(Wire(connection))
         if len(self._strangers) > _MOST_GREETINGS:
             self._strangers.pop(0).close()
 
     def _hear_stranger(self, wire: Wire) -> None:
         try:
-            messages = wire.received()
-            if messages:
-                hello, *more = messages
+            if messages := wire.received():
                 self._strangers.remove(wire)
-                if hello.get("job") != self._node.job_id:
-                    message = "another job meets there: give the same --job-id on all machines, or another port"
-                    wire.send(end=1, message=message, traceback=None)
-                    wire.close()
-                    return
-                self._machines.append(RemoteMachine(wire, hello, self._pump_for_later))
-                for one in more:
-                    self._take(self._machines[-1], one)
-        except (Gone, KeyError, TypeError, ValueError):
+                self._admit(wire, *messages)
+        except (Gone, AttributeError, KeyError, TypeError, ValueError):
             wire.close()
             if wire in self._strangers:
                 self._strangers.remove(wire)
+            if wire.is_of_torchrun:
+                self._refuse(wire, wire.peer, {"restarts": True, "version": self._node.terms["version"]})
+
+    def _admit(self, wire: Wire, hello: dict[str, Any], *more: dict[str, Any]) -> None:
+        if hello.get("job") != self._node.job_id:
+            message = "another job meets there: give the same --job-id on all machines, or another port"
+            wire.send(end=1, message=message, traceback=None)
+            wire.close()
+        elif not self._refuse(wire, str(hello["host"]), hello):
+            self._machines.append(RemoteMachine(wire, hello, self._pump_for_later))
+            wire.send(leads=self._node.terms["version"], echo=hello["beat"])
+            for one in more:
+                self._take(self._machines[-1], one)
+
+    def _refuse(self, wire: Wire, name: str, terms: dict[str, Any]) -> bool:
+        """Whether a machine cannot take part, for what it says of itself: it is informed, and so is the user here."""
+        why = why_not_together(self._node.terms, terms)
+        if why is None:
+            return False
+        words = f"{name} cannot take part: {why}. Give all machines the same recipe, options and version of disttrain."
+        if words not in self._refused:
+            self._refused.add(words)
+            complain(words)
+        wire.send(end=int(ExitCode.CONFIGURATION), message=words, traceback=None)
+        wire.close()
+        return True
 
     def _pump_for_later(self, timeout_s: float) -> None:
         heard = self.pump(timeout_s)  # first: it takes those that are there already
         self._requests += heard
 
     def _hear(self, machine: RemoteMachine) -> None:
-        machine.wire.beat()
         try:
             for message in machine.wire.received():
                 self._take(machine, message)
@@ -219,11 +240,12 @@ class Team:
                 new.append(self._start(machine, place))
         return new
 
-    def have_others_wait(self) -> None:
-        """Say to machines without a worker that they have no place."""
+    def dismiss_idle(self) -> None:
+        """End the part of machines without a worker, where none is to join."""
         for machine in self._machines:
             if self._is_idle(machine):
-                machine.say_once(_NO_PLACE)
+                machine.wire.send(end=int(ExitCode.DONE), message=_TOO_LATE, traceback=None)
+                machine.wire.close()
 
     def _is_idle(self, machine: Machine | RemoteMachine) -> bool:
         return not any(machine is other for other, _ in self._at.values())
@@ -262,22 +284,3 @@ class Team:
             found[0].drop(worker)
         elif found is not None:
             worker.close()
-
-
-def _listener(node: Node) -> socket.socket:
-    """What listens where the machines meet: at that address alone, if it is this machine's own."""
-    own = own_addresses()
-    addresses = [address for address in resolve(node.host) if address in own]
-    family = socket.AF_INET6 if addresses and ":" in addresses[0] else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((addresses[0] if addresses else "", node.port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise DisttrainError(
-            f"--rendezvous {node.host}:{node.port}: {error.strerror or error}, so the machines cannot meet there. Wait "
-            "for the job that has the port, or choose another."
-        ) from error
-    return listener

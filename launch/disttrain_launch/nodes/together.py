@@ -132,7 +132,7 @@ class _TeamWatch(Watch):
         if not self.was_asked_to_stop and all(worker.is_ready() for worker in self._workers if not worker.ending):
             self._coming += self._team.newcomers([*self._workers, *self._coming])
         elif self._stops:
-            self._team.have_others_wait()
+            self._team.dismiss_idle()
         return super()._those_to_join()
 
     def _forget(self, worker: Member) -> None:

@@ -1,4 +1,4 @@
-"""What two machines of a run say to each other: lines of JSON, and a sign of life each second."""
+"""What two machines of a run say to each other: lines of JSON, and a sign of life each second, which is answered."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import json
 import select
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
+from disttrain.distributed.lease import now
+from disttrain.errors import DisttrainError
 from disttrain.files import parse_json
+from disttrain_launch.nodes.node import own_addresses, resolve
 
 BEAT_EVERY_S = 1.0
 LEASE_S = 10.0
-"""For so long after the last sign of life from the leading machine, the workers of another may run."""
+"""For so long after a machine sent a sign of life that the leading machine has answered, its workers may run."""
 GONE_AFTER_S = 15.0
 """After so long without one, a machine is lost: its workers have been ended by then, for their lease is shorter."""
+TO_A_STORE = b"\x00\xce\xf7\x85\x3c"
+"""With what torch.distributed's TCPStore has a client begin: VALIDATE, and its magic number 0x3C85F7CE."""
+_PING, _NONCE = b"\x0d", b"dt?!"
 _TO_SEND_S = 2.0
 _MOST_BYTES = 1 << 20  # of a line
 
@@ -30,8 +37,11 @@ class Wire:
         connection.settimeout(_TO_SEND_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection, self._read = connection, b""
-        self._beaten_at = self.heard_at = time.monotonic()
+        self.peer = str(connection.getpeername()[0])
+        self._beaten_at, self.heard_at = 0.0, time.monotonic()
         self.is_open = True
+        self.is_of_torchrun = False
+        """Whether the other end speaks to a store of torch.distributed."""
 
     def fileno(self) -> int:
         """For `select`."""
@@ -47,10 +57,10 @@ class Wire:
             self.close()
 
     def beat(self) -> None:
-        """Give a sign of life, if it is time."""
+        """Give a sign of life, if it is time: the answer repeats the moment at which it was sent."""
         if time.monotonic() - self._beaten_at >= BEAT_EVERY_S:
             self._beaten_at = time.monotonic()
-            self.send()
+            self.send(beat=now())
 
     def received(self) -> list[dict[str, Any]]:
         """The messages that have come. Raises Gone."""
@@ -63,6 +73,10 @@ class Wire:
                 self.close()
                 break
             self.heard_at, self._read = time.monotonic(), self._read + more
+            if self._read.startswith(TO_A_STORE):
+                self.is_of_torchrun = _NONCE not in self._read  # else another machine asks, see `is_store_at`
+                self.close()
+                raise Gone
         *lines, self._read = self._read.split(b"\n")
         if not lines and not self.is_open:
             raise Gone
@@ -79,3 +93,33 @@ class Wire:
         """Close this end."""
         self.is_open = False
         self._connection.close()
+
+
+def is_store_at(host: str, port: int, timeout_s: float = 5.0) -> bool:
+    """Whether a store of torch.distributed answers there, as a torchrun agent's does."""
+    with suppress(OSError), socket.create_connection((host, port), timeout_s) as probe:
+        probe.sendall(TO_A_STORE + _PING + _NONCE)
+        return probe.recv(len(_NONCE)) == _NONCE
+    return False
+
+
+def listener_at(host: str, port: int) -> socket.socket:
+    """What listens where the machines meet: at that address alone, if it is this machine's own.
+
+    Raises DisttrainError.
+    """
+    own = own_addresses()
+    addresses = [address for address in resolve(host) if address in own]
+    family = socket.AF_INET6 if addresses and ":" in addresses[0] else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((addresses[0] if addresses else "", port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise DisttrainError(
+            f"--rendezvous {host}:{port}: {error.strerror or error}, so the machines cannot meet there. Wait "
+            "for the job that has the port, or choose another."
+        ) from error
+    return listener

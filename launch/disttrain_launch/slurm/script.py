@@ -60,10 +60,7 @@ class SlurmJob:
     @property
     def points(self) -> list[tuple[str, ...]]:
         """The overrides of each job of the sweep; none without one."""
-        if not self.sweep:
-            return []
-        axes = [[f"{key}={value}" for value in values] for key, values in self.sweep]
-        return list(itertools.product(*axes))
+        return points_of(self.sweep)
 
     @property
     def _asks_for_gpus(self) -> bool:
@@ -143,6 +140,13 @@ class SlurmJob:
             "fi",
             'exit "$code"',
         ]
+
+
+def points_of(sweep: tuple[tuple[str, tuple[str, ...]], ...]) -> list[tuple[str, ...]]:
+    """The overrides of each job of a sweep: a job for each combination of the values; none without a sweep."""
+    if not sweep:
+        return []
+    return list(itertools.product(*([f"{key}={value}" for value in values] for key, values in sweep)))
 
 
 def _directive(value: str) -> str:

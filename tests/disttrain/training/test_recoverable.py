@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from disttrain.layout import LAUNCHED_BY
+from disttrain.layout import LAUNCHED_BY, VERDICTS
 from disttrain.recipe import parse_recipe
 from disttrain.training.recoverable import asks_to_continue, why_losses_do_not_end_it
 
@@ -22,20 +22,21 @@ def test_a_launcher_that_restarts_all_the_same_is_named(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "parallel", "continues"),
+    ("gives_verdicts", "parallel", "continues"),
     [
-        ("disttrain", {"exact": True}, True),
-        ("disttrain", {"exact": True, "on_lost_worker": "restart"}, False),
-        ("disttrain", {"exact": True, "on_lost_worker": "stop"}, False),
-        ("disttrain", {"exact": True, "strategy": "fsdp"}, False),
-        ("disttrain", {}, False),
-        ("disttrain node", {"exact": True}, False),
-        ("disttrain node", {"exact": True, "on_lost_worker": "continue"}, True),
-        ("torchrun", {"exact": True}, False),
+        (True, {"exact": True}, True),
+        (True, {"exact": True, "on_lost_worker": "restart"}, False),
+        (True, {"exact": True, "on_lost_worker": "stop"}, False),
+        (True, {"exact": True, "strategy": "fsdp"}, False),
+        (True, {}, False),
+        (False, {"exact": True}, False),
+        (False, {"exact": True, "on_lost_worker": "continue"}, True),
     ],
 )
 def test_what_is_the_default(
-    launcher: str, parallel: dict[str, object], continues: bool, monkeypatch: pytest.MonkeyPatch
+    gives_verdicts: bool, parallel: dict[str, object], continues: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(LAUNCHED_BY, launcher)
+    monkeypatch.delenv(VERDICTS, raising=False)
+    if gives_verdicts:
+        monkeypatch.setenv(VERDICTS, "5")
     assert asks_to_continue(parse_recipe({"parallel": parallel})) == continues

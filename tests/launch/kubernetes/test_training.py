@@ -92,7 +92,7 @@ def test_two_nodes_train_one_is_killed_and_the_bits_are_the_same(real: Desk) -> 
 
 @pytest.mark.long
 def test_a_node_is_killed_the_other_continues_and_the_new_pod_joins(real: Desk) -> None:
-    longer = ("-o", "train.epochs=60", "-o", "checkpoint.every_steps=200", "-o", "parallel.on_lost_worker=continue")
+    longer = ("-o", "train.epochs=60", "-o", "checkpoint.every_steps=200")
     follower = submitted(real, *longer)
     real.cluster.wait("a checkpoint", lambda: checkpoints(real) >= 1, 300)
     real.cluster.kubelet.kill(real.pod(1))

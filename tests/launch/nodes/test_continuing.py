@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from disttrain.testing.hosts import Host
 from tests.disttrain.parallel.exact_runs import outcome, train
 from tests.launch.nodes.test_node import MODEL, Nodes, has_steps, wait_for
 
-CONTINUE = ("parallel.on_lost_worker=continue", "train.hang_timeout_s=60")
+PATIENT = ("train.hang_timeout_s=60",)
 pytestmark = [
     pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not())),
     pytest.mark.long,
@@ -56,7 +57,7 @@ def wait_for_events(two: Nodes, lost: int, joined: int) -> None:
 
 
 def test_two_machines_lose_rank_0_then_the_link_then_one_of_them_and_go_on(two: Nodes, tmp_path: Path) -> None:
-    longer = (*CONTINUE, "train.epochs=150")
+    longer = (*PATIENT, "train.epochs=150")
     reference = tmp_path / "reference"
     run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=480)
     with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:
@@ -93,6 +94,44 @@ def test_two_machines_lose_rank_0_then_the_link_then_one_of_them_and_go_on(two: 
     assert len(steps) == len(set(steps)), "no row twice"
 
 
+def test_a_machine_that_stood_still_wakes_up_without_a_place_and_writes_nothing(two: Nodes, tmp_path: Path) -> None:
+    """All of its processes, rank 0 among them, as a machine that a hypervisor pauses: then it goes on where it was.
+
+    Here both have one kernel, which keeps the lock of a process that is stopped. So this takes the lock's place away,
+    as an NFS server does when the lease of a client has run out.
+    """
+    longer = (*PATIENT, "train.epochs=150")
+    reference = tmp_path / "reference"
+    run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=480)
+    with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:
+        two.start("--nodes=2", "--max-restarts=2", overrides=longer, variables=slowed)
+        wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
+        (rank_0,) = workers_of(two.machines[0])
+        os.kill(rank_0, signal.SIGKILL)
+        wait_for_events(two, lost=1, joined=1)
+        assert "host-1" in (two.run_dir / ".lock").read_text()
+
+        (rank_0,) = workers_of(two.machines[1])
+        stopped = two.machines[1].pids()
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        (two.run_dir / ".lock").unlink()
+        wait_for_events(two, lost=2, joined=1)
+        journal = (two.run_dir / "journal.jsonl").read_text()
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: rank_0 not in workers_of(two.machines[1]), "the end of what had a place")
+        wait_for_events(two, lost=2, joined=2)
+        assert two.end(480) == [0, 0], [two.said(0), two.said(1)]
+    assert (two.run_dir / "journal.jsonl").read_text().startswith(journal)
+    records = list(read_journal(two.run_dir / "journal.jsonl"))
+    assert not [record for record in records if record.get("name") == "failed"], "nothing of who woke up"
+    assert outcome(two.run_dir) == outcome(reference)
+    steps = [record["step"] for record in records if "train/loss" in str(record)]
+    assert len(steps) == len(set(steps)), "no row twice"
+
+
 def test_a_lost_worker_ends_the_run_on_both_machines_where_the_recipe_says_stop(two: Nodes) -> None:
     longer = ("parallel.on_lost_worker=stop", "train.epochs=100000", "checkpoint.every_steps=2")
     two.start("--nodes=2", "--max-restarts=2", overrides=longer)
@@ -108,7 +147,7 @@ def test_a_lost_worker_ends_the_run_on_both_machines_where_the_recipe_says_stop(
 
 def test_the_leading_machine_is_lost_and_all_resume_once_it_is_started_again(two: Nodes, tmp_path: Path) -> None:
     """Without a word from anybody at the other machine, which ends its workers and waits meanwhile."""
-    longer = (*CONTINUE, "train.epochs=60", "checkpoint.every_steps=5")
+    longer = (*PATIENT, "train.epochs=60", "checkpoint.every_steps=5")
     reference = tmp_path / "reference"
     run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=480)
     with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:

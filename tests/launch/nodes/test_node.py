@@ -23,6 +23,7 @@ from tests.disttrain.parallel.exact_runs import SMALL, outcome, train
 
 ROOT = Path(__file__).parents[3]
 MODEL = "model.name=tests.disttrain.parallel.exact_runs:build"
+RESTART = "parallel.on_lost_worker=restart"
 needs_hosts = pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
 
 
@@ -53,7 +54,7 @@ class Nodes:
     def said(self, number: int) -> str:
         return next(self.folder.glob(f"*-{number}.log")).read_text()
 
-    def end(self, timeout_s: float = 150) -> list[int]:
+    def end(self, timeout_s: float = 400) -> list[int]:
         return [process.wait(timeout=timeout_s) for process in self.processes]
 
 
@@ -63,7 +64,7 @@ def two(tmp_path: Path) -> Iterator[Nodes]:
         yield Nodes(machines, tmp_path)
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 400.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
@@ -86,7 +87,7 @@ def test_a_killed_worker_is_started_again_and_a_request_to_stop_at_one_machine_s
     two: Nodes, tmp_path: Path
 ) -> None:
     """All save, and no bit tells of either: at a constant rate, a run is the beginning of each longer one."""
-    long = ("train.epochs=100000", "schedule.name=constant", "checkpoint.every_steps=2")
+    long = (RESTART, "train.epochs=100000", "schedule.name=constant", "checkpoint.every_steps=2")
     with faults.armed(faults.kill(1, step=6)) as armed:
         two.start("--nodes=2", "--max-restarts=2", overrides=long, variables=armed)
         wait_for(lambda: has_steps(two.run_dir, 12), "some steps after the restart")
@@ -110,7 +111,7 @@ def test_a_killed_worker_is_started_again_and_a_request_to_stop_at_one_machine_s
 @pytest.mark.long
 def test_machines_that_are_stopped_at_once_finish_a_long_save(two: Nodes) -> None:
     with faults.armed(faults.slow(0, 8.0, at="checkpoint: begun")) as slowed:
-        two.start("--nodes=2", overrides=("train.epochs=100000",), variables=slowed)
+        two.start("--nodes=2", overrides=(RESTART, "train.epochs=100000"), variables=slowed)
         wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
         for process in two.processes:
             process.send_signal(signal.SIGTERM)
@@ -125,7 +126,7 @@ def test_machines_that_are_stopped_at_once_finish_a_long_save(two: Nodes) -> Non
 def test_what_a_retry_cannot_mend_ends_all_machines_with_the_same_code(two: Nodes, code: int) -> None:
     """The other machine's worker only sees a connection that is lost."""
     with faults.armed(faults.leave(1, code, step=3)) as armed:
-        two.start("--nodes=2", "--max-restarts=3", variables=armed)
+        two.start("--nodes=2", "--max-restarts=3", overrides=(RESTART,), variables=armed)
         assert two.end() == [code, code], [two.said(0), two.said(1)]
     for number in (0, 1):
         assert f"rank 1 on host-1 exited with code {code} without giving a reason" in two.said(number)
@@ -136,7 +137,7 @@ def test_what_a_retry_cannot_mend_ends_all_machines_with_the_same_code(two: Node
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_machine_dies_and_a_new_one_takes_its_place(two: Nodes, tmp_path: Path) -> None:
-    longer = ("train.epochs=30", "checkpoint.every_steps=3", "train.hang_timeout_s=5")
+    longer = (RESTART, "train.epochs=30", "checkpoint.every_steps=3", "train.hang_timeout_s=5")
     reference = tmp_path / "reference"
     run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=200)
     with faults.armed(faults.slow(0, 0.1)) as slowed:
@@ -154,7 +155,7 @@ def test_a_machine_dies_and_a_new_one_takes_its_place(two: Nodes, tmp_path: Path
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_machine_that_is_cut_off_for_ten_seconds_goes_on(two: Nodes, tmp_path: Path) -> None:
-    longer = ("train.epochs=60", "checkpoint.every_steps=3", "train.hang_timeout_s=60")
+    longer = (RESTART, "train.epochs=60", "checkpoint.every_steps=3", "train.hang_timeout_s=60")
     reference = tmp_path / "reference"
     run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=200)
     with faults.armed(faults.slow(0, 0.05)) as slowed:
@@ -219,12 +220,17 @@ def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("overrides", "continues"),
-    [((), False), (("parallel.exact=true",), True), (("parallel.exact=true", "parallel.strategy=fsdp"), False)],
+    [
+        (("parallel.on_lost_worker=continue",), False),
+        (("parallel.exact=true",), True),
+        (("parallel.exact=true", "parallel.on_lost_worker=restart"), False),
+        (("parallel.exact=true", "parallel.strategy=fsdp"), False),
+    ],
 )
 def test_what_cannot_continue_gets_the_launcher_that_restarts(
     overrides: tuple[str, ...], continues: bool, tmp_path: Path
 ) -> None:
-    words = [f"--override={one}" for one in ("parallel.on_lost_worker=continue", *overrides)]
+    words = [f"--override={one}" for one in overrides]
     options = ["--nodes=2", "--rendezvous=127.0.0.1:29400", f"--run-dir={tmp_path / 'run'}", "--dry-run"]
     printed = CliRunner().invoke(node, ["digits", *words, *options])
     assert printed.exit_code == 0, printed.output

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,10 @@ from typing import Any
 
 import pytest
 
+from disttrain.agent import led as agents_look
+from disttrain.agent.led import refusal_at
 from disttrain.distributed.ports import reserved_port
+from disttrain.errors import DisttrainError
 from disttrain_launch.local import watch as watch_module
 from disttrain_launch.nodes import follower as follower_module
 from disttrain_launch.nodes import team as team_module
@@ -25,7 +30,7 @@ from disttrain_launch.nodes.machine import Machine, Place
 from disttrain_launch.nodes.node import Node
 from disttrain_launch.nodes.remote import RemoteMachine, told_of
 from disttrain_launch.nodes.team import Team
-from disttrain_launch.nodes.wire import Gone, Wire
+from disttrain_launch.nodes.wire import TO_A_STORE, Gone, Wire
 from disttrain_launch.outcome import LocalEnding, Outcome
 
 # Says that it is ready (unless there is a file "stops"), or waits to join, notes its verdicts, and finishes once there
@@ -38,10 +43,11 @@ def say(**words):
         file.write(json.dumps(words))
 pid = os.getpid()
 names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR DISTTRAIN_NODE_SLOT DISTTRAIN_JOINS".split()
+sources = {"model": open("model").read()} if os.path.exists("model") else {}
 if os.environ["DISTTRAIN_JOINS"] and os.path.exists("refuse"):
     sys.exit(3)
 joins = bool(os.environ["DISTTRAIN_JOINS"])
-say(ready=not os.path.exists("stops"), leads=not joins, joins=joins)
+say(ready=not os.path.exists("stops"), leads=not joins, joins=joins, sources=sources)
 with open(f"{pid}.new", "w") as file:
     file.write(json.dumps({name: os.environ[name] for name in names}))
 os.rename(f"{pid}.new", f"{pid}.started")
@@ -52,13 +58,31 @@ while not os.path.exists("go"):
             sys.exit(1)
         with open(f"{pid}.verdicts", "ab") as file:
             file.write(lines)
-        say(ready=True, leads=True)
+        say(ready=True, leads=True, sources=sources)
 say(exit_code=0, message="finished", time=time.time())
+"""
+STORE = """
+import sys
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
 """
 PATIENCE_S = 120.0
 
 
-def node(port: int, folder: Path, *, serves: bool, job: str = "one", nodes: tuple[int, int] = (2, 3)) -> Node:
+TERMS = {"version": "1.0", "sources": "abc", "recipe": {"optim": {"lr": 0.1}, "data": {"root": "/here"}}}
+
+
+def node(
+    port: int,
+    folder: Path,
+    *,
+    serves: bool,
+    job: str = "one",
+    nodes: tuple[int, int] = (2, 3),
+    terms: dict[str, Any] | None = None,
+) -> Node:
     return Node(
         arguments=(str(folder / "worker.py"),),
         nodes=nodes,
@@ -77,6 +101,7 @@ def node(port: int, folder: Path, *, serves: bool, job: str = "one", nodes: tupl
         stops=(folder / "stops").exists(),
         max_losses=10,
         most_workers=2,
+        terms=TERMS if terms is None else terms,
     )
 
 
@@ -88,12 +113,15 @@ class Followers:
         self.outcomes: list[Outcome] = []
         self.threads: list[threading.Thread] = []
 
-    def start(self, job: str = "one", signals: int | None = None) -> None:
+    def start(self, job: str = "one", signals: int | None = None, terms: dict[str, Any] | None = None) -> None:
         def follow() -> None:
-            part = node(self._port, self._folder, serves=False, job=job)
+            part = node(self._port, self._folder, serves=False, job=job, terms=terms)
             with Machine(part) as machine, no_signals() as silence:
                 heard = silence if signals is None else signals
-                self.outcomes.append(Follower(part, machine, heard, lambda: False).until_the_end())
+                try:
+                    self.outcomes.append(Follower(part, machine, heard, lambda: False).until_the_end())
+                except DisttrainError as error:
+                    self.outcomes.append(Outcome(error.exit_code, str(error)))
 
         self.threads.append(threading.Thread(target=follow, daemon=True))
         self.threads[-1].start()
@@ -216,6 +244,7 @@ def test_workers_and_machines_are_lost_and_come_back_without_a_restart(
         assert (joined["rank"], joined["size"], joined["num_new"], joined["local_size"]) == (0, 2, 1, 1)
         assert [one["rank"] for one in workers.verdicts(2, 1)] == [1]
 
+        until(lambda: all(worker.can_lead() for worker in team._at))  # what it says has come
         workers.kill(here)  # rank 0: the other machine's worker takes its place, where that machine says
         (as_first,) = workers.verdicts(2, 2)[1:]
         assert (as_first["rank"], as_first["size"], as_first["lost_ranks"]) == (0, 1, [0])
@@ -315,7 +344,7 @@ def test_a_machine_that_hears_nothing_ends_its_workers_before_it_reads_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then its workers' places are given to others."""
-    monkeypatch.setattr(follower_module, "LEASE_S", 1.0)
+    monkeypatch.setattr(follower_module, "LEASE_S", 3.0)
     workers = Workers(folder)
     with socket.create_server(("127.0.0.1", 0)) as server:
         followers = Followers(server.getsockname()[1], folder)
@@ -330,18 +359,35 @@ def test_a_machine_that_hears_nothing_ends_its_workers_before_it_reads_on(
             return wire, messages[0]
 
         wire, hello = accepted()
-        assert (hello["job"], hello["workers"]) == ("one", 1)
+        assert (hello["job"], hello["workers"], hello["recipe"]) == ("one", 1, TERMS["recipe"])
         place = Place(1, 0, 2, 1, "127.0.0.1", 1, 1, 2)
+        wire.send(leads="1.0", echo=hello["beat"])
         wire.send(start=1, place=place.fields())
+        newest = hello["beat"]
 
         def has_started() -> bool:
-            wire.send()
+            nonlocal newest
+            for message in wire.received():
+                if "beat" in message:
+                    newest = message["beat"]
+                    wire.send(echo=newest)
             return workers._have_come() > 0
 
         until(has_started)
-        again, hello = accepted()  # it waits for a second sign of life in vain
+        stale = threading.Event()
+
+        def repeat() -> None:  # what was long on its way extends nothing
+            while not stale.wait(0.1):
+                wire.send(echo=newest)
+
+        repeating = threading.Thread(target=repeat, daemon=True)
+        repeating.start()
+        again, hello = accepted()
+        stale.set()
+        repeating.join()
         assert workers.has_gone(0)
         assert "ports" in hello
+        again.send(leads="1.0", echo=hello["beat"])
         again.send(to=1, do="kill")  # there is no such worker any more
         again.send(end=0, message="", traceback=None)
         followers.threads[0].join(PATIENCE_S)
@@ -363,6 +409,64 @@ def test_another_job_is_refused_and_what_is_no_machine_is_left_alone(folder: Pat
         followers.start()
         workers.wait_for(1)
     assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"recipe": {"optim": {"lr": 0.2}, "data": {"root": "/there"}}}, "optim.lr was 0.1, now 0.2"),
+        ({"sources": "def"}, "not the same code of it"),
+        ({"version": "0.9"}, "it has disttrain 0.9, and the leading one 1.0"),
+    ],
+)
+def test_a_machine_that_was_given_something_else_is_refused_before_it_gets_a_place(
+    folder: Path, change: dict[str, Any], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a machine may have for itself, such as where its data lie, is no reason."""
+    with led(folder) as (followers, workers, outcomes, _):
+        followers.start(terms=TERMS | change)
+        until(lambda: bool(followers.outcomes))
+        assert followers.outcomes[0].exit_code == 78
+        assert says in followers.outcomes[0].message
+        followers.start(terms=TERMS | {"recipe": TERMS["recipe"] | {"data": {"root": "/there"}}})
+        workers.wait_for(1)
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 78, 0]
+    assert capfd.readouterr().err.count(f"{socket.gethostname()} cannot take part: ") == 1
+
+
+def test_a_machine_whose_workers_would_restart_is_refused_where_one_leads(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first bytes that its agent sends; and the agent asks why."""
+    with led(folder) as (followers, workers, _, team):
+        port = team._listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as agent:
+            agent.sendall(TO_A_STORE + b"\x0dabcd")
+            assert agent.recv(1) == b""
+        monkeypatch.setattr(agents_look, "__version__", "1.0")
+        refusal = refusal_at("127.0.0.1", port, "one")
+        followers.start()
+        workers.wait_for(1)
+    for said in (refusal, capfd.readouterr().err):
+        assert said is not None
+        assert "have all workers restart after a loss" in said
+        assert "Give all machines the same recipe" in said
+    assert refusal_at("127.0.0.1", 1, "one") is None
+
+
+def test_a_machine_that_comes_to_where_torchruns_agents_meet_is_refused(folder: Path) -> None:
+    command = [sys.executable, "-c", STORE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as store:
+        assert store.stdout is not None
+        port = int(store.stdout.readline())
+        followers = Followers(port, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(follower_module, "LEASE_S", 0.5)
+            followers.start()
+            until(lambda: bool(followers.outcomes))
+        store.communicate()
+    assert followers.outcomes[0].exit_code == 78
+    assert "has all workers restart after a loss" in followers.outcomes[0].message
 
 
 def test_messages_come_whole_and_a_closed_wire_is_gone() -> None:
@@ -399,6 +503,37 @@ def test_a_machine_without_a_place_is_told_and_ends_alone(folder: Path, capfd: p
     os.close(writer)
     assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 75, 0]
     assert said.count("no place for this machine") == 1
+
+
+def test_a_worker_with_edited_code_is_refused_before_it_joins_wherever_it_is(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No file of the run is compared: the machine may not see it."""
+    (folder / "model").write_text("as it was")
+    with led(folder) as (followers, workers, _, team):
+        followers.start()
+        first = [workers.wait_for(number) for number in (0, 1)]
+        (folder / "model").write_text("edited")
+        here, there = sorted((0, 1), key=lambda number: first[number]["RANK"])
+        workers.kill(there)
+        until(lambda: not team._machines[0].is_fit and len(team._at) == 1)
+        until(lambda: workers._have_come() > 2 and workers.has_gone(2))
+        assert [verdict["num_new"] for verdict in workers.verdicts(here, 1)] == [0]
+    words = "continuing without a replacement for rank 1: model is not what it was when the run began"
+    assert capfd.readouterr().err.count(words) == 1
+
+
+def test_a_machine_that_comes_late_ends_where_a_loss_is_to_end_the_run(folder: Path) -> None:
+    (folder / "stops").touch()
+    with led(folder) as (followers, workers, outcomes, team):
+        followers.start()
+        workers.wait_for(1)
+        followers.start()
+        until(lambda: bool(followers.outcomes))
+        assert followers.outcomes[0].exit_code == 0
+        assert "the run began without this machine" in followers.outcomes[0].message
+        until(lambda: len(team._machines) == 1)
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 0, 0]
 
 
 def test_the_time_of_a_loss_elsewhere_is_by_the_clock_here(folder: Path) -> None:

@@ -11,7 +11,7 @@ from disttrain_launch.cli import main
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
     "two-nodes": ["cifar10-net", "--nodes", "2", "-n", "gpu", "--gpus", "8", "--time", "4:00:00", "--partition", "big"],
-    "continuing": ["digits", "--nodes", "3", "-o", "parallel.exact=true", "-o", "parallel.on_lost_worker=continue"],
+    "continuing": ["digits", "--nodes", "3", "-o", "parallel.exact=true"],
     "stopping": ["digits", "--nodes", "2", "-o", "parallel.on_lost_worker=stop"],
     "sweep": ["digits", "-n", "2", "--sweep", "optim.lr=0.1,0.01", "--sweep", "optim.momentum=0.8,0.9"],
     "everything": [

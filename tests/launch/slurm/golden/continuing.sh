@@ -15,7 +15,7 @@ overrides=()
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 node=(
-    disttrain node digits -o parallel.exact=true -o parallel.on_lost_worker=continue
+    disttrain node digits -o parallel.exact=true
     "${overrides[@]}" --run-dir "$run_dir"
     --nodes 3 --rendezvous "$host:$port" --job-id "$SLURM_JOB_ID"
     -n auto --max-restarts 3 --stop-grace 120
