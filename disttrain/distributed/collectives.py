@@ -39,6 +39,12 @@ def interruptible(is_broken: Callable[[], bool]) -> Iterator[None]:
         _is_broken.reset(token)
 
 
+def is_interrupted() -> bool:
+    """Whether what waits in an `interruptible` block is to wait no more; for what waits by other means than torch's."""
+    is_broken = _is_broken.get()
+    return is_broken is not None and is_broken()
+
+
 def _complete(begin: Callable[[bool], dist.Work | None]) -> None:
     """Begin a collective, asynchronously or not, and wait for it."""
     if _is_broken.get() is None:

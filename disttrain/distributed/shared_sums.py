@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.distributed.between_machines import BetweenMachines
-from disttrain.distributed.collectives import wait_for
+from disttrain.distributed.collectives import is_interrupted, wait_for
 from disttrain.distributed.shared_memory import SharedMemory, close_all, cut_all, share_memory
 from disttrain.distributed.waiter import Waiter
 
@@ -199,7 +199,7 @@ class SharedSums:
             with suppress(BlockingIOError):
                 received = peer.recv(_MOST_READ, socket.MSG_DONTWAIT)
             if received is None:
-                self._waiter.wait_for(peer)
+                self._waiter.wait_for(peer, is_interrupted)
                 received = peer.recv(_MOST_READ, socket.MSG_DONTWAIT)
         except BlockingIOError as error:  # the socket's own limit of time
             raise RuntimeError(f"Timed out waiting for what rank {self._ranks[other]} adds to a sum") from error

@@ -5,7 +5,10 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+
+_LOOK_EVERY_S = 0.25
 
 
 class Waiter:
@@ -23,13 +26,18 @@ class Waiter:
         self._thread = threading.Thread(target=_serve, args=(self._asked,), name="disttrain-shared-sums", daemon=True)
         self._thread.start()
 
-    def wait_for(self, peer: socket.socket) -> None:
-        """Return when a message or the end of `peer` can be read, or when it has reached its limit of time."""
+    def wait_for(self, peer: socket.socket, gives_up: Callable[[], bool]) -> None:
+        """Return when a message or the end of `peer` can be read, when it has reached its limit of time, or given up.
+
+        Of a peer that has died the end cannot be read as long as a process that it had forked lives: it holds the
+        socket, too.
+        """
         # A lock of its own: an exception that a signal's handler raises here must not leave the next call an answer.
         answered = threading.Lock()
         answered.acquire()
         self._asked.put((peer, answered))
-        answered.acquire()
+        while not answered.acquire(timeout=_LOOK_EVERY_S) and not gives_up():
+            pass
 
     def end(self) -> None:
         """Have the thread end, which no socket may hold up any more; nothing can be waited for from now on."""
