@@ -90,7 +90,7 @@ def main() -> None:
                     continue
                 overrides = [*COMMON, *root, *options.overrides, f"train.seed={seed}", *ALL_WAYS[way].split()]
                 try:
-                    metrics = group.run(train, options.recipe, overrides, Path(folder, f"{len(runs)}"))[0]
+                    metrics = group.run(train, options.recipe, overrides, Path(folder, f"{seed} {way}"))[0]
                 except disttrain.testing.WorkerFailed as error:  # it diverged: that is a result
                     print(f"{way}, seed {seed}: {error}", flush=True)
                     continue

@@ -185,17 +185,25 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["1gbit", "100mbit", "10mbit"])
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--fragments", type=int, default=4)
-    parser.add_argument("--ways", nargs="+", help="by default all")
+    parser.add_argument(
+        "--ways", nargs="+", metavar="WAY", help="by default all; measured: one of outer steps at least"
+    )
     parser.add_argument("--steps", type=int, default=5, help="of gradients; outer steps take two rounds of --every")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--numbers", type=float, default=1e9)
     parser.add_argument("--latency", type=float, default=0.05)
     options = parser.parse_args()
     all_ways = ways(options.every, options.fragments)
+    if unknown := {*(options.ways or all_ways)} - all_ways.keys():
+        parser.error(f"--ways {min(unknown)!r}: there are {', '.join(map(repr, all_ways))}")
     chosen = {name: way for name, way in all_ways.items() if options.ways is None or name in options.ways}
     if options.predict:
         predict(options, chosen)
         return
+    if all(way.every == 1 for way in chosen.values()):
+        parser.error(
+            "a step's computation is measured where nobody meets: --ways needs one of outer steps, --every 2 or more"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the machines are taken down then, too
     reason = why_not()
     if reason is not None:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from disttrain.task import Task as Task
     from disttrain.training.hooks import Hook as Hook
     from disttrain.training.hooks import HookContext as HookContext
-    from disttrain.training.loop import Result as Result
     from disttrain.training.loop import train as train
+    from disttrain.training.result import Result as Result
 
 __version__ = "0.1.0"
 __all__ = ["Hook", "HookContext", "Recipe", "Result", "Task", "load_recipe", "train"]
@@ -22,7 +22,7 @@ _HOMES = {
     "Recipe": "disttrain.recipe",
     "load_recipe": "disttrain.recipe",
     "Task": "disttrain.task",
-    "Result": "disttrain.training.loop",
+    "Result": "disttrain.training.result",
     "train": "disttrain.training.loop",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,34 +40,10 @@ from disttrain.training.parts import on_parts
 from disttrain.training.preflight.model import rehearse
 from disttrain.training.recoverable import asks_to_continue
 from disttrain.training.recovery import Recovery
+from disttrain.training.result import Result
 from disttrain.training.session import open_session
 from disttrain.training.shortage import shortage_in_evaluation, shortage_in_step
 from disttrain.training.succession import Succession
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: the same on every rank."""
-
-    run_dir: Path
-    step: int
-    metrics: dict[str, float]
-    """The last evaluation: what the task's `metrics` returned."""
-
-    @property
-    def accuracy(self) -> float:
-        """The share of correct samples, 0 to 1. Raises AttributeError if the task has no such metric."""
-        return self._metric("accuracy")
-
-    @property
-    def loss(self) -> float:
-        """The mean loss of the evaluation. Raises AttributeError if the task has no such metric."""
-        return self._metric("loss")
-
-    def _metric(self, name: str) -> float:
-        if name not in self.metrics:
-            raise AttributeError(f"the task has no metric {name!r}; Result.metrics has {', '.join(self.metrics)}")
-        return self.metrics[name]
 
 
 def train(

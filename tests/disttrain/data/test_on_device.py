@@ -114,7 +114,7 @@ def test_bytes_are_normalised_by_true_divisions() -> None:
 def test_several_batches_are_prepared_at_once_to_the_same_bits(
     recipe: DataRecipe, size: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from the second step on, as a run that was resumed has them; with a quarter of the kernels."""
+    """Also from the second step on, as a resumed run has them, and with less than half of the kernels."""
     found, num_operators = [], []
     monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
     for most_bytes in (0, bunches._MOST_BYTES):

@@ -13,7 +13,7 @@ import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.recipe import load_recipe
 from disttrain.runs.journal import read_journal
-from disttrain.training.loop import Result
+from disttrain.training.result import Result
 
 # 70 samples in batches of 16: the last one has 6, so that slices and their parts come in several sizes, and some empty.
 SMALL = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import disttrain
 from disttrain.distributed.collectives import gather_objects
+from disttrain.distributed.world import World, join_world
 from disttrain.errors import ConfigurationError
 from disttrain.models.gpt import GPT
 from disttrain.parallel.choose import parallelize
@@ -68,10 +70,16 @@ def test_every_fragment_is_due_once_in_so_many_steps_and_the_last_one_at_multipl
         assert max(b - a for a, b in zip(gaps, [*gaps[1:], gaps[0] + every], strict=True)) <= -(-every // num_fragments)
 
 
-@pytest.mark.distributed(world_size=1)
-def test_each_fragment_makes_the_outer_steps_of_sgd_with_nesterov_momentum() -> None:
+@pytest.fixture
+def world() -> Iterator[World]:
+    """This process alone, as a run without a launcher joins it."""
+    with join_world("cpu", threads=1) as world:
+        yield world
+
+
+def test_each_fragment_makes_the_outer_steps_of_sgd_with_nesterov_momentum(world: World) -> None:
     recipe = ParallelRecipe(sync_every=4, sync_fragments=2, outer_learning_rate=0.7, outer_momentum=0.9)
-    local = parallelize(network(), ALONE, recipe)
+    local = parallelize(network(), world, recipe)
     assert local.reason == (
         "1 worker makes an outer step every 4 steps, in 2 fragments, one at a time (the largest 83% of the model)"
     )
@@ -125,30 +133,26 @@ OPTIONS = (
 )
 
 
-def in_parts(folder: Path) -> None:
-    """Whole runs and runs in parts: stopped between two fragments' turns, right after one, and between the others."""
-    for bits, *more in (("32",), ("8", "parallel.compress=int8")):
-        for where, *overrides in (
-            ("whole",),
-            ("in parts", "train.max_steps=3"),
-            ("in parts", "train.max_steps=6"),
-            ("in parts", "train.max_steps=7"),
-            ("in parts",),
-        ):
-            exact_runs.train(folder / bits / where, *OPTIONS, *more, *overrides)
-    exact_runs.train(folder / "at once", *OPTIONS, "parallel.sync_fragments=1", "train.hooks=[]")
-
-
 def killed(folder: Path) -> None:
     """The 32 bits' run, saved after step 5."""
     exact_runs.train(folder / "32" / "killed", *OPTIONS, "checkpoint.every_steps=5")
 
 
+def in_parts(folder: Path) -> None:
+    """Whole runs and runs in parts: stopped between two fragments' turns, right after one, and between the others."""
+    for bits, stops, *more in (("32", (3, 6, 7)), ("8", (3, 6), "parallel.compress=int8")):
+        exact_runs.train(folder / bits / "whole", *OPTIONS, *more)
+        for stop in stops:
+            exact_runs.train(folder / bits / "in parts", *OPTIONS, *more, f"train.max_steps={stop}")
+        exact_runs.train(folder / bits / "in parts", *OPTIONS, *more)
+    exact_runs.train(folder / "at once", *OPTIONS, "parallel.sync_fragments=1", "train.hooks=[]")
+    killed(folder)  # to its end
+
+
 def test_a_run_resumes_between_fragments_to_the_same_bits(tmp_path: Path) -> None:
-    run_workers(in_parts, 2, args=(tmp_path,), process_group=False, timeout_s=300)
     with workers(2, process_group=False, timeout_s=300, faults=[faults.kill(1, step=6)]) as group:
         assert "died" in [one.state for one in group.attempt(killed, tmp_path)]
-    run_workers(killed, 2, args=(tmp_path,), process_group=False, timeout_s=300)
+    run_workers(in_parts, 2, args=(tmp_path,), process_group=False, timeout_s=300)
 
     whole = exact_runs.outcome(tmp_path / "32" / "whole")
     for one in (exact_runs.outcome(tmp_path / "32" / where) for where in ("in parts", "killed")):

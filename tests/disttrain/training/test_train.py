@@ -27,7 +27,7 @@ from disttrain.rng import permutation
 from disttrain.runs.rundir import resume_command
 from disttrain.testing import run_workers, workers
 from disttrain.training.evaluate import evaluate
-from disttrain.training.loop import Result
+from disttrain.training.result import Result
 from tests.disttrain.data.loaders import eval_loader, image_task
 
 QUIET = ["tracking.uri=none", "tracking.system_metrics=false", "train.threads=1", "train.log_every_steps=1"]
