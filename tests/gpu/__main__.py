@@ -32,7 +32,7 @@ _PATIENCE = 1 if DEVICE == "cuda" else 10  # the limits are for a GPU
 def run_one(name: str, log: Path, limit_s: float = math.inf) -> dict[str, Any]:
     """Run a check in a process, `limit_s` at most; its state, seconds and answer. What it prints is added to `log`."""
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+") as file:
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.gpu", "--inside", name],
             stdout=file,
@@ -64,10 +64,13 @@ def main(*, on_several: bool = False) -> int:
     default = [name for name, one in CHECKS.items() if one.several == on_several]
     parser.add_argument("names", nargs="*", default=default, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-checks")), metavar="DIR")
-    parser.add_argument("--until", type=float, default=400.0, help="seconds after which nothing more is started")
+    until = 400.0 * _PATIENCE
+    parser.add_argument("--until", type=float, default=until, help="seconds after which nothing more is started")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--inside", choices=CHECKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in CHECKS]:
+        parser.error(f"there is no check {unknown[0]!r}: see --list")
     if options.list:
         for name, one in ((name, CHECKS[name]) for name in default):
             print(f"{name:<60}{one.limit_s:>5.0f} s  {(one.function.__doc__ or '').splitlines()[0]}")
