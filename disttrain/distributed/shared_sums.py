@@ -12,11 +12,12 @@ sums that with the first ones of the others, and everyone reads what comes of it
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import weakref
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -61,7 +62,7 @@ class SharedSums:
         self._num_sent = self._num_met = 0
         self._waiter = waiter
         # A group that was formed anew has no block to end with.
-        self._close = weakref.finalize(self, _end, waiter, shared.peers)
+        self._close = weakref.finalize(self, _end, os.getpid(), waiter, shared.peers)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor`, which is contiguous, by its sum over all ranks."""
@@ -234,9 +235,10 @@ def _sum_of(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _end(waiter: Waiter, peers: list[socket.socket | None]) -> None:
-    cut_all(peers)  # a socket that is closed while a thread reads from it would stay open for the other end
-    waiter.end()
+def _end(worker: int, waiter: Waiter, peers: list[socket.socket | None]) -> None:
+    if os.getpid() == worker:  # a process that it has forked ends, too, and would cut it off
+        cut_all(peers)  # a socket that is closed while a thread reads from it would stay open for the other end
+        waiter.end()
     close_all(peers)
 
 
@@ -250,15 +252,17 @@ def shared_sums(rank: int, timeout: timedelta, to_form: timedelta | None = None)
     A sum that takes longer than `timeout` fails; `to_form` is how long the machines may take to meet (None: as long).
     Every rank must call it.
     """
-    waiter: Waiter | None = None
-    with suppress(RuntimeError):
-        waiter = Waiter()
-    shared = share_memory(rank, _NUM_PLACES * _PIECE, timeout.total_seconds(), is_able=waiter is not None)
-    if shared is None or waiter is None:
-        if waiter is not None:
-            waiter.end()
-        return None
-    between = None
-    if len(shared.machines) > 1 and rank == shared.ranks[0]:
-        between = BetweenMachines(shared.place, len(shared.machines), timeout, to_form or timeout)
-    return SharedSums(rank, shared, waiter, between)
+    with ExitStack() as unless_it_fails:
+        waiter: Waiter | None = None
+        with suppress(RuntimeError):
+            waiter = Waiter()
+            unless_it_fails.callback(waiter.end)
+        shared = share_memory(rank, _NUM_PLACES * _PIECE, timeout.total_seconds(), is_able=waiter is not None)
+        if shared is None or waiter is None:
+            return None
+        unless_it_fails.callback(close_all, shared.peers)  # or whoever waits for this one would wait on
+        between = None
+        if len(shared.machines) > 1 and rank == shared.ranks[0]:
+            between = BetweenMachines(shared.place, len(shared.machines), timeout, to_form or timeout)
+        unless_it_fails.pop_all()
+        return SharedSums(rank, shared, waiter, between)

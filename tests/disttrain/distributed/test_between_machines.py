@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.distributed import shared_memory
+from disttrain.distributed import shared_sums as shared_sums_module
 from disttrain.distributed.collectives import num_issued, sum_
 from disttrain.distributed.regroup import rejoin
 from disttrain.distributed.shared_sums import SharedSums, shared_sums
@@ -27,6 +29,10 @@ needs_hosts = pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.w
 def on_machines(monkeypatch: pytest.MonkeyPatch, machines: str, rank: int) -> None:
     """Have this rank take itself for one of the machine that `machines` has a letter for: "aab"."""
     monkeypatch.setattr(shared_memory, "_machine", lambda: machines[rank])
+
+
+def fails_to_meet(*_: object) -> None:
+    raise RuntimeError("another machine did not come")
 
 
 def opened() -> SharedSums:
@@ -77,6 +83,28 @@ def test_each_machine_is_added_up_first_and_then_what_the_machines_have(
     assert len({*map(int, every)}) == 1, "the watchdog would take some for being behind"
     dist.barrier()
     sums.close()
+
+
+@pytest.mark.distributed(world_size=3)
+def test_a_machine_whose_first_worker_does_not_meet_the_others_is_left_with_nothing_to_wait_for(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machines(monkeypatch, "abb", rank)
+    of_before = threading.active_count()
+    if rank == 2:
+        sums = opened()
+        with pytest.raises(RuntimeError, match="rank 1 has gone"):
+            sums.sum_(torch.ones(1))
+        sums.close()
+    else:
+        monkeypatch.setattr(shared_sums_module, "BetweenMachines", fails_to_meet)
+        with pytest.raises(RuntimeError, match="did not come") as caught:
+            shared_sums(rank, TIMEOUT)
+        dist.barrier()  # the error, which holds all there was, lives until then
+        assert caught.value.args
+    if rank == 2:
+        dist.barrier()
+    assert threading.active_count() == of_before
 
 
 @pytest.mark.distributed(world_size=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -168,5 +169,20 @@ def test_a_sum_whose_wait_was_interrupted_can_be_finished_later(rank: int) -> No
     if rank == 1:
         time.sleep(0.2)  # the other rank waits for this one, and had an answer to what it asked before
     assert sums.sum_(other).tolist() == [5.0] * 3
+    dist.barrier()
+    sums.close()
+
+
+@pytest.mark.distributed(world_size=2)
+def test_a_process_that_a_worker_has_forked_does_not_cut_it_off_when_it_ends(rank: int) -> None:
+    sums = opened()
+    if rank == 0:
+        child = os.fork()
+        if not child:
+            sums.close()  # as at its exit
+            os._exit(0)
+        os.waitpid(child, 0)
+    dist.barrier()
+    assert sums.sum_(torch.ones(1)).item() == 2.0
     dist.barrier()
     sums.close()
