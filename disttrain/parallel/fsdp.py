@@ -230,11 +230,15 @@ def _cast_into_norms(model: nn.Module, blocks: dict[str, nn.Module], dtype: torc
     CPUs have no norm of float32 numbers by bfloat16 weights; on GPUs, autocast makes float32 of both.
     """
     in_blocks = {module for block in blocks.values() for module in block.modules()}
+
+    def cast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            one.to(dtype) if isinstance(one, torch.Tensor) and one.is_floating_point() else one for one in inputs
+        )
+
     for module in model.modules():
         if isinstance(module, _NORMS) and module not in in_blocks:
-            module.register_forward_pre_hook(
-                lambda _, inputs: tuple(one.to(dtype) if one.is_floating_point() else one for one in inputs)
-            )
+            module.register_forward_pre_hook(cast)
 
 
 def _words(blocks: dict[str, nn.Module]) -> str:

@@ -111,3 +111,35 @@ def test_norms_outside_the_blocks_take_numbers_of_any_type() -> None:
 
     for autocast, gathered in run_workers(losses, 2, process_group=False):
         assert gathered == pytest.approx(autocast, rel=0.02)
+
+
+class Residual(nn.LayerNorm):
+    """A norm that is given more than what it normalises."""
+
+    def forward(self, numbers: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return super().forward(numbers if residual is None else numbers + residual)
+
+
+class Headed(nn.Module):
+    """Two blocks, and such a norm after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.norm = Residual(4)
+
+    def forward(self, numbers: torch.Tensor) -> Any:
+        for block in self.blocks:
+            numbers = block(numbers)
+        return self.norm(numbers, None)
+
+
+def test_norms_outside_the_blocks_may_be_given_what_is_no_tensor() -> None:
+    def is_finite() -> bool:
+        with join_world("cpu", threads=1) as world:
+            strategy = Fsdp(Headed(), world, ParallelRecipe(strategy="fsdp", param_dtype="bf16"))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = strategy.loss(lambda model, batch: model(batch).square().sum(), torch.ones(2, 4), num_samples=2)
+            return bool(loss.isfinite())
+
+    assert run_workers(is_finite, 2, process_group=False) == [True, True]
