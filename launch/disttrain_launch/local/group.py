@@ -11,7 +11,7 @@ from pathlib import Path
 from disttrain.distributed.cores import usable_cores
 from disttrain.distributed.gpus import OnePerGpu
 from disttrain.distributed.launched import LAUNCHER
-from disttrain.layout import DEVICE, LAUNCHED_BY, LAUNCHER_OPTIONS, LAUNCHER_PID, log_name
+from disttrain.layout import DEVICE, LAUNCHED_BY, LAUNCHER_OPTIONS, LAUNCHER_PID, LEASE, NODE_SLOT, log_name
 
 
 def module_arguments(module: str, *arguments: str) -> tuple[str, ...]:
@@ -52,7 +52,8 @@ class WorkerGroup:
     def environment(self, rank: int, port: int) -> dict[str, str]:
         """A worker's environment: this process's own, and the variables that torchrun would set."""
         own = {LAUNCHER_PID: str(os.getpid()), LAUNCHER_OPTIONS: self.options}
-        return {**os.environ, **self.variables(rank, str(port)), **own}
+        not_ours = {LEASE: "", NODE_SLOT: ""}  # of a worker of several machines, if one has started this launcher
+        return {**os.environ, **not_ours, **self.variables(rank, str(port)), **own}
 
     def described(self) -> str:
         """The command line of each worker, as a shell takes it; the port is found when they are started."""

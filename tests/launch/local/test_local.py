@@ -13,7 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from disttrain.distributed.launched import slot_in
+from disttrain.distributed.lease import HeldLease
 from disttrain.distributed.ports import reserved_port
+from disttrain.layout import LEASE, NODE_SLOT
 from disttrain_launch.local import worker, workers
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.watch import Watch
@@ -42,6 +45,14 @@ def test_a_system_that_forbids_files_in_memory_has_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
     with worker._memory_file() as file:
         file.write(b"{}")
+
+
+def test_a_run_that_a_worker_of_several_machines_starts_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LEASE, "1000")  # a descriptor, which is not inherited
+    monkeypatch.setenv(NODE_SLOT, "1 2")
+    environment = WorkerGroup((), 2).environment(0, 29500)
+    assert HeldLease.of_this_process(environment) is None
+    assert slot_in(environment) == (None, 0)
 
 
 def test_workers_get_the_contract(start_launcher: StartLauncher) -> None:
