@@ -33,7 +33,8 @@ def open_joining(
     """Build the job as at its start: what has become of it comes from the others, once they are joined.
 
     `world` is of this worker alone. The arguments are those of `open_session`. Raises ConfigurationError as that does,
-    and if the recipe or code was edited since the run began, as far as its folder is seen from here.
+    and if the recipe (as far as the run's folder is seen from here) or, on one machine, code was edited since the run
+    began.
     """
     address = settled(str(run_dir))
     path = working_folder(address) if is_url(address) else Path(address)
@@ -45,7 +46,8 @@ def open_joining(
         progress, watchdog = until_the_end.enter_context(watched(path, recipe, world))
         job = build_job(recipe, world, given)
         until_the_end.enter_context(closing(job))
-        refuse_newer_code(path / RECIPE)
+        if world.slot is None:  # else this machine's copy may be newer and the same: the launchers compare digests
+            refuse_newer_code(path / RECIPE)
         job.progress, job.watchdog = progress, watchdog
         check_model(job, console.warn)
         store = CheckpointStore(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
 from disttrain.runs.rundir import refuse_edited_recipe, store_recipe
@@ -46,3 +48,25 @@ def test_code_that_was_edited_since_the_run_began_is_refused(tmp_path: Path, mon
     os.utime(code, (1_000_000_002, 1_000_000_002))
     with pytest.raises(ConfigurationError, match=r"mine\.py has changed since the run began"):
         refuse_newer_code(stored)
+
+
+@pytest.mark.parametrize(("slot", "expected"), [(None, "changed since the run began"), (1, "reached the model")])
+def test_code_that_a_machine_of_several_has_installed_since_is_no_edited_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slot: int | None, expected: str
+) -> None:
+    """Its launcher compares what the code says; when the copy was made says nothing there."""
+    recipe = load_recipe("digits", ["parallel.exact=true", "train.threads=1"])
+    store_recipe(tmp_path, recipe)
+    os.utime(tmp_path / "recipe.toml", (1_000_000_000, 1_000_000_000))
+
+    def reached(*_: object) -> None:
+        raise ConfigurationError("reached the model")
+
+    monkeypatch.setattr("disttrain.training.joining.check_model", reached)
+    with join_world("cpu", threads=1) as world:
+        unused: Any = None
+        with (
+            pytest.raises(ConfigurationError, match=expected),
+            open_joining(recipe, replace(world, slot=slot), tmp_path, Given(), unused),
+        ):
+            pass
