@@ -60,6 +60,7 @@ _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "tracking.")
 _OF_A_MACHINE = {
     "name", "code", "data.root", "data.verify", "data.download", "data.layout", "data.workers", "train.device",
 }  # fmt: skip
+_EDITED = "{} was {}, now {}"
 
 
 def new_run_dir(recipe: Recipe) -> Path:
@@ -209,11 +210,11 @@ def refuse_edited_recipe(of_run: Mapping[str, Any], recipe: Recipe) -> None:
         )
 
 
-def edits(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def edits(before: Mapping[str, Any], now: Mapping[str, Any], words: str = _EDITED) -> list[str]:
     """In what a recipe, as in JSON, differs from another that all workers have to have, but for what machines may have
-    for themselves: in words, a key each.
+    for themselves: in `words`, a key each, with both values.
     """
-    return [words for key, words in _differences(before, now) if not is_of_a_machine(key)]
+    return [said for key, said in _differences(before, now, words) if not is_of_a_machine(key)]
 
 
 def is_of_a_machine(key: str) -> bool:
@@ -221,12 +222,14 @@ def is_of_a_machine(key: str) -> bool:
     return key in _OF_A_MACHINE or key.startswith("tracking.")
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], words: str = _EDITED
+) -> Iterator[tuple[str, str]]:
     """The keys whose values differ, each with words that show it."""
     was, now = flatten(before), flatten(after)
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key):
-            yield key, f"{key} was {_shown(was.get(key))}, now {_shown(now.get(key))}"
+            yield key, words.format(key, _shown(was.get(key)), _shown(now.get(key)))
 
 
 def _shown(value: object) -> str:

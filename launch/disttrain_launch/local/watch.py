@@ -205,7 +205,7 @@ class Watch:
             else:
                 complain(f"continuing without a replacement for rank {worker.rank}: {what}")
                 self._forget(worker)
-        return [worker for worker in self._coming if worker.waits_to_join() and not self._refuses(worker)]
+        return [worker for worker in self._coming[:] if worker.waits_to_join() and not self._refuses(worker)]
 
     def _refuses(self, newcomer: Member) -> bool:
         """Whether one that waits to join would compute something else than the others: it is ended."""

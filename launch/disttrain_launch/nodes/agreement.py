@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def why_not_together(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
         )
     if theirs.get("sources") != ours["sources"]:
         return f"both have disttrain {version}, but not the same code of it"
-    if differences := edits(ours["recipe"], theirs["recipe"]):
-        return f"its recipe is another than that of the leading one, where {'; '.join(differences)}"
+    if differences := edits(ours["recipe"], theirs["recipe"], "{0} is {2} in place of {1}"):
+        return f"its recipe is not that of the leading one: {'; '.join(differences)}"
     return None
 
 
@@ -44,5 +45,6 @@ def _sources() -> str:
     for package in (disttrain, disttrain_launch):
         folder = Path(str(package.__file__)).parent
         for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+            with suppress(OSError):  # an editor's lock file is a link to nowhere
+                digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -347,6 +347,7 @@ def test_a_machine_that_hears_nothing_ends_its_workers_before_it_reads_on(
     monkeypatch.setattr(follower_module, "LEASE_S", 3.0)
     workers = Workers(folder)
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE_S)
         followers = Followers(server.getsockname()[1], folder)
         followers.start()
 
@@ -354,8 +355,12 @@ def test_a_machine_that_hears_nothing_ends_its_workers_before_it_reads_on(
             connection, _ = server.accept()
             wire = Wire(connection)
             messages: list[dict[str, Any]] = []
-            while not messages:
-                messages = wire.received()
+
+            def is_greeted() -> bool:
+                messages.extend(wire.received())
+                return bool(messages)
+
+            until(is_greeted)
             return wire, messages[0]
 
         wire, hello = accepted()
@@ -400,6 +405,7 @@ def test_another_job_is_refused_and_what_is_no_machine_is_left_alone(folder: Pat
     with led(folder) as (followers, workers, outcomes, team):
         port = team._listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.settimeout(PATIENCE_S)
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             assert stranger.recv(1) == b""
         followers.start(job="another")
@@ -414,7 +420,7 @@ def test_another_job_is_refused_and_what_is_no_machine_is_left_alone(folder: Pat
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"recipe": {"optim": {"lr": 0.2}, "data": {"root": "/there"}}}, "optim.lr was 0.1, now 0.2"),
+        ({"recipe": {"optim": {"lr": 0.2}, "data": {"root": "/there"}}}, "optim.lr is 0.2 in place of 0.1"),
         ({"sources": "def"}, "not the same code of it"),
         ({"version": "0.9"}, "it has disttrain 0.9, and the leading one 1.0"),
     ],
