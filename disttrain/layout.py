@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.files import parse_json, read_text
+from disttrain.files import being_written, parse_json, read_text
 
 # A run directory, and what is behind the URL of a run.
 RECIPE = "recipe.toml"
@@ -33,6 +33,8 @@ EPOCH = ".epoch"
 """How many workers have owned a run on several machines, one after the other, see `runs.fence`."""
 STOP = "stop"
 """A file that is made there asks the run to save and stop."""
+OF_A_KILLED_START = {LOGS, LOCK, EPOCH, STOP, *(being_written(Path(name)).name for name in (RECIPE, EPOCH))}
+"""What a first start leaves that was killed or refused before it had a recipe; a stop may have been requested."""
 
 # A checkpoint.
 MANIFEST = "manifest.json"

@@ -15,17 +15,16 @@ from typing import Any
 
 from disttrain.distributed.launched import NODE_LAUNCHER, launched_by, launcher_options
 from disttrain.errors import ConfigurationError, RecipeError
-from disttrain.files import being_written, make_folder, open_to_append, refuse_irregular, replace_file
+from disttrain.files import make_folder, open_to_append, refuse_irregular, replace_file
 from disttrain.layout import (
     CHARTS,
     CHECKPOINTS,
     DELIVERED,
-    EPOCH,
     EVALUATION,
     EXPORTED,
     JOURNAL,
-    LOCK,
     LOGS,
+    OF_A_KILLED_START,
     RECIPE,
     SPIKES,
     STEP,
@@ -96,11 +95,8 @@ def owned_run_dir(
         with _usable(path):
             path.mkdir(parents=True, exist_ok=True)
             refuse_links(path)
-            # A first start that was killed or refused leaves its logs, and perhaps a recipe half written; a stop
-            # may have been requested.
-            leftovers = (LOGS, LOCK, EPOCH, being_written(stored).name, STOP)
             is_run = whatever_is_there or stored.exists() or recipe_of_checkpoints(path) is not None
-            if not is_run and any(entry.name not in leftovers for entry in path.iterdir()):
+            if not is_run and any(entry.name not in OF_A_KILLED_START for entry in path.iterdir()):
                 raise ConfigurationError(
                     f"{path} is not empty and not a run directory (it has no {RECIPE}): choose another --run-dir."
                 )

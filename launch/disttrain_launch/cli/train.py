@@ -23,7 +23,6 @@ from disttrain.commands.options import (
 )
 from disttrain.distributed.gpus import OnePerGpu
 from disttrain.errors import ExitCode
-from disttrain.files import being_written
 from disttrain_launch.cli.node import run_node
 from disttrain_launch.cli.node_options import NodeOptions, node_options
 from disttrain_launch.cli.recipe_source import (
@@ -37,10 +36,6 @@ from disttrain_launch.messages import say
 if TYPE_CHECKING:
     from disttrain.recipe import Recipe
     from disttrain_launch.local.group import WorkerGroup
-
-
-# What a first start leaves that was killed before it had a recipe.
-_OF_A_KILLED_START = {layout.LOGS, layout.LOCK, being_written(Path(layout.RECIPE)).name, layout.STOP}
 
 
 @click.command()
@@ -132,7 +127,7 @@ def _remove_unused(folder: Path) -> None:
     """Remove the folder made for a run that was refused before it began, and has said why; not if it logged more."""
     with suppress(OSError):
         has_logged = any(log.stat().st_size for log in (folder / layout.LOGS).iterdir())
-        if not has_logged and {entry.name for entry in folder.iterdir()} <= _OF_A_KILLED_START:
+        if not has_logged and {entry.name for entry in folder.iterdir()} <= layout.OF_A_KILLED_START:
             shutil.rmtree(folder)
 
 
@@ -161,7 +156,7 @@ def _opened(run_dir: Path) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in run_dir.iterdir()}
         is_run = layout.RECIPE in names or recipe_of_checkpoints(run_dir) is not None
-        if not is_run and names - _OF_A_KILLED_START:
+        if not is_run and names - layout.OF_A_KILLED_START:
             raise ConfigurationError(
                 f"--run-dir {run_dir}: is not empty and not a run directory (it has no {layout.RECIPE}); give "
                 "another one"

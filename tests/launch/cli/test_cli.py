@@ -195,7 +195,7 @@ def test_what_a_killed_start_or_a_request_to_stop_leaves_is_no_obstacle(
     started: list[object] = []
     monkeypatch.setattr(local, "run_workers", lambda *group: started.append(group))
     (tmp_path / "new").mkdir()
-    for name in ("stop", ".lock", ".recipe.toml.writing"):
+    for name in ("stop", ".lock", ".epoch", "..epoch.writing", ".recipe.toml.writing"):
         (tmp_path / "new" / name).touch()
     assert run("train", "digits", "--run-dir", "new").stderr == ""
     assert len(started) == 1
