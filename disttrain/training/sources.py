@@ -14,7 +14,6 @@ import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from disttrain.recipe import Recipe
@@ -47,8 +46,9 @@ def sources_of(recipe: Recipe) -> dict[str, str]:
         if not isinstance(file, str) or not file.endswith(".py") or name == "__main__":
             continue
         if package in named or not file.startswith(_INSTALLED):
-            with suppress(OSError):
-                found[name] = _digest(Path(file).read_bytes())
+            loader: Any = attributes.get("__loader__")  # for it knows how to read a module in a zip archive
+            with suppress(OSError, AttributeError):
+                found[name] = _digest(loader.get_data(file))
     return found
 
 
