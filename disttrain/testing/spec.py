@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# What torch imports only when it is first needed: making an optimizer imports torch._dynamo, which is 1.2 s of work.
+# What is imported only when it is first needed: making an optimizer imports torch._dynamo, which is 1.2 s of work.
 # A worker reports which of these it has imported, and the fork server imports them for the workers to come.
-LATE_IMPORTS = ("coverage", "torch._dynamo", "torch.distributed.checkpoint", "torch.export")
+LATE_IMPORTS = (
+    "coverage",
+    "disttrain.training.loop",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.export",
+)
 
 
 @dataclass(frozen=True)
