@@ -40,12 +40,12 @@ _LAUNCHER = """
 import json, sys
 from pathlib import Path
 from disttrain.distributed import suspended
-from disttrain_launch.local import workers
+from disttrain_launch.local import watch, workers
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.restarts import Restarts
 size, log_dir, grace_s, max_restarts, to_report_s = json.loads(sys.argv[1])
-workers._TO_REPORT_S = to_report_s
-suspended.LOOK_EVERY_S = workers.LOOK_EVERY_S = 0.5
+watch._TO_REPORT_S = to_report_s
+suspended.LOOK_EVERY_S = watch.LOOK_EVERY_S = 0.5
 group = WorkerGroup(("worker.py",), size, log_dir=Path(log_dir) if log_dir else None, grace_s=grace_s)
 workers.run_workers(group, Restarts(max_restarts, Path("run")))
 """
