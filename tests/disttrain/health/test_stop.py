@@ -53,8 +53,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("rank", [0, 1, 2])
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        pytest.param(rank, number, marks=() if number is SIGNALS[rank] else pytest.mark.long)
+        for rank in range(3)
+        for number in SIGNALS
+    ],
+)
 def test_a_signal_to_any_one_rank_stops_all_at_the_same_step(
     tmp_path: Path, undisturbed: Path, rank: int, number: signal.Signals
 ) -> None:

@@ -103,9 +103,9 @@ def test_without_the_exact_sum_the_bits_differ(tmp_path: Path) -> None:
         exact.exact_sum_ = rounding_sum_  # type: ignore[assignment]
         train_job(run_dir, "tutorial")
 
-    for size in (1, 2, 3, 4):
+    for size in (1, 3):
         run_workers(with_rounding_sums, size, args=(tmp_path / str(size),), process_group=False)
-    assert len({outcome(tmp_path / str(size)).weights for size in (1, 2, 3, 4)}) > 1
+    assert outcome(tmp_path / "1").weights != outcome(tmp_path / "3").weights
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -49,13 +49,13 @@ def test_drawn(number):
     assert number < 1000
 """
     shown = []
-    for options in ((), (), ("--hypothesis-seed=1",), ("--hypothesis-seed=2",)):
+    for options in ((), (), ("--hypothesis-seed=1",)):
         lines = run(pytester, HEAD + body, *options).stdout.lines
         # In the failure itself: where CI is set, pytest repeats all of it in its short summary.
         shown.append([line for line in lines if line.startswith("E ") and "Failing example" in line])
     assert len(shown[0]) == 1
     assert shown[0] == shown[1], "the same from run to run"
-    assert shown[2] not in (shown[0], shown[3])
+    assert shown[2] != shown[0]
 
 
 def test_an_example_that_fails_in_one_rank_is_shown_as_drawn(pytester: pytest.Pytester) -> None:

@@ -135,19 +135,19 @@ dist.destroy_process_group()
 """
 
 
-def test_torchrun_across_three_machines_sums_a_tensor(tmp_path: Path) -> None:
+def test_torchrun_across_two_machines_sums_a_tensor(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
-    with cluster(3) as machines:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=3", "--nproc-per-node=1"]
+    with cluster(2) as machines:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={machines[0].address}:29400", "--rdzv-id=sum", str(script)]
         agents = [
             machine.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for machine in machines
         ]
         outputs = [agent.communicate(timeout=480) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0, 0], outputs
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
     printed = [line for out, _ in outputs for line in out.splitlines()]
-    assert sorted(printed) == ["host-0 6 3", "host-1 6 3", "host-2 6 3"]
+    assert sorted(printed) == ["host-0 3 2", "host-1 3 2"]
 
 
 def test_warm_workers_live_on_the_machines() -> None:

@@ -12,27 +12,26 @@ import numpy as np
 import pytest
 import torch
 
+import disttrain
 from disttrain.commands.locate import find_checkpoint, recipe_of, restore_model, task_of, training_set_of
 from disttrain.data import load_datasets, normalise
 from disttrain.distributed.world import join_world
+from disttrain.recipe import load_recipe
+from disttrain.testing import run_workers
 from disttrain.tracking import read_journal
 from tests.disttrain.tracking.conftest import MlflowServer
-
-
-def train(run: Path, server: MlflowServer, workers: int, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", "-n", str(workers), "--run-dir", str(run)]
-    for option in (f"tracking.uri={server.uri}", "tracking.experiment=over-http", *options):
-        command += ["-o", option]
-    return subprocess.run(command, capture_output=True, text=True, timeout=480)
 
 
 def test_everything_arrives_and_the_stored_model_predicts_as_ours(
     server: MlflowServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    constant = "schedule.name=constant"  # a falling one could not be made longer
-    first = train(run_dir, server, 1, "train.epochs=3", constant, "train.max_steps=30")
-    assert first.returncode == 0, first.stderr
-    second = train(run_dir, server, 2, "train.epochs=3", constant)  # the same job goes on: the same MLflow run
+    options = [f"tracking.uri={server.uri}", "tracking.experiment=over-http", "train.epochs=3"]
+    options += ["schedule.name=constant"]  # a falling one could not be made longer
+    first = load_recipe("digits", [*options, "train.max_steps=30"])
+    run_workers(lambda: disttrain.train(first, run_dir=run_dir), 1, process_group=False)
+    command = [sys.executable, "-m", "disttrain_launch", "train", "digits", "-n", "2", "--run-dir", str(run_dir)]
+    command += [word for option in options for word in ("-o", option)]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=480)  # the same job: the same MLflow run
     assert second.returncode == 0, second.stderr
 
     import mlflow

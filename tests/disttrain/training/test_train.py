@@ -114,12 +114,23 @@ def test_the_loss_shown_is_the_mean_over_the_global_batch(tmp_path: Path, world_
     assert list(metrics(tmp_path, "train/loss").values()) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+RESUMED = ("train.epochs=3", "data.crop_padding=1", "data.flip=true", "train.accumulate=2", "optim.momentum=0.9")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """A whole run, and by how many workers."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    run_workers(train, request.param, args=(run_dir, *RESUMED), process_group=False)
+    return request.param, run_dir
+
+
 @pytest.mark.parametrize("stop_at", [3, 5, 8])
-def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path: Path, world_size: int, stop_at: int) -> None:
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(
+    tmp_path: Path, undisturbed: tuple[int, Path], stop_at: int
+) -> None:
     """Stopped in an epoch, at its end (5), and in the next; dropout, BatchNorm, momentum and augmentation included."""
-    options = ("train.epochs=3", "data.crop_padding=1", "data.flip=true", "train.accumulate=2", "optim.momentum=0.9")
-    run_workers(train, world_size, args=(tmp_path / "whole", *options), process_group=False)
+    world_size, whole = undisturbed
 
     def first_part() -> None:
         from disttrain.training import monitor
@@ -133,16 +144,16 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path: Path, world_
 
         monitor.RunMonitor.after_step = signalled  # type: ignore[method-assign]
         with pytest.raises(StoppedError):
-            train(tmp_path / "parts", *options)
+            train(tmp_path / "parts", *RESUMED)
 
     run_workers(first_part, world_size, process_group=False)
     (newest,) = CheckpointStore(tmp_path / "parts" / "checkpoints").paths()[-1:]
     # With several workers the answer travels during the next step: all stop there, or at the epoch's end.
     assert stop_at <= int(newest.name.removeprefix("step-")) <= stop_at + 1
-    run_workers(train, world_size, args=(tmp_path / "parts", *options), process_group=False)
-    assert final_hashes(tmp_path / "parts") == final_hashes(tmp_path / "whole")
+    run_workers(train, world_size, args=(tmp_path / "parts", *RESUMED), process_group=False)
+    assert final_hashes(tmp_path / "parts") == final_hashes(whole)
     for name in ("train/loss", "eval/accuracy", "eval/loss"):
-        assert metrics(tmp_path / "parts", name) == metrics(tmp_path / "whole", name)
+        assert metrics(tmp_path / "parts", name) == metrics(whole, name)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,8 +302,9 @@ def test_a_recipe_that_was_refused_can_be_corrected_in_its_place(tmp_path: Path)
     disttrain.train(load_recipe("digits", [*QUIET, "train.max_steps=1"]), run_dir=tmp_path)
 
 
-def test_two_jobs_never_write_to_one_run(tmp_path: Path) -> None:
+def test_two_jobs_never_write_to_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is refused while the first trains, and the first is not disturbed."""
+    monkeypatch.setattr("disttrain.training.session.PATIENCE_S", 0.5)
     with workers(1, process_group=False, check_collectives=False, timeout_s=480) as group:
         first = threading.Thread(target=group.attempt, args=(train, tmp_path, *ENDLESS))
         first.start()
