@@ -167,7 +167,7 @@ class Journal:
         whole = 0
         with open_to_read(self.path) as file:
             for line in file:
-                record = _decode(line)
+                record = decode(line)
                 if not line.endswith(b"\n"):
                     if record is not None:  # only the line's end was lost
                         os.write(self._fd, b"\n")
@@ -205,39 +205,6 @@ def read_journal(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def last_status(path: str | os.PathLike[str]) -> str | None:
-    """The last status in a journal; None if there is none, or no journal that can be read."""
-    status = None
-    with contextlib.suppress(OSError), open_to_read(path) as file:
-        for line in file:
-            if b'"status"' in line and (record := _decode(line)) is not None and record["kind"] == "status":
-                status = record.get("status")
-    return status if isinstance(status, str) else None
-
-
-def events_of_this_start(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events that a journal holds since the job was last started. Raises OSError."""
-    events: list[dict[str, Any]] = []
-    with open_to_read(path) as file:
-        for line in file:
-            if b'"event"' in line and (record := _decode(line)) is not None and record["kind"] == "event":
-                if record.get("name") in ("start", "resume"):
-                    events.clear()
-                else:
-                    events.append(record)
-    return events
-
-
-def last_step(path: str | os.PathLike[str]) -> int:
-    """The step of the last metrics in a journal; 0 if there are none, or no journal that can be read."""
-    step = 0
-    with contextlib.suppress(OSError), open_to_read(path) as file:
-        for line in file:
-            if b'"metrics"' in line and line.endswith(b"\n") and (record := _decode(line)) is not None:
-                step = record["step"] if record["kind"] == "metrics" else step
-    return step
-
-
 def read_records(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:
     """Each whole line from a byte offset on: its record, None if damaged, and the offset of its end."""
     with open_to_read(path) as file:
@@ -246,7 +213,7 @@ def read_records(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[di
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield _decode(line), offset
+            yield decode(line), offset
 
 
 def count_records(path: str | os.PathLike[str], offset: int) -> int:
@@ -282,8 +249,8 @@ def _encode(record: dict[str, Any]) -> bytes:
     return redact(text).encode() + b"\n"
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, or None if there is none."""
+def decode(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if there is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -19,7 +19,7 @@ from disttrain.layout import (
     newest_checkpoint,
     step_of,
 )
-from disttrain.runs.journal import last_status, last_step
+from disttrain.runs.latest import last_status, last_step
 from disttrain.runs.losses import losses
 
 # The journal's last status, in a person's words.

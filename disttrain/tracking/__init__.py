@@ -1,6 +1,7 @@
 """The record of a run: the journal, which is authoritative, and MLflow, which is fed from it."""
 
-from disttrain.runs.journal import Journal, last_status, read_journal
+from disttrain.runs.journal import Journal, read_journal
+from disttrain.runs.latest import last_status
 from disttrain.runs.redact import redact
 from disttrain.tracking.mlflow.delivery_state import Backlog, DeliveryState, backlog_of, load_state
 from disttrain.tracking.mlflow.sender import MlflowSender, deliver

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from disttrain.runs.journal import events_of_this_start
+from disttrain.runs.latest import events_of_this_start
 
 _MOST_KEPT = 32  # a worker that dies has at most one step's records not written
 
