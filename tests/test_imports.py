@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ LAYERS = {
     "checkpoint": {"distributed"},
     "runs": {"distributed", "recipe"},
     "remote": {"checkpoint", "recipe", "runs"},
-    "tracking": {"__version__", "recipe", "runs"},
+    "tracking": {"__version__", "distributed", "recipe", "runs"},
     "health": {"data", "distributed", "models", "parallel", "recipe", "rng", "runs", "task"},
     "training": {
         "checkpoint", "data", "distributed", "health", "models", "parallel", "recipe", "remote", "rng",
@@ -84,14 +84,17 @@ def files_of(room: str) -> list[Path]:
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [WORKER / f"{room}.py"]
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> list[str]:
     """The dotted names that a file imports, at its top or anywhere in it."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def is_or_is_in(name: str, package: str) -> bool:

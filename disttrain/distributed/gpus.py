@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class OnePerGpu(int):
@@ -20,15 +20,20 @@ def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
         return len(installed)
     if visible.lstrip().startswith("MIG-"):
         return 1  # CUDA shows a process one part of a GPU, however many are listed
+    return len(shown_gpus(visible, installed))
+
+
+def shown_gpus(visible: str, installed: Sequence[str]) -> list[int]:
+    """Which of the installed GPUs, given as UUIDs, CUDA shows in which order if CUDA_VISIBLE_DEVICES is `visible`."""
     found: list[int] = []
     for device in (part.strip() for part in visible.split(",")):
         index = _index(device, installed, by_uuid=visible.lstrip().startswith("GPU-"))
         if index is None:  # CUDA reads the list up to the first device that does not exist
             break
         if index in found:  # and shows none at all if one is there twice
-            return 0
+            return []
         found.append(index)
-    return len(found)
+    return found
 
 
 def installed_gpus() -> int:
@@ -36,7 +41,7 @@ def installed_gpus() -> int:
     return len(_uuids())
 
 
-def _index(device: str, installed: list[str], *, by_uuid: bool) -> int | None:
+def _index(device: str, installed: Sequence[str], *, by_uuid: bool) -> int | None:
     """Which of the installed GPUs is meant, by its number or the beginning of its UUID; None: there is no such one."""
     if by_uuid:
         found = [index for index, uuid in enumerate(installed) if device.startswith("GPU-") and uuid.startswith(device)]

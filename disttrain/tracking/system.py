@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
+from disttrain.distributed.gpus import shown_gpus
+
 _GIB = 2.0**30
 _MIB = 2.0**20
 
@@ -133,22 +135,15 @@ class _Gpus:
 
 
 def visible_gpus(nvml: Any, environment: Mapping[str, str]) -> list[Any]:
-    """The GPUs that CUDA shows to this process, or parts of GPUs: a machine may have others, for other jobs."""
+    """The GPUs that CUDA shows to this process, or the part of one: a machine may have others, for other jobs."""
     installed = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     text = environment.get("CUDA_VISIBLE_DEVICES")
     if text is None:
         return installed
-    found = []
-    for name in (part.strip() for part in text.split(",")):
-        if name.isdecimal() and int(name) < len(installed):
-            found.append(installed[int(name)])
-        elif name.startswith("MIG-"):
-            found.append(nvml.nvmlDeviceGetHandleByUUID(name))
-        elif name.startswith("GPU-"):  # CUDA takes the beginning of one
-            found += [handle for handle in installed if _uuid(nvml, handle).startswith(name)][:1]
-        else:  # CUDA reads the list up to the first device that does not exist
-            break
-    return found
+    first = text.partition(",")[0].strip()
+    if first.startswith("MIG-"):  # CUDA shows one part of a GPU, however many are listed
+        return [nvml.nvmlDeviceGetHandleByUUID(first)]
+    return [installed[index] for index in shown_gpus(text, [_uuid(nvml, handle) for handle in installed])]
 
 
 def _uuid(nvml: Any, handle: Any) -> str:
