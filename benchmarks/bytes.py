@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,13 +24,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from here import has_machines, here
 from ways import WAYS
 
 from disttrain.recipe import load_recipe
 from disttrain.runs.journal import read_journal
 from disttrain.testing import cluster
-from disttrain.testing.hosts import Host, why_not
+from disttrain.testing.hosts import Host
 
 COMMON = (
     "train.threads=1",
@@ -107,13 +105,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=[*WAYS][1:], default=[*WAYS][1:], help="besides float32")
     parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the machines are taken down then, too
-    reason = why_not()
-    if reason is not None:
-        print(f"not measured: {reason}")
+    if not has_machines():
         return
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(here())
     print(f"{options.recipe}, two machines of one worker, {options.rate} each way, {options.rounds} rounds", flush=True)
     ways = {name: override for name, override in WAYS.items() if name in ("float32", *options.ways)}
     found: dict[str, list[Measured]] = {name: [] for name in ways}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -21,8 +20,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from endless import OVERRIDES, newest_step
+from here import here
 
 from disttrain.testing import cluster
 from disttrain.testing.hosts import Cluster, Host
@@ -67,8 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(here())
     with tempfile.TemporaryDirectory() as folder:
         found = [round_trip(Path(folder, str(number))) for number in range(options.rounds)]
     for name, values in zip(("cold start", "after SIGKILL"), zip(*found, strict=True), strict=True):

@@ -9,8 +9,6 @@ in the journal. Then one of its workers gets SIGKILL, timed from there to the fi
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,8 +17,8 @@ import time
 from pathlib import Path
 
 import psutil
-import torch
 from endless import OVERRIDES, newest_step
+from here import here
 
 
 def wait_for_step(run_dir: Path, step: int, launcher: psutil.Popen) -> None:
@@ -67,8 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(here())
     with tempfile.TemporaryDirectory() as folder:
         found = [round_trip(Path(folder, str(number))) for number in range(options.rounds + 1)][1:]
     for name, values in zip(("cold start", "after SIGKILL"), zip(*found, strict=True), strict=True):

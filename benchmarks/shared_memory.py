@@ -14,8 +14,6 @@ lets `--rate` pass in each direction; printed is also what the first machine sen
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from here import here
 from spread import quartiles
 from torch import nn
 from torch.nn import functional
@@ -102,8 +101,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int)
     parser.add_argument("--rate", help="of the link between hosts, as tc has it")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(here())
     print(f"{options.workers} workers on {options.hosts or 1} machines, {options.rate or 'no'} limit between them")
     print(f"{'':<18}{'gloo':>14}{'in memory':>15}{'ratio':>8}{'quartiles':>16}{'same bits':>11}")
     for exact in (False, True):

@@ -13,8 +13,6 @@ processor time of worker 0 in place of the time that has passed.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from here import here
 from spread import quartiles
 from torch import nn
 from torch.nn import functional
@@ -136,8 +135,7 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(here())
     print(f"{'':<20}{'loop':>10}{'text-gpt':>10}{'ratio':>8}{'quartiles':>16}{'at most':>9}   same bits as the loop")
     good = True
     for size in map(int, options.workers.split(",")):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -26,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
+from here import here
 from spread import quartiles
 
 # The training process says how much processor time it took, of itself alone.
@@ -86,8 +85,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(here())
     with tempfile.TemporaryDirectory() as name, mlflow_server(Path(name)) as alive:
         uris = {"none": "none", "alive": alive, "dead": "http://127.0.0.1:9"}
         found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in uris}

@@ -17,17 +17,14 @@ says of 1000 steps of a model of so many numbers, without the computation.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import signal
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from cost import Way, ways
+from here import has_machines, here
 from torch import nn
 
 from disttrain.distributed.collectives import sum_
@@ -35,7 +32,6 @@ from disttrain.distributed.world import join_world
 from disttrain.parallel.choose import parallelize
 from disttrain.recipe import ParallelRecipe
 from disttrain.testing import cluster, workers
-from disttrain.testing.hosts import why_not
 
 WIDTH, LAYERS = 256, 8
 NUM_NUMBERS = WIDTH * WIDTH * LAYERS
@@ -204,13 +200,9 @@ def main() -> None:
         parser.error(
             "a step's computation is measured where nobody meets: --ways needs one of outer steps, --every 2 or more"
         )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the machines are taken down then, too
-    reason = why_not()
-    if reason is not None:
-        print(f"not measured: {reason}")
+    if not has_machines():
         return
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
+    print(here())
     print(f"{NUM_NUMBERS:,} numbers; bytes sent by each machine per step, milliseconds per step\n")
     print("| sites | rate | way | bytes | by the model | off | most in a step | ms | by the model | off |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
