@@ -77,15 +77,24 @@ def world() -> Iterator[World]:
         yield world
 
 
-def test_each_fragment_makes_the_outer_steps_of_sgd_with_nesterov_momentum(world: World) -> None:
-    recipe = ParallelRecipe(sync_every=4, sync_fragments=2, outer_learning_rate=0.7, outer_momentum=0.9)
+@pytest.mark.parametrize(
+    ("fragments", "layers_after", "words"),
+    [
+        (1, {3: (1, 3)}, ""),
+        (2, {1: (1,), 3: (3,)}, ", in 2 fragments, one at a time (the largest 83% of the model)"),
+    ],
+)
+def test_outer_steps_are_those_of_sgd_with_nesterov_momentum(
+    world: World, fragments: int, layers_after: dict[int, tuple[int, ...]], words: str
+) -> None:
+    recipe = ParallelRecipe(sync_every=4, sync_fragments=fragments, outer_learning_rate=0.7, outer_momentum=0.9)
     local = parallelize(network(), world, recipe)
-    assert local.reason == (
-        "1 worker makes an outer step every 4 steps, in 2 fragments, one at a time (the largest 83% of the model)"
-    )
+    assert local.reason == f"1 worker makes an outer step every 4 steps{words}"
     outer = network()
-    larger, smaller = [list(outer[number].parameters()) for number in (1, 3)]  # type: ignore[index]
-    turns = {1: larger, 3: smaller}  # after steps 2, 6... and 4, 8...
+    turns = {
+        step: [one for layer in layers for one in outer.get_submodule(str(layer)).parameters()]
+        for step, layers in layers_after.items()
+    }
     by_hand = {step: torch.optim.SGD(of, lr=0.7, momentum=0.9, nesterov=True) for step, of in turns.items()}
     inner = torch.optim.SGD(local.model.parameters(), lr=0.1)
     images = torch.randn(6, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

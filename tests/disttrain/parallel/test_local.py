@@ -15,14 +15,12 @@ from disttrain.data import StepSampler
 from disttrain.distributed.collectives import gather_objects
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
-from disttrain.parallel.choose import parallelize
 from disttrain.parallel.outer import mean_changes
-from disttrain.recipe import ParallelRecipe, load_recipe
+from disttrain.recipe import load_recipe
 from disttrain.runs.journal import read_journal
 from disttrain.testing import run_workers
 from disttrain.training.hooks import HookContext
 from tests.disttrain.parallel import exact_runs
-from tests.disttrain.parallel.gradients import ALONE, network
 
 HERE, FAST = __name__, "parallel.exact=false"
 EVERY = 4  # of the ten steps of the small job: evaluations and the end come between two meetings
@@ -129,30 +127,6 @@ def test_a_run_that_ends_before_the_first_outer_step_says_so(tmp_path: Path) -> 
     run_workers(exact_runs.train, 1, args=(tmp_path, *overrides), process_group=False)
     log = (tmp_path / "logs" / "worker-0.log").read_text()
     assert "parallel.sync_every = 3, and the run has 2 steps: it makes no outer step" in log
-
-
-@pytest.mark.distributed(world_size=1)
-def test_the_outer_step_is_that_of_sgd_with_nesterov_momentum() -> None:
-    local = parallelize(network(), ALONE, ParallelRecipe(sync_every=2, outer_learning_rate=0.7, outer_momentum=0.9))
-    assert local.reason == "1 worker makes an outer step every 2 steps"
-    outer = network()
-    by_hand = torch.optim.SGD(outer.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    inner = torch.optim.SGD(local.model.parameters(), lr=0.1)
-    images = torch.randn(6, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for step in range(6):
-        local.follow_unfreezing()
-        local.loss(lambda model, batch: model(batch).square().sum(), images, num_samples=6).backward()  # type: ignore[no-untyped-call]
-        local.finish_step(6, step)
-        inner.step()
-        inner.zero_grad()
-        assert local.meets_after(step) is (step % 2 == 1)
-        if local.meets_after(step):
-            for start, trained in zip(outer.parameters(), local.model.parameters(), strict=True):
-                start.grad = start.detach() - trained.detach()
-            by_hand.step()
-            local.meet_(step)
-            for start, trained in zip(outer.parameters(), local.model.parameters(), strict=True):
-                torch.testing.assert_close(trained, start, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.distributed(world_size=3, process_group=False)

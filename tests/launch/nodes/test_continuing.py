@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.disttrain.parallel.exact_runs import outcome, train
 from tests.launch.nodes.test_node import MODEL, Nodes, has_steps, wait_for
 
 PATIENT = ("train.hang_timeout_s=60",)
+LONG = (*PATIENT, "train.epochs=150")
 pytestmark = [
     pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not())),
     pytest.mark.long,
@@ -56,19 +57,26 @@ def wait_for_events(two: Nodes, lost: int, joined: int) -> None:
     wait_for(have_come, f"{lost} losses and {joined} newcomers: {[two.said(0), two.said(1)]}")
 
 
-def test_two_machines_lose_rank_0_then_the_link_then_one_of_them_and_go_on(two: Nodes, tmp_path: Path) -> None:
-    longer = (*PATIENT, "train.epochs=150")
-    reference = tmp_path / "reference"
-    run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=480)
-    with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:
-        two.start("--nodes=2", "--max-restarts=2", overrides=longer, variables=slowed)
-        wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
+@contextmanager
+def continued_without_rank_0(two: Nodes, reference: Path) -> Iterator[dict[str, str]]:
+    """A slow run whose directory host-1 has since host-0 lost rank 0, and the variables that make a worker slow.
 
+    The same run, undisturbed, is at `reference`.
+    """
+    run_workers(lambda: train(reference, MODEL, *LONG), 1, process_group=False, timeout_s=480)
+    with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:
+        two.start("--nodes=2", "--max-restarts=2", overrides=LONG, variables=slowed)
+        wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
         (rank_0,) = workers_of(two.machines[0])
-        os.kill(rank_0, signal.SIGKILL)  # host-1 has the run directory from now on
+        os.kill(rank_0, signal.SIGKILL)
         wait_for_events(two, lost=1, joined=1)
         assert "host-1" in (two.run_dir / ".lock").read_text()
+        yield slowed
 
+
+def test_two_machines_lose_rank_0_then_the_link_then_one_of_them_and_go_on(two: Nodes, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    with continued_without_rank_0(two, reference) as slowed:
         (rank_0,) = workers_of(two.machines[1])
         two.machines[1].cut()
         wait_for_events(two, lost=2, joined=1)
@@ -80,7 +88,7 @@ def test_two_machines_lose_rank_0_then_the_link_then_one_of_them_and_go_on(two: 
         two.machines[1].kill()
         replaced = two.machines.replace(two.machines[1])
         wait_for_events(two, lost=3, joined=2)
-        two.start_on(replaced, "--nodes=2", "--max-restarts=2", overrides=longer, variables=slowed)
+        two.start_on(replaced, "--nodes=2", "--max-restarts=2", overrides=LONG, variables=slowed)
         wait_for_events(two, lost=3, joined=3)
         first, _, second = two.end(480)
     said = [two.said(number) for number in (0, 1, 2)]
@@ -100,17 +108,8 @@ def test_a_machine_that_stood_still_wakes_up_without_a_place_and_writes_nothing(
     Here both have one kernel, which keeps the lock of a process that is stopped. So this takes the lock's place away,
     as an NFS server does when the lease of a client has run out.
     """
-    longer = (*PATIENT, "train.epochs=150")
     reference = tmp_path / "reference"
-    run_workers(lambda: train(reference, MODEL, *longer), 1, process_group=False, timeout_s=480)
-    with faults.armed(faults.slow(0, 0.1), faults.slow(1, 0.1)) as slowed:
-        two.start("--nodes=2", "--max-restarts=2", overrides=longer, variables=slowed)
-        wait_for(lambda: has_steps(two.run_dir, 3), "some steps")
-        (rank_0,) = workers_of(two.machines[0])
-        os.kill(rank_0, signal.SIGKILL)
-        wait_for_events(two, lost=1, joined=1)
-        assert "host-1" in (two.run_dir / ".lock").read_text()
-
+    with continued_without_rank_0(two, reference):
         (rank_0,) = workers_of(two.machines[1])
         stopped = two.machines[1].pids()
         for pid in stopped:
