@@ -1,6 +1,6 @@
 # Needs Python 3.11.4 or newer, and nothing else: the first command makes an environment in $(VENV) and installs into it.
 # Another interpreter: make setup PYTHON=/path/to/python3.   Arguments for a command: make train ARGS="-o train.epochs=3"
-# The tests run in two processes, and all of a file in one. In one process, as --pdb needs it: make test ARGS="-n 0"
+# The tests run in two processes, each with its half of the files. In one process, as --pdb needs it: make test ARGS="-n 0"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -21,7 +21,7 @@ train: $(STAMP)  ## train on handwritten digits with two workers, in a minute
 	$(VENV)/bin/disttrain train digits -n 2 $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-long: $(STAMP)  ## run the tests that take minutes
 	$(VENV)/bin/python -m pytest -m long $(ARGS)
