@@ -64,6 +64,7 @@ COMPARISONS = {
     "sharded": Comparison("Sharded training: time of a step", ("fsdp.py", "steps")),
     "memory": Comparison("Sharded training: memory of a worker", ("fsdp.py", "memory"), ("--layers", "4")),
     "checkpoint": Comparison("How long a checkpoint holds the loop", ("checkpoint.py", "stall"), ("--rounds", "10")),
+    "observing": Comparison("What observing costs, all together", ("observing.py",)),
     "tracking": Comparison("What MLflow costs", ("tracking.py",), ("--rounds", "2", "--epochs", "4")),
     "loss": Comparison("A lost worker against a restart", ("loss.py", "lose"), ("--losses", "6", "--restarts", "2")),
     "ready": Comparison(

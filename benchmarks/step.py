@@ -4,10 +4,11 @@
     python benchmarks/step.py parts [--rounds 60] [--workers 1] [--exact]
 
 `ratio` trains the network of `cifar10-net` on made-up images, batches of 100, with one worker and with two. The loop by
-hand is what an expert writes for this one purpose: one uint8 tensor, whole batches, DistributedDataParallel. It runs in
-a hook of the run itself, a few steps each in turn, so that a machine whose speed drifts does not favour one; everything
-that a run does between two steps counts. Printed are medians, the median of the rounds' ratios with the quartiles, and
-whether both have the same weights in the end, bit for bit. One worker has two threads, two have one each.
+hand is what an expert writes for this one purpose: one uint8 tensor, whole batches, DistributedDataParallel. It runs
+between the steps of the run itself, a few steps each in turn, so that a machine whose speed drifts does not favour one;
+everything that a run does between two steps counts. Printed are medians, the median of the rounds' ratios with the
+quartiles, and whether both have the same weights in the end, bit for bit. One worker has two threads, two have one
+each.
 
 `parts` calls each thing that our loop does and the one by hand does not, and prints the microseconds of a call: the
 least of the rounds, as whatever else runs on the machine only adds to them. With `--exact` they are what exact mode
@@ -52,7 +53,7 @@ from disttrain.task import named_at
 from disttrain.testing import run_workers
 from disttrain.training.backward import backward_from, constant_over
 from disttrain.training.given import Given
-from disttrain.training.job import StepResult
+from disttrain.training.job import Job, StepResult
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.optim import set_learning_rates
 from disttrain.training.session import open_session
@@ -93,7 +94,7 @@ def by_hand(model: nn.Module, settings: Recipe) -> Iterator[None]:
             yield
 
 
-class Turns(disttrain.Hook):
+class Turns:
     """Trains by hand between the steps of the run, and keeps the seconds per step of both, in pairs."""
 
     def __init__(self, settings: Recipe, clock: Callable[[], float]) -> None:
@@ -102,20 +103,20 @@ class Turns(disttrain.Hook):
         self.pairs: list[tuple[float, float]] = []
         self.digests: list[str] = []
 
-    def after_step(self, context: disttrain.HookContext) -> None:
+    def after_step(self, job: Job) -> None:
         """After a few steps of the run, as many by hand."""
-        if context.step % STEPS_PER_TURN:
+        if job.step % STEPS_PER_TURN:
             return
         ours = (self.clock() - self.began) / STEPS_PER_TURN if self.loop is not None else 0.0
         if self.loop is None:
             torch.manual_seed(self.settings.train.seed)
-            self.model = type(context.model)(num_classes=10, sample_shape=(3, 32, 32))
+            self.model = type(job.model)(num_classes=10, sample_shape=(3, 32, 32))
             self.loop = by_hand(self.model, self.settings)
         began = self.clock()
         for _ in range(STEPS_PER_TURN):
             next(self.loop)
         self.pairs.append(((self.clock() - began) / STEPS_PER_TURN, ours))
-        self.digests = [weights_sha256(model.state_dict()) for model in (self.model, context.model)]
+        self.digests = [weights_sha256(model.state_dict()) for model in (self.model, job.model)]
         self.began = self.clock()
 
 
@@ -123,8 +124,16 @@ def compare(rounds: int, threads: int, cpu_time: bool, *more: str) -> tuple[list
     """Seconds per step of each round, by hand and ours, and the SHA-256 of the weights of both."""
     settings = recipe((rounds + 1) * STEPS_PER_TURN, threads, *more)
     turns = Turns(settings, time.process_time if cpu_time else time.perf_counter)
+    made = RunMonitor.after_step
+
+    def after_step(monitor: RunMonitor, result: StepResult | None, num_items: int) -> None:
+        made(monitor, result, num_items)
+        turns.after_step(monitor.job)
+
+    # Not a hook: what it may look at is put together after each step, which a run without hooks does not do.
+    RunMonitor.after_step = after_step  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        disttrain.train(settings, run_dir=Path(folder, "run"), hooks=[turns])
+        disttrain.train(settings, run_dir=Path(folder, "run"))
     return turns.pairs[1:], turns.digests
 
 

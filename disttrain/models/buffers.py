@@ -73,9 +73,13 @@ class BufferCopies:
         self._places = places_of_buffers(model)
         self._copies: list[torch.Tensor | None] = [None] * len(self._places)
 
-    @torch.no_grad()
     def take(self) -> None:
         """Copy every buffer, into the memory of the copy before where it fits."""
+        if self._places:
+            self._copy()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
         fitting: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, (module, name) in enumerate(self._places):
             buffer, copy = module._buffers[name], self._copies[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,20 +23,14 @@ ORANGE = "#d9622b"
 GREEN = "#3c8d5a"
 PURPLE = "#7a5ba6"
 _DPI = 150
-_PADDING = 0.12  # inches
 
 
-def new_figure(width: float, height: float, *, is_grid: bool = False) -> Figure:
-    """A figure of its own, in inches, with no window system and none of pyplot's global state.
-
-    `lay_out` lays out a grid; matplotlib, when it draws, anything else.
-    """
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of its own, in inches: no window system, none of pyplot's global state, and no layout engine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = None if is_grid else ConstrainedLayoutEngine(w_pad=_PADDING, h_pad=_PADDING)
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -52,43 +47,64 @@ def tidy(axes: Axes, grid: str) -> None:
 
 
 def set_title(axes: Axes, text: str, pad: float = 10) -> None:
-    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
+    # With `y` given, matplotlib does not measure all that is written around the panel to find a place for it.
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad, y=1.0)
 
 
 def short_name(name: str) -> str:
     return name if len(name) <= 18 else name[:17] + "…"
 
 
-def lay_out(figure: Figure, rows: int, columns: int) -> None:
-    """Give the panels of a grid, row by row, one size and room for what is written around them.
+def lay_out(
+    figure: Figure, rows: int, columns: int, *, left: float, right: float, bottom: float, top: float, below: float = 0.0
+) -> None:
+    """Give the panels of a grid, row by row, one size: with so many inches around each for what is written there.
 
-    As matplotlib's own layout does, which measures all of it twice: half of the time that a picture takes.
+    `below` is the room under the last row. To have matplotlib find out how much room each label takes is half of the
+    time that a picture takes.
     """
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # FigureCanvasAgg has one
-    left, right, bottom, top = ([0.0] * count for count in (columns, columns, rows, rows))
+    full_width, full_height = figure.get_size_inches()
+    cell_width, cell_height = full_width / columns, (full_height - below) / rows
     for index, axes in enumerate(figure.axes):
         row, column = divmod(index, columns)
-        inner, outer = axes.get_window_extent(renderer), axes.get_tightbbox(renderer, for_layout_only=True)
-        if outer is not None:
-            left[column] = max(left[column], inner.x0 - outer.x0)
-            right[column] = max(right[column], outer.x1 - inner.x1)
-            bottom[row] = max(bottom[row], inner.y0 - outer.y0)
-            top[row] = max(top[row], outer.y1 - inner.y1)
-    padding = _PADDING * figure.dpi
-    full_width, full_height = figure.bbox.width, figure.bbox.height
-    width = (full_width - sum(left) - sum(right) - 2 * padding * columns) / columns
-    height = (full_height - sum(bottom) - sum(top) - 2 * padding * rows) / rows
-    for index, axes in enumerate(figure.axes):
-        row, column = divmod(index, columns)
-        x = sum(left[: column + 1]) + sum(right[:column]) + padding * (2 * column + 1) + width * column
-        y = full_height - sum(top[: row + 1]) - sum(bottom[:row]) - padding * (2 * row + 1) - height * (row + 1)
-        axes.set_position((x / full_width, y / full_height, width / full_width, height / full_height))
+        x, y = column * cell_width + left, full_height - (row + 1) * cell_height + bottom
+        place(figure, axes, x, y, cell_width - left - right, cell_height - bottom - top)
+
+
+def place(
+    figure: Figure,
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    *,
+    to_labels: tuple[float, float] = (0.45, 0.3),
+) -> None:
+    """Put a panel where it is to be, in inches from the lower left corner.
+
+    `to_labels`: how far away the names of its axes are, horizontally and vertically.
+    """
+    full_width, full_height = figure.get_size_inches()
+    axes.set_position((x / full_width, y / full_height, width / full_width, height / full_height))
+    aside, under = to_labels
+    axes.xaxis.set_label_coords(0.5, -under / height)
+    axes.yaxis.set_label_coords(-aside / width, 0.5)
+
+
+def text_width(figure: Figure, names: Iterable[str], size: float) -> float:
+    """How wide the widest of them is, in inches."""
+    from matplotlib.font_manager import FontProperties
+
+    renderer, font = figure.canvas.get_renderer(), FontProperties(size=size)  # type: ignore[attr-defined]  # Agg has one
+    widths = [renderer.get_text_width_height_descent(name, font, ismath=False)[0] for name in names]
+    return float(max(widths, default=0.0)) / figure.dpi
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
     from PIL import Image
 
-    # Not with bbox_inches="tight", which would lay everything out a second time: half of the work.
+    # Not with bbox_inches="tight", which would measure everything first: half of the work.
     figure.canvas.draw()
     pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))  # type: ignore[attr-defined]
     picture = io.BytesIO()

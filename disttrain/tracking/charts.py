@@ -19,9 +19,11 @@ from disttrain.tracking.chart_style import (
     ORANGE,
     lay_out,
     new_figure,
+    place,
     save_figure,
     set_title,
     short_name,
+    text_width,
     tidy,
 )
 from disttrain.tracking.learning_curves import learning_curves
@@ -72,22 +74,28 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
     if len(matrix) != num or any(len(row) != num for row in matrix):
         raise ValueError(f"the confusion matrix is not {num} by {num}, as {num} classes require")
     shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
-    side = min(max(4.6, 0.52 * num + 2.0), 11.0) if num <= _MAX_NUMBERED_CLASSES else 9.0
-    figure = new_figure(side + 0.7, side)
+    step = 1 if num <= _MAX_LABELLED_CLASSES else math.ceil(num / 25)
+    ticks = list(range(0, num, step))
+    names = [short_name(classes[i]) for i in ticks]
+    size = 9 if num <= 12 else 7.5 if num <= 25 else 6
+    long = max((len(name) for name in classes), default=0) > 3 or num > _MAX_NUMBERED_CLASSES
+    figure = new_figure(1, 1)
+    width = text_width(figure, names, size)
+    # Inches. Names that lean by 45 degrees are as high as they are wide.
+    side = min(max(3.8, 0.52 * num), 9.0) if num <= _MAX_NUMBERED_CLASSES else 7.2
+    left, bottom, top, right = 0.5 + width, (0.71 * width + 0.2 if long else 0.2) + 0.4, 0.5, 1.15
+    figure.set_size_inches(left + side + right, bottom + side + top)
     axes = figure.add_subplot()
+    place(figure, axes, left, bottom, side, side, to_labels=(left - 0.3, bottom - 0.3))
     # The square root spreads the small shares, which are the mistakes of interest.
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     colours = LinearSegmentedColormap.from_list("shares", ["#fbfcfd", "#c6daee", "#6aa1d3", "#2f6fb5", "#123b6b"])
     image = axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
-    step = 1 if num <= _MAX_LABELLED_CLASSES else math.ceil(num / 25)
-    ticks = list(range(0, num, step))
-    size = 9 if num <= 12 else 7.5 if num <= 25 else 6
-    long = max((len(name) for name in classes), default=0) > 3 or num > _MAX_NUMBERED_CLASSES
-    axes.set_xticks(ticks, [short_name(classes[i]) for i in ticks], fontsize=size, rotation=45 if long else 0)
+    axes.set_xticks(ticks, names, fontsize=size, rotation=45 if long else 0)
     for label in axes.get_xticklabels():
         label.set(horizontalalignment="right" if long else "center", rotation_mode="anchor" if long else "default")
-    axes.set_yticks(ticks, [short_name(classes[i]) for i in ticks], fontsize=size)
+    axes.set_yticks(ticks, names, fontsize=size)
     axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -106,7 +114,9 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
     axes.set_ylabel("true class", color=MUTED, fontsize=9.5)
     total, correct = sum(map(sum, matrix)), sum(matrix[i][i] for i in range(num))
     set_title(axes, f"Confusion matrix: {correct:,} of {total:,} right ({100 * correct / max(total, 1):.1f} %)")
-    bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.025, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    beside = figure.add_subplot()
+    place(figure, beside, left + side + 0.12, bottom + 0.05 * side, 0.2, 0.9 * side, to_labels=(-0.75, 0.0))
+    bar = figure.colorbar(image, cax=beside, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
     bar.ax.set_yticklabels(["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"], fontsize=7.5, color=MUTED)
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
@@ -134,7 +144,7 @@ def per_class(accuracies: Sequence[float], classes: Sequence[str], metric: str =
     if left_out > 0:  # an empty row between the best and the worst stands for the others
         values, names = values[:half] + values[-half:], names[:half] + names[-half:]
         rows = [*range(half), *range(half + 1, 2 * half + 1)]
-    figure = new_figure(6.6, 0.27 * len(rows) + 1.5, is_grid=True)
+    figure = new_figure(6.6, 0.27 * len(rows) + 1.1)
     axes = figure.add_subplot()
     axes.barh(rows, values, color=[BLUE if value >= mean else ORANGE for value in values], height=0.66)
     for row, value in zip(rows, values, strict=True):
@@ -150,5 +160,5 @@ def per_class(accuracies: Sequence[float], classes: Sequence[str], metric: str =
     tidy(axes, grid="x")
     axes.tick_params(axis="y", length=0)
     set_title(axes, f"{metric[:1].upper()}{metric[1:]} by class", pad=18)
-    lay_out(figure, 1, 1)
+    lay_out(figure, 1, 1, left=0.2 + text_width(figure, names, 8.5), right=0.65, bottom=0.35, top=0.55)
     return figure

@@ -20,6 +20,7 @@ _TRAIN, _EVAL, _PER_SECOND = "train/", "eval/", "_per_second"
 # Drawn in a panel of their own kind, or (epochs) a function of the step.
 _KNOWN = ("loss", "accuracy", "learning_rate", "lr", "epoch", "epoch_seconds")
 _MOST_PANELS = 12
+_BELOW = 0.25  # inches, for what is written under the last row
 
 
 def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
@@ -33,9 +34,10 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
     last = max(steps[-1] for steps, _ in curves.values()) or 1
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(5.6 * columns, 3.6 * rows, is_grid=True)
+    figure = new_figure(5.6 * columns, 3.6 * rows + _BELOW)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:.6g}".replace("-", "\N{MINUS SIGN}"))
         panel(axes)
         tidy(axes, grid="y")
         if index >= len(panels) - columns:
@@ -45,7 +47,7 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
         axes.set_xlim(-0.02 * last, 1.02 * last)  # the same steps above each other
         for step in restarts:
             axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
-    lay_out(figure, rows, columns)
+    lay_out(figure, rows, columns, left=0.68, right=0.12, bottom=0.3, top=0.42, below=_BELOW)
     if restarts:
         figure.text(1, 0, "dotted: restart", ha="right", va="bottom", fontsize=7.5, color=MUTED)
     return figure
@@ -127,7 +129,6 @@ def _learning_rates(axes: Axes, *, rates: Mapping[str, Curve]) -> None:
         label = "" if number == 0 else _in_words(name.removeprefix(_TRAIN)).removeprefix("Learning rate ")
         axes.plot(*curve, color=PURPLE, linewidth=1.8, alpha=1 if number == 0 else 0.5, label=label)
     axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     set_title(axes, "Learning rate")
     if len(rates) > 1:
         _legend(axes)

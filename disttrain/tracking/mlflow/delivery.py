@@ -78,8 +78,8 @@ class Delivery:
         self._seems_running = self._draws_last = False
         self._state = state_for(run_dir, redact(uri), experiment)
 
-    def deliver(self) -> None:
-        """Send everything the journal holds by now. Raises OutageError; what was sent until then counts."""
+    def deliver(self, *, charts: bool = True) -> None:
+        """Send what the journal holds by now, and `charts`. Raises OutageError; what was sent until then counts."""
         journal = self.run_dir / JOURNAL
         try:
             size = journal.stat().st_size
@@ -105,7 +105,7 @@ class Delivery:
             if self._state.status is not None and self._state.status.get("status") != "FINISHED":
                 self._send_status(client)  # a stop leaves seconds: the charts, which take some, can wait for a resume
             try:
-                self._upload(client)
+                self._upload(client, charts=charts)
             finally:
                 self._send_status(client)
         except OutageError:
@@ -255,13 +255,13 @@ class Delivery:
     def _is_deleted(self, client: MlflowClient) -> bool:
         return bool(client.get_run(self._state.run_id).info.lifecycle_stage != "active")
 
-    def _upload(self, client: MlflowClient) -> None:
+    def _upload(self, client: MlflowClient, *, charts: bool) -> None:
         """Upload what waits for it. A failure holds up neither the metrics nor the other files."""
         if self._state.uploads:
             refuse_places_elsewhere(client, self.uri, self.run_dir, self._state.run_id)
         failed: Exception | None = None
-        charts_last = sorted(self._state.uploads, key=lambda record: bool(record.get("kind") == "charts"))
-        for record in charts_last:  # they may still be being drawn
+        last = [record for record in self._state.uploads if record.get("kind") == "charts"]
+        for record in [record for record in self._state.uploads if record not in last] + last * charts:
             try:
                 self._state.files.update(
                     upload(client, self.run_dir, self._state.run_id, record, self._state.files, self._say, self._draw)

@@ -165,7 +165,8 @@ class Sender:
     def _attempt(self) -> bool:
         self._sync()
         try:
-            self._delivery.deliver()
+            # Charts come last: the model is sent while they are drawn.
+            self._delivery.deliver(charts=self._orders.over)
         except OutageError as error:
             if str(error) != self._reason:
                 self._reason = str(error)

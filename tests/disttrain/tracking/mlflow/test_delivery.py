@@ -283,8 +283,10 @@ def test_a_stopped_run_does_not_seem_to_run_while_its_charts_are_drawn(
         return {}
 
     monkeypatch.setattr("disttrain.tracking.mlflow.delivery.upload", draw)
+    delivery(run_dir, server.uri).deliver(charts=False)
+    assert (seen, backlog_of(run_dir).files) == ([], 1)  # nothing waits for them, and they are not forgotten
     delivery(run_dir, server.uri).deliver()
-    assert seen == ["KILLED"]
+    assert (seen, backlog_of(run_dir).files) == (["KILLED"], 0)
 
 
 @pytest.mark.parametrize("path", ["../../secret.txt", "/etc/passwd", "gone.txt"])
