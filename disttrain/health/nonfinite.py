@@ -146,7 +146,7 @@ class NonFiniteGuard:
         """Look at what was left to be looked at later: before a checkpoint, for one. Raises as `check` does."""
 
     def is_bad(self) -> torch.Tensor | None:
-        """Of a step that is to be made UNLESS_BAD: 1 if it is not to be made, else 0, () on the device."""
+        """Of a step that is to be made UNLESS_BAD: 1 if it is not to count, else 0, () on the device."""
         return None
 
     def step_of(self, step: int) -> int:

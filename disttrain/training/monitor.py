@@ -171,8 +171,7 @@ class RunMonitor:
         unlogged, self._unlogged = self._unlogged, None
         if unlogged is not None and unlogged[0] <= self.job.step:
             step, num_slices, numbers = unlogged[0], self.job.strategy.num_slices, unlogged[1]().double()
-            # As of a step that is looked at once: one that was skipped has no norm.
-            norms = [norm for norm in numbers[num_slices:].tolist() if math.isfinite(norm)]
+            norms = numbers[num_slices:].tolist()
             self._log(step, sum_(numbers[:num_slices].clone()), norms[0] if norms else None)
 
     def _log(self, step: int, total_losses: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
@@ -187,8 +186,8 @@ class RunMonitor:
             **learning_rates(job.optimizer, job.schedule, step - 1),
             "train/epoch": step / job.steps_per_epoch,
         }
-        if grad_norm is not None:
-            metrics["train/grad_norm"] = float(grad_norm)
+        if grad_norm is not None and math.isfinite(norm := float(grad_norm)):  # else the step was not made
+            metrics["train/grad_norm"] = norm
         metrics.update(self.machines.metrics(machines))
         self.tracker.metrics(step, metrics)
         self._logged_step = step

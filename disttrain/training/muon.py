@@ -78,7 +78,6 @@ class Muon(torch.optim.Optimizer):
             if other_lr is not None and lr > 0:
                 group["lr_scale"] = group.get("lr_scale", 1.0) * other_lr / lr
         super().__init__([*matrices, *others], defaults)
-        self._step_supports_amp_scaling = bool(fused)  # torch's name for it: a gradient scaler then gives `found_inf`
 
     @property
     def heeds_found_inf(self) -> bool:
@@ -104,7 +103,7 @@ class Muon(torch.optim.Optimizer):
         self._other.param_groups = [group for group in self.param_groups if not group["orthogonalised"]]
         other: Any = self._other
         other.found_inf, other.grad_scale = found_inf, getattr(self, "grad_scale", None)
-        if isinstance(other, torch.optim.SGD) and other.defaults["fused"]:
+        if isinstance(other, torch.optim.SGD) and any(group["fused"] for group in other.param_groups):
             begin_momentum(other)
         other.step()
         return loss

@@ -13,6 +13,7 @@ from torch import nn
 
 from disttrain.distributed import later
 from disttrain.errors import ConfigurationError
+from disttrain.health.nonfinite_later import heeds_found_inf
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import OptimRecipe, ScheduleRecipe
 from disttrain.recipe.names import check_optimizer, nearest
@@ -68,6 +69,9 @@ def build_optimizer(
             kind([nn.Parameter(torch.zeros(1))], lr=recipe.lr, **options | of_group)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"the task's param_groups: {kind.__name__} refuses {of_group}: {error}") from error
+    if isinstance(optimizer, Muon) or getattr(optimizer, "_step_supports_amp_scaling", False):
+        # torch's name for it: a gradient scaler then gives `found_inf`, and does not look at it itself.
+        vars(optimizer)["_step_supports_amp_scaling"] = heeds_found_inf(optimizer)
     if kind is torch.optim.SGD and any(group.get("fused") for group in optimizer.param_groups):
         is_wanted = later.is_asynchronous(_all(params)[0].device)
         # On CPUs where a gradient scaler may have a step left out.

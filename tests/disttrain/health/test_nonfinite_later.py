@@ -17,7 +17,7 @@ from disttrain.distributed import later
 from disttrain.health import nonfinite_later
 from disttrain.runs.journal import read_journal
 from disttrain.testing import run_workers
-from tests.disttrain.health.test_nonfinite import VICTIM, ending, events, job, samples_of
+from tests.disttrain.health.test_nonfinite import VICTIM, ending, events, job, samples_of, scaled_by
 
 COMMON = ("checkpoint.every_steps=0", "optim.fused=true", "train.epochs=2")
 NUM_STEPS = 8
@@ -135,3 +135,44 @@ def test_the_limit_counts_steps_that_are_seen_later(tmp_path: Path) -> None:
     seen_later, _ = as_on_a_gpu(ending, tmp_path / "later", bad, *settings)
     assert seen_later.replace("/later/", "/run/") == at_once
     assert "in 2 steps in a row" in at_once
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "policy", "optimizer"),
+    [
+        (2, "skip", ("optim.momentum=0.9",)),
+        (1, "skip", ("optim.name=muon", "optim.lr=0.01", "optim.other=sgd")),
+        (1, "stop", ("optim.name=adamw", "optim.lr=0.01")),
+    ],
+)
+def test_an_overflow_in_fp16_is_told_from_a_bad_loss_on_the_device(
+    tmp_path: Path, num_workers: int, policy: str, optimizer: tuple[str, ...]
+) -> None:
+    """The first steps overflow; of the step after one of them and of a later one the loss is bad, whatever the scale.
+
+    On one of two workers, so that the other has to learn of it before it changes the scale.
+    """
+    bad, initial = [samples_of(step)[7] for step in (1, 6)], 2.0**22
+    settings = (
+        *optimizer, "checkpoint.every_steps=0", "train.epochs=2", f"train.non_finite={policy}", "train.ema_decay=0.9"
+    )  # fmt: skip
+    message = on(num_workers, without_leaving_out, scaled_by, initial, tmp_path / "at once", bad, *settings)
+    said_later, num_later = on(num_workers, as_on_a_gpu, scaled_by, initial, tmp_path / "later", bad, *settings)
+    assert num_later >= (NUM_STEPS if policy == "skip" else 2), "no step was waited for"
+    assert said_later == message.replace("/at once/", "/later/")
+    one, other = (read_checkpoint(CheckpointStore(tmp_path / run / "checkpoints").paths()[-1])
+                  for run in ("at once", "later"))  # fmt: skip
+    assert weights_sha256(one.model) == weights_sha256(other.model)
+    for name, tensor in one.optimizer.items():
+        there = other.optimizer[name]
+        assert torch.allclose(tensor, there) if name.startswith("ema.") else tensor.equal(there), name
+    for key in ("step", "scaler", "non_finite"):
+        assert one.state[key] == other.state[key], key
+    assert one.state["scaler"]["scale"] < initial, "the test shows nothing: no step has overflowed"
+    assert recorded(tmp_path / "at once") == recorded(tmp_path / "later")
+    found = [
+        [(one["step"], one["rank"], one["samples"], one["in_a_row"]) for one in events(tmp_path / run, "non-finite")]
+        for run in ("at once", "later")
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == (3 if policy == "skip" else 0)

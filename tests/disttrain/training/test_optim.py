@@ -84,6 +84,36 @@ def test_a_first_step_that_a_scaler_has_a_fused_kernel_leave_out_leaves_no_momen
     assert weight.tolist() == pytest.approx([0.8] * 3)
 
 
+@pytest.mark.parametrize(
+    ("options", "of_second"),
+    [
+        ({"name": "sgd", "momentum": 0.9, "dampening": 0.5}, {}),
+        ({"name": "sgd", "momentum": 0.9}, {"fused": False}),
+        ({"name": "adamw"}, {"fused": False}),
+        ({"name": "muon", "other": "sgd"}, {"fused": False}),
+    ],
+)
+def test_a_step_that_overflows_leaves_all_groups_alone_though_not_each_can_leave_it_out(
+    options: dict[str, Any], of_second: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler then looks itself: next to fused kernels, others, and a first gradient that is not dampened."""
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **_: torch.full_like(tensor, math.nan))
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    recipe = optim(lr=0.1, **options, **({} if options["name"] == "muon" else {"fused": True}))
+    weights = {gradients: [nn.Parameter(torch.ones(3)) for _ in range(2)] for gradients in ((math.inf, 2.0), (2.0,))}
+    for gradients, (one, other) in weights.items():
+        groups = [{"params": [one]}, {"params": [other], **of_second}]
+        optimizer = build_optimizer(recipe, groups, may_fuse=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        for gradient in gradients:
+            scaler.scale(torch.ones(()))
+            one.grad, other.grad = torch.full((3,), 2.0), torch.full((3,), gradient)
+            scaler.step(optimizer)
+            scaler.update(1.0)
+    overflowed, undisturbed = weights.values()
+    assert [one.tolist() for one in overflowed] == [one.tolist() for one in undisturbed]
+
+
 def test_warm_up_climbs_linearly_and_ends_at_the_base_rate() -> None:
     warm = schedule(warmup_steps=4)
     assert [warm.learning_rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]

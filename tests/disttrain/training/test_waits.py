@@ -102,6 +102,7 @@ def test_a_step_of_fast_mode_looks_once(overrides: tuple[str, ...]) -> None:
         ("optim.momentum=0.9",),
         ("optim.name=adamw", "optim.lr=0.01"),
         ("optim.name=muon", "optim.hold_norms=true", "optim.other=sgd"),
+        ("optim.momentum=0.9", "train.precision=fp16"),
     ],
 )
 def test_a_step_on_a_gpu_looks_at_nothing_but_what_the_step_before_has_sent(
