@@ -85,15 +85,28 @@ def _products(*, tf32: bool | None) -> Iterator[None]:
     if tf32 is None:
         yield
         return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    # By the older names: they keep the newer ones in step, and not the other way round (torch 2.11 to 2.14).
-    before, precision = (matmul.allow_tf32, cudnn.allow_tf32), matmul.fp32_precision
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    backends: Any = torch.backends
+    cpu, cudnn = backends.mkldnn.matmul, backends.cudnn
+    newer = (backends.cuda.matmul, cpu, cudnn.conv, cudnn.rnn)
+    precisions = [one.fp32_precision for one in newer]
+    try:
+        before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # they were set by the newer names, each for itself
+        before = None
+    # By the older names: they keep the newer ones in step, and not the other way round (torch 2.11 to 2.14). By that of
+    # all products, as torch's compiler asks it, which raises unless CPUs' products are in step with GPUs'.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    cudnn.allow_tf32 = tf32
+    if precisions[1] in ("none", "ieee"):  # nobody has CPUs' products rounded, and this key is not to
+        cpu.fp32_precision = precisions[1]
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-        matmul.fp32_precision = precision
+        if before is not None:
+            torch.set_float32_matmul_precision(before[0])
+            cudnn.allow_tf32 = before[1]
+        for one, precision in zip(newer, precisions, strict=True):
+            one.fp32_precision = precision
 
 
 @contextmanager

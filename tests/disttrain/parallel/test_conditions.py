@@ -40,21 +40,57 @@ def test_the_conditions_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch) ->
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
-def test_products_and_cudnn_are_as_the_recipe_has_them_and_put_back() -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+@pytest.fixture
+def as_in_a_new_process() -> Iterator[None]:
+    """How products of float32 numbers are rounded, by all of torch's names for it, before and after the test."""
 
-    def now() -> tuple[bool, bool, bool, str, str]:
-        newer: list[Any] = [matmul, cudnn.conv]
-        return matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, *(one.fp32_precision for one in newer)
+    def fresh() -> None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        for name in ("cuda", "mkldnn"):
+            getattr(torch.backends, name).matmul.fp32_precision = "none"
 
-    before = now()
+    fresh()
+    yield
+    fresh()
+
+
+def how_products_are_rounded() -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    matmul, cudnn, cpu = backends.cuda.matmul, backends.cudnn, backends.mkldnn.matmul
+    older = (torch.get_float32_matmul_precision(), matmul.allow_tf32, cudnn.allow_tf32)  # which the compiler asks
+    return *older, *(one.fp32_precision for one in (matmul, cudnn.conv, cudnn.rnn, cpu)), cudnn.benchmark
+
+
+@pytest.mark.parametrize("by_the_program", ["", "highest", "high", "medium"])
+@pytest.mark.usefixtures("as_in_a_new_process")
+def test_products_and_cudnn_are_as_the_recipe_has_them_and_put_back(by_the_program: str) -> None:
+    """Whatever the program around has set: torch refuses to answer where GPUs' and CPUs' products are out of step."""
+    if by_the_program:
+        torch.set_float32_matmul_precision(by_the_program)
+    before = how_products_are_rounded()
     for tf32 in (True, False):
         with exact_conditions(load_recipe("digits", [f"train.tf32={str(tf32).lower()}"])):
-            assert now()[:3] == (tf32, tf32, True)
-            assert [precision == "tf32" for precision in now()[3:]] == [tf32, tf32]
+            precision, matmul, cudnn, *newer, on_cpus, benchmark = how_products_are_rounded()
+            assert (precision, matmul, cudnn, benchmark) == ("high" if tf32 else "highest", tf32, tf32, True)
+            assert [one == "tf32" for one in newer] == [tf32] * 3
+            assert (on_cpus == "tf32") is (tf32 and by_the_program in ("high", "medium")), "a key of GPUs"
+        assert how_products_are_rounded() == before
     with exact_conditions(load_recipe("digits", ["train.deterministic=true", "train.tf32=true"])):
-        assert now()[:3] == (True, True, False)
-    assert now() == before
+        assert how_products_are_rounded()[1:3] == (True, True)
+        assert torch.backends.cudnn.benchmark is False
+    assert how_products_are_rounded() == before
+
+
+@pytest.mark.usefixtures("as_in_a_new_process")
+def test_products_that_were_set_by_torchs_newer_names_are_put_back() -> None:
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        torch.get_float32_matmul_precision()
+    with exact_conditions(load_recipe("digits", ["train.tf32=false"])):
+        assert how_products_are_rounded()[:2] == ("highest", False)
+    assert (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision) == ("tf32", "none")
 
 
 def test_a_compiler_that_is_there_is_to_be_deterministic_too(monkeypatch: pytest.MonkeyPatch) -> None:
