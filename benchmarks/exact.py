@@ -5,8 +5,10 @@
 
 `steps` builds both jobs in the same two workers, one thread each, and lets them train in turn, a few steps at a time,
 so that a machine whose speed drifts does not favour one. Printed are the medians, the median of the rounds' ratios with
-the quartiles, the ratio of fast mode in as many parts as exact mode has slices (`train.accumulate`): what smaller
-batches alone cost; and the bytes that each worker hands to the collectives per step.
+the quartiles; the ratio of fast mode in as many parts as exact mode has slices (`train.accumulate`), which is what
+smaller batches alone cost, and that of exact mode over it; the ratio of exact mode with a slice for each worker
+(`parallel.slices = 2`), whose batches are those of fast mode; and the bytes that each worker hands to the collectives
+per step.
 
 `resume` starts `disttrain train` as users do. A cold start is timed from the command to the first step in the journal;
 then the job is killed with SIGKILL, started again, and timed from the command to the first step that was not there.
@@ -31,6 +33,7 @@ import torch
 from spread import quartiles
 
 from disttrain.data import StepBatch
+from disttrain.distributed.allocator import freed_memory_kept
 from disttrain.distributed.world import join_world
 from disttrain.parallel.conditions import exact_conditions
 from disttrain.recipe import Recipe, load_recipe
@@ -48,8 +51,13 @@ JOBS = {
 }
 
 
-# The ways to train: fast, exact, and fast in as many parts as each of two workers has slices.
-WAYS = (("parallel.exact=false",), ("parallel.exact=true",), ("parallel.exact=false", "train.accumulate=2"))
+# The ways to train: fast, exact, fast in as many parts as each of two workers has slices, and exact in one each.
+WAYS = (
+    ("parallel.exact=false",),
+    ("parallel.exact=true",),
+    ("parallel.exact=false", "train.accumulate=2"),
+    ("parallel.exact=true", "parallel.slices=2"),
+)
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -88,7 +96,7 @@ def bytes_per_step(job: Job) -> int:
 
 def measure(overrides: tuple[str, ...], steps: int, rounds: int) -> tuple[list[list[float]], list[int]]:
     """Seconds per step of each of the `WAYS` in each round, and the bytes per step."""
-    with join_world("cpu", threads=1, most_sharing_memory=2) as world:
+    with freed_memory_kept(), join_world("cpu", threads=1, most_sharing_memory=2) as world:  # as in a run
         jobs = [build_job(recipe(*overrides, *way), world, Given()) for way in WAYS]
         sources = [batches(job) for job in jobs]
         measured = []
@@ -100,20 +108,22 @@ def measure(overrides: tuple[str, ...], steps: int, rounds: int) -> tuple[list[l
 def compare_steps(rounds: int) -> bool:
     """Print the table; return whether every job stays within its bound."""
     print(
-        f"{'':<22}{'fast':>10}{'exact':>10}{'ratio':>8}{'quartiles':>16}{'at most':>9}{'in parts':>10}"
-        f"{'MB fast':>10}{'MB exact':>10}"
+        f"{'':<22}{'fast':>10}{'exact':>10}{'ratio':>8}{'quartiles':>16}{'at most':>9}{'in parts':>10}{'exact/it':>10}"
+        f"{'2 slices':>10}{'MB fast':>10}{'MB exact':>10}"
     )
     good = True
     for name, (overrides, steps, most) in JOBS.items():
         measured, sizes = run_workers(
             measure, 2, args=(overrides, steps, rounds), process_group=False, timeout_s=600, check_collectives=False
         )[0]
-        fast, exact, _ = (statistics.median(column) for column in zip(*measured, strict=True))
+        fast, exact, *_ = (statistics.median(column) for column in zip(*measured, strict=True))
         low, ratio, high = quartiles([one[1] / one[0] for one in measured])
-        in_parts = statistics.median(one[2] / one[0] for one in measured)
+        in_parts, over_parts, two_slices = (
+            statistics.median(one[way] / one[base] for one in measured) for way, base in ((2, 0), (1, 2), (3, 0))
+        )
         print(
             f"{name:<22}{fast * 1e3:>7.1f} ms{exact * 1e3:>7.1f} ms{ratio:>8.3f}{low:>9.3f}-{high:.3f}{most:>9.2f}"
-            f"{in_parts:>10.3f}{sizes[0] / 1e6:>10.2f}{sizes[1] / 1e6:>10.2f}",
+            f"{in_parts:>10.3f}{over_parts:>10.3f}{two_slices:>10.3f}{sizes[0] / 1e6:>10.2f}{sizes[1] / 1e6:>10.2f}",
             flush=True,
         )
         good &= ratio <= most

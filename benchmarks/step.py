@@ -246,9 +246,7 @@ def parts_of_exact(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
             strategy.close_slice(index)
 
     def as_integers() -> None:
-        total = FixedPointSum(gradients, bounds, strategy.num_slices, integers)
-        for summands in lists:
-            total.add(summands)
+        FixedPointSum(gradients, bounds, strategy.num_slices, integers).add(*lists)
 
     def step() -> None:
         slices()

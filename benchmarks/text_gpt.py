@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint import weights_sha256
 from disttrain.data import StepBatch
+from disttrain.distributed.allocator import freed_memory_kept
 from disttrain.distributed.world import World, join_world
 from disttrain.parallel.conditions import exact_conditions
 from disttrain.recipe import Recipe, load_recipe
@@ -112,7 +113,7 @@ def by_hand(job: Job) -> Loop:
 def measure(rounds: int, cpu_time: bool) -> tuple[list[list[float]], list[str]]:
     """Seconds per step of each round (the loop, fast, exact), and the SHA-256 of the weights that each came to."""
     clock = time.process_time if cpu_time else time.perf_counter
-    with join_world("cpu", threads=1, most_sharing_memory=2) as world:
+    with freed_memory_kept(), join_world("cpu", threads=1, most_sharing_memory=2) as world:  # as in a run
         jobs = [build_job(recipe(exact=exact), world, Given()) for exact in (False, True)]
         loop = by_hand(jobs[0])
         sources = [loop.steps(jobs[0].recipe), *map(job_turns, jobs)]

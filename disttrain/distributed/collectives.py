@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, surprises
 from disttrain.distributed.travelling import all_in, head_of, packed, size_in, unpacked
 from disttrain.errors import DisttrainError, PeerError
 
@@ -97,92 +96,6 @@ def max_(tensor: torch.Tensor) -> torch.Tensor:
     """Replace `tensor` by its maximum over all ranks."""
     _complete(lambda is_async: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=is_async))
     return tensor
-
-
-def exact_sum_(
-    into: Sequence[torch.Tensor],
-    summands: Sequence[Summands],
-    num_summands: int,
-    *,
-    shared: SharedSums | None = None,
-    expected: Sequence[float] | None = None,
-    scratch: torch.Tensor | None = None,
-    num_changes: int = 0,
-) -> list[float]:
-    """Replace each tensor of `into` by the sum of all that any rank passed for it; the order does not affect the bits.
-
-    `summands` holds any number of lists of tensors of the shapes of `into`, with None for one that is not there; all
-    ranks together pass `num_summands` lists at most. Returns a bound of each tensor's magnitudes over all ranks. What
-    no rank passed (ABSENT), or what is not finite on any rank (infinite), is left as it is. A tensor of `into` may be
-    one of the summands. The last `num_changes` of each list are changes: where one is zero, it counts as not there.
-    They are summed in `shared` memory, if there is any.
-
-    `expected` are bounds of the magnitudes that are expected, the same on all ranks. They take part in the bits. While
-    they hold one all-reduce is enough, and one look at the device; otherwise the sum is made without them, after
-    another one for the magnitudes.
-    """
-    found = measured(summands, num_changes)
-    sum_integers_ = sum_ if shared is None else shared.sum_
-    if expected is not None and _sum_as_expected_(
-        into, summands, found, num_summands, expected, scratch, sum_integers_
-    ):
-        return list(expected)
-    largest = largest_of_all(found.view(-1, len(into)))
-    total = FixedPointSum(into, largest, num_summands, scratch)
-    for summand in summands:
-        total.add(summand)
-    if total.integers().numel():
-        sum_integers_(total.integers())
-    total.write(into)
-    return largest
-
-
-def _sum_as_expected_(
-    into: Sequence[torch.Tensor],
-    summands: Sequence[Summands],
-    found: torch.Tensor,
-    num_summands: int,
-    expected: Sequence[float],
-    scratch: torch.Tensor | None,
-    sum_integers_: Callable[[torch.Tensor], torch.Tensor],
-) -> bool:
-    """Sum on the grids of the expected magnitudes; return whether all ranks' were as expected. If not, nothing is done.
-
-    `found` is what `measured` makes of the summands. Whether they were as expected travels with the sum.
-    """
-    total = FixedPointSum(into, expected, num_summands, scratch, num_extra=len(into) + 2)
-    for summand in summands:
-        total.add(summand)
-    _count_surprises(total.extra, found, expected, num_summands)
-    if not _are_as_expected(sum_integers_(total.integers())[-len(total.extra) :].tolist()):
-        return False
-    total.write(into)
-    return True
-
-
-def are_as_expected(found: torch.Tensor, num_summands: int, expected: Sequence[float]) -> bool:
-    """Whether `exact_sum_` would sum on the grids of the `expected` bounds; `found` is what `measured` gives."""
-    counters = torch.empty(len(expected) + 2, dtype=torch.int64)
-    _count_surprises(counters, found, expected, num_summands)
-    return _are_as_expected(sum_(counters).tolist())
-
-
-def largest_of_all(found: torch.Tensor) -> list[float]:
-    """The largest magnitude of each tensor in all ranks' lists; `found` is what `measured` gives."""
-    mine = found.cpu().amax(dim=0) if len(found) else torch.full(found.shape[1:], ABSENT, dtype=torch.float64)
-    largest: list[float] = max_(mine).tolist()
-    return largest
-
-
-def _count_surprises(counters: torch.Tensor, found: torch.Tensor, expected: Sequence[float], num_summands: int) -> None:
-    """Write what, added up over all ranks, shows whether the expectation holds: the number of lists, and surprises."""
-    counters[0] = len(found)
-    counters[1:] = surprises(found, expected, num_summands) if len(found) else 0
-
-
-def _are_as_expected(counters: list[int]) -> bool:
-    num_lists, exceeding, *faint = counters
-    return not exceeding and num_lists not in faint
 
 
 def deal_out(

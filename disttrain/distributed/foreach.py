@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._utils import _flatten_dense_tensors
 
 from disttrain.distributed import later
 
@@ -21,3 +22,11 @@ def copy_all_(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> N
     for dtype in dict.fromkeys(one.dtype for one in into):
         pairs = [(one, value) for one, value in zip(into, values, strict=True) if one.dtype == dtype]
         torch._foreach_copy_([one for one, _ in pairs], [value for _, value in pairs])
+
+
+def in_a_row(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """All numbers of some tensors of one type in one vector; of a single tensor it may be the same memory."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1)
+    row: torch.Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return row

@@ -17,6 +17,7 @@ import socket
 import struct
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from disttrain.distributed.between_machines import BetweenMachines
 from disttrain.distributed.collectives import is_interrupted, wait_for
+from disttrain.distributed.integers import add
 from disttrain.distributed.shared_memory import SharedMemory, close_all, cut_all, share_memory
 from disttrain.distributed.waiter import Waiter
 
@@ -38,6 +40,8 @@ _LITTLE = 1 << 15  # bytes that more than two workers rather all add up than mee
 _IS_SUMMED = 1 << 31
 _MESSAGE = struct.Struct("<I")  # the bytes of a piece, the highest bit set once this worker's part is summed
 _MOST_READ = 1 << 12
+
+Numbers = Callable[[torch.Tensor], None]
 
 
 class SharedSums:
@@ -57,6 +61,7 @@ class SharedSums:
         self.num_begun = 0
         """How many pieces this rank has begun, finished or not; any thread may ask."""
         self._under_way: deque[_Piece] = deque()
+        self._sum = torch.empty(_PIECE, dtype=torch.uint8)  # of the piece that is taken, see `begin_with`
         self._sent = bytearray()  # since `_num_met` messages, as `_heard`
         self._heard = {other: bytearray() for other in self._peers}
         self._num_sent = self._num_met = 0
@@ -78,17 +83,37 @@ class SharedSums:
         """
         dtype = sent_as or tensor.dtype
         for part in torch.split(tensor.view(-1), max(1, _PIECE // max(dtype.itemsize, tensor.element_size()))):
-            while len(self._under_way) >= _MOST_BEGUN:
-                self._finish_one()
-            places = self._memory[:, self.num_begun % _NUM_PLACES, : part.numel() * dtype.itemsize].view(dtype)
-            self.num_begun += 1
+            places = self._next_places(part.numel(), dtype)
             if divisor == 1:
                 places[self._place].copy_(part)
             else:
                 torch.div(part, divisor, out=places[self._place])
-            self._under_way.append(_Piece(part, places, self._send(places.shape[1] * dtype.itemsize)))
-            if self._between is not None and self._has_come(self._under_way[-1].message):
-                self._add_up_all()  # the network works while the next one is computed
+            self._begin(_Piece(part, places, self._send(places[0].nbytes)))
+
+    @torch.no_grad()
+    def begin_with(self, size: int, dtype: torch.dtype, fill: Numbers, take: Numbers) -> None:
+        """Begin to sum what `fill` writes to the memory that it is given, (size,), a mebibyte at most.
+
+        `take` is given the sum, which is gone once it has returned: in the order in which sums were begun, by `finish`
+        or before.
+        """
+        places = self._next_places(size, dtype)
+        fill(places[self._place])
+        into = self._sum[: places[0].nbytes].view(dtype)
+        self._begin(_Piece(into, places, self._send(places[0].nbytes), take))
+
+    def _next_places(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Where each rank writes so many numbers of the next piece, (ranks, size)."""
+        while len(self._under_way) >= _MOST_BEGUN:
+            self._finish_one()
+        places = self._memory[:, self.num_begun % _NUM_PLACES, : size * dtype.itemsize].view(dtype)
+        self.num_begun += 1
+        return places
+
+    def _begin(self, piece: _Piece) -> None:
+        self._under_way.append(piece)
+        if self._between is not None and self._has_come(piece.message):
+            self._add_up_all()  # the network works while the next one is computed
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -115,19 +140,25 @@ class SharedSums:
 
     def _finish_one(self) -> None:
         piece = self._under_way[0]
+        places, into = piece.places, piece.into
         if len(self.workers) > 1:
             self._add_up_all()  # so that more than one is on its way through the network
             if piece.between is not None:
                 wait_for(piece.between)
-            self._wait_for(self._send(piece.places[0].nbytes | _IS_SUMMED))
-            piece.into.copy_(piece.places[0])
-            self._under_way.popleft()
-            return
-        self._add_up(piece)
-        if piece.summed is not None:
-            self._wait_for(piece.summed)
-            for place, part in enumerate(piece.into.tensor_split(self._size)):
-                part.copy_(piece.part(place)[place])
+            self._wait_for(self._send(places[0].nbytes | _IS_SUMMED))
+            into.copy_(places[0])
+        else:
+            self._add_up(piece)
+            if piece.summed is not None:
+                self._wait_for(piece.summed)
+                for place, part in enumerate(into.tensor_split(self._size)):
+                    part.copy_(piece.part(place)[place])
+            elif self._size == 2 and into.dtype == places.dtype:
+                add(places[0], places[1], out=into)
+            else:
+                into.copy_(_sum_of(places))
+        if piece.take is not None:
+            piece.take(into)
         self._under_way.popleft()
 
     def _add_up_all(self) -> None:
@@ -135,21 +166,17 @@ class SharedSums:
             self._add_up(piece)
 
     def _add_up(self, piece: _Piece) -> None:
-        """Add up all of it, or this rank's part, which the others then wait for."""
+        """Add up what is to be added up for others: all of it, or this rank's part."""
         if piece.is_added_up:
             return
         self._wait_for(piece.message)
-        places, into = piece.places, piece.into
+        places = piece.places
         if len(self.workers) > 1:
             if self._between is not None:
                 for row in places[1:]:
-                    places[0].add_(row)
+                    add(places[0], row, out=places[0])
                 piece.between = self._between.begin_sum_(places[0])
-        elif self._size == 2 and into.dtype == places.dtype:
-            torch.add(places[0], places[1], out=into)
-        elif self._size == 2 or places[0].nbytes <= _LITTLE:
-            into.copy_(_sum_of(places))
-        else:
+        elif self._size > 2 and places[0].nbytes > _LITTLE:
             mine = piece.part(self._place)
             mine[self._place].copy_(_sum_of(mine))
             piece.summed = self._send(places[0].nbytes | _IS_SUMMED)
@@ -218,6 +245,7 @@ class _Piece:
     into: torch.Tensor
     places: torch.Tensor
     message: int
+    take: Numbers | None = None
     summed: int | None = None
     between: dist.Work | None = None
     is_added_up: bool = False
@@ -231,7 +259,7 @@ def _sum_of(rows: torch.Tensor) -> torch.Tensor:
     """The rows, (ranks, numbers), added up from the first to the last."""
     total = rows[0].clone()
     for row in rows[1:]:
-        total.add_(row)
+        add(total, row, out=total)
     return total
 
 

@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from disttrain.distributed.collectives import sum_
 from disttrain.distributed.fixed_point import FixedPointSum
+from disttrain.distributed.runs import cut, runs_of
 from disttrain.distributed.sharded import local
-from disttrain.parallel.exact.dealing import Dealer, Run, runs_of, together
+from disttrain.parallel.exact.dealing import Dealer, together
 from disttrain.parallel.mesh import ShardMesh
 
 Gradients = Sequence[torch.Tensor | None]
@@ -66,7 +67,7 @@ class Block:
         )
         self._totals, begin = [], 0
         for run in self._runs:
-            like = _cut(self.parts, run)
+            like = cut(self.parts, run)
             grids = [largest[self.names[segment.index]] for segment in run]
             end = begin + sum(map(torch.numel, like))
             self._totals.append(FixedPointSum(like, grids, num_slices, self._integers[begin:end]))
@@ -82,8 +83,8 @@ class Block:
         of_ranks = [[one[start:end] for one, (start, end) in zip(flat, bounds, strict=True)] for bounds in self._bounds]
         totals = iter(self._totals)
         for runs in together(self._runs, self._mesh.shard_size):
-            pieces = [[piece for run in runs for piece in _cut(of_rank, run)] for of_rank in of_ranks]
-            mine = [[piece.numel() for piece in _cut(self.parts, run)] for run in runs]
+            pieces = [[piece for run in runs for piece in cut(of_rank, run)] for of_rank in of_ranks]
+            mine = [[piece.numel() for piece in cut(self.parts, run)] for run in runs]
             received = self._dealer.deal(pieces, sum(map(sum, mine)))
             of_runs = torch.split(received, list(map(sum, mine)), dim=1)
             for total, sizes, of_run in zip(itertools.islice(totals, len(runs)), mine, of_runs, strict=True):
@@ -102,15 +103,10 @@ class Block:
             sum_(self._integers, replicas)
         into = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in self.parts]
         for run, total in zip(self._runs, self._totals, strict=True):
-            total.write(_cut(into, run))
+            total.write(cut(into, run))
         del self._integers
         self._totals = None
         return into
-
-
-def _cut(tensors: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
-    """A run's numbers of each tensor, as far as it has them, in the same memory."""
-    return [tensors[segment.index].view(-1)[segment.start : segment.end] for segment in run]
 
 
 def _numbers_of(rank: int, shape: torch.Size, num_ranks: int) -> tuple[int, int]:

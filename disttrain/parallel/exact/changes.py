@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+
+
+def places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where each buffer is: the module that holds it and its name there, by its full name."""
+    modules, places = dict(model.named_modules(remove_duplicate=False)), {}
+    for full_name, _ in model.named_buffers():
+        path, _, name = full_name.rpartition(".")
+        places[full_name] = (modules[path], name)
+    return places
 
 
 def changes_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, may_look: bool) -> list[torch.Tensor | None]:

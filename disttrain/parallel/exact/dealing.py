@@ -1,53 +1,16 @@
-"""How gradients travel to the workers that sum them: in runs of numbers, through memory that is kept for the next.
-
-A run is turned into integers at once. On CPUs it is so short that all of it is still in the cache, and that what it is
-turned into comes from memory that is mapped already: mapping and reading it again took longer than the arithmetic.
-"""
+"""How gradients travel to the workers that sum them: in runs of numbers, through memory that is kept for the next."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-# A run of integers takes less than glibc maps anew, see `return_freed_memory`. GPUs are slower to start on one.
-_MOST_NUMBERS = {"cpu": 1 << 16}
-_MOST_NUMBERS_ELSEWHERE = 1 << 20
+from disttrain.distributed.runs import Run
+
 # So many runs, over all ranks, travel together: a message has its price, too.
 _MOST_RUNS = 16
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The numbers from `start` up to `end`, exclusive, of a rank's part of a tensor, as far as the part has them."""
-
-    index: int
-    """Which of a list of tensors."""
-    start: int
-    end: int
-
-
-Run = Sequence[Segment]
-
-
-def runs_of(sizes: Sequence[int], device: torch.device) -> list[list[Segment]]:
-    """Cut parts of these sizes, the largest that a rank has of each tensor, into runs."""
-    most = _MOST_NUMBERS.get(device.type, _MOST_NUMBERS_ELSEWHERE)
-    runs: list[list[Segment]] = []
-    left = 0
-    for index, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            if not left:
-                runs.append([])
-                left = most
-            end = min(size, start + left)
-            runs[-1].append(Segment(index, start, end))
-            left -= end - start
-            start = end
-    return runs
 
 
 def together(runs: Sequence[Run], num_ranks: int) -> list[Sequence[Run]]:

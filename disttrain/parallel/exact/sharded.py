@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from disttrain.distributed.collectives import are_as_expected, largest_of_all, max_, sum_
+from disttrain.distributed.collectives import max_, sum_
+from disttrain.distributed.exact_sum import are_as_expected, largest_of_all
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, bounds_after, magnitudes, measured
 from disttrain.distributed.world import World
 from disttrain.parallel.exact.block import Block, Gradients, as_gradient
@@ -44,8 +45,8 @@ class ShardedSlices(ExactSlices):
     def _start_from_rank_0(self) -> None:
         self._parameters = {}  # as they are cut; and to hold none of them whole
 
-    def _num_integers(self) -> int:
-        return 0  # each block has its own
+    def _room_for_integers(self) -> None:
+        """None: each block has its own."""
 
     def attach(self, modules: Mapping[str, nn.Module], mesh: ShardMesh) -> list[Block]:
         """Follow the parameters, which are sharded now; `modules` are the blocks, by name. The last is of the rest."""

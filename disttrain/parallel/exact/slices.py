@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from disttrain.distributed.collectives import broadcast_, exact_sum_
-from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes
+from disttrain.distributed.collectives import broadcast_
+from disttrain.distributed.exact_sum import exact_sum_
+from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes, real
 from disttrain.distributed.foreach import copy_all_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
-from disttrain.parallel.exact.changes import changes_of
+from disttrain.parallel.exact.changes import changes_of, places_of_buffers
 from disttrain.parallel.exact.checksums import checksums
 
 
@@ -54,10 +55,9 @@ class ExactSlices:
         self._world = world
         self._parameters = dict(model.named_parameters())
         # Looked up once: a walk through the modules costs more than what a step does with the buffers of a small model.
-        self._places = _places_of_buffers(model)
+        self._places = places_of_buffers(model)
         self._start_from_rank_0()
-        # Lives as long as the run: mapping that much memory anew at every step would cost more than the additions.
-        self._scratch = torch.empty(self._num_integers(), dtype=torch.int64, device=world.device)
+        self._scratch = self._room_for_integers()
         # A look at a buffer is cheaper than a difference; but a GPU would have to be waited for, for each of them.
         self._may_look = world.device.type == "cpu"
         # The bits that an expectation costs would be visible in float64.
@@ -75,7 +75,7 @@ class ExactSlices:
         """Forget an unfinished step, which began with `expected`, and serve the slices of another place."""
         self._world, self.slices, self.expected = world, slices_of(world.rank, world.size, self.num_slices), expected
         self.non_finite, self._not_summed = (), []
-        self._scratch = torch.empty_like(self._scratch)  # the sum that broke may still hold the other one
+        self._scratch = self._room_for_integers()  # the sum that broke may still hold the other one
         for parameter in self._parameters.values():
             parameter.grad = None
         self._begin_step()
@@ -91,10 +91,15 @@ class ExactSlices:
         for tensor in (*self._parameters.values(), *self._buffers()):
             broadcast_(tensor.detach())
 
-    def _num_integers(self) -> int:
-        """The integers of a sum, and a counter for each tensor, see `exact_sum_`."""
-        sizes = [tensor.numel() for tensor in (*self._parameters.values(), *self._buffers())]
-        return sum(sizes) + len(sizes) + 2
+    def _room_for_integers(self) -> torch.Tensor | None:
+        """What `exact_sum_` needs where it sends integers: those of a sum, and a counter for each tensor.
+
+        Lives as long as the run: mapping that much memory anew at every step would cost more than the additions.
+        """
+        if self._world.size == 1 or self._world.sums is not None:
+            return None
+        sizes = [real(tensor).numel() + 1 for tensor in (*self._parameters.values(), *self._buffers())]
+        return torch.empty(sum(sizes) + 2, dtype=torch.int64, device=self._world.device)
 
     @property
     def expected(self) -> list[float] | None:
@@ -216,18 +221,22 @@ class ExactSlices:
         )
 
     @staticmethod
-    def _refuse_writing(parameters: Mapping[str, torch.Tensor], versions: Sequence[int]) -> None:
-        for (name, parameter), version in zip(parameters.items(), versions, strict=True):
-            if parameter._version != version:
-                raise ConfigurationError(
-                    f"the model wrote to its parameter '{name}' in a forward or backward pass, where each worker sees "
-                    "other samples, so the workers' weights would diverge: make it a buffer, which all workers share, "
-                    "or set parallel.exact = false."
-                )
+    def _refuse_writing(parameters: Mapping[str, torch.Tensor], versions: list[int]) -> None:
+        now = [parameter._version for parameter in parameters.values()]
+        if now != versions:
+            written = zip(parameters, now, versions, strict=True)
+            name = next(name for name, version, before in written if version != before)
+            raise ConfigurationError(
+                f"the model wrote to its parameter '{name}' in a forward or backward pass, where each worker sees "
+                "other samples, so the workers' weights would diverge: make it a buffer, which all workers share, "
+                "or set parallel.exact = false."
+            )
 
     def _take_changes(self, slice_index: int) -> list[torch.Tensor | None]:
         """What the slice has added to each floating-point buffer; the other buffers are kept, if it is the first."""
         assert self._buffers_at_start is not None, "a slice must be opened first"
+        if not self._places:
+            return []
         buffers = self._buffers()
         if slice_index == 0:
             self._discrete_of_first = [buffer.clone() for buffer in buffers if not buffer.is_floating_point()]
@@ -281,15 +290,6 @@ class ExactSlices:
 def slices_of(rank: int, size: int, num_slices: int) -> range:
     """The run of slices that a worker serves: all together serve each once, none more than one more than another."""
     return range(rank * num_slices // size, (rank + 1) * num_slices // size)
-
-
-def _places_of_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where each buffer is: the module that holds it and its name there, by its full name."""
-    modules, places = dict(model.named_modules(remove_duplicate=False)), {}
-    for full_name, _ in model.named_buffers():
-        path, _, name = full_name.rpartition(".")
-        places[full_name] = (modules[path], name)
-    return places
 
 
 def zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from fractions import Fraction
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disttrain.distributed.collectives import exact_sum_
+from disttrain.distributed import exact_sum, runs
+from disttrain.distributed.exact_sum import exact_sum_
 from disttrain.distributed.fixed_point import (
     ABSENT,
     FixedPointSum,
@@ -19,6 +21,7 @@ from disttrain.distributed.fixed_point import (
     measured,
     surprises,
 )
+from disttrain.distributed.shared_sums import shared_sums
 from disttrain.testing import run_workers
 
 DENORMALS = [2.0**-149, -(2.0**-149), 2.0**-130, -(2.0**-127)]
@@ -192,15 +195,30 @@ LISTS = {
 }
 
 
+NUMBERS_OF_EACH = torch.tensor([[1.0, 0.5], [-0.25, 0.75], [0.125, -0.5]]).t()  # which is not contiguous
+
+
 @pytest.mark.parametrize("case", LISTS)
 def test_expected_or_not_every_number_of_ranks_gets_the_same_bits(case: str) -> None:
-    """A sum that was not as expected is the one that is made without an expectation."""
-    lists = [[None if number is None else torch.full((3,), number) for number in row] for row in LISTS[case]]
+    """A sum that was not as expected is the one that is made without an expectation.
+
+    In runs that cut tensors, some of them together, through collectives and in shared memory.
+    """
+    lists = [[None if number is None else number * NUMBERS_OF_EACH for number in row] for row in LISTS[case]]
 
     def summed_with(expected: list[float] | None) -> tuple[list[float], list[torch.Tensor]]:
-        into = [torch.full((3,), 7.0), torch.full((3,), 7.0)]
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return exact_sum_(into, lists[rank::size], 4, expected=expected), into
+        answers = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "_MOST_NUMBERS", {"cpu": 4})
+            patch.setattr(exact_sum, "_MOST_TOGETHER", 6)
+            for shared in (None, shared_sums(rank, timedelta(minutes=4))):
+                into = [torch.full_like(NUMBERS_OF_EACH, 7.0), torch.full_like(NUMBERS_OF_EACH, 7.0)]
+                bounds = exact_sum_(into, lists[rank::size], 4, shared=shared, expected=expected)
+                answers.append((bounds, into))
+        assert answers[0][0] == answers[1][0]
+        assert bits(answers[0][1]) == bits(answers[1][1])
+        return answers[0]
 
     answers = [answer for size in (1, 2, 3) for answer in run_workers(summed_with, size, args=(EXPECTED,))]
     (bounds, sums), *others = answers
@@ -208,7 +226,7 @@ def test_expected_or_not_every_number_of_ranks_gets_the_same_bits(case: str) -> 
     (without_bounds, without), *_ = run_workers(summed_with, 2, args=(None,))
     assert (bounds == EXPECTED) == (case == "as expected")
     if case == "as expected":
-        torch.testing.assert_close(sums[0], torch.full((3,), -0.299))
+        torch.testing.assert_close(sums[0], -0.299 * NUMBERS_OF_EACH)
     else:
         assert bounds == without_bounds
         assert bits(sums) == bits(without)

@@ -56,6 +56,17 @@ def test_numbers_are_added_in_the_order_of_the_ranks(rank: int, world_size: int)
     sums.finish()
     assert all((tensor == (world_size + 1) / 2).all() for tensor in several)
     assert rounded.item() == world_size, "it was not rounded before it was added"
+    # Numbers that are written there and taken from there, in order; also where one needs no second meeting.
+    sizes, taken = (100_000, 5, 131_072, 1000), []
+    for size in sizes:
+        sums.begin_with(
+            size,
+            torch.int64,
+            lambda place: place.fill_(1 + rank),
+            lambda total: taken.append((len(total), total.unique().tolist())),
+        )
+    sums.finish()
+    assert taken == [(size, [sum(range(1, world_size + 1))]) for size in sizes]
     sums.close()
 
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import disttrain
 from disttrain.checkpoint import CheckpointStore, read_checkpoint
+from disttrain.distributed import runs
 from disttrain.distributed.collectives import num_issued
 from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import join_world
@@ -85,7 +86,7 @@ def as_of_a_large_model(train: Callable[..., Any], *arguments: Any, **options: A
         patch.setattr(gathered, "_LEAST_BYTES", 0)
         patch.setattr(gathered, "_SHARE_OF_FREE", 0.0)
         patch.setattr(sharded, "_MOST_HELD_BYTES", 0)
-        patch.setattr(dealing, "_MOST_NUMBERS", {"cpu": 50})  # of one tensor, and of several
+        patch.setattr(runs, "_MOST_NUMBERS", {"cpu": 50})  # of one tensor, and of several
         patch.setattr(dealing, "_MOST_RUNS", 6)
         return train(*arguments, **options)
 
