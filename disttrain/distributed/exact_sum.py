@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from disttrain.distributed.collectives import max_, sum_, wait_for
-from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, real, surprises
+from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, surprises
+from disttrain.distributed.foreach import real
 from disttrain.distributed.runs import Run, cut, part, runs_of
 from disttrain.distributed.shared_sums import SharedSums
 

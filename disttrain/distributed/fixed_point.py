@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch._utils import _unflatten_dense_tensors
 
-from disttrain.distributed.foreach import in_a_row
+from disttrain.distributed.foreach import in_a_row, real
 from disttrain.distributed.later import to_host_later
 
 ABSENT = -1.0
@@ -77,11 +77,11 @@ def measured(lists: Sequence[Summands], num_changes: int = 0) -> torch.Tensor:
 
 def _largest_in_each(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The largest magnitude in each tensor, (tensors,) float64; infinite for NaN."""
-    find = _largest_on_a_cpu if tensors[0].device.type == "cpu" else _largest_by_norms
+    find = _largest_by_numpy if _numpy_reaches(tensors[0].device) else _largest_by_norms
     return find(tensors).nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
-def _largest_on_a_cpu(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _largest_by_numpy(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The same, NaN for NaN: of little tensors all at once, as a call of any operation takes longer than they do."""
     found = np.empty(len(tensors))
     sizes = [one.numel() for one in tensors]
@@ -139,7 +139,7 @@ def surprises(found: torch.Tensor, expected: Sequence[float], num_summands: int)
     """
     faint = math.ldexp(1.0, -2 * _MARGIN - _headroom(num_summands))
     least = [-math.inf if bound == ABSENT else bound * faint for bound in expected]
-    if found.device.type == "cpu":  # in plain Python, which takes less time than a call of any operation
+    if _numpy_reaches(found.device):  # in plain Python, which takes less time than a call of any operation
         rows = found.tolist()
         exceeding = sum(any(map(gt, row, expected)) for row in rows)
         return torch.tensor([exceeding, *(sum(row[at] < bound for row in rows) for at, bound in enumerate(least))])
@@ -264,7 +264,9 @@ class _Grid:
             factors = [math.ldexp(1.0, shift) for shift in step]
             if len(factors) == 1:
                 rows = rows * factors[0]
-            elif rows.device.type == "cpu":  # a factor for each number: a third of the time of one call for each tensor
+            elif _numpy_reaches(
+                rows.device
+            ):  # a factor for each number: a third of the time of one call for each tensor
                 rows.mul_(torch.from_numpy(np.repeat(torch.tensor(factors, dtype=self.dtype).numpy(), self._sizes)))
             else:
                 torch._foreach_mul_(torch.split(rows.view(-1), self._sizes * len(rows)), factors * len(rows))
@@ -273,7 +275,7 @@ class _Grid:
 
 def _add(integers: torch.Tensor, scaled: torch.Tensor, *, is_first: bool) -> None:
     """Add numbers to integers, which are nothing yet at the first; what is left of the point counts."""
-    if integers.device.type != "cpu":
+    if not _numpy_reaches(integers.device):
         integers.copy_(scaled) if is_first else integers.add_(scaled.to(torch.int64))
         return
     # NumPy converts and adds in one pass, piece by piece in the cache, in less than half of torch's time.
@@ -285,11 +287,11 @@ def _add(integers: torch.Tensor, scaled: torch.Tensor, *, is_first: bool) -> Non
             np.add(total, numbers, out=total, dtype=np.int64, casting="unsafe")
 
 
+def _numpy_reaches(device: torch.device) -> bool:
+    """Whether it has the memory that NumPy works in, and a look at a number waits for nothing."""
+    return device.type == "cpu"
+
+
 def _headroom(num_summands: int) -> int:
     """The bits that a sum of so many may need beyond those of the largest summand."""
     return max(0, (num_summands - 1).bit_length())
-
-
-def real(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as pairs of real numbers."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

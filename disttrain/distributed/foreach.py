@@ -30,3 +30,8 @@ def in_a_row(tensors: list[torch.Tensor]) -> torch.Tensor:
         return tensors[0].reshape(-1)
     row: torch.Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return row
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -15,8 +15,8 @@ from torch import nn
 
 from disttrain.distributed.collectives import broadcast_
 from disttrain.distributed.exact_sum import exact_sum_
-from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes, real
-from disttrain.distributed.foreach import copy_all_
+from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes
+from disttrain.distributed.foreach import copy_all_, real
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.exact.changes import changes_of, places_of_buffers
