@@ -132,11 +132,16 @@ class Loader:
         """These samples of the split, (b,) int64, as they come in this epoch, in one batch; read in this process."""
         return self.fetched(epoch, samples).data
 
-    def sizes(self) -> list[int]:
-        """How many samples this worker's batches have, the largest first: those of whole steps and of the last one."""
+    def sizes(self, *, of_all_slices: bool = False) -> list[int]:
+        """How many samples this worker's batches have, the largest first: those of whole steps and of the last one.
+
+        `of_all_slices`: those of the other workers, too, whose slices it may have to serve.
+        """
         steps = (0, len(self) - 1)
-        found = {len(piece.samples) for step in steps for piece in self._pieces(0, step)}
-        return sorted(found, reverse=True)
+        slices: Sequence[int] = range(self._num_slices) if of_all_slices else ()
+        mine = [piece for step in steps for piece in self._pieces(0, step)]
+        others = [piece for step in steps for slice_index in slices for piece in self._cut(0, step, slice_index)]
+        return sorted({len(piece.samples) for piece in (*mine, *others)}, reverse=True)
 
     def fetched(self, epoch: int, samples: torch.Tensor, *, training: bool = True) -> Fetched:
         """As `samples`, with the batch's weight; without `training` prepared as for an evaluation."""

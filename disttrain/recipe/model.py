@@ -212,7 +212,16 @@ class Recipe(Section):
                 "as many replicas are trained as there are workers",
             ),
             (self.model.sync_batchnorm, "model.sync_batchnorm = true", "its sums depend on the number of workers"),
-            (self.train.compile, "train.compile = true", "kernels are made for the shapes a worker has met before"),
+            (
+                self.train.compile and self.train.compile_any_shape,
+                "train.compile_any_shape = true",
+                "kernels are then made for the shapes a worker has met before",
+            ),
+            (
+                self.train.compile and self.train.compile_mode.startswith("max-autotune"),
+                f'train.compile_mode = "{self.train.compile_mode}"',
+                "each worker takes the kernels that happen to be fastest there",
+            ),
             (self.train.device == "mps", 'train.device = "mps"', "an Apple GPU serves one worker only"),
         ):
             if self.parallel.exact and stands:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch.utils import _pytree
 from disttrain.distributed import later
 from disttrain.distributed.foreach import copy_all_
 from disttrain.errors import ConfigurationError
-from disttrain.recipe import TrainRecipe
+from disttrain.recipe import Recipe, TrainRecipe
 
 # Where inductor (C++, for CPUs) and Triton (C, for GPUs) look for a compiler: a variable, else these names.
 _COMPILERS = {
@@ -26,10 +29,14 @@ _COMPILERS = {
 
 GRAPH_PASSES = {"reduce-overhead": 3, "max-autotune": 3}
 """The modes whose kernels are replayed as CUDA graphs, and in which pass that is so: after two that are not."""
+_MOST_KERNELS = 64
+"""In exact mode: how often a function may be compiled. Slices and their parts come in six sizes at most."""
 
 
 def compile_model(model: nn.Module, settings: TrainRecipe, device: torch.device) -> None:
     """Have `model` compiled when it is called, in place. Raises ConfigurationError without a compiler.
+
+    So do calls of a model that does not stay `compiled_for_each_shape`.
 
     Unless the recipe says otherwise there are kernels for each shape. Left to itself torch makes kernels for any size
     at the second size that it meets, such as that of an epoch's last batch, and uses them for all batches from then on:
@@ -39,7 +46,48 @@ def compile_model(model: nn.Module, settings: TrainRecipe, device: torch.device)
     model.compile(mode=settings.compile_mode, dynamic=None if settings.compile_any_shape else False)
     compiled = model._compiled_call_impl
     if replays_graphs(settings, device) and compiled is not None:
-        model._compiled_call_impl = _answering_from_memory_of_its_own(compiled)
+        compiled = _answering_from_memory_of_its_own(compiled)
+    if compiled is not None:
+        model._compiled_call_impl = _naming_too_many_kernels(compiled)
+
+
+@contextmanager
+def compiled_for_each_shape(recipe: Recipe) -> Iterator[None]:
+    """In exact mode, have a compiled model stay compiled while the block runs, whatever a worker has met before.
+
+    torch gives a function up that it has compiled eight times, and computes the next shape by other kernels; here it
+    takes more, and raises in place of that.
+    """
+    if not (recipe.parallel.exact and recipe.train.compile):
+        yield
+        return
+    import torch._dynamo  # hundreds of modules, which nothing else needs yet
+
+    limits = {"recompile_limit": _MOST_KERNELS, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        yield
+
+
+def facts_of_compiler(settings: TrainRecipe, device: torch.device) -> dict[str, str]:
+    """What the bits of a compiled model depend on besides its shapes, as JSON can hold it."""
+    if not settings.compile:
+        return {"compiled": "no"}
+    return {"compiled": f"{settings.compile_mode}, by {_compiler_of(device.type)}"}
+
+
+def _compiler_of(device_type: str) -> str:
+    """What makes the kernels, and its version."""
+    if device_type == "cuda":
+        try:
+            return f"Triton {version('triton')}"
+        except PackageNotFoundError:
+            return "Triton"
+    command = shlex.split(os.environ.get("CXX", "")) or ["clang++" if sys.platform == "darwin" else "g++"]
+    try:
+        said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, ValueError, subprocess.SubprocessError):  # no kernels can be made, or by means of the user's own
+        return command[0]
+    return said.partition("\n")[0].strip() or command[0]
 
 
 def replays_graphs(settings: TrainRecipe, device: torch.device) -> bool:
@@ -69,6 +117,24 @@ def _answering_from_memory_of_its_own(call: Callable[..., Any]) -> Callable[...,
     def answer(*args: Any, **kwargs: Any) -> Any:
         found = call(*args, **kwargs)
         return found if torch.is_grad_enabled() else _pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, found)
+
+    return answer
+
+
+def _naming_too_many_kernels(call: Callable[..., Any]) -> Callable[..., Any]:
+    """As `call`, which raises ConfigurationError for what torch says where `compiled_for_each_shape` ends."""
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "FailOnRecompileLimitHit":  # of a module that may not be imported
+                raise
+            raise ConfigurationError(
+                f"train.compile = true: the model was compiled {_MOST_KERNELS} times and would be again, as one that "
+                "computes with a counter or takes samples of many shapes. In exact mode it has to stay compiled: set "
+                "train.compile = false, or parallel.exact = false."
+            ) from error
 
     return answer
 

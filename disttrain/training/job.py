@@ -29,7 +29,7 @@ from disttrain.parallel.conditions import environment_fingerprint
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import Recipe
 from disttrain.task import Task, has_own, named
-from disttrain.training.compiled import compile_model
+from disttrain.training.compiled import compile_model, facts_of_compiler
 from disttrain.training.early_stopping import EarlyStopping, best_metric
 from disttrain.training.ema import WeightAverage
 from disttrain.training.given import Given, model_words
@@ -214,8 +214,8 @@ class Job:
     @cached_property
     def environment_fingerprint(self) -> dict[str, Any]:
         """What the bits of the run depend on besides its recipe. Looked up once: it takes as long as a small save."""
-        of_fast_mode = facts_of_fast_mode(self.world) if self.strategy.bits_depend_on_world_size else {}
-        return {**environment_fingerprint(self.world.device), **of_fast_mode}
+        facts = environment_fingerprint(self.world.device) | facts_of_compiler(self.recipe.train, self.world.device)
+        return facts | (facts_of_fast_mode(self.world) if self.strategy.bits_depend_on_world_size else {})
 
 
 def build_job(recipe: Recipe, world: World, given: Given, folder: Path | None = None) -> Job:

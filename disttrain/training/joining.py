@@ -23,6 +23,7 @@ from disttrain.training.given import Given
 from disttrain.training.job import build_job
 from disttrain.training.monitor import RunMonitor
 from disttrain.training.preflight.model import check_model
+from disttrain.training.preflight.warmup import warm_up
 from disttrain.training.session import watched
 
 
@@ -50,6 +51,7 @@ def open_joining(
             refuse_newer_code(path / RECIPE)
         job.progress, job.watchdog = progress, watchdog
         check_model(job, console.warn)
+        warm_up(job)
         store = CheckpointStore(
             path / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
         )

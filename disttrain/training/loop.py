@@ -28,7 +28,7 @@ from disttrain.task import Task, named_at
 from disttrain.terminal.output import leave_the_launchers_streams
 from disttrain.training.audit import Corruption, audit, is_audited
 from disttrain.training.backward import backward_from, constant_over
-from disttrain.training.compiled import own_gradients, replays_graphs
+from disttrain.training.compiled import compiled_for_each_shape, own_gradients, replays_graphs
 from disttrain.training.compiler import compiler_when_used
 from disttrain.training.given import Given
 from disttrain.training.hooks import Hook
@@ -135,6 +135,7 @@ def _train(recipe: Recipe, run_dir: Path | str | None, given: Given, *, is_whole
             is_whole_process=is_whole_process,
         ) as world,
         exact_conditions(recipe),
+        compiled_for_each_shape(recipe),
         compiler_when_used(),
     ):
         while True:
@@ -255,8 +256,9 @@ def _compute_slices(job: Job, batch: StepBatch) -> torch.Tensor:
                 strategy.keep_pace(job.task.loss, part.data, is_last=part.closes_slice)
             continue
         losses[part.slice_index].add_(_compute_part(job, part, batch))
-        if part is batch.parts[0] is not batch.parts[-1] and replays_graphs(job.recipe.train, job.world.device):
-            own_gradients(job.model)  # the parts to come add to them
+        more_comes = part is not batch.parts[-1] or is_audited(job)
+        if more_comes and part.opens_slice and replays_graphs(job.recipe.train, job.world.device):
+            own_gradients(job.model)  # what comes adds to them, or as the next slice writes over them
         if part.closes_slice:
             strategy.close_slice(part.slice_index)
     return losses

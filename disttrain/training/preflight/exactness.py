@@ -18,6 +18,7 @@ from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.distributed.sharded import is_sharded, local
 from disttrain.errors import ConfigurationError
 from disttrain.models.buffers import same_bits
+from disttrain.training.compiled import replays_graphs
 from disttrain.training.job import Job
 from disttrain.training.shortage import shortage_of
 
@@ -114,7 +115,10 @@ def _results(job: Job) -> dict[str, torch.Tensor]:
             return job.task.loss(model, data)
 
     loss, gradients = job.strategy.trial(compute, batch, _refuse_sparse)
-    return {"loss": loss, **gradients}
+    results = {"loss": loss, **gradients}
+    if replays_graphs(job.recipe.train, job.world.device):  # the next trial's are written to the same memory
+        results = {name: result.clone() for name, result in results.items()}
+    return results
 
 
 def _refuse_sparse(name: str, gradient: torch.Tensor) -> None:

@@ -21,7 +21,8 @@ def warm_up(job: Job) -> str | None:
     settings = job.recipe.train
     if not settings.compile:
         return None
-    began, sizes = time.monotonic(), job.loader.sizes()
+    # In exact mode a worker may have to serve any slice, when another one is lost.
+    began, sizes = time.monotonic(), job.loader.sizes(of_all_slices=job.recipe.parallel.exact)
     job.compiles_in("training", sizes)
     job.progress.at("compiling the model", job.step, patient=True)
     # Equally many on all ranks, as a model may have collectives of its own.

@@ -395,14 +395,17 @@ def test_a_sync_batchnorm_is_refused_by_name(tmp_path: Path) -> None:
         ("parallel.strategy=dp", 'parallel.strategy = "dp" cannot be exact'),
         ("parallel.compress=bf16", 'parallel.compress = "bf16" cannot be exact'),
         ("model.sync_batchnorm=true", "model.sync_batchnorm = true cannot be exact"),
-        ("train.compile=true", "train.compile = true cannot be exact"),
+        ("train.compile_any_shape=true", "train.compile_any_shape = true cannot be exact"),
+        ("train.compile_mode=max-autotune", 'train.compile_mode = "max-autotune" cannot be exact'),
         ("train.device=mps", 'train.device = "mps" cannot be exact'),
     ],
 )
 def test_a_recipe_that_cannot_be_exact_is_refused(override: str, message: str) -> None:
-    load_recipe("digits", [override])
+    compiled = "train.compile=true"  # which the two keys of a compiler are about
+    load_recipe("digits", [override, compiled])
+    load_recipe("digits", [compiled, "parallel.exact=true"])
     with pytest.raises(ConfigurationError, match=message):
-        load_recipe("digits", [override, "parallel.exact=true"])
+        load_recipe("digits", [override, compiled, "parallel.exact=true"])
 
 
 def test_more_workers_than_slices_are_refused(tmp_path: Path) -> None:

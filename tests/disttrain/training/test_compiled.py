@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from disttrain.distributed import later
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
-from disttrain.training.compiled import compile_model
+from disttrain.training import compiled, loop
+from disttrain.training.compiled import compile_model, compiled_for_each_shape
 from disttrain.training.evaluate import evaluate
 from disttrain.training.given import Given
 from disttrain.training.job import build_job
 from disttrain.training.loop import train_step
+from disttrain.training.preflight.exactness import try_exactness
 from disttrain.training.preflight.model import check_model
 from disttrain.training.preflight.warmup import warm_up
 from tests.disttrain.parallel.exact_runs import SMALL
@@ -167,6 +170,101 @@ def test_what_cuda_graphs_write_over_is_copied_before(monkeypatch: pytest.Monkey
     )
     wrong, _ = trained("train.compile_mode=default", "train.accumulate=4")
     assert not torch.allclose(whole, wrong, atol=1e-6), "the test shows nothing"
+
+
+@pytest.mark.parametrize("also", ["train.accumulate=2", "parallel.audit_every_steps=1"])
+def test_in_exact_mode_each_slices_gradients_outlive_the_graphs_of_the_next(
+    also: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bits of a model that is not compiled, since nothing is, in truth; and so does a slice that is audited."""
+
+    def as_it_is(model: Any, **options: Any) -> None:
+        model._compiled_call_impl = model._call_impl
+
+    exact = ("parallel.exact=true", "parallel.slices=4", also)
+    monkeypatch.setattr(nn.Module, "compile", as_it_is)
+    monkeypatch.setenv("CXX", sys.executable)
+    with monkeypatch.context() as without_graphs:
+        without_graphs.setattr(InOnePlace, "apply", torch.Tensor.clone)
+        plain, _ = trained(*exact)
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    graphs, _ = trained(*exact, "train.compile_mode=reduce-overhead")
+    assert torch.equal(plain, graphs)
+    monkeypatch.setattr(loop, "own_gradients", lambda model: None)
+    overwritten, _ = trained(*exact, "train.compile_mode=reduce-overhead")
+    assert not torch.equal(plain, overwritten), "the test shows nothing"
+
+
+class Counting(Replayed):
+    """One whose gradient is another one each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        scores = super().forward(images)
+        if scores.requires_grad:
+            scores.register_hook(lambda gradient, times=self.calls: gradient * times)  # type: ignore[misc]
+        return scores
+
+
+def test_what_is_not_exact_is_found_though_graphs_write_to_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_it_is(model: Any, **options: Any) -> None:
+        model._compiled_call_impl = model._call_impl
+
+    monkeypatch.setattr(nn.Module, "compile", as_it_is)
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    recipe = load_recipe("digits", [*SMALL, "train.compile=true", "train.compile_mode=reduce-overhead"])
+    for model, message in ((Replayed(), None), (Counting(), "the model gives another result for 'weight'")):
+        InOnePlace.place = None
+        with join_world("cpu", threads=1) as world:
+            job = build_job(recipe, world, Given(model=model))
+            monkeypatch.setattr(job.task, "loss", lambda model, batch: model(batch[0]).sum(), raising=False)
+            with pytest.raises(ConfigurationError, match=message) if message else nullcontext():
+                try_exactness(job)
+            job.close()
+
+
+def test_in_exact_mode_a_model_stays_compiled_for_more_shapes_than_torch_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def backend(graph: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+        made.append(1)
+        return graph
+
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model, **options: compile_(model, backend=backend, dynamic=False))
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(compiled, "_MOST_KERNELS", 12)
+    torch.compiler.reset()  # type: ignore[no-untyped-call]
+    model = Doubling()
+    compile_model(model, load_recipe("digits").train, CPU)
+
+    def compute(sizes: Sequence[int], *overrides: str) -> None:
+        with compiled_for_each_shape(load_recipe("digits", ["train.compile=true", *overrides])):
+            for size in sizes:
+                model(torch.ones(size, 4))
+
+    compute(range(2, 14), "parallel.exact=true")
+    with pytest.raises(ConfigurationError, match="compiled 12 times and would be again"):
+        compute([14], "parallel.exact=true")
+    assert len(made) == 12
+    compute([14])  # torch's own way
+
+
+def test_all_slices_sizes_are_known_to_each_worker() -> None:
+    """Of 70 samples in batches of 16 by three workers: slices of 6 and 5, and of the last batch 2."""
+    recipe = load_recipe("digits", [*SMALL, "parallel.slices=3"])
+    with join_world("cpu", threads=1) as world:
+        job = build_job(recipe, world, Given(model=Replayed()))
+        job.loader.deal(1, 3, [1])
+        assert (job.loader.sizes(), job.loader.sizes(of_all_slices=True)) == ([5, 2], [6, 5, 2])
+        job.close()
 
 
 def without_memory_for_whole_batches(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
