@@ -64,7 +64,7 @@ def main(*, on_several: bool = False) -> int:
     default = [name for name, one in CHECKS.items() if one.several == on_several]
     parser.add_argument("names", nargs="*", default=default, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-checks")), metavar="DIR")
-    until = 400.0 * _PATIENCE
+    until = (1800.0 if on_several else 400.0) * _PATIENCE
     parser.add_argument("--until", type=float, default=until, help="seconds after which nothing more is started")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--inside", choices=CHECKS, help=argparse.SUPPRESS)

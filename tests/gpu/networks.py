@@ -23,6 +23,21 @@ def build(num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
     )  # fmt: skip
 
 
+def of_a_class_of_its_own(num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
+    """`build` in a module that torch 2.11 compiles, as it does not an nn.Sequential."""
+    return _Inner(build(num_classes, sample_shape))
+
+
+class _Inner(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.inner(images)
+        return scores
+
+
 def in_bfloat16(num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Module:
     """One whose parameters are bfloat16."""
     channels, height, width = sample_shape

@@ -53,6 +53,24 @@ def exact_mode_has_the_same_bits_with_any_number_of_workers() -> Answer:
 
 
 @check(200)
+def a_compiled_model_has_the_same_bits_in_exact_mode() -> Answer:
+    """Bf16, dropout and BatchNorm, by one rank and by two, which meet other sizes; on a GPU as CUDA graphs."""
+    mode = "reduce-overhead" if HAS_GPU else "default"
+    network = "model.name=tests.gpu.networks:of_a_class_of_its_own"
+    overrides = (
+        *EXACT, network, "train.precision=bf16", "train.compile=true", f"train.compile_mode={mode}",
+        "data.batch_size=62",
+    )  # fmt: skip
+    with run_dirs(3) as paths:
+        alone = in_a_process(trained(paths[0], *overrides))
+        shared = in_ranks(2, trained(paths[1], *overrides))
+        assert {alone} == set(shared), (alone, shared)
+        plain = in_a_process(trained(paths[2], *overrides, "train.compile=false"))
+        assert plain != alone, "nothing was compiled"
+    return {mode: alone}
+
+
+@check(200)
 def exact_mode_resumes_with_its_bits() -> Answer:
     """Eight steps at once; and five, a SIGKILL, and the rest: the same bits."""
     with run_dirs(2) as (whole, killed):

@@ -41,7 +41,7 @@ def test_the_bits_do_not_depend_on_who_has_compiled_what(tmp_path: Path) -> None
     assert compiled_by(1, tmp_path / "1", first) > 1
     for size in (2, 3):
         compiled_by(size, tmp_path / str(size), first)
-    compiled_by(2, tmp_path / "resumed", tmp_path / "another cache", "train.max_steps=6")
+    compiled_by(2, tmp_path / "resumed", tmp_path / "another-cache", "train.max_steps=6")
     compiled_by(3, tmp_path / "resumed", first)
     whole = outcome(tmp_path / "1")
     for run in ("2", "3", "resumed"):

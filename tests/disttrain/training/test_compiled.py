@@ -18,6 +18,7 @@ from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
 from disttrain.training import compiled, loop
+from disttrain.training.audit import Corruption
 from disttrain.training.compiled import compile_model, compiled_for_each_shape
 from disttrain.training.evaluate import evaluate
 from disttrain.training.given import Given
@@ -191,7 +192,10 @@ def test_in_exact_mode_each_slices_gradients_outlive_the_graphs_of_the_next(
     graphs, _ = trained(*exact, "train.compile_mode=reduce-overhead")
     assert torch.equal(plain, graphs)
     monkeypatch.setattr(loop, "own_gradients", lambda model: None)
-    overwritten, _ = trained(*exact, "train.compile_mode=reduce-overhead")
+    try:
+        overwritten, _ = trained(*exact, "train.compile_mode=reduce-overhead")
+    except Corruption:
+        return  # the audit has seen what was written over
     assert not torch.equal(plain, overwritten), "the test shows nothing"
 
 
