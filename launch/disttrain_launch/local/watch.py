@@ -15,6 +15,7 @@ from disttrain.distributed.ports import reserved_port
 from disttrain.distributed.requests import SAME_REQUEST_S, STOP_SIGNALS, asking
 from disttrain.distributed.suspended import LOOK_EVERY_S, Suspended
 from disttrain.distributed.verdicts import Verdict
+from disttrain.errors import DisttrainError
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.hung import hung_ranks
 from disttrain_launch.local.worker import Member
@@ -149,7 +150,7 @@ class Watch:
             worker.hear(self._verdict_for(worker, dataclasses.replace(verdict, rank=rank)))
         if not self.was_asked_to_stop:
             # One that computed wrong numbers would be replaced on the same machine, and might do so again.
-            self._coming += filter(None, [self._replace(one) for one in dead if not one.computed_wrong])
+            self._coming += filter(None, [self._replacement(one) for one in dead if not one.computed_wrong])
         return True
 
     def _num_recent(self, now: float) -> int:
@@ -197,7 +198,7 @@ class Watch:
             now = time.monotonic()
             # One that fails by itself would fail again.
             is_tried = worker.was_killed and not self.was_asked_to_stop and self._num_recent(now) < self._max_losses
-            another = self._replace(worker) if is_tried else None
+            another = self._replacement(worker) if is_tried else None
             if another is not None:
                 self._losses.append(now)
                 complain(f"the replacement for rank {worker.rank} {what}: starting another")
@@ -206,6 +207,14 @@ class Watch:
                 complain(f"continuing without a replacement for rank {worker.rank}: {what}")
                 self._forget(worker)
         return [worker for worker in self._coming[:] if worker.waits_to_join() and not self._refuses(worker)]
+
+    def _replacement(self, dead: Member) -> Member | None:
+        """Another in the place of one that has ended, if one can be started: the others do not need it."""
+        try:
+            return self._replace(dead)
+        except (OSError, DisttrainError) as error:  # no process or file is to be had, or its log cannot be written
+            complain(f"rank {dead.rank} cannot be replaced: {error}")
+            return None
 
     def _refuses(self, newcomer: Member) -> bool:
         """Whether one that waits to join would compute something else than the others: it is ended."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from disttrain.distributed.ending import Report
 from disttrain.distributed.lease import now
 from disttrain.distributed.requests import STOP_SIGNALS, asking
 from disttrain.distributed.suspended import Suspended
@@ -21,7 +22,7 @@ from disttrain_launch.nodes.machine import Machine, Place
 from disttrain_launch.nodes.node import JOIN_S, Node
 from disttrain_launch.nodes.remote import told_of
 from disttrain_launch.nodes.wire import LEASE_S, Gone, Wire, is_store_at
-from disttrain_launch.outcome import Outcome
+from disttrain_launch.outcome import LocalEnding, Outcome
 
 _LOOK_EVERY_S = 0.05
 _TO_CONNECT_S = 5.0
@@ -172,7 +173,7 @@ class Follower:
         if "say" in message:
             complain(str(message["say"]))
         if "start" in message:
-            self._workers[int(message["start"])] = self._machine.start(Place.of(message["place"]))
+            self._start(wire, int(message["start"]), Place.of(message["place"]))
         worker = self._workers.get(message.get("to", 0))
         if worker is None:
             return None
@@ -194,6 +195,14 @@ class Follower:
                 self._told.pop(message["to"], None)
                 self._machine.drop(worker)
         return None
+
+    def _start(self, wire: Wire, number: int, place: Place) -> None:
+        try:
+            self._workers[number] = self._machine.start(place)
+        except OSError as error:  # no process or file is to be had: the workers that are here need not end for it
+            why = Report(f"it could not be started: {error}", self._machine.name, time.time(), None)
+            ending = LocalEnding(place.rank, ExitCode.FAILURE, why.time, why, False, None, "", why.host)
+            wire.send(of=number, ended=told_of(ending))
 
     def _report(self, wire: Wire) -> None:
         for number, worker in self._workers.items():

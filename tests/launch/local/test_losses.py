@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -196,11 +197,20 @@ def test_a_replacement_that_is_killed_is_replaced_and_one_that_fails_is_not(caps
     watch._coming = [ended(-SIGKILL, "was killed by SIGKILL"), ended(1, "no memory")]
     assert watch._those_to_join() == []
     assert watch._coming == [], "more than max_losses"
+    watch = Watch(WorkerGroup((), 3), [], 0, refuse_to_start, 0)
+    watch._coming = [ended(-SIGKILL, "was killed by SIGKILL")]
+    assert watch._those_to_join() == watch._coming == [], "the run needs no replacement"
     assert capsys.readouterr().err.splitlines() == [
         "disttrain: the replacement for rank 2 was killed by SIGKILL: starting another",
         "disttrain: continuing without a replacement for rank 2: was killed by SIGKILL",
         "disttrain: continuing without a replacement for rank 2: no memory",
+        "disttrain: rank 2 cannot be replaced: [Errno 11] Resource temporarily unavailable",
+        "disttrain: continuing without a replacement for rank 2: was killed by SIGKILL",
     ]
+
+
+def refuse_to_start(dead: object) -> None:
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -286,19 +287,29 @@ def test_a_loss_ends_the_run_on_all_machines_where_the_recipe_says_so(folder: Pa
         assert "lost the connection to 127.0.0.1" in followers.outcomes[0].message
 
 
+@pytest.mark.parametrize("can_be_started", [True, False])
 def test_a_machine_whose_worker_fails_to_join_is_not_asked_again(
-    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, can_be_started: bool
 ) -> None:
     monkeypatch.setattr(watch_module, "LOOK_EVERY_S", 0.01)
-    with led(folder) as (followers, workers, _, team):
+    with led(folder) as (followers, workers, outcomes, team):
         followers.start()
         first = [workers.wait_for(number) for number in (0, 1)]
         (folder / "refuse").touch()
+        if not can_be_started:
+            monkeypatch.setattr(Machine, "start", _refuse_to_start)
         workers.kill([one["RANK"] for one in first].index("1"))
         until(lambda: not team._machines[0].is_fit and len(team._at) == 1)
         time.sleep(0.2)  # it would be asked at once
         assert len(team._at) == 1
-    assert capfd.readouterr().err.count("continuing without a replacement") == 1
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 0], "it waits for the end"
+    told = capfd.readouterr().err
+    assert told.count("continuing without a replacement") == 1
+    assert ("rank 1: it could not be started: [Errno 11]" in told) is not can_be_started
+
+
+def _refuse_to_start(*_: object) -> None:
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def test_a_lost_machine_is_one_loss(folder: Path) -> None:
