@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -184,36 +184,19 @@ class Job:
         tensors, rest = optimizer_to_tensors(self.optimizer, self.model)
         return {**tensors, **(self.ema.tensors() if self.ema is not None else {})}, rest
 
-    def state(self) -> dict[str, Any]:
-        """Everything besides tensors that a checkpoint holds: enough to resume, and to rebuild the model elsewhere."""
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What of a checkpoint's state no step changes. Looked up once: it takes as long as a small save."""
         return {
-            "step": self.step,
-            "epoch": self.step // self.steps_per_epoch,
-            "step_in_epoch": self.step % self.steps_per_epoch,
-            "total_steps": self.total_steps,
-            "finished": self.is_finished,
-            "metrics": self.metrics or {},
-            "best": asdict(self.best),
-            "best_evaluation": self.early_stopping.state(),
-            "optimizer": self.optimizer_tensors()[1],
-            "scaler": self.scaler.state_dict(),
-            "non_finite": self.non_finite.state(),
-            "recent_losses": self.spikes.recent,
-            "hooks": self.hooks.state(),
-            **self.strategy.state(),
-            "world_size": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
             "task": describe_task(self.task),
             "data": describe_data(self.data.train, self.digest),
-            "given": sorted(self.given),
-            "shared": shared_names(self.model.state_dict()),
-            **({"init": self.init} if self.init is not None else {}),
             "environment_fingerprint": self.environment_fingerprint,
         }
 
     @cached_property
     def environment_fingerprint(self) -> dict[str, Any]:
-        """What the bits of the run depend on besides its recipe. Looked up once: it takes as long as a small save."""
+        """What the bits of the run depend on besides its recipe."""
         facts = environment_fingerprint(self.world.device) | facts_of_compiler(self.recipe.train, self.world.device)
         return facts | (facts_of_fast_mode(self.world) if self.strategy.bits_depend_on_world_size else {})
 

@@ -25,6 +25,7 @@ from disttrain.runs.rundir import resume_command, store_recipe
 from disttrain.terminal.console import Console
 from disttrain.tracking import Tracker
 from disttrain.training.apart import gathered_apart
+from disttrain.training.contents import contents_of
 from disttrain.training.job import Job
 
 _WORTH_A_WORD_S = 0.5
@@ -76,15 +77,19 @@ class Saver:
         writes = job.world.is_main or (self.is_passed_on and job.world.rank == 1)
         if not writes and not job.strategy.is_sharded:
             return
-        model: Tensors = job.model_tensors()
-        optimizer: Tensors = job.optimizer_tensors()[0]
+        model: Tensors
+        optimizer: Tensors
+        if writes:
+            model, optimizer, state = contents_of(job)
+        else:  # what only rank 0 has to have, such as the state of hooks, is not looked at
+            model, optimizer, state = job.model_tensors(), job.optimizer_tensors()[0], {}
         if self._shards is not None:
             model, optimizer = self._shards.mine(model, optimizer)
         elif job.strategy.is_sharded:
             model, optimizer = gathered(job.world, model), gathered(job.world, optimizer)
         if writes:
             self._writer.find = None if job.world.is_main else self._store.find
-            self._report(self._writer.save(model, optimizer, {**job.state(), **instead}))
+            self._report(self._writer.save(model, optimizer, {**state, **instead}))
         elif self._shards is not None:
             self._writer.save(model, optimizer, {"step": job.step})  # rank 0 reports it
 
@@ -93,8 +98,8 @@ class Saver:
         optimizer, own = gathered_apart(self._job)
         with self._job.strategy.averaged():
             if self._job.world.is_main:
-                state = {**self._job.state(), **own, **instead}
-                self._report(self._writer.save(self._job.model_tensors(), optimizer, state))
+                model, _, state = contents_of(self._job)
+                self._report(self._writer.save(model, optimizer, {**state, **own, **instead}))
 
     def save_unless_saved(self) -> None:
         """Save, but for a step that is saved, or will be with its evaluation."""

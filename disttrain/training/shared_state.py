@@ -11,6 +11,7 @@ from disttrain.distributed.collectives import broadcast_object
 from disttrain.distributed.packed import broadcast_many
 from disttrain.faultpoints import reached
 from disttrain.runs.rundir import refuse_edited_recipe
+from disttrain.training.contents import contents_of
 from disttrain.training.job import Job
 from disttrain.training.monitor import RunMonitor
 
@@ -29,9 +30,9 @@ def share_state(job: Job, monitor: RunMonitor, source: int, *, is_behind: bool) 
     Every rank must call it. Raises ConfigurationError on one that has joined with another recipe.
     """
     began, is_source = time.monotonic(), job.world.rank == source
-    own = job.model_tensors()
-    optimizer = job.optimizer_tensors()[0] if is_source else {}
-    own_state = (outline_of(optimizer), job.state(), monitor.last_result, monitor.last_num_items)
+    own, optimizer, state = contents_of(job)
+    optimizer = optimizer if is_source else {}
+    own_state = (outline_of(optimizer), state, monitor.last_result, monitor.last_num_items)
     outlines, state, result, num_items = broadcast_object(own_state if is_source else None, source)
     all_of_it = [*own.values(), *(optimizer if is_source else outlines).values()]
     received = broadcast_many(all_of_it, source, keeps=is_behind)
