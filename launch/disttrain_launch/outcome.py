@@ -91,8 +91,18 @@ def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
 
 def content_of(error_file: IO[bytes]) -> object:
     """What a worker wrote to its error file; None for what cannot be read."""
+    return parsed(written_to(error_file))
+
+
+def written_to(error_file: IO[bytes]) -> bytes:
+    """All of the file."""
     error_file.seek(0)
+    return error_file.read()
+
+
+def parsed(content: bytes) -> object:
+    """What is written there in JSON; None for what cannot be read."""
     try:
-        return parse_json(error_file.read())
+        return parse_json(content)
     except ValueError:
         return None

@@ -19,7 +19,7 @@ from disttrain.distributed.verdicts import Verdict
 from disttrain.errors import ExitCode
 from disttrain.layout import CONSOLE, ERROR_FILE, JOINS, VERDICTS
 from disttrain_launch.local.group import WorkerGroup
-from disttrain_launch.outcome import LocalEnding, content_of
+from disttrain_launch.outcome import LocalEnding, content_of, parsed, written_to
 
 
 class Member(ABC):
@@ -123,7 +123,7 @@ class Worker(Member):
         self._asked_to_end = False
         # Files without a name vanish with their last user: they need not be removed, however this process dies.
         self._report = _memory_file()
-        self._said: dict[str, object] = {}
+        self._written, self._said = b"", dict[str, object]()
         self._output = self._open_output()
         report = self._report.fileno()
         verdicts, self._verdicts = os.pipe()
@@ -186,9 +186,11 @@ class Worker(Member):
 
     def said(self) -> dict[str, object]:
         """What it reports."""
-        content = content_of(self._report)
-        if isinstance(content, dict):  # else it is just writing: what it said before holds
-            self._said = content
+        written = written_to(self._report)
+        if written != self._written:  # it is looked at often, and holds a digest of each module
+            self._written, content = written, parsed(written)
+            if isinstance(content, dict):  # else it is just writing: what it said before holds
+                self._said = content
         return self._said
 
     def _says(self, what: str) -> object:

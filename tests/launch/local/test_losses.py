@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.runs.journal import read_journal
 from disttrain.testing import faults
+from disttrain_launch.local import worker as worker_module
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.watch import Watch
 from tests.disttrain.parallel.exact_runs import SMALL, outcome
@@ -207,6 +210,18 @@ def test_a_replacement_that_is_killed_is_replaced_and_one_that_fails_is_not(caps
         "disttrain: rank 2 cannot be replaced: [Errno 11] Resource temporarily unavailable",
         "disttrain: continuing without a replacement for rank 2: was killed by SIGKILL",
     ]
+
+
+def test_what_a_worker_reports_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher looks several times every two seconds; while it is being written, what it said before holds."""
+    worker, parsed = object.__new__(worker_module.Worker), Mock(side_effect=worker_module.parsed)
+    monkeypatch.setattr(worker_module, "parsed", parsed)
+    worker._written, worker._said = b"", {}
+    with TemporaryFile() as worker._report:
+        for content, ready in ((b'{"ready": true}', True), (b'{"ready": fals', True), (b'{"ready": false}', False)):
+            os.pwrite(worker._report.fileno(), content, 0)
+            assert [worker.is_ready() for _ in range(3)] == [ready] * 3
+    assert parsed.call_count == 3
 
 
 def refuse_to_start(dead: object) -> None:
