@@ -66,10 +66,8 @@ COMPARISONS = {
     "checkpoint": Comparison("How long a checkpoint holds the loop", ("checkpoint.py", "stall"), ("--rounds", "10")),
     "observing": Comparison("What observing costs, all together", ("observing.py",)),
     "tracking": Comparison("What MLflow costs", ("tracking.py",), ("--rounds", "2", "--epochs", "4")),
-    "loss": Comparison("A lost worker against a restart", ("loss.py", "lose"), ("--losses", "6", "--restarts", "2")),
-    "ready": Comparison(
-        "What it costs to be ready for a loss", ("loss.py", "undisturbed"), ("--pairs", "6", "--starts", "1")
-    ),
+    "loss": Comparison("A lost worker against a restart", ("loss.py",), ("--losses", "6", "--restarts", "2")),
+    "ready": Comparison("What it costs to be ready for a loss", ("ready.py",), ("--seconds", "55", "--starts", "1")),
     "worlds": Comparison(
         "Larger worlds on slow links, as root on Linux", ("worlds.py",), ("--sites", "2", "8", "--rates", "100mbit")
     ),
