@@ -33,13 +33,11 @@ def freed_memory_kept() -> Iterator[None]:
     the same pages again, which fills them with zeros: a fifth of a small network's step. Nothing is changed where the
     user has set a threshold, and nothing happens without glibc; other allocators (jemalloc by LD_PRELOAD) do not look.
     """
+    keep_freed_memory()
     glibc = _glibc()
     if glibc is None or is_set_by_user(os.environ):
         yield
         return
-    if not glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT):
-        glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BY_ITSELF)
-    glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
@@ -47,6 +45,16 @@ def freed_memory_kept() -> Iterator[None]:
         glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BY_ITSELF)
         glibc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_BY_ITSELF)
         glibc.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, from now on, as `freed_memory_kept` has it."""
+    glibc = _glibc()
+    if glibc is None or is_set_by_user(os.environ):
+        return
+    if not glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT):
+        glibc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BY_ITSELF)
+    glibc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def return_freed_memory() -> None:

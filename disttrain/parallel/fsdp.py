@@ -15,20 +15,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from disttrain.distributed.allocator import return_freed_memory
+from disttrain.distributed.allocator import keep_freed_memory, return_freed_memory
 from disttrain.distributed.collectives import broadcast_, gather_objects, max_
 from disttrain.distributed.sharded import is_sharded
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
+from disttrain.parallel.gathered import affordable_bytes
 from disttrain.parallel.lean import hold_less
 from disttrain.parallel.mesh import mesh_of
 from disttrain.parallel.modules import blocks_of, refuse_renormalising
+from disttrain.parallel.precision import cast_into_norms, mixed_norms_named, precision_policies
 from disttrain.parallel.strategy import Strategy
 from disttrain.recipe import ParallelRecipe
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+# Where freed memory is kept, the holes that gathered blocks leave in it take about so many times the model.
+_GROWTH = 4
 
 
 class Fsdp(Strategy):
@@ -51,9 +54,9 @@ class Fsdp(Strategy):
         return_freed_memory()
         self._called = 0  # a checksum of which blocks this step has called, in their order
         self._blocks = blocks
-        of_blocks, of_rest = _precision_policies(model, recipe)
+        of_blocks, of_rest = precision_policies(model, recipe)
         if of_rest.param_dtype is not None and world.device.type == "cpu":
-            _cast_into_norms(model, blocks, of_rest.param_dtype)
+            cast_into_norms(model, blocks, of_rest.param_dtype)
         offload = self._offload_policy(recipe.cpu_offload)
         self._is_freed_between = freed = recipe.reshard_after_forward
         for number, block in enumerate(blocks.values()):  # one after the other: none has another whole block then
@@ -70,13 +73,19 @@ class Fsdp(Strategy):
             # A loss is divided by the size of the global batch already, and gloo cannot scale while it sums.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        self._affordable = affordable_bytes(world)
+        num_bytes = sum(one.numel() * one.element_size() for one in model.parameters())  # whole: the same on all ranks
+        self._saves_memory = _GROWTH * num_bytes > self._affordable
         if world.device.type == "cpu":
-            hold_less(self._root)
+            hold_less(self._root, trims=self._saves_memory)
         self._depth = recipe.prefetch
         self._prefetch(self._depth)
         self._parameters = dict(model.named_parameters())
         self._trainable = self._trainable_now()
-        return_freed_memory()
+        if self._saves_memory:
+            return_freed_memory()
+        else:
+            keep_freed_memory()
 
     def blocks(self) -> dict[str, nn.Module]:
         """As `Strategy` has it: those that are gathered as one."""
@@ -194,7 +203,8 @@ class _Call(nn.Module):
         self.model = model
 
     def forward(self, compute: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
-        return compute(self.model, batch)
+        with mixed_norms_named():
+            return compute(self.model, batch)
 
 
 @torch.no_grad()
@@ -208,37 +218,6 @@ def _start_from_rank_0(module: nn.Module, world: World) -> None:
         broadcast_(there)
         if there is not here:
             here.copy_(there)
-
-
-def _precision_policies(model: nn.Module, recipe: ParallelRecipe) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
-    """That of the blocks, and that of what is in none, whose input is the batch, which stays as it is."""
-    param = torch.bfloat16 if recipe.param_dtype == "bf16" else None
-    reduce = torch.bfloat16 if recipe.reduce_dtype == "bf16" else torch.float32 if param else None
-    if param is not None:
-        for path, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine and module.track_running_stats:
-                raise ConfigurationError(
-                    f"the model: '{path}' is a {type(module).__name__}, whose statistics are float32: take it out, or "
-                    "set parallel.param_dtype = 'fp32'."
-                )
-    return MixedPrecisionPolicy(param, reduce), MixedPrecisionPolicy(param, reduce, cast_forward_inputs=False)
-
-
-def _cast_into_norms(model: nn.Module, blocks: dict[str, nn.Module], dtype: torch.dtype) -> None:
-    """Cast what goes into norms outside the blocks, as FSDP2 does for blocks.
-
-    CPUs have no norm of float32 numbers by bfloat16 weights; on GPUs, autocast makes float32 of both.
-    """
-    in_blocks = {module for block in blocks.values() for module in block.modules()}
-
-    def cast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            one.to(dtype) if isinstance(one, torch.Tensor) and one.is_floating_point() else one for one in inputs
-        )
-
-    for module in model.modules():
-        if isinstance(module, _NORMS) and module not in in_blocks:
-            module.register_forward_pre_hook(cast)
 
 
 def _words(blocks: dict[str, nn.Module]) -> str:

@@ -16,13 +16,16 @@ from torch.distributed.fsdp import FSDPModule
 from disttrain.distributed.allocator import trim_after
 
 
-def hold_less(root: Any) -> None:
-    """Have `root`, an FSDPModule on CPUs, and those in it, hold at most one block beside the parts of this worker."""
+def hold_less(root: Any, *, trims: bool) -> None:
+    """Have `root`, an FSDPModule on CPUs, and those in it, hold at most one block beside the parts of this worker.
+
+    `trims`: what the heap has free goes back to the system after each large block.
+    """
     # What has been gathered asynchronously is freed when it has been copied, not after the next block's.
     root._set_unshard_async_op(True)
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_reduce_scatter(_ReduceScatter())  # type: ignore[arg-type]  # the base is private
+            module.set_custom_reduce_scatter(_ReduceScatter(trims))  # type: ignore[arg-type]  # the base is private
             # It is gathered already. An empty list would have the block before it gathered, too.
             module.set_modules_to_backward_prefetch([module])
 
@@ -32,6 +35,9 @@ class _ReduceScatter:
 
     gloo sums everything on every rank, and then throws away the others' parts: twice the bytes.
     """
+
+    def __init__(self, trims: bool) -> None:
+        self._trims = trims
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for an input or an output."""
@@ -51,4 +57,5 @@ class _ReduceScatter:
         dist.all_to_all_single(received, input_tensor, group=group)
         input_tensor.untyped_storage().resize_(0)
         torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
-        trim_after(received.nbytes)  # the block's activations are freed by now
+        if self._trims:
+            trim_after(received.nbytes)  # the block's activations are freed by now

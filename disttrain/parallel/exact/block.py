@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from disttrain.distributed.collectives import sum_
 from disttrain.distributed.fixed_point import FixedPointSum
-from disttrain.distributed.runs import cut, runs_of
+from disttrain.distributed.runs import Run, cut, runs_of
 from disttrain.distributed.sharded import local
 from disttrain.parallel.exact.dealing import Dealer, together
 from disttrain.parallel.mesh import ShardMesh
@@ -62,34 +62,16 @@ class Block:
     def begin(self, largest: Mapping[str, float], num_slices: int) -> None:
         """Begin a sum on the grids of these magnitudes."""
         # The integers, twice the bytes of a part, are there from the first slice to the end of the last, not longer.
-        self._integers = torch.empty(
-            sum(map(torch.numel, self.parts)), dtype=torch.int64, device=self.parts[0].device if self.parts else None
-        )
-        self._totals, begin = [], 0
-        for run in self._runs:
-            like = cut(self.parts, run)
-            grids = [largest[self.names[segment.index]] for segment in run]
-            end = begin + sum(map(torch.numel, like))
-            self._totals.append(FixedPointSum(like, grids, num_slices, self._integers[begin:end]))
-            begin = end
+        self._integers = self._room_for(self._runs)
+        self._totals = self._begun(self._runs, self._integers, largest, num_slices)
 
     def deal_out(self, gradients: Gradients) -> None:
         """Add a gradient, of one slice, of every worker of this replica: every rank must call it; None adds nothing."""
         assert self._totals is not None, "a sum must have begun"
-        flat = [
-            part.new_zeros(1).expand(self._bounds[-1][index][1]) if gradient is None else gradient.reshape(-1)
-            for index, (part, gradient) in enumerate(zip(self.parts, gradients, strict=True))
-        ]
-        of_ranks = [[one[start:end] for one, (start, end) in zip(flat, bounds, strict=True)] for bounds in self._bounds]
-        totals = iter(self._totals)
-        for runs in together(self._runs, self._mesh.shard_size):
-            pieces = [[piece for run in runs for piece in cut(of_rank, run)] for of_rank in of_ranks]
-            mine = [[piece.numel() for piece in cut(self.parts, run)] for run in runs]
-            received = self._dealer.deal(pieces, sum(map(sum, mine)))
-            of_runs = torch.split(received, list(map(sum, mine)), dim=1)
-            for total, sizes, of_run in zip(itertools.islice(totals, len(runs)), mine, of_runs, strict=True):
-                for of_rank in of_run:
-                    total.add(torch.split(of_rank, sizes))
+        of_ranks, totals = self._by_rank(gradients), iter(self._totals)
+        groups = together(self._runs, self._mesh.shard_size)
+        for runs, received in self._dealt([(runs, of_ranks) for runs in groups]):
+            self._add(runs, list(itertools.islice(totals, len(runs))), received)
 
     def sums(self) -> list[torch.Tensor]:
         """This worker's parts of the sums; what is not summed has any numbers. The sum is over then.
@@ -97,16 +79,88 @@ class Block:
         Every rank must call it: the replicas' sums are added up, as integers.
         """
         assert self._totals is not None, "a sum must have begun"
-        for total in self._totals:
-            total.integers()  # zeros, where nothing has been added
-        if (replicas := self._mesh.replica_group) is not None and self._integers.numel():
-            sum_(self._integers, replicas)
-        into = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in self.parts]
-        for run, total in zip(self._runs, self._totals, strict=True):
-            total.write(cut(into, run))
+        into = self._room_for_sums()
+        self._finish(self._runs, self._totals, self._integers, into)
         del self._integers
         self._totals = None
         return into
+
+    def sums_of(self, passes: Sequence[Gradients], largest: Mapping[str, float], num_slices: int) -> list[torch.Tensor]:
+        """As `begin`, `deal_out` of each gradient and `sums`, run by run: the integers of a few are all there is.
+
+        Every rank must call it, with as many gradients.
+        """
+        into, of_passes = self._room_for_sums(), [self._by_rank(gradients) for gradients in passes]
+        groups = together(self._runs, self._mesh.shard_size)
+        dealt = self._dealt([(runs, of_ranks) for runs in groups for of_ranks in of_passes])
+        for runs in groups:
+            integers = self._room_for(runs)
+            totals = self._begun(runs, integers, largest, num_slices)
+            for _, received in itertools.islice(dealt, len(passes)):
+                self._add(runs, totals, received)
+            self._finish(runs, totals, integers, into)
+        return into
+
+    def _room_for(self, runs: Sequence[Run]) -> torch.Tensor:
+        size = sum(piece.numel() for run in runs for piece in cut(self.parts, run))
+        return torch.empty(size, dtype=torch.int64, device=self.parts[0].device if self.parts else None)
+
+    def _room_for_sums(self) -> list[torch.Tensor]:
+        return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in self.parts]
+
+    def _begun(
+        self, runs: Sequence[Run], integers: torch.Tensor, largest: Mapping[str, float], num_slices: int
+    ) -> list[FixedPointSum]:
+        totals, begin = [], 0
+        for run in runs:
+            like = cut(self.parts, run)
+            grids = [largest[self.names[segment.index]] for segment in run]
+            end = begin + sum(map(torch.numel, like))
+            totals.append(FixedPointSum(like, grids, num_slices, integers[begin:end]))
+            begin = end
+        return totals
+
+    def _by_rank(self, gradients: Gradients) -> list[list[torch.Tensor]]:
+        """By rank of this replica, the numbers of each gradient that are its own."""
+        flat = [
+            part.new_zeros(1).expand(self._bounds[-1][index][1]) if gradient is None else gradient.reshape(-1)
+            for index, (part, gradient) in enumerate(zip(self.parts, gradients, strict=True))
+        ]
+        return [[one[start:end] for one, (start, end) in zip(flat, bounds, strict=True)] for bounds in self._bounds]
+
+    def _dealt(
+        self, messages: Sequence[tuple[Sequence[Run], Sequence[Sequence[torch.Tensor]]]]
+    ) -> Iterator[tuple[Sequence[Run], torch.Tensor]]:
+        """Deal out runs of gradients; give what all workers have of them for this one, while the next ones travel."""
+        under_way: tuple[Sequence[Run], Callable[[], torch.Tensor]] | None = None
+        for runs, of_ranks in messages:
+            pieces = [[piece for run in runs for piece in cut(of_rank, run)] for of_rank in of_ranks]
+            size = sum(piece.numel() for run in runs for piece in cut(self.parts, run))
+            begun = runs, self._dealer.begin(pieces, size)
+            if under_way is not None:
+                yield under_way[0], under_way[1]()
+            under_way = begun
+        if under_way is not None:
+            yield under_way[0], under_way[1]()
+
+    def _add(self, runs: Sequence[Run], totals: Sequence[FixedPointSum], received: torch.Tensor) -> None:
+        """Add what every worker of this replica has of some runs to their sums."""
+        mine = [[piece.numel() for piece in cut(self.parts, run)] for run in runs]
+        of_runs = torch.split(received, list(map(sum, mine)), dim=1)
+        for total, sizes, of_run in zip(totals, mine, of_runs, strict=True):
+            for of_rank in of_run:
+                total.add(torch.split(of_rank, sizes))
+
+    def _finish(
+        self, runs: Sequence[Run], totals: Sequence[FixedPointSum], integers: torch.Tensor, into: Sequence[torch.Tensor]
+    ) -> None:
+        """Write the sums of some runs to the parts that are `into`; their `integers` lie one after the other."""
+        for total in totals:
+            total.integers()  # zeros, where nothing has been added
+        if (replicas := self._mesh.replica_group) is not None and integers.numel():
+            sum_(integers, replicas)
+        for run, total in zip(runs, totals, strict=True):
+            total.write(cut(into, run))
 
 
 def _numbers_of(rank: int, shape: torch.Size, num_ranks: int) -> tuple[int, int]:

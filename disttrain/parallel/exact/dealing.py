@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from disttrain.distributed.collectives import wait_for
 from disttrain.distributed.runs import Run
 
-# So many runs, over all ranks, travel together: a message has its price, too.
-_MOST_RUNS = 16
+# So many runs, over all ranks, travel together, while as many are summed: a message has its price, too.
+_MOST_RUNS = 8
 
 
 def together(runs: Sequence[Run], num_ranks: int) -> list[Sequence[Run]]:
@@ -24,21 +25,30 @@ class Dealer:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._sent = self._received = torch.empty(0)
+        self._sent, self._received = [torch.empty(0)] * 2, [torch.empty(0)] * 2
+        self._turn = 0
 
-    def deal(self, pieces: Sequence[Sequence[torch.Tensor]], size: int) -> torch.Tensor:
-        """What each rank has for this one, (ranks, size), until the next call; `pieces` are for each rank.
+    def begin(self, pieces: Sequence[Sequence[torch.Tensor]], size: int) -> Callable[[], torch.Tensor]:
+        """Begin to deal out `pieces`, which are for each rank; a call of what is returned waits for the others'.
 
-        Pieces are flat and of one type. Every rank of the group must call it.
+        It gives what each rank has for this one, (ranks, size), until the second next begins. Pieces are flat and of
+        one type. Every rank of the group must call it.
         """
         sizes = [sum(map(torch.numel, of_rank)) for of_rank in pieces]
-        like = pieces[0][0]
-        self._sent = _room(self._sent, sum(sizes), like)
-        self._received = _room(self._received, size * len(sizes), like)
-        sent, received = self._sent[: sum(sizes)], self._received[: size * len(sizes)]
+        like, turn = pieces[0][0], self._turn
+        self._turn = 1 - turn
+        self._sent[turn] = _room(self._sent[turn], sum(sizes), like)
+        self._received[turn] = _room(self._received[turn], size * len(sizes), like)
+        sent, received = self._sent[turn][: sum(sizes)], self._received[turn][: size * len(sizes)]
         torch.cat([piece for of_rank in pieces for piece in of_rank], out=sent)
-        dist.all_to_all_single(received, sent, [size] * len(sizes), sizes, self._group)
-        return received.view(len(sizes), size)
+        work = dist.all_to_all_single(received, sent, [size] * len(sizes), sizes, self._group, async_op=True)
+
+        def finish() -> torch.Tensor:
+            if work is not None:
+                wait_for(work)
+            return received.view(len(sizes), size)
+
+        return finish
 
 
 def _room(kept: torch.Tensor, size: int, like: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from disttrain.parallel.exact.sharded import ShardedSlices
 from disttrain.parallel.exact.slices import slices_of
 from disttrain.parallel.exact.strategy import SlicesSummed
 from disttrain.parallel.fsdp import Fsdp
-from disttrain.parallel.gathered import KeptGathered, affordable_bytes, take_hooks_of_fsdp_off
+from disttrain.parallel.gathered import KeptGathered, take_hooks_of_fsdp_off
 from disttrain.recipe import ParallelRecipe
 
 
@@ -50,7 +50,7 @@ class ExactFsdp(SlicesSummed, Fsdp):
         several = any(len(passes) > 1 for passes in self.passes_of)
         blocks = self._blocks.values()
         self._kept = (
-            KeptGathered(self._root, blocks, affordable_bytes(world), frees_after_forward=recipe.reshard_after_forward)
+            KeptGathered(self._root, blocks, self._affordable, frees_after_forward=recipe.reshard_after_forward)
             if several
             else None
         )
@@ -58,7 +58,7 @@ class ExactFsdp(SlicesSummed, Fsdp):
         self._frees_blocks = False
         self._take: Callable[[Block], None] = self._deal
         modules = [*self._blocks.values(), self._call]
-        self._dealt = sums.attach(self._blocks, self._mesh)
+        self._dealt = sums.attach(self._blocks, self._mesh, self._affordable if several else 0)
         for module, block in zip(modules, self._dealt, strict=True):
             # FSDP2 has put its own hook before: here the block's parameters are gathered.
             module.register_forward_pre_hook(partial(self._enter, block), with_kwargs=True)
@@ -223,7 +223,7 @@ class ExactFsdp(SlicesSummed, Fsdp):
                 module.reshard()
 
     def _deal(self, block: Block) -> None:
-        if self._world.device.type == "cpu":
+        if self._world.device.type == "cpu" and self._saves_memory:
             trim_after(sum(whole.nbytes for whole in block.whole))  # the block's activations are freed by now
         self._sums.take(block, counts=not self._is_filler)
 

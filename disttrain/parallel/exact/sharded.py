@@ -48,8 +48,12 @@ class ShardedSlices(ExactSlices):
     def _room_for_integers(self) -> None:
         """None: each block has its own."""
 
-    def attach(self, modules: Mapping[str, nn.Module], mesh: ShardMesh) -> list[Block]:
-        """Follow the parameters, which are sharded now; `modules` are the blocks, by name. The last is of the rest."""
+    def attach(self, modules: Mapping[str, nn.Module], mesh: ShardMesh, affordable_bytes: int) -> list[Block]:
+        """Follow the parameters, which are sharded now; `modules` are the blocks, by name. The last is of the rest.
+
+        The whole weights, which stay gathered meanwhile, and the gradients of a worker's slices may take
+        `affordable_bytes` together.
+        """
         self._parameters = dict(self._model.named_parameters())
         dealer = Dealer(mesh.shard_group)
         rest = {name: one for name, one in self._parameters.items() if one.requires_grad}
@@ -60,8 +64,9 @@ class ShardedSlices(ExactSlices):
         self._blocks.append(Block(self._model, rest, mesh, dealer))
         trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
         size = sum(one.numel() * one.element_size() for one in trained.values())  # whole: the same on all ranks
-        self.holds_gradients = self._num_passes * size <= _MOST_HELD_BYTES
-        self._summed_together = [Block(self._model, trained, mesh, dealer)] if self.holds_gradients else self._blocks
+        weights = sum(one.numel() * one.element_size() for one in self._parameters.values())
+        self.holds_gradients = self._num_passes * size <= max(_MOST_HELD_BYTES, affordable_bytes - weights)
+        self._all_of_it = Block(self._model, trained, mesh, dealer) if self.holds_gradients else None
         return self._blocks
 
     def _begin_step(self) -> None:
@@ -100,8 +105,9 @@ class ShardedSlices(ExactSlices):
 
     def _sum_on(self, grids: dict[str, float]) -> None:
         self._grids = grids
-        for block in self._summed_together:
-            block.begin(grids, self.num_slices)
+        if not self.holds_gradients:
+            for block in self._blocks:
+                block.begin(grids, self.num_slices)
 
     @torch.no_grad()
     def take(self, block: Block, *, counts: bool) -> None:
@@ -165,12 +171,7 @@ class ShardedSlices(ExactSlices):
         """
         grids = self._grids_of_all()
         if self.holds_gradients:
-            self._sum_on(grids)
-            for index in range(self._num_passes):
-                held = self._held[index] if index < len(self._held) else {}
-                for block in self._summed_together:
-                    block.deal_out(self._finite_where_needed({name: held.get(name) for name in block.names}))
-            self._held = []
+            self._grids = grids
             return False
         if grids is self._grids:
             return False
@@ -227,9 +228,7 @@ class ShardedSlices(ExactSlices):
         self.non_finite = tuple(name for name, magnitude in largest.items() if math.isinf(magnitude))
         self.sums_are_finite = self._are_finite(largest)
         self._finite_parts: dict[str, torch.Tensor] = {}
-        sums: dict[str, torch.Tensor] = {}
-        for block in self._summed_together:
-            sums.update(zip(block.names, block.sums(), strict=True))
+        sums = self._sums_of_gradients()
         for name, parameter in self._parameters.items():
             if largest[name] == ABSENT:
                 sums.pop(name, None)
@@ -246,6 +245,17 @@ class ShardedSlices(ExactSlices):
             self.expected = bounds_after(largest_of_all(_table([found], len(found))))
         self._change_buffers(floating, changes, largest, num_filled)
         self._begin_step()
+
+    def _sums_of_gradients(self) -> dict[str, torch.Tensor]:
+        if (whole := self._all_of_it) is None:
+            return {name: part for block in self._blocks for name, part in zip(block.names, block.sums(), strict=True)}
+        assert self._grids is not None, "needs_second_pass comes before"
+        passes = [
+            self._finite_where_needed({name: held.get(name) for name in whole.names})
+            for held in [*self._held, *({} for _ in range(self._num_passes - len(self._held)))]
+        ]
+        self._held = []
+        return dict(zip(whole.names, whole.sums_of(passes, self._grids, self.num_slices), strict=True))
 
     def _sums_of_changes(self, floating: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         changes = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in floating.values()]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from disttrain.checkpoint import weights_sha256
 from disttrain.distributed.sharded import local
-from disttrain.distributed.world import join_world
+from disttrain.distributed.world import World, join_world
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.fsdp import Fsdp
 from disttrain.recipe import ParallelRecipe
@@ -116,30 +117,44 @@ def test_norms_outside_the_blocks_take_numbers_of_any_type() -> None:
 class Residual(nn.LayerNorm):
     """A norm that is given more than what it normalises."""
 
-    def forward(self, numbers: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, numbers: torch.Tensor, *, residual: torch.Tensor | None) -> torch.Tensor:
         return super().forward(numbers if residual is None else numbers + residual)
 
 
-class Headed(nn.Module):
-    """Two blocks, and such a norm after them."""
+class ByHand(nn.LayerNorm):
+    """A norm whose module is never called."""
 
-    def __init__(self) -> None:
+    def normalised(self, numbers: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(numbers, (4,), self.weight, self.bias)
+
+
+class Headed(nn.Module):
+    """Two blocks, and two norms after them, the second of which gets float32."""
+
+    def __init__(self, *, by_hand: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
-        self.norm = Residual(4)
+        self.norm, self.last, self.by_hand = Residual(4), ByHand(4), by_hand
 
     def forward(self, numbers: torch.Tensor) -> Any:
         for block in self.blocks:
             numbers = block(numbers)
-        return self.norm(numbers, None)
+        found = self.norm(self.norm(numbers, residual=None), residual=torch.ones(4)).float()
+        return self.last.normalised(found) if self.by_hand else found
 
 
-def test_norms_outside_the_blocks_may_be_given_what_is_no_tensor() -> None:
-    def is_finite() -> bool:
+def test_norms_outside_the_blocks_may_be_given_anything_and_are_named_where_they_are_functions() -> None:
+    def loss(world: World, *, by_hand: bool) -> torch.Tensor:
+        strategy = Fsdp(Headed(by_hand=by_hand), world, ParallelRecipe(strategy="fsdp", param_dtype="bf16"))
+        with torch.autocast("cpu", torch.bfloat16):
+            return strategy.loss(lambda model, batch: model(batch).square().sum(), torch.ones(2, 4), num_samples=2)
+
+    def computed() -> tuple[bool, str]:
         with join_world("cpu", threads=1) as world:
-            strategy = Fsdp(Headed(), world, ParallelRecipe(strategy="fsdp", param_dtype="bf16"))
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = strategy.loss(lambda model, batch: model(batch).square().sum(), torch.ones(2, 4), num_samples=2)
-            return bool(loss.isfinite())
+            with pytest.raises(ConfigurationError) as caught:
+                loss(world, by_hand=True)
+            return bool(loss(world, by_hand=False).isfinite()), str(caught.value)
 
-    assert run_workers(is_finite, 2, process_group=False) == [True, True]
+    for is_finite, said in run_workers(computed, 2, process_group=False):
+        assert is_finite
+        assert "a norm outside the blocks that is called as a function" in said
