@@ -1,17 +1,19 @@
 """Sharded training: memory of a worker, time of a step, bytes sent.
 
     python benchmarks/fsdp.py memory [--workers 4] [--layers 14] [--dim 768] [--exact]    100 million parameters
-    python benchmarks/fsdp.py steps [--workers 2] [--layers 4] [--dim 128] [--rounds 20]
+    python benchmarks/fsdp.py steps [--workers 2] [--layers 4] [--dim 128] [--rounds 20] [--slices 4]
 
 `memory` trains a GPT with AdamW for three steps, each time in new processes: DDP, FSDP, FSDP in exact mode, with
 `--exact` DDP in exact mode, too (which takes most). Printed are, of worker 0, the weights, gradients and optimizer
 state that it holds when the optimizer has stepped, and the most main memory that the steps took beyond what the process
 had before the model was built, both in bytes for each parameter and relative to DDP's.
 
-`steps` lets a hand-written FSDP2 loop on the same batches, FSDP, and FSDP in exact mode train in the same processes in
-turn, a step at a time, so that a machine whose speed drifts does not favour one. Printed are the medians, and the
-medians of the rounds' ratios to the loop and of exact mode to fast mode with the quartiles; and the bytes that a worker
-sends for gradients and weights in a step, as they follow from the strategies.
+`steps` lets a hand-written FSDP2 loop on the same batches, FSDP, FSDP in exact mode, and FSDP in as many parts as a
+worker then has slices (`train.accumulate`) train in the same processes in turn, a step at a time, so that a machine
+whose speed drifts does not favour one. Printed are the medians, and the medians of the rounds' ratios with the
+quartiles: to the loop, of exact mode to fast mode, and of fast mode in parts to fast mode, which is what smaller passes
+cost by themselves; and the bytes that a worker sends for gradients and weights in a step, as they follow from the
+strategies.
 """
 
 from __future__ import annotations
@@ -46,11 +48,10 @@ from disttrain.training.given import Given
 from disttrain.training.job import Job, build_job
 from disttrain.training.loop import train_step
 
-SLICES = 4
 NUM_STEPS = 3
 
 
-def recipe(layers: int, dim: int, strategy: str, *, exact: bool) -> Recipe:
+def recipe(layers: int, dim: int, strategy: str, *, exact: bool, slices: int = 4, accumulate: int = 1) -> Recipe:
     """text-gpt in another size, with short texts: what is measured is parameters."""
     return load_recipe(
         "text-gpt",
@@ -58,7 +59,8 @@ def recipe(layers: int, dim: int, strategy: str, *, exact: bool) -> Recipe:
             "train.threads=1",
             "tracking.uri=none",
             "tracking.system_metrics=false",
-            f"parallel.slices={SLICES}",
+            f"parallel.slices={slices}",
+            f"train.accumulate={accumulate}",
             "data.batch_size=8",
             "data.options.context_length=32",
             f"model.options={{num_layers={layers}, num_heads=4, dim={dim}}}",
@@ -157,15 +159,22 @@ def job_turns(job: Job) -> Iterator[None]:
         yield
 
 
-def steps(layers: int, dim: int, rounds: int) -> tuple[int, int, list[tuple[float, ...]]]:
-    """How many parameters there are and may stay gathered; of each round a step's seconds by hand, fast, exact."""
+def steps(layers: int, dim: int, rounds: int, slices: int) -> tuple[int, int, list[tuple[float, ...]]]:
+    """How many parameters there are and may stay gathered; of each round a step's seconds, in the order of the rows."""
     with join_world("cpu", threads=1) as world:
-        fast, exact, plain = (
-            build_job(recipe(layers, dim, strategy, exact=is_exact), world, Given())
-            for strategy, is_exact in (("fsdp", False), ("fsdp", True), ("ddp", False))
+        plain, fast, exact, parts = (
+            build_job(
+                recipe(layers, dim, strategy, exact=is_exact, slices=slices, accumulate=accumulate), world, Given()
+            )
+            for strategy, is_exact, accumulate in (
+                ("ddp", False, 1),
+                ("fsdp", False, 1),
+                ("fsdp", True, 1),
+                ("fsdp", False, -(-slices // world.size)),
+            )
         )
         num = sum(one.numel() for one in plain.model.parameters())
-        kinds = [by_hand(plain, plain.model, world), job_turns(fast), job_turns(exact)]
+        kinds = [by_hand(plain, plain.model, world), *(job_turns(job) for job in (fast, exact, parts))]
         measured = []
         for _ in range(rounds + 2):
             times = []
@@ -179,22 +188,25 @@ def steps(layers: int, dim: int, rounds: int) -> tuple[int, int, list[tuple[floa
         return num, affordable_bytes(world) // 4, measured[2:]
 
 
-def compare_steps(workers: int, layers: int, dim: int, rounds: int) -> None:
+def compare_steps(workers: int, layers: int, dim: int, rounds: int, slices: int) -> None:
     """Print the table."""
     num, affordable, measured = run_workers(
-        steps, workers, args=(layers, dim, rounds), process_group=False, timeout_s=900, check_collectives=False
+        steps, workers, args=(layers, dim, rounds, slices), process_group=False, timeout_s=900, check_collectives=False
     )[0]
-    for name, column in zip(("by hand", "fsdp", "fsdp, exact"), zip(*measured, strict=True), strict=True):
+    names = ("by hand", "fsdp", "fsdp, exact", "fsdp, parts")
+    print(f"{num / 1e6:.1f} M parameters, {workers} workers, {slices} slices")
+    for name, column in zip(names, zip(*measured, strict=True), strict=True):
         print(f"{name:<12}{statistics.median(column) * 1e3:>8.1f} ms")
     for name, ratios in (
-        ("fsdp / by hand, at most 1.05", [fast / hand for hand, fast, _ in measured]),
-        ("exact / fast, at most 1.30", [exact / fast for _, fast, exact in measured]),
+        ("fsdp / by hand, at most 1.05", [fast / hand for hand, fast, _, _ in measured]),
+        ("exact / fast, at most 1.30", [exact / fast for _, fast, exact, _ in measured]),
+        ("in parts / fast", [parts / fast for _, fast, _, parts in measured]),
     ):
         low, ratio, high = quartiles(ratios)
         print(f"{name:<30}{ratio:.3f} ({low:.3f} to {high:.3f})")
     # Weights in forward and backward passes, of one slice or of this worker's; the root's once, which is left out here.
     # In exact mode those of a model that fits are gathered once for all slices.
-    share, per_worker = (workers - 1) / workers, -(-SLICES // workers)
+    share, per_worker = (workers - 1) / workers, -(-slices // workers)
     gathered = 1 if per_worker > 1 and num <= affordable else 2 * per_worker
     print(f"sent by a worker, MB: fsdp {num * share * 12 / 1e6:.1f} (gradients {num * share * 4 / 1e6:.1f}), ", end="")
     sent = num * share * 4 * (gathered + per_worker) / 1e6
@@ -209,6 +221,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dim", type=int)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--slices", type=int, default=4)
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -222,7 +235,7 @@ def main() -> None:
         workers, layers, dim = options.workers or 4, options.layers or 14, options.dim or 768
         compare_memory(workers, layers, dim, with_exact_ddp=options.exact)
     else:
-        compare_steps(options.workers or 2, options.layers or 4, options.dim or 128, options.rounds)
+        compare_steps(options.workers or 2, options.layers or 4, options.dim or 128, options.rounds, options.slices)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ COMPARISONS = {
     "exact": Comparison("Exact mode against fast mode", ("exact.py", "steps"), ("--rounds", "10")),
     "resume": Comparison("A resumed run against a cold start", ("exact.py", "resume"), ("--rounds", "2")),
     "sharded": Comparison("Sharded training: time of a step", ("fsdp.py", "steps")),
+    "large": Comparison(
+        "Sharded training of 12.6 million parameters: time of a step",
+        ("fsdp.py", "steps", "--dim", "512", "--rounds", "10"),
+        ("--rounds", "6"),
+    ),
     "memory": Comparison("Sharded training: memory of a worker", ("fsdp.py", "memory"), ("--layers", "4")),
     "checkpoint": Comparison("How long a checkpoint holds the loop", ("checkpoint.py", "stall"), ("--rounds", "10")),
     "observing": Comparison("What observing costs, all together", ("observing.py",)),
