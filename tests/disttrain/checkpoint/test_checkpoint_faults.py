@@ -128,7 +128,7 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("num_kills", [15, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_kills", [40, pytest.param(1000, marks=pytest.mark.long)])
 def test_kills_during_saves_leave_no_trace(memory: Path, num_kills: int) -> None:
     with workers(1, process_group=False, timeout_s=240 + 6 * num_kills, env={"TMPDIR": str(memory)}) as group:
         group.run(run_with_kills, memory, num_kills, random.randrange(10**6))

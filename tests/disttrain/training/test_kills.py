@@ -129,8 +129,8 @@ def run_with_kills(tmp_path: Path, num_kills: int, num_outside: int, epochs: int
 
 
 @pytest.mark.timeout(900)
-def test_6_kills_leave_no_trace_in_a_single_bit(tmp_path: Path) -> None:
-    run_with_kills(tmp_path, 6, num_outside=2, epochs=20, seed=random.randrange(10**6))
+def test_12_kills_leave_no_trace_in_a_single_bit(tmp_path: Path) -> None:
+    run_with_kills(tmp_path, 12, num_outside=3, epochs=20, seed=random.randrange(10**6))
 
 
 @pytest.mark.long

@@ -255,9 +255,9 @@ def test_a_lost_shard_has_no_copy_and_so_all_restart_from_the_checkpoint_by_them
     check(tmp_path, [], [])
 
 
-def test_dozens_of_losses(tmp_path: Path) -> None:
+def test_a_hundred_losses(tmp_path: Path) -> None:
     """Each worker but rank 0 dies again and again, and so do its replacements; a thousand: see test_losing.py."""
-    longer = ("train.epochs=12", "train.eval_every_epochs=12", "checkpoint.every_steps=1000")
-    lossy = Run(str(tmp_path / "disturbed"), deaths=12, overrides=(CONTINUE, *longer), most_losses=10_000)
+    longer = ("train.epochs=30", "train.eval_every_epochs=30", "checkpoint.every_steps=1000")
+    lossy = Run(str(tmp_path / "disturbed"), deaths=34, overrides=(CONTINUE, *longer), most_losses=10_000)
     ended = launch(undisturbed(tmp_path, *longer), lossy)
-    check(tmp_path, ended, [1, 2, 3] * 12)
+    check(tmp_path, ended, [1, 2, 3] * 34)
