@@ -53,6 +53,9 @@ def cut(tensors: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
 
 
 def part(tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """A segment of a contiguous tensor, (numbers,), in the same memory; or the tensor itself if that is all it has."""
-    is_all = segment.end - segment.start == tensor.numel()
+    """A segment of a contiguous tensor, (numbers,), in the same memory; or the tensor itself if that is all it has.
+
+    A worker may have fewer numbers of a tensor than the runs were cut for, or none that are in the segment.
+    """
+    is_all = segment.start == 0 and segment.end == tensor.numel()
     return tensor if is_all else tensor.view(-1)[segment.start : segment.end]
