@@ -1,8 +1,8 @@
 """Sums over all workers whose bits do not depend on how many there are: of lists of tensors, as integers.
 
 They come in runs that stay in a core's cache: a run of each list is scaled, made integers and added up, and once it is
-summed over the workers it is made numbers again. With one worker, and in shared memory, where integers are written to
-the place that the others read, there are never more of them than a few runs.
+summed over the workers it is made numbers again. With one worker on CPUs, and in shared memory, where integers are
+written to the place that the others read, there are never more of them than a few runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from disttrain.distributed import later
 from disttrain.distributed.collectives import max_, sum_, wait_for
 from disttrain.distributed.fixed_point import ABSENT, FixedPointSum, Summands, measured, surprises
 from disttrain.distributed.foreach import real
@@ -116,7 +117,7 @@ class _Sum:
             for index, size in enumerate(sizes):
                 shared.begin_with(size, torch.int64, partial(self._fill, index), partial(self._take, index))
             shared.finish()
-        elif dist.get_world_size() == 1:
+        elif dist.get_world_size() == 1 and not later.is_asynchronous(self._device):
             place = torch.empty(max(sizes, default=0), dtype=torch.int64, device=self._device)
             for index, size in enumerate(sizes):
                 self._fill(index, place[:size])
@@ -130,16 +131,20 @@ class _Sum:
         return self._is_used
 
     def _send(self, sizes: Sequence[int], scratch: torch.Tensor | None) -> None:
-        """As `made`, by collectives. Some integers are on their way while the next ones are made."""
+        """As `made`, by collectives. Some integers are on their way while the next ones are made.
+
+        A GPU has them all to make by the time that somebody waits for the counters, with one worker, too.
+        """
         if scratch is None or scratch.numel() < sum(sizes):
             scratch = torch.empty(sum(sizes), dtype=torch.int64, device=self._device)
         places = torch.split(scratch[: sum(sizes)], list(sizes))
+        is_alone = dist.get_world_size() == 1
         works, begin, end = [], 0, 0
         for index, place in enumerate(places):
             self._fill(index, place)
             end += place.numel()
             if end - begin >= _MOST_TOGETHER or index == len(places) - 1:
-                works.append((index, dist.all_reduce(scratch[begin:end], async_op=True)))
+                works.append((index, None if is_alone else dist.all_reduce(scratch[begin:end], async_op=True)))
                 begin = end
         first = 0
         for last, work in works:

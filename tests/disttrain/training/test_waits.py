@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttrain.distributed import fixed_point, later
+from disttrain.distributed import exact_sum, fixed_point, later, runs
 from disttrain.distributed.world import join_world
 from disttrain.recipe import load_recipe
 from disttrain.training.evaluate import scored
@@ -188,6 +188,32 @@ def test_a_step_of_exact_mode_looks_once_however_many_slices_it_has(monkeypatch:
             prepare=lambda job: prepare_as_on_a_gpu(job, monkeypatch),
         )  # fmt: skip
         assert [sum(looks.values()) for looks in seen[1:]] == [1 + READ_LATER] * (NUM_STEPS - 1), seen
+
+
+def test_a_gpu_has_all_integers_to_make_before_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has nothing to do while the host looks is idle; a CPU keeps no more of them than a run."""
+    seen: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            seen.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(runs, "_MOST_NUMBERS", {"cpu": 4})
+    monkeypatch.setattr(exact_sum.FixedPointSum, "integers", noted("made", exact_sum.FixedPointSum.integers))
+    monkeypatch.setattr(exact_sum, "_are_as_expected", noted("looked", exact_sum._are_as_expected))
+    orders, sums = [], []
+    for is_gpu in (False, True):
+        monkeypatch.setattr(later, "is_asynchronous", lambda device, is_gpu=is_gpu: is_gpu)
+        with join_world("cpu", threads=1):
+            sums.append(torch.zeros(10))
+            seen.clear()
+            exact_sum.exact_sum_([sums[-1]], [[torch.arange(10.0)], [torch.ones(10)]], 2, expected=[16.0])
+        orders.append(list(seen))
+    assert orders == [["made", "looked", "made", "made"], ["made", "made", "made", "looked"]]
+    assert sums[0].tolist() == sums[1].tolist() == (torch.arange(10.0) + 1).tolist()
 
 
 def test_what_is_computed_without_looking_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
