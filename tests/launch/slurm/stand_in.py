@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import dropwhile
 from pathlib import Path
 from types import FrameType
 
@@ -46,7 +47,7 @@ def scontrol() -> int:
 
 def srun() -> int:
     """Every task on a machine of its own; signals go to all; the exit code is the highest."""
-    command = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
+    command = list(dropwhile(lambda word: word.startswith("--"), sys.argv[1:]))
     hosts = machines()
     tasks: list[subprocess.Popen[bytes]] = []
     received: list[int] = []  # passed on by the loop below: here, a task that is just being started would miss it
