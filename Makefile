@@ -1,6 +1,6 @@
 # Needs Python 3.11.4 or newer, and nothing else: the first command makes an environment in $(VENV) and installs into it.
 # Another interpreter: make setup PYTHON=/path/to/python3.   Arguments for a command: make train ARGS="-o train.epochs=3"
-# The tests run in two processes, each with its half of the files. In one process, as --pdb needs it: make test ARGS="-n 0"
+# The tests run in two processes, which take over tests from each other. In one, as --pdb needs it: make test ARGS="-n 0"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

@@ -3,9 +3,10 @@
     python benchmarks/observing.py [--workers 1] [--epochs 8] [--first 4]
 
 Trains `cifar10-net` on made-up images as users start it, with MLflow in a database, and counts processor time: of the
-calls in a step that look at it or report it, of the threads that watch beside it, and of the processes that feed MLflow
-and draw. Printed is each one's share of all the processor time of worker 0 and of those processes, between the ends of
-the first epochs and of all: MLflow's start, which every run has once, is over by then and stands in a line of its own.
+calls in a step that look at it or report it, of the threads that watch beside it, and of the processes that feed
+MLflow. Printed is each one's share of all the processor time of worker 0 and of those processes, from the end of the
+first epochs to that of the last: MLflow's start, which every run has once, is over by then and stands in a line of its
+own, and the charts, which are drawn after the last step, are part of the end (`start.py --end`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from here import here
 
 import disttrain
 from disttrain.health.nonfinite import NonFiniteGuard
@@ -88,7 +89,7 @@ class Observed(disttrain.Hook):
             "all of worker 0": time.process_time(),
             **self.seconds,
             "watchdog, sampler of the machine, stop requests": sum(map(of_thread, beside)),
-            "processes that feed MLflow and draw": sum(times.user + times.system for times in children),
+            "processes that feed MLflow": sum(times.user + times.system for times in children),
         }
 
 
@@ -104,19 +105,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--first", type=int, default=4, help="epochs before it counts")
     options = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
+    if not 0 < options.first < options.epochs:
+        parser.error("--first: at least one epoch before it counts, and one while it does")
+    print(here())
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["train.hooks=['observing:Observed']", f"train.epochs={options.epochs}", "data.dataset=synthetic"]
         overrides += ["data.options={num_train=50000, num_test=10000}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
         command = [sys.executable, "-P", "-m", "disttrain_launch", "train", "cifar10-net", "--run-dir", f"{folder}/run"]
         command += ["-n", str(options.workers), *(word for override in overrides for word in ("-o", override))]
-        here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, FIRST: str(options.first), "PYTHONPATH": here}
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        modules = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, FIRST: str(options.first), "PYTHONPATH": modules}
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if ended.returncode:
+            sys.exit(ended.stdout + ended.stderr)
         found = json.loads(Path(folder, "run", FOUND).read_text())
-    once, then = found["once"]["processes that feed MLflow and draw"], found["then"]
+    once, then = found["once"]["processes that feed MLflow"], found["then"]
     own = then.pop("all of worker 0")
-    whole = own + then["processes that feed MLflow and draw"]
+    whole = own + then["processes that feed MLflow"]
     for name, seconds in then.items():
         print(f"{name:<50}{seconds / whole:>8.2%}")
     share = sum(then.values()) / whole

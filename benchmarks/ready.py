@@ -23,7 +23,6 @@ import argparse
 import math
 import operator
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 from spread import interval_of_median, quartiles
 from switched import BLOCK, COUNTS, RECORDS, is_on
 
@@ -97,8 +97,8 @@ def blocks(
 ) -> list[list[Spent]]:
     """What the workers, by rank, spent in each block.
 
-    Of so many seconds, or as many blocks as asked for at most, in whole fours; the first ones, which warm up, are left
-    out.
+    Of so many seconds, or as many blocks as asked for at most, in whole fours, one at least; the first ones, which warm
+    up, are left out.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -106,15 +106,17 @@ def blocks(
         records = [folder / str(rank) for rank in range(WORKERS)]
         deadline = math.inf
         try:
-            while time.monotonic() < deadline and (number := _num_blocks(records)) < most:
+            while (number := _num_blocks(records)) < most and (number < 4 or time.monotonic() < deadline):
                 if launcher.poll() is not None:
                     sys.exit((folder / "log").read_text())
                 if number >= 0 and deadline == math.inf:
                     deadline = time.monotonic() + seconds
                 time.sleep(0.5)
         finally:
-            launcher.send_signal(signal.SIGKILL)  # and the workers end with it
+            workers = psutil.Process(launcher.pid).children() if launcher.poll() is None else []
+            launcher.kill()  # and the workers end with it
             launcher.wait()
+            psutil.wait_procs(workers, timeout=60)
         number = 4 * (_num_blocks(records) // 4)
         by_rank = []
         for record in records:

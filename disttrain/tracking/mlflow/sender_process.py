@@ -165,8 +165,8 @@ class Sender:
     def _attempt(self) -> bool:
         self._sync()
         try:
-            # Charts come last: the model is sent while they are drawn.
-            self._delivery.deliver(charts=self._orders.over)
+            # Charts come last: the model is sent while they are drawn. Of a killed run they wait for its resume.
+            self._delivery.deliver(charts=self._orders.over and not self._orders.abandoned)
         except OutageError as error:
             if str(error) != self._reason:
                 self._reason = str(error)

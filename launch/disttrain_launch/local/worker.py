@@ -131,8 +131,13 @@ class Worker(Member):
         environment = group.environment(rank, port) | {ERROR_FILE: f"/dev/fd/{report}", VERDICTS: str(verdicts)}
         environment |= {JOINS: "1" if joins else "", CONSOLE: "{} {}".format(*console)}
         keep = (report, verdicts, *console, *group.descriptors)
-        self._process = self._start(group.arguments, environment, lifeline, self._output, keep)
-        os.close(verdicts)
+        try:
+            self._process = self._start(group.arguments, environment, lifeline, self._output, keep)
+        except OSError:  # the run may go on without it
+            os.close(self._verdicts)
+            raise
+        finally:
+            os.close(verdicts)
 
     @staticmethod
     def _start(

@@ -224,7 +224,17 @@ def test_what_a_worker_reports_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -
     assert parsed.call_count == 3
 
 
-def refuse_to_start(dead: object) -> None:
+def test_a_worker_that_cannot_be_started_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", refuse_to_start)
+    lifeline, before = os.open(os.devnull, os.O_RDONLY), os.listdir("/dev/fd")
+    for _ in range(3):
+        with pytest.raises(BlockingIOError):
+            worker_module.Worker(WorkerGroup((), 3), 1, 1, lifeline, (1, 2), joins=True)
+    assert len(os.listdir("/dev/fd")) == len(before)
+    os.close(lifeline)
+
+
+def refuse_to_start(*_: object, **options: object) -> None:
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 

@@ -9,6 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock, call
 
 import psutil
 import pytest
@@ -76,3 +79,14 @@ def test_who_hears_the_sender_out_does_not_wait_for_its_charts(tmp_path: Path) -
             sender.communicate(timeout=60)  # up to the end of its output, which no other process may hold
         finally:
             drawing[0].kill()
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_run_that_was_killed_is_marked_before_anybody_draws_what_it_owes(tmp_path: Path, is_killed: bool) -> None:
+    """Its sender has three seconds left, and drawing may take them: the next start draws."""
+    delivery, charts = Mock(uri="http://127.0.0.1:9"), Mock()
+    orders: Any = SimpleNamespace(over=True, hurried=True, abandoned=is_killed)
+    sender_process.Sender(delivery, orders, Mock(), tmp_path, charts).run()
+    marked = [call.mark_killed()] if is_killed else []
+    assert delivery.mock_calls == [call.deliver(charts=not is_killed), *marked]
+    assert charts.mock_calls == []
