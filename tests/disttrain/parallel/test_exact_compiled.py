@@ -46,7 +46,8 @@ def test_the_bits_do_not_depend_on_who_has_compiled_what(tmp_path: Path) -> None
     whole = outcome(tmp_path / "1")
     for run in ("2", "3", "resumed"):
         found = outcome(tmp_path / run)
-        assert (found.weights, found.optimizer, found.metrics) == (whole.weights, whole.optimizer, whole.metrics), run
+        assert (found.weights, found.optimizer) == (whole.weights, whole.optimizer), run
+        assert found.metrics.items() >= whole.metrics.items(), run  # a run that ends early is evaluated there, too
     train(tmp_path / "not compiled", "train.precision=bf16", model=Compiled())
     assert outcome(tmp_path / "not compiled").weights != whole.weights, "the test shows nothing: nothing was compiled"
 
