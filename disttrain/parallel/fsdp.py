@@ -122,6 +122,10 @@ class Fsdp(Strategy):
         loss: torch.Tensor = self._call(compute, batch)
         return loss
 
+    def abandon_step(self) -> None:
+        """As `Strategy` has it."""
+        self._free_all()
+
     def finish_step(self, global_size: int, step: int) -> None:
         """As `Strategy` has it. Raises ConfigurationError, on every rank, if the ranks computed different blocks.
 
@@ -171,9 +175,14 @@ class Fsdp(Strategy):
             yield
         finally:
             self._root.set_reshard_after_backward(True)
-            for module in self._modules:
-                module.set_reshard_after_forward(self._is_freed_between and module is not self._root, recurse=False)
-                module.reshard()
+            self._free_all()
+
+    def _free_all(self) -> None:
+        """Leave each worker its part of the model alone, whatever has been gathered and wherever a pass has ended."""
+        for module in self._modules:
+            module.set_reshard_after_forward(True, recurse=False)  # else one whose forward has failed stays gathered
+            module.reshard()
+            module.set_reshard_after_forward(self._is_freed_between and module is not self._root, recurse=False)
 
     def _offload_policy(self, is_wanted: bool) -> OffloadPolicy:
         if is_wanted and self._world.device.type == "cpu":

@@ -106,6 +106,9 @@ class ExactFsdp(SlicesSummed, Fsdp):
         """As `Strategy` has it."""
         if self._kept is not None:
             self._kept.end()
+        super().abandon_step()
+        self._sums.abandon()
+        self._is_dealing = self._is_filler = False
 
     def finish_step(self, global_size: int, step: int) -> None:
         """As `Strategy` has it. Raises ConfigurationError, on every rank, if the ranks computed different blocks."""

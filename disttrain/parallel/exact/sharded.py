@@ -212,6 +212,13 @@ class ShardedSlices(ExactSlices):
         for block in self._blocks:
             block.take()
 
+    def abandon(self) -> None:
+        """Forget an unfinished step and the gradients kept of it; the buffers are those that it started from."""
+        self.drop()
+        if self._buffers_at_start is not None:
+            self._restore_buffers()
+        self._begin_step()
+
     @torch.no_grad()
     def mark_gradients(self) -> None:
         """Give the sharded parameters whose gradients have arrived some of zeros instead."""

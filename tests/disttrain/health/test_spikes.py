@@ -90,10 +90,12 @@ def test_without_the_guard_the_batch_is_learned_from(guarded: Path, tmp_path: Pa
     assert bits(run_dir) != bits(guarded)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_number_of_workers_gives_the_same_bits(guarded: Path, tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(("size", "strategy"), [(2, "ddp"), (3, "fsdp")])
+def test_every_number_of_workers_gives_the_same_bits(guarded: Path, tmp_path: Path, size: int, strategy: str) -> None:
     run_dir = tmp_path / "run"
-    assert [ended.state for ended in attempt(run_dir, size)] == ["returned"] * size
+    ended = attempt(run_dir, size, f"parallel.strategy={strategy}")
+    assert [one.state for one in ended] == ["returned"] * size, ended[0].text
+    assert spikes(run_dir) == [POISONED + 1]
     assert bits(run_dir) == bits(guarded)
 
 

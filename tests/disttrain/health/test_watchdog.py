@@ -48,13 +48,33 @@ class HoldsTheInterpreter(nn.Module):
         return self.inner(images)
 
 
-def verdicts(run_dir: Path, world_size: int, *injuries: Fault, model: nn.Module | None = None) -> list[str]:
+class SleepsBetweenBlocks(nn.Module):
+    """One worker's backward pass stands still where the other goes on to gather the next block's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8)))
+        self.second = nn.Sequential(nn.Sequential(nn.Linear(8, 3)))
+        self.num_passes = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.first(images)
+        if hidden.requires_grad:
+            self.num_passes += 1
+            if os.environ["RANK"] == "1" and self.num_passes == 20:
+                hidden.register_hook(lambda _: time.sleep(600))
+        return self.second(hidden)  # type: ignore[no-any-return]
+
+
+def verdicts(
+    run_dir: Path, world_size: int, *injuries: Fault, model: nn.Module | None = None, overrides: tuple[str, ...] = ()
+) -> list[str]:
     """Train until the watchdog ends it; what each rank's log has of its verdict."""
     with (
         workers(world_size, faults=injuries, process_group=False, check_collectives=False, timeout_s=480) as group,
         suppress(WorkerFailed),
     ):
-        group.run(job, run_dir, model=model)
+        group.run(job, run_dir, *overrides, model=model)
     logs = [(run_dir / "logs" / f"worker-{rank}.log").read_text() for rank in range(world_size)]
     return [next((line for line in log.splitlines() if "no worker has made progress" in line), "") for log in logs]
 
@@ -83,6 +103,17 @@ def test_a_rank_that_sleeps_in_python_is_named_with_the_line_it_is_in(tmp_path: 
     assert any(of_rank)
     log = (tmp_path / "run/logs/worker-0.log").read_text()
     assert "Current thread" in log, "no stacks"
+
+
+def test_a_rank_that_stands_still_between_two_blocks_of_a_sharded_model_is_named(tmp_path: Path) -> None:
+    model, sharded = SleepsBetweenBlocks(), ("parallel.strategy=fsdp", "parallel.shard_modules=['Sequential']")
+    of_rank = list(filter(None, verdicts(tmp_path / "run", 2, model=model, overrides=sharded)))
+    assert of_rank
+    for said in of_rank:
+        assert "rank 1 on " in said
+        assert "rank 0 on " not in said
+        assert "test_watchdog.py:" in said
+        assert "; the other ranks wait for it." in said
 
 
 @pytest.mark.distributed(world_size=2, check_collectives=False)

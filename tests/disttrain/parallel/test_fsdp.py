@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 
 import disttrain
-from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
+from disttrain.checkpoint.weights import read_weights
+from disttrain.commands import evaluate, predict, runs
 from disttrain.distributed.collectives import num_issued
 from disttrain.distributed.sharded import whole
 from disttrain.distributed.world import join_world
@@ -70,7 +74,25 @@ def assert_alike(one: Checkpoint, other: Checkpoint) -> None:
         assert other.state["metrics"][name] == pytest.approx(value, rel=1e-3)
 
 
-def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(folder: Path) -> None:
+def assert_read_by_commands(sharded: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint in parts is exported, in one file and in several with their index, evaluated and predicts."""
+    found = read_checkpoint(sharded)
+    averages = {name: found.optimizer.get(f"ema.{name}", one) for name, one in found.model.items()}
+    for to, *options in (("one",), ("several", "--max-size", "4KB")):
+        CliRunner().invoke(runs.command, ["export", str(sharded), str(folder / to), *options], catch_exceptions=False)
+        assert weights_sha256(read_weights(folder / to)) == weights_sha256(averages)
+    assert len(list((folder / "several").glob("model-*.safetensors"))) > 2
+    capsys.readouterr()
+    evaluate.command.main([str(sharded), "--json"], standalone_mode=False)
+    evaluated = json.loads(capsys.readouterr().out)["metrics"]
+    assert evaluated["loss"] == pytest.approx(found.state["metrics"]["eval/loss"], rel=1e-5)
+    predict.command.main([str(sharded), "The cat"], standalone_mode=False)
+    assert "The cat" in capsys.readouterr().out
+
+
+def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With clipping, accumulation, averages of the weights and parameter groups; resumed in both directions."""
     train(folder, "alone")
     run_workers(train, 3, args=(folder, "mixed", "train.max_steps=3", FSDP), process_group=False)
@@ -81,6 +103,7 @@ def test_shards_train_as_one_process_does_and_any_strategy_resumes_them(folder: 
     files = [load_file(written / name) for name in shard_names(MODEL, 4)]
     assert all(files), "the ranks of both copies write"
     assert sum(one.numel() for file in files for one in file.values()) == 4032, "each number once"
+    assert_read_by_commands(written, folder / "exported", capsys)
     train(folder, "mixed", FSDP)  # one worker, with nothing to shard
     alone = newest(folder / "alone")
     assert alone.state["step"] == 6
@@ -109,6 +132,7 @@ REFUSED = {
     "parallel.find_unused_parameters=true": "find_unused_parameters is for parallel.strategy = 'ddp'",
     "parallel.compress=bf16": "compress is for parallel.strategy = 'ddp'",
     "optim.name=Adafactor": "cannot be combined with optim.name = 'Adafactor'",
+    "optim.name=muon": "cannot be combined with optim.name = 'muon'",
     "train.precision=fp16": "cannot be combined with train.precision = 'fp16'",
     "train.compile=true": "cannot be combined with train.compile",
     "parallel.param_dtype=bf16": "without train.precision = 'bf16': set both",

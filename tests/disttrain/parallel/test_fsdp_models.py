@@ -14,6 +14,7 @@ import disttrain
 from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import load_recipe
+from disttrain.runs.journal import read_journal
 from disttrain.testing import WorkerFailed, faults, run_workers, workers
 
 FSDP = "parallel.strategy=fsdp"
@@ -46,7 +47,11 @@ def samples(num: int, seed: int) -> list[tuple[torch.Tensor, int]]:
 
 
 class Odd(nn.Module):
-    """Two rows for three workers, in a weight that has two names; BatchNorm; parameters that no loss depends on."""
+    """Two rows for three workers, in a weight that has two names; BatchNorm; parameters that no loss depends on.
+
+    One input of the training set gives a gradient of which a single number is not finite, and with it only the rows
+    of one worker, while its loss is finite on all.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,12 +60,16 @@ class Odd(nn.Module):
         self.last, self.same = nn.Linear(5, 2), nn.Linear(5, 2)
         self.same.weight = self.last.weight
         self.idle = nn.Linear(3, 3)
+        self.corner = nn.Parameter(torch.ones(3))
 
     def scores(self, inputs: torch.Tensor) -> torch.Tensor:
         x = self.first(inputs)
         for block in self.blocks:
             x = block(x)
-        return self.last(x) + self.same(x)  # type: ignore[no-any-return]
+        corner = self.corner * 0.0
+        if self.training and (inputs < -3.0).any():
+            corner = torch.cat([corner[:1].sqrt(), corner[1:]])
+        return self.last(x) + self.same(x) + corner.sum()  # type: ignore[no-any-return]
 
 
 class BySample(Odd):
@@ -93,6 +102,12 @@ def newest(run_dir: Path) -> Checkpoint:
     return read_checkpoint(CheckpointStore(run_dir / "checkpoints").paths()[-1])
 
 
+def kinds_of_incidents(run_dir: Path) -> set[str]:
+    """What was not finite."""
+    events = [one for one in read_journal(run_dir / "journal.jsonl") if one.get("name") == "non-finite"]
+    return {"loss" if one["samples"] else "gradient" for one in events}
+
+
 def test_an_odd_model_has_the_numbers_of_one_worker_with_a_step_skipped_and_layers_frozen(tmp_path: Path) -> None:
     overrides = ("model.sync_batchnorm=true", "train.non_finite=skip", "model.freeze=blocks.0.0.*")
     alone = train(tmp_path / "alone", Odd, *overrides)
@@ -100,6 +115,7 @@ def test_an_odd_model_has_the_numbers_of_one_worker_with_a_step_skipped_and_laye
     assert by_rank == [pytest.approx(alone, rel=1e-4)] * 3
     one, three = newest(tmp_path / "alone"), newest(tmp_path / "three")
     assert one.state["non_finite"]["total"] == three.state["non_finite"]["total"] > 0
+    assert kinds_of_incidents(tmp_path / "three") == kinds_of_incidents(tmp_path / "alone") == {"loss", "gradient"}
     assert one.state["shared"] == three.state["shared"] == {"same.weight": "last.weight"}
     for mine, theirs in ((one.model, three.model), (one.optimizer, three.optimizer)):
         assert mine.keys() == theirs.keys()
