@@ -75,6 +75,7 @@ def report_finished() -> None:
 def report_ready(
     *,
     is_ready: bool = False,
+    is_through: bool = False,
     can_lead: bool = False,
     joins: bool = False,
     generation: int = 0,
@@ -85,14 +86,15 @@ def report_ready(
 ) -> None:
     """Write to the launcher's file whether this worker can continue without another one, or waits to join them.
 
-    It `can_lead` if that other may be rank 0. In this `generation`: `failed` if its group did not form, or broke
-    although no worker died; `hung` are the ranks that hold up the others, `corrupt` those that compute wrong numbers.
-    `sources`: digests of what it computes with.
+    It `is_through` if it has made all steps and no longer needs the others, and `can_lead` if that other may be rank 0.
+    In this `generation`: `failed` if its group did not form, or broke although no worker died; `hung` are the ranks
+    that hold up the others, `corrupt` those that compute wrong numbers. `sources`: digests of what it computes with.
     """
     error_file = os.environ.get(ERROR_FILE)
     if error_file and launched_by() in OUR_LAUNCHERS:
         words = {
             "ready": is_ready,
+            "through": is_through,
             "leads": can_lead,
             "joins": joins,
             "generation": generation,

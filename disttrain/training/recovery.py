@@ -32,6 +32,7 @@ from disttrain.training.succession import Succession
 _TO_HEAR_S = 3.0  # the launcher notices at once when a worker dies
 _TO_HEAR_AGAIN_S = 30.0
 _LOOK_EVERY_S = 0.05  # for newcomers: a look at the pipe takes as long as all else that a step does to be recoverable
+_TOO_LATE = "the run ended before this worker could join it."
 _log = logging.getLogger("disttrain")
 
 
@@ -75,11 +76,19 @@ class Recovery:
         return True
 
     def _declare(
-        self, *, is_ready: bool = True, failed: bool = False, hung: Sequence[int] = (), corrupt: Sequence[int] = ()
+        self,
+        *,
+        is_ready: bool = True,
+        is_through: bool = False,
+        failed: bool = False,
+        hung: Sequence[int] = (),
+        corrupt: Sequence[int] = (),
     ) -> None:
         report_ready(
             is_ready=is_ready,
+            is_through=is_through,
             can_lead=is_ready and self._succession.is_possible and not self._is_new,
+            joins=self._is_new,  # until it has the state
             generation=self._generation,
             failed=failed,
             hung=hung,
@@ -107,10 +116,13 @@ class Recovery:
                 raise _AnotherGroup
 
     def over(self) -> None:
-        """From now on a loss ends in a restart."""
+        """All steps are made: from now on a loss ends in a restart, and nobody can join."""
+        self._stand_down(is_through=True)
+
+    def _stand_down(self, *, is_through: bool = False) -> None:
         if self._is_ready:
             self._is_ready = False
-            self._declare(is_ready=False)
+            self._declare(is_ready=False, is_through=is_through)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -146,6 +158,8 @@ class Recovery:
                     self._declare(failed=not hung and not corrupt, hung=hung, corrupt=corrupt)
                     verdict = self._next_verdict(self._verdicts, _TO_HEAR_AGAIN_S)
                 if verdict is None or verdict.rank is None:
+                    if self._is_new:
+                        _log.info(_TOO_LATE)
                     raise failure
                 failure = self._continue(verdict, self._verdicts)
         finally:  # an error whose own frames hold it would keep the process group, for which the other ranks wait
@@ -164,7 +178,8 @@ class Recovery:
         self._job.progress.at("waiting to join the other workers", self._job.step, patient=True)
         verdict = self._next_verdict(self._verdicts, None)
         if verdict is None or verdict.rank is None:
-            raise DisttrainError("the run ended before this worker could join it.")
+            _log.info(_TOO_LATE)
+            raise DisttrainError(_TOO_LATE)
         self._is_new = self._is_ready = True
         if self._watchdog is not None:
             self._watchdog.pause()
@@ -204,7 +219,7 @@ class Recovery:
             _log.info("generation %d broke: %s", verdict.generation, error)
             return error
         except DisttrainError:
-            self.over()  # it is not to be waited for
+            self._stand_down()  # it is not to be waited for
             raise
         was_new, self._is_new = self._is_new, False
         if was_new:

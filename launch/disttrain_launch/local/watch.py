@@ -56,6 +56,7 @@ class Watch:
         self._losses: list[float] = []  # when, by time.monotonic()
         self._max_losses = max_losses
         self._coming: list[Member] = []  # replacements, which do not count yet
+        self._new: list[Member] = []  # of the workers, those that do not have the state of the run yet
         self._generation, self._host, self._port = 0, "", port
         self._ports = ExitStack()  # while they are in use
         self._console_was_lost = False
@@ -66,10 +67,7 @@ class Watch:
             return self._until_the_end()
 
     def _until_the_end(self) -> Outcome:
-        while running := [worker for worker in self._workers if not worker.has_ended()]:
-            if all(worker.waits_to_join() for worker in running):
-                self._workers = [worker for worker in self._workers if worker not in running]
-                continue  # the others finished before these could join: they are killed with the block
+        while running := self._still_running():
             if self._continues_in_another_group(running):
                 continue
             self._end_after_a_failure(running)
@@ -82,6 +80,25 @@ class Watch:
             [worker.ending for worker in self._workers if worker.ending],
             stop_requested=self.was_asked_to_stop,
         )
+
+    def _still_running(self) -> list[Member]:
+        """The workers that have not ended, without newcomers that can no longer join: those count for nothing."""
+        running = [worker for worker in self._workers if not worker.has_ended()]
+        self._new = [worker for worker in self._new if worker.ending or worker.waits_to_join()]
+        others = [worker for worker in self._workers if worker not in self._new]
+        if any(worker.is_through() for worker in others):
+            late, self._coming = [*self._new, *self._coming], []
+            if late and not any(worker.ending and worker.ending.calls_for_an_end for worker in others):
+                self._terminate_at = self._kill_at = _NEVER  # if one of the late has failed just now
+        elif all(worker.ending for worker in others):  # one of those that failed may be the cause
+            late = [worker for worker in self._new if worker in running]
+        else:
+            return running
+        for worker in late:  # so that its log says why; what does not end by itself is killed with the block
+            worker.hear(Verdict(self._generation + 1, None))
+        self._workers = [worker for worker in self._workers if worker not in late]
+        self._new = [worker for worker in self._new if worker not in late]
+        return [worker for worker in running if worker not in late]
 
     @property
     def has_lost_the_console(self) -> bool:
@@ -133,6 +150,7 @@ class Watch:
             self._host, self._port = self._meeting_place(running[0])
         self._losses += [now] * num_losses
         self._workers = [*running, *new]
+        self._new = [worker for worker in (*self._new, *new) if worker in self._workers]
         self._coming = [worker for worker in self._coming if worker not in new]
         verdict = Verdict(
             self._generation,
@@ -253,7 +271,7 @@ class Watch:
     def _to_wait_s(self) -> float:
         """How long nothing is to be done but to wait for news."""
         deadline = min(self._terminate_at, self._kill_at)
-        look_every_s = _LOOK_FOR_NEWCOMERS_EVERY_S if self._coming else LOOK_EVERY_S
+        look_every_s = _LOOK_FOR_NEWCOMERS_EVERY_S if self._coming or self._new else LOOK_EVERY_S
         return min(look_every_s, max(0.0, deadline - time.monotonic()))
 
     def _is_second_request(self, number: int) -> bool:

@@ -81,6 +81,11 @@ class Member(ABC):
         """Whether it says that it can take its place among the others."""
         return self._says("joins") is True
 
+    def is_through(self) -> bool:
+        """Whether it has made all steps, as it says, or has ended as it should: no other can join it any more."""
+        has_ended_well = self.ending is not None and not self.ending.calls_for_an_end
+        return has_ended_well or self._says("through") is True or self._says("exit_code") == ExitCode.DONE
+
     def failed_in(self, generation: int) -> bool:
         """Whether it says that this generation's group did not form, or broke although no worker died."""
         return self._says("generation") == generation and self._says("failed") is True

@@ -7,6 +7,7 @@ trains the small job of exact mode once for each, see `Run`, and prints how it e
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -130,6 +131,8 @@ class Run:
             all are there, at one of the points of a step. Rank 0 waits before each step until a worker comes.
         overrides: of the recipe.
         most_losses: after how many within minutes the launcher gives up.
+        too_late: whether replacements begin when rank 0 evaluates, which it continues once one has a place; and whether
+            rank 0 ends after them.
         machines: a letter for the machine that each rank takes itself to be on, as far as memory is shared: "aab".
     """
 
@@ -141,6 +144,7 @@ class Run:
     deaths: int = 0
     overrides: Sequence[str] = ()
     most_losses: int = 10
+    too_late: bool = False
     machines: str = ""
 
 
@@ -151,6 +155,7 @@ class _Script:
         self._signals = {(point, count): number for point, whose, count, number in run.signals if whose == rank}
         self._waits_at, self._waits_s = run.waits_at if rank == 0 else (), run.waits_s
         self._passed: dict[str, int] = {}
+        self._evaluates = Path(f"{run.folder}.evaluates") if run.too_late and rank == 0 else None
         self._size, self._waits = run.size, run.deaths > 0 and rank == 0
         before, original = divmod(rank, NEW)
         points = ("step", "before the commit", "after the commit")
@@ -169,6 +174,10 @@ class _Script:
         if name == self._dies_at and self._all_are_there() and where["step"] > 1:  # else the run cannot continue yet
             self._send(signal.SIGKILL, 0.0)
         if name == "step" and (count in self._waits_at or (self._waits and not self._all_are_there())):
+            select.select([int(os.environ[VERDICTS])], [], [], self._waits_s)
+
+        if name == "evaluation" and self._evaluates is not None and not self._evaluates.exists():
+            self._evaluates.touch()
             select.select([int(os.environ[VERDICTS])], [], [], self._waits_s)
 
     def _all_are_there(self) -> bool:
@@ -213,7 +222,14 @@ def train_through(run: Run) -> dict[str, Any]:
             shared_memory._machine = lambda: run.machines[rank % NEW]
         if any(point in ("forward", "in the sum") for point, *_ in run.signals):
             script.note_more_points()
-        train(Path(run.folder), *run.overrides)
+        with Path(f"{run.folder}.newcomer").open("w") as newcomer:  # who has its lock has not ended
+            while run.too_late and rank >= NEW and not Path(f"{run.folder}.evaluates").exists():
+                time.sleep(0.01)
+            if run.too_late and rank >= NEW:
+                fcntl.flock(newcomer, fcntl.LOCK_EX)
+            train(Path(run.folder), *run.overrides)
+            if run.too_late and rank == 0:
+                fcntl.flock(newcomer, fcntl.LOCK_EX)
 
     worker_module.Worker._start = staticmethod(_forking(work))  # type: ignore[assignment, method-assign]
     group = WorkerGroup((), run.size)

@@ -22,6 +22,7 @@ from disttrain.checkpoint import CheckpointStore, read_checkpoint, weights_sha25
 from disttrain.runs.journal import read_journal
 from disttrain.testing import faults
 from disttrain_launch.local import worker as worker_module
+from disttrain_launch.local import workers as workers_module
 from disttrain_launch.local.group import WorkerGroup
 from disttrain_launch.local.watch import Watch
 from tests.disttrain.parallel.exact_runs import SMALL, outcome
@@ -210,6 +211,80 @@ def test_a_replacement_that_is_killed_is_replaced_and_one_that_fails_is_not(caps
         "disttrain: rank 2 cannot be replaced: [Errno 11] Resource temporarily unavailable",
         "disttrain: continuing without a replacement for rank 2: was killed by SIGKILL",
     ]
+
+
+def test_a_replacement_that_comes_as_the_others_finish_does_not_decide_how_the_run_ends(tmp_path: Path) -> None:
+    """It has a place, for which the others have no use any more: they finish, and end after it."""
+    once = "train.eval_every_epochs=2"
+    late = disturbed(tmp_path, [("step", 1, 9, SIGKILL)], once, "train.hang_timeout_s=30", size=2, too_late=True)
+    ended = launch(undisturbed(tmp_path, once), late)
+    check(tmp_path, ended, [1])
+    assert not events(tmp_path / "disturbed", "worker-joined")
+    assert "holds up the others" not in ended[0]["stderr"]
+
+
+# What stands for workers: three of which one is lost, and a replacement that has a place when the others are through.
+PARTS = """
+import fcntl, os, signal, sys, time
+from pathlib import Path
+from disttrain.distributed.report import report_failure, report_finished, report_ready
+from disttrain.distributed.verdicts import Verdicts
+
+folder, end = Path(sys.argv[1]), sys.argv[2]
+rank, joins = int(os.environ["RANK"]), bool(os.environ["DISTTRAIN_JOINS"])
+verdicts, living = Verdicts.of_this_process(), open(folder / "living", "w")
+
+def wait_for(*names):
+    while not all((folder / name).exists() for name in names):
+        time.sleep(0.002)
+
+if joins:
+    fcntl.flock(living, fcntl.LOCK_EX)
+    report_ready(is_ready=True, joins=True)
+    generation = verdicts.wait(None).generation
+    (folder / "has a place").touch()
+    wait_for("through")
+    if end == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    report_ready(
+        is_ready=True, joins=True, generation=generation, failed=end == "fails", hung=[0] if end == "blames" else []
+    )
+    assert verdicts.wait(None).rank is None
+    print("too late", flush=True)
+    report_failure("too late", 1, None, time.time())
+    sys.exit(1)
+report_ready(is_ready=True, can_lead=True)
+(folder / f"ready {rank}").touch()
+if rank == 2:
+    wait_for("ready 0", "ready 1")
+    os.kill(os.getpid(), signal.SIGKILL)
+report_ready(is_ready=True, can_lead=True, generation=verdicts.wait(None).generation)
+wait_for("has a place")
+if rank == 0:
+    report_ready(is_through=True, generation=1)
+    (folder / "through").touch()
+    fcntl.flock(living, fcntl.LOCK_EX)
+report_finished()
+"""
+
+
+@pytest.mark.parametrize("end", ["fails", "blames", "is killed"])
+def test_how_a_newcomer_ends_counts_for_nothing_once_one_of_the_others_is_through(
+    tmp_path: Path, end: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    group = WorkerGroup(("-c", PARTS, str(tmp_path), end), 3, log_dir=tmp_path)
+    with (
+        workers_module.signals_heard() as signals,
+        workers_module._started(group, 0) as (workers, replace),
+    ):
+        started = [*workers]
+        outcome = Watch(group, workers, signals, replace, 0).until_the_end()
+    assert (outcome.exit_code, outcome.message) == (0, "")
+    assert [worker.ending.code for worker in started if worker.ending] == [0, 0, -SIGKILL]
+    assert capfd.readouterr().err == ""
+    assert end == "is killed" or "too late" in (tmp_path / "worker-2.log").read_text()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_what_a_worker_reports_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from disttrain_launch.nodes.wire import TO_A_STORE, Gone, Wire
 from disttrain_launch.outcome import LocalEnding, Outcome
 
 # Says that it is ready (unless there is a file "stops"), or waits to join, notes its verdicts, and finishes once there
-# is a file "go".
+# is a file "go". Once there is a file "through" it says so; or fails, if it was to join.
 WORKER = """
 import json, os, select, sys, time
 report, verdicts = os.environ["TORCHELASTIC_ERROR_FILE"], int(os.environ["DISTTRAIN_VERDICTS"])
@@ -53,13 +53,18 @@ with open(f"{pid}.new", "w") as file:
     file.write(json.dumps({name: os.environ[name] for name in names}))
 os.rename(f"{pid}.new", f"{pid}.started")
 while not os.path.exists("go"):
+    if not joins and os.path.exists("through") and not os.path.exists("late"):
+        say(through=True)
+        open("late", "w").close()
+    elif joins and os.path.exists("late"):
+        sys.exit(4)
     if select.select([verdicts], [], [], 0.02)[0]:
         lines = os.read(verdicts, 65536)
         if not lines:
             sys.exit(1)
         with open(f"{pid}.verdicts", "ab") as file:
             file.write(lines)
-        say(ready=True, leads=True, sources=sources)
+        say(ready=True, leads=True, joins=joins and os.path.exists("slow"), sources=sources)
 say(exit_code=0, message="finished", time=time.time())
 """
 STORE = """
@@ -306,6 +311,25 @@ def test_a_machine_whose_worker_fails_to_join_is_not_asked_again(
     told = capfd.readouterr().err
     assert told.count("continuing without a replacement") == 1
     assert ("rank 1: it could not be started: [Errno 11]" in told) is not can_be_started
+
+
+def test_a_worker_of_another_machine_that_comes_as_the_others_finish_does_not_decide_how_the_run_ends(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with led(folder) as (followers, workers, outcomes, team):
+        followers.start()
+        first = [workers.wait_for(number) for number in (0, 1)]
+        (folder / "slow").touch()
+        here, there = sorted((0, 1), key=lambda number: first[number]["RANK"])
+        workers.kill(there)
+        workers.wait_for(2)
+        workers.verdicts(here, 2)
+        workers.verdicts(2, 1)  # it has a place
+        (folder / "through").touch()
+        until(lambda: workers.has_gone(2))
+        until(lambda: not any(worker.waits_to_join() and not worker.has_ended() for worker in [*team._at]))
+    assert [outcome.exit_code for outcome in (*outcomes, *followers.outcomes)] == [0, 0]
+    assert capfd.readouterr().err == ""
 
 
 def _refuse_to_start(*_: object) -> None:
