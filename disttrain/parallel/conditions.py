@@ -97,6 +97,9 @@ def _products(*, tf32: bool | None) -> Iterator[None]:
     # all products, as torch's compiler asks it, which raises unless CPUs' products are in step with GPUs'.
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     cudnn.allow_tf32 = tf32
+    for one in (cudnn.conv, cudnn.rnn):  # which then follow `torch.backends.fp32_precision`
+        if one.fp32_precision == "tf32" and not tf32:
+            one.fp32_precision = "ieee"
     if precisions[1] in ("none", "ieee"):  # nobody has CPUs' products rounded, and this key is not to
         cpu.fp32_precision = precisions[1]
     try:

@@ -93,6 +93,16 @@ def test_products_that_were_set_by_torchs_newer_names_are_put_back() -> None:
     assert (backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision) == ("tf32", "none")
 
 
+@pytest.mark.usefixtures("as_in_a_new_process")
+def test_convolutions_are_not_rounded_by_what_the_program_has_set_for_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    with exact_conditions(load_recipe("digits", ["train.tf32=false"])):
+        assert "tf32" not in how_products_are_rounded()
+        assert True not in how_products_are_rounded()[:3]
+
+
 def test_a_compiler_that_is_there_is_to_be_deterministic_too(monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("torch._inductor.config")
     monkeypatch.setattr(config, "deterministic", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import resource
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from tests.disttrain.parallel.odd_blocks import Returning, Sparse
 from tests.disttrain.parallel.test_fsdp_models import Odd, Signs, kinds_of_incidents, samples
 
 EXACT, FSDP = ("parallel.exact=true",), ("parallel.exact=true", "parallel.strategy=fsdp")
+_PR_SET_THP_DISABLE = 41  # see prctl(2)
 TWO_BY_TWO = (*FSDP, "parallel.shard_size=2")
 # 3 samples in the last batch: a slice is empty, and with three workers all their slices come in uneven numbers.
 GPT = (
@@ -296,6 +298,7 @@ def as_of_one_that_free_memory_affords(call: Callable[[], Any]) -> Any:
 
 def test_what_memory_affords_is_gathered_and_dealt_out_once_in_a_step_in_memory_that_is_kept(folder: Path) -> None:
     def num_faults() -> int:
+        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)  # pages of 2 MiB are few, whoever maps them
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(1 << 20)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
