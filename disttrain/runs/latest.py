@@ -41,8 +41,10 @@ def last_step(path: str | os.PathLike[str]) -> int:
 
 
 def _of_kind(kind: str, path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The records of one kind, without the time that decoding all others would take."""
+    """The records of one kind, without the time that decoding all others would take, and one that is being written."""
+    word = b'"%s"' % kind.encode()
     with open_to_read(path) as file:
         for line in file:
-            if b'"%s"' % kind.encode() in line and (record := decode(line)) is not None and record["kind"] == kind:
+            is_whole = word in line and line.endswith(b"\n")
+            if is_whole and (record := decode(line)) is not None and record["kind"] == kind:
                 yield record

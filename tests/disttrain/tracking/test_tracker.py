@@ -64,12 +64,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
 
 
 def conclude(tracker: Tracker, run_dir: Path, chart: Path) -> None:
-    """Before the sender is waited for it gives way to training, draws the charts and has sent what there is."""
+    """Before the sender is waited for it gives way to training, draws the charts and has sent all else there is."""
     (sender,) = senders()
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     wait_until(lambda: min(ours + 10, 19) in priorities(sender))
     tracker.conclude()
-    wait_until(lambda: chart.exists() and not load_state(run_dir).uploads)
+    wait_until(lambda: chart.exists() and all(one["kind"] == "charts" for one in load_state(run_dir).uploads))
     if sys.platform == "linux":
         assert os.getpriority(os.PRIO_PROCESS, sender.pid) == ours, "somebody will wait for it"
 
