@@ -25,6 +25,8 @@ from disttrain.distributed.shared_sums import SharedSums
 _MOST_TOGETHER = 1 << 19
 # So many numbers, of several lists, are made integers at once where they are of several tensors.
 _MOST_AT_ONCE = 1 << 18
+# A piece of shared memory has room for the counters of so many tensors beside a run: for more they are summed before.
+_MOST_COUNTED = (1 << 16) - 2
 
 
 def exact_sum_(
@@ -51,8 +53,11 @@ def exact_sum_(
     """
     found = measured(summands, num_changes)
     if expected is not None:
-        counters = _counted(found, expected, num_summands)
-        if _Sum(into, summands, expected, num_summands, counters).made(shared, scratch):
+        counters = None
+        if shared is None or len(expected) <= _MOST_COUNTED:
+            counters = _counted(found, expected, num_summands)
+        is_worth_trying = counters is not None or are_as_expected(found, num_summands, expected)
+        if is_worth_trying and _Sum(into, summands, expected, num_summands, counters).made(shared, scratch):
             return list(expected)
     largest = largest_of_all(found.view(-1, len(into)))
     _Sum(into, summands, largest, num_summands, None).made(shared, scratch)

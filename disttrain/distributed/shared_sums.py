@@ -104,6 +104,7 @@ class SharedSums:
 
     def _next_places(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Where each rank writes so many numbers of the next piece, (ranks, size)."""
+        assert size * dtype.itemsize <= _PIECE
         while len(self._under_way) >= _MOST_BEGUN:
             self._finish_one()
         places = self._memory[:, self.num_begun % _NUM_PLACES, : size * dtype.itemsize].view(dtype)

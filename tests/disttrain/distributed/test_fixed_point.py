@@ -125,6 +125,11 @@ def test_what_is_not_finite_is_reported(bad: float) -> None:
     assert magnitudes(tensors) == [1.0, math.inf, ABSENT, ABSENT]
 
 
+def test_a_magnitude_has_no_sign() -> None:
+    zeros = [torch.zeros(3), torch.full((3,), -0.0), torch.zeros(3, dtype=torch.float64), torch.zeros(300_000)]
+    assert str(magnitudes(zeros)) == str([magnitudes([one])[0] for one in zeros]) == "[0.0, 0.0, 0.0, 0.0]"
+
+
 def _collectively(rank: int) -> tuple[list[float], list[torch.Tensor]]:
     mine = [torch.full((2,), 0.1 * (rank + 1)), None, None, torch.tensor([1.0])]
     if rank == 1:
@@ -230,3 +235,13 @@ def test_expected_or_not_every_number_of_ranks_gets_the_same_bits(case: str) -> 
     else:
         assert bounds == without_bounds
         assert bits(sums) == bits(without)
+
+
+def test_more_tensors_than_shared_memory_counts_at_once_are_summed() -> None:
+    def summed_in_shared_memory() -> list[float]:
+        into, ones = torch.zeros(66_000), torch.ones(66_000)
+        shared = shared_sums(torch.distributed.get_rank(), timedelta(minutes=4))
+        exact_sum_(into.split(1), [ones.split(1)], 2, shared=shared, expected=[8.0] * 66_000)
+        return into.unique().tolist()
+
+    assert run_workers(summed_in_shared_memory, 2) == [[2.0], [2.0]]
