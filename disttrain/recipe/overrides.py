@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import date, time
 from typing import Any
 
@@ -45,7 +45,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> tuple[
         key = RENAMED.get(key, key)
         value = text if wants_text(key) and not text.startswith(("'", '"')) else parse_value(text)
         if key == "optim.name":
-            _leave_options_behind(merged, value)
+            _leave_options_behind(merged, value, places)
         _set(merged, key, value)
         places[key] = f"-o {key}"
     return merged, places
@@ -63,11 +63,13 @@ def parse_value(text: str) -> Any:
     return text if len(parsed) > 1 or isinstance(value, date | time) else value
 
 
-def _leave_options_behind(mapping: dict[str, Any], name: Any) -> None:
-    """Options belong to their optimizer: naming another one keeps the learning rate and the groups alone."""
+def _leave_options_behind(mapping: dict[str, Any], name: Any, given: Container[str]) -> None:
+    """Options belong to their optimizer: naming another one drops the recipe's, but none that an override has given."""
     optim = mapping.get("optim", {})
     if isinstance(optim, dict) and optim.get("name", "sgd") != name:
-        mapping["optim"] = {key: value for key, value in optim.items() if key in OPTIONS_OF_ALL}
+        mapping["optim"] = {
+            key: value for key, value in optim.items() if key in OPTIONS_OF_ALL or f"optim.{key}" in given
+        }
 
 
 def _copy(mapping: dict[str, Any]) -> dict[str, Any]:
