@@ -13,7 +13,7 @@ from disttrain.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 INK = "#24292f"
 MUTED = "#6e7781"
@@ -23,6 +23,7 @@ ORANGE = "#d9622b"
 GREEN = "#3c8d5a"
 PURPLE = "#7a5ba6"
 _DPI = 150
+_TITLE = 11  # points
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -46,9 +47,12 @@ def tidy(axes: Axes, grid: str) -> None:
     axes.tick_params(axis="y" if grid == "y" else "x", length=0)
 
 
-def set_title(axes: Axes, text: str, pad: float = 10) -> None:
+def set_title(axes: Axes, text: str, pad: float = 10, *, room: float = 4.8) -> None:
+    """Write `text` above a panel, smaller than other titles where it is wider than `room`, in inches."""
+    width = text_width(axes.figure, [text], _TITLE, weight="bold")
+    size = _TITLE * min(1.0, room / width) if width else _TITLE
     # With `y` given, matplotlib does not measure all that is written around the panel to find a place for it.
-    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad, y=1.0)
+    axes.set_title(text, loc="left", fontsize=size, fontweight="bold", color=INK, pad=pad, y=1.0)
 
 
 def short_name(name: str) -> str:
@@ -92,11 +96,12 @@ def place(
     axes.yaxis.set_label_coords(-aside / width, 0.5)
 
 
-def text_width(figure: Figure, names: Iterable[str], size: float) -> float:
+def text_width(figure: Figure | SubFigure, names: Iterable[str], size: float, weight: str = "normal") -> float:
     """How wide the widest of them is, in inches."""
     from matplotlib.font_manager import FontProperties
 
-    renderer, font = figure.canvas.get_renderer(), FontProperties(size=size)  # type: ignore[attr-defined]  # Agg has one
+    font = FontProperties(size=size, weight=weight)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # Agg has one
     widths = [renderer.get_text_width_height_descent(name, font, ismath=False)[0] for name in names]
     return float(max(widths, default=0.0)) / figure.dpi
 

@@ -113,7 +113,8 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
     axes.set_xlabel("predicted class", color=MUTED, fontsize=9.5)
     axes.set_ylabel("true class", color=MUTED, fontsize=9.5)
     total, correct = sum(map(sum, matrix)), sum(matrix[i][i] for i in range(num))
-    set_title(axes, f"Confusion matrix: {correct:,} of {total:,} right ({100 * correct / max(total, 1):.1f} %)")
+    title = f"Confusion matrix: {correct:,} of {total:,} right ({100 * correct / max(total, 1):.1f} %)"
+    set_title(axes, title, room=side + right - 0.1)
     beside = figure.add_subplot()
     place(figure, beside, left + side + 0.12, bottom + 0.05 * side, 0.2, 0.9 * side, to_labels=(-0.75, 0.0))
     bar = figure.colorbar(image, cax=beside, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])

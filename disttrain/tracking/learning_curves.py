@@ -37,17 +37,17 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> Figure | None:
     figure = new_figure(5.6 * columns, 3.6 * rows + _BELOW)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.yaxis.set_major_formatter(lambda value, position: f"{value:.6g}".replace("-", "\N{MINUS SIGN}"))
+        axes.yaxis.set_major_formatter(lambda value, position: _short(value))
         panel(axes)
         tidy(axes, grid="y")
         if index >= len(panels) - columns:
             axes.set_xlabel("step", color=MUTED, fontsize=9.5)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(lambda value, position: _whole(value))
         axes.set_xlim(-0.02 * last, 1.02 * last)  # the same steps above each other
         for step in restarts:
             axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
-    lay_out(figure, rows, columns, left=0.68, right=0.12, bottom=0.3, top=0.42, below=_BELOW)
+    lay_out(figure, rows, columns, left=0.75, right=0.25, bottom=0.3, top=0.42, below=_BELOW)
     if restarts:
         figure.text(1, 0, "dotted: restart", ha="right", va="bottom", fontsize=7.5, color=MUTED)
     return figure
@@ -138,8 +138,21 @@ def _speed(axes: Axes, *, name: str, curve: Curve) -> None:
     steps, values = curve
     axes.plot(steps, values, color=GREEN, linewidth=1.8, marker="o" if len(values) <= 30 else "", markersize=3.5)
     axes.set_ylim(bottom=0, top=1.15 * max((value for value in values if math.isfinite(value)), default=1.0))
-    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, position: _whole(value))
     set_title(axes, _in_words(name))
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e7 else _short(value)
+
+
+def _short(value: float) -> str:
+    """A number beside an axis, where there is room for some nine characters."""
+    written = f"{value:.6g}"
+    if "e" in written:
+        digits, exponent = f"{value:.4g}".split("e")
+        written = f"{digits}e{int(exponent)}"
+    return written.replace("-", "\N{MINUS SIGN}")
 
 
 def _in_words(name: str) -> str:

@@ -207,7 +207,8 @@ def test_naming_another_optimizer_leaves_the_options_of_the_first_behind() -> No
 def test_options_given_before_the_optimizer_are_its_own() -> None:
     names = ["optim.name=adam", "optim.name=adagrad"]
     before, after = (load_recipe("digits", ["optim.eps=0.1", *names, *more]).optim for more in ([], ["optim.eps=0.1"]))
-    assert before == after and before.options == {"eps": 0.1}
+    assert before == after
+    assert before.options == {"eps": 0.1}
     for overrides in (["optim.momentum=0", "optim.name=adam"], ["optim.name=adam", "optim.momentum=0"]):
         assert "-o optim.momentum: is not an option of this optimizer" in refusal(*overrides)
 

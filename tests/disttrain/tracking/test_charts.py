@@ -54,6 +54,19 @@ def test_learning_curves_say_what_is_best() -> None:
     assert learning_curves([]) is None
 
 
+def test_what_is_written_around_a_panel_is_in_its_part_of_the_picture() -> None:
+    metrics = {"train/samples_per_second": 123456789.0, "eval/" + 12 * "a_long_name_": -1e-7, "train/loss": -2e6}
+    curves = learning_curves({"kind": "metrics", "step": step, "metrics": metrics} for step in (10**5, 10**6))
+    for figure, columns in ((curves, 2), (confusion_matrix([[6 * 10**8, 1], [2, 6 * 10**8]], ["a", "b"]), 1)):
+        assert figure is not None
+        figure.canvas.draw()
+        width = figure.bbox.width / columns
+        for index, axes in enumerate(figure.axes[: 3 if columns == 2 else 1]):
+            box, left = axes.get_tightbbox(), index % columns * width  # with all that is written around it
+            assert box is not None
+            assert left <= box.x0 < box.x1 <= left + width, texts(axes)
+
+
 def test_metrics_of_any_name_have_panels_of_their_own(run_dir: Path) -> None:
     journal = Journal(run_dir / "journal.jsonl")
     for step in (1, 2):
