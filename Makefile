@@ -38,7 +38,7 @@ format: $(STAMP)  ## format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(STAMP)  ## run the comparisons in turn and write docs/benchmarks.md (two hours; ARGS=--quick: 20 minutes; ARGS=--list names them)
+bench: $(STAMP)  ## run the comparisons in turn and write docs/benchmarks.md (two hours; ARGS=--quick: 40 minutes; ARGS=--list names them)
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt

@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ COMMON = (
 
 def train(recipe: str, overrides: list[str], run_dir: Path) -> dict[str, float]:
     """One run, in whatever world this process is; its last evaluation."""
-    return disttrain.train(recipe, overrides=overrides, run_dir=run_dir).metrics
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return disttrain.train(recipe, overrides=overrides, run_dir=run_dir).metrics
 
 
 def spread(values: list[float], form: str = ".4f") -> str:
@@ -56,7 +58,8 @@ def table(runs: list[dict[str, Any]], metric: str) -> list[str]:
         of_way = {run["seed"]: run["metrics"][metric] for run in runs if run["way"] == way}
         apart = [value - base[seed] for seed, value in of_way.items() if seed in base]
         difference = f", against {BASE} {spread(apart, '+.4f')}" if apart and way != BASE else ""
-        lines.append(f"{way}: {metric} {spread(list(of_way.values()))} of {len(of_way)} seeds{difference}")
+        seeds = f"{len(of_way)} seed{'s' * (len(of_way) > 1)}"
+        lines.append(f"{way}: {metric} {spread(list(of_way.values()))} of {seeds}{difference}")
     return lines
 
 

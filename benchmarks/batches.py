@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torchvision
+from bounds import end
 from PIL import Image
 from spread import quartiles
 from torch.utils.data import DataLoader, Dataset
@@ -108,7 +108,7 @@ def main() -> None:
     low, ratio, high = quartiles([ours / theirs for ours, theirs in found])
     bound = f"at least {LEAST:.0f}; {options.rounds} rounds"
     print(f"{'ratio':<26}{ratio:>10.1f}            ({low:.1f} to {high:.1f}), {bound}")
-    sys.exit(0 if ratio >= LEAST else 1)
+    end(ratio >= LEAST)
 
 
 if __name__ == "__main__":

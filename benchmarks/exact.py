@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from bounds import end
 from spread import quartiles
 
 from disttrain.data import StepBatch
@@ -188,7 +189,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}")
     good = compare_steps(options.rounds or 30) if options.what == "steps" else compare_resume(options.rounds or 5)
-    sys.exit(0 if good else 1)
+    end(good)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from bounds import end
 
 from disttrain_launch.prove.disturbed import DisturbedRun
 from disttrain_launch.prove.losses import Group, Loss, Losses, Pace
@@ -83,7 +84,7 @@ def main() -> None:
     started = time.monotonic()
     is_met = compare_losses(asked)
     print(f"{time.monotonic() - started:.0f} s")
-    sys.exit(0 if is_met else 1)
+    end(is_met)
 
 
 if __name__ == "__main__":

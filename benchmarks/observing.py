@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from bounds import end
 from here import here
 
 import disttrain
@@ -127,7 +128,7 @@ def main() -> None:
     share = sum(then.values()) / whole
     print(f"{'all together':<50}{share:>8.2%}, at most {MOST:.0%}, of {whole:.1f} s of processor time")
     print(f"MLflow's start, once: {once:.1f} s of processor time")
-    sys.exit(0 if share <= MOST else 1)
+    end(share <= MOST)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
+from bounds import end
 from spread import interval_of_median, quartiles
 from switched import BLOCK, COUNTS, RECORDS, is_on
 
@@ -207,7 +208,7 @@ def main() -> None:
         else:
             is_met &= compare(trained, asked)
     print(f"{time.monotonic() - began:.0f} s")
-    sys.exit(0 if is_met else 1)
+    end(is_met)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/run.py [NAME...] [--root DIR] [--into docs/benchmarks.md] [--quick] [--list]
 
-Without names every comparison runs, which takes two hours on two quiet cores, and with `--quick`, of fewer rounds each,
-about 20 minutes; `--list` shows their names. Those on
-CIFAR-10 need `--root`, the folder that holds cifar-10-batches-py. After each, its section of the page is replaced; the
-others stay as they are. A section says when, on what machine, with which versions and under which load it was measured.
+Without names every comparison runs, which takes about two hours on two quiet cores, and with `--quick`, of fewer rounds
+each, about 40 minutes; `--list` shows their names. Those on CIFAR-10 need `--root`, the folder that holds
+cifar-10-batches-py. After each, its section of the page is replaced; the others stay as they are, and so does the
+section of one that fails, is interrupted or cannot be measured here: the next one runs, and the end names it. A section
+says when, on what machine, with which versions, of which commit and under which load it was measured.
 """
 
 from __future__ import annotations
@@ -13,21 +14,28 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from bounds import MISSED
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
+MEASURED = ("disttrain", "launch", "benchmarks", "pyproject.toml")  # what a change of the source would be in
+LIMIT_S = 3600.0  # of one comparison; with --quick a third of it
 VERSIONS = ("torch", "torchvision", "mlflow", "lightning", "accelerate")
 INTRODUCTION = """# Benchmarks
 
 Written by `make bench` (`make bench ARGS="--root DIR"` with CIFAR-10; `make bench ARGS="step parts"` for some).
 What is compared takes turns within one run, so that a machine whose speed drifts does not favour one: look at the
-ratios. [results.md](results.md) has older measurements, with what was learned from them.
+ratios. Each section has its own date and commit. [results.md](results.md) has the bounds that the project sets itself,
+what the numbers mean, and what was learned on the way.
 """
 
 
@@ -45,10 +53,10 @@ class Comparison:
 COMPARISONS = {
     "start": Comparison("From the command to the first step", ("start.py",), ("--rounds", "3")),
     "end": Comparison("From the last step to the prompt", ("start.py", "--end"), ("--rounds", "2")),
-    "step": Comparison("A step against a loop by hand", ("step.py", "ratio"), ("--rounds", "40")),
+    "step": Comparison("A step against a loop by hand", ("step.py",), ("--rounds", "40")),
     "parts": Comparison(
         "Microseconds of a step's parts, with one worker and with two",
-        ("step.py", "parts", "--workers", "1,2"),
+        ("parts.py", "--workers", "1,2"),
         ("--rounds", "20"),
     ),
     "shared": Comparison(
@@ -56,7 +64,10 @@ COMPARISONS = {
     ),
     "batches": Comparison("Augmented batches against torchvision's transforms", ("batches.py",)),
     "cifar10": Comparison(
-        "The tutorial's job: peers and disttrain", ("cifar10/compare.py",), ("--rounds", "2"), needs_cifar10=True
+        "The tutorial's job: peers and disttrain",
+        ("cifar10/compare.py",),
+        ("--rounds", "3", "--rounds-of-peers", "1"),
+        needs_cifar10=True,
     ),
     "text": Comparison("Language modeling against a loop by hand", ("text_gpt.py",), ("--rounds", "12")),
     "exact": Comparison("Exact mode against fast mode", ("exact.py", "steps"), ("--rounds", "10")),
@@ -79,11 +90,24 @@ COMPARISONS = {
     "accuracy": Comparison(
         "What fewer bytes cost in accuracy",
         ("accuracy.py", "-o", "train.epochs=3", "-o", "optim.lr=0.01"),
-        ("--seeds", "0", "--ways", "every 50"),
+        ("--seeds", "0", "1", "--ways", "bf16", "every 50", "every 50, int8"),
         needs_cifar10=True,
     ),
     "harness": Comparison("The test harness", ("harness.py",), ("--tests", "5")),
 }
+
+
+def commit() -> str:
+    """Which one this is, and whether the source differs from it; nothing where this is no checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE.parent, check=True, capture_output=True, text=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", *MEASURED)
+        return f", commit {git('rev-parse', '--short', 'HEAD').strip()}{' with changes' if changed else ''}"
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def machine() -> str:
@@ -100,33 +124,93 @@ def machine() -> str:
         except PackageNotFoundError:
             continue
     load = f"load before {os.getloadavg()[0]:.1f}"
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({model}), {load}; {', '.join(packages)}."
+    day = time.strftime("%Y-%m-%d")
+    return f"{day}{commit()}, {os.cpu_count()} cores ({model}), {load}; {', '.join(packages)}."
 
 
-def section(name: str, root: Path | None, *, quick: bool = False) -> str:
-    """Run a comparison; its section of the page."""
+def printed_by(command: list[str], limit_s: float) -> tuple[str, int]:
+    """What a program prints, shown as it comes, and its exit code; whatever ends this one ends the program, too."""
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert program.stdout is not None
+    too_long = threading.Timer(limit_s, stop, [program])
+    too_long.start()
+    lines = []
+    try:
+        for line in program.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        return "".join(lines), program.wait()
+    finally:
+        too_long.cancel()
+        stop(program)
+
+
+def end_with_this_process() -> None:
+    """Have a SIGTERM end the program that runs, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def stop(program: subprocess.Popen[str]) -> None:
+    """End a program and what it started: with Ctrl-C, so that it can take down its machines, then less gently."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(program.pid, signum)
+            program.wait(timeout=20)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def section(name: str, root: Path | None, *, quick: bool = False) -> tuple[str, str]:
+    """Run a comparison: its section of the page, empty if there is none; and in a word what was wrong, if anything."""
     one = COMPARISONS[name]
     where = machine()
     options = [*one.words[1:], *(one.quick if quick else ())]
     arguments = ["--root", str(root)] if one.needs_cifar10 else []
     began = time.monotonic()
-    program = subprocess.run(
-        [sys.executable, str(HERE / one.words[0]), *options, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=None,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(HERE / one.words[0]), *options, *arguments]
+    limit_s = LIMIT_S / 3 if quick else LIMIT_S
+    printed, code = printed_by(command, limit_s)
     took = time.monotonic() - began
-    command = " ".join(["python", f"benchmarks/{one.words[0]}", *options, *(["--root DIR"] if arguments else [])])
-    end = "" if program.returncode == 0 else f" It ended with {program.returncode}: a bound was missed, or it failed."
-    return f"{one.title}\n\n{where}\n\n`{command}`, {took / 60:.0f} min.{end}\n\n```\n{program.stdout.rstrip()}\n```\n"
+    if took > limit_s:
+        return "", f"failed (not done after {limit_s / 60:.0f} min)"
+    if code not in (0, MISSED):
+        return "", f"failed (exit code {code})"
+    if printed.startswith("not measured"):
+        return "", "cannot be measured here"
+    words = [f"'{word}'" if " " in word else word for word in options]
+    command = ["python", f"benchmarks/{one.words[0]}", *words, *(["--root DIR"] if arguments else [])]
+    time_taken = f"{took / 60:.0f} min" if took > 120 else f"{took:.0f} s"
+    end = " A bound was missed." if code else ""
+    text = f"{one.title}\n\n{where}\n\n`{' '.join(command)}`, {time_taken}.{end}\n\n```\n{printed.rstrip()}\n```\n"
+    return text, "missed a bound" if code else ""
 
 
 def sections_of(page: Path) -> dict[str, str]:
     """The sections that a page has, by title."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     return {part.partition("\n")[0]: part.rstrip() + "\n" for part in text.split("\n## ")[1:]}
+
+
+def measure(options: argparse.Namespace, wrong: dict[str, str]) -> None:
+    """Run what was asked for, write the page after each, and note by name what was wrong."""
+    for name in options.names or COMPARISONS:
+        if COMPARISONS[name].needs_cifar10 and options.root is None:
+            wrong[name] = "left out, since --root was not given"
+            continue
+        print(f"{name}: {COMPARISONS[name].title}", flush=True)
+        text, what = section(name, options.root, quick=options.quick)
+        if what:
+            wrong[name] = what
+        if not text:
+            continue
+        known = sections_of(options.into) | {COMPARISONS[name].title: text}
+        titles = [one.title for one in COMPARISONS.values() if one.title in known]
+        page = "\n## ".join([INTRODUCTION, *(known[title] for title in titles)])
+        whole = options.into.with_name(f".{options.into.name}.new")
+        whole.write_text(page, encoding="utf-8")
+        whole.replace(options.into)
 
 
 def main() -> None:
@@ -145,17 +229,16 @@ def main() -> None:
     unknown = [name for name in options.names if name not in COMPARISONS]
     if unknown:
         parser.error(f"no comparison {unknown[0]!r}; there are {', '.join(COMPARISONS)}")
-    for name in options.names or COMPARISONS:
-        if COMPARISONS[name].needs_cifar10 and options.root is None:
-            print(f"{name}: left out, since --root was not given", flush=True)
-            continue
-        print(f"{name}: {COMPARISONS[name].title}", flush=True)
-        text = section(name, options.root, quick=options.quick)
-        print(text, flush=True)
-        known = sections_of(options.into) | {COMPARISONS[name].title: text}
-        titles = [one.title for one in COMPARISONS.values() if one.title in known]
-        page = "\n## ".join([INTRODUCTION, *(known[title] for title in titles)])
-        options.into.write_text(page, encoding="utf-8")
+    end_with_this_process()
+    wrong: dict[str, str] = {}
+    try:
+        measure(options, wrong)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {options.into} has the sections that were complete")
+    finally:
+        for name, what in wrong.items():
+            print(f"{name}: {what}", flush=True)
+    sys.exit(any(what.startswith("failed") for what in wrong.values()))
 
 
 if __name__ == "__main__":

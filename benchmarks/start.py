@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from bounds import end
 
 MOST, MOST_AT_THE_END_S = 1.3, 1.0
 IMPORT = "import torch, torchvision"
@@ -103,7 +104,7 @@ def main() -> None:
     sizes = [int(size) for size in options.workers.split(",")]
     print(f"{options.rounds} rounds: median (least to most)")
     compare = compare_ends if options.end else compare_starts
-    sys.exit(0 if compare(options.rounds, sizes) else 1)
+    end(compare(options.rounds, sizes))
 
 
 if __name__ == "__main__":
