@@ -19,13 +19,15 @@ from disttrain.distributed.verdicts import Verdict
 from disttrain.distributed.world import World, init_gloo, with_shared_sums
 
 _TO_CONNECT = timedelta(seconds=0.5)  # gloo tries five times, if a rank dies just then
+_MOST_DOUBLINGS = 4  # a network or a machine that is slower than this does not train either
 _LOOK_EVERY_S = 0.002
 
 
-def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
+def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool], num_failed: int = 0) -> World:
     """Form the process group that the `verdict` names; its workers must have left theirs, and every one must call it.
 
-    Rank 0 serves their store where the verdict says; they stay with the one that they have if it names no other. Raises
+    Rank 0 serves their store where the verdict says; they stay with the one that they have if it names no other. They
+    have longer to connect after `num_failed` groups that did not form although no worker had died. Raises
     RuntimeError if `unless` holds meanwhile, and MissingRanks if one does not come within the time that a step may
     take.
     """
@@ -39,17 +41,18 @@ def rejoin(world: World, verdict: Verdict, unless: Callable[[], bool]) -> World:
     shared, in_time = before.store, before.hang_timeout_s
     if shared is None or (host, port) != (before.host, before.port):
         shared = met_again(host, port, serves=rank == 0, timeout=before.timeout, hang_timeout_s=in_time, unless=unless)
+    to_connect = _TO_CONNECT * 2 ** min(num_failed, _MOST_DOUBLINGS)
     group = replace(before, store=shared, host=host, port=port, connections=Connections())
     store = PrefixStore(f"generation-{verdict.generation}", shared)
     _wait_for_all(store, rank, size, in_time, unless)
     # Torch numbers its groups, counts one that failed to form, too, and has ranks with other numbers wait for ever.
     dist.distributed_c10d._world.group_count = 0
     with group.connections.noted(group.port):
-        init_gloo(store, rank, size, _TO_CONNECT)
+        init_gloo(store, rank, size, to_connect)
     dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(group.timeout)
     local_rank, local_size = (rank, size) if verdict.local_rank is None else (verdict.local_rank, verdict.local_size)
     place = replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size, group=group)
-    return with_shared_sums(place, _TO_CONNECT)
+    return with_shared_sums(place, to_connect)
 
 
 def let_go(error: BaseException) -> None:

@@ -203,9 +203,10 @@ class Recovery:
         self._generation = verdict.generation
         job.progress.at("forming a new group of workers", job.step)
         self._monitor.saver.finish_copy()  # before the weights change
+        num_failed = sum(not one.lost_ranks and not one.num_new for one in self._unreported)  # although no worker had died
         try:
             with self.interrupting():
-                self._undo(rejoin(job.world, verdict, verdicts.have_come))
+                self._undo(rejoin(job.world, verdict, verdicts.have_come, num_failed))
                 reached("recovery: joined", step=job.step)
                 if self._watchdog is not None:
                     self._watchdog.resume(job.world)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch.distributed as dist
 
+from disttrain.distributed import regroup
+from disttrain.distributed.verdicts import Verdict
+from disttrain.distributed.world import _Group, join_world
 from disttrain.recipe import as_recipe
 from disttrain.training import recovery as module
 from disttrain.training.recovery import Recovery
@@ -55,6 +62,32 @@ def test_others_that_hang_in_the_step_in_which_one_was_killed_for_it_are_left_to
     assert not recovery._report_hung([1])
     job.step = 6
     assert recovery._report_hung([1])
+
+
+def test_after_a_group_that_did_not_form_though_all_are_there_the_next_has_longer_to_connect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Machines that are too slow for one would form none. After a loss it is as short as before."""
+    found: list[float] = []
+
+    def times_out(store: object, rank: int, size: int, to_connect: timedelta) -> None:
+        found.append(to_connect.total_seconds())
+        raise Failure("Timed out waiting for a connection")
+
+    monkeypatch.setattr(module, "report_ready", lambda **_: None)
+    monkeypatch.setattr(regroup, "init_gloo", times_out)
+    lost, again = Verdict(1, 0, 1, lost_ranks=(1,)), Verdict(1, 0, 1)
+    verdicts = iter([lost, lost, *[again] * 6, Verdict(1, None)])
+    others: Any = MagicMock()
+    with join_world("cpu", threads=1) as world:
+        alone = replace(world, group=_Group(dist.HashStore(), "", 0, timedelta(minutes=1), 60.0, 0))
+    job: Any = MagicMock(recipe=as_recipe({"name": "mine"}), world=alone, step=5)
+    recovery = Recovery(job, others, others, None)
+    recovery._is_ready = True
+    recovery._verdicts = MagicMock(wait=lambda timeout_s: next(verdicts) if timeout_s else None)
+    with pytest.raises(Failure):
+        recovery.survive(Failure("Connection closed by peer"))
+    assert found == [0.5, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
 
 
 class Mailbox:
