@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from disttrain.distributed import exact_sum
 from disttrain.distributed.collectives import num_issued
-from disttrain.health import watchdog
+from disttrain.health import finite, watchdog
 from disttrain.health.progress import Progress
+from disttrain.health.stacks import waits_for_others
 from disttrain.recipe import load_recipe
 from disttrain.testing import WorkerFailed, cluster, faults, hosts, workers
 from disttrain.testing.faults import Fault
@@ -141,6 +145,32 @@ def test_who_has_begun_fewer_collectives_holds_up_the_others() -> None:
     assert named(beats) == {1}
     assert named([beat(rank, issued=12, waits=rank != 1) for rank in range(3)]) == {1}, "where none is behind"
     assert named([beat(0, place=8, issued=12, waits=False), beat(1, issued=12, waits=True), beats[2]]) == {1, 2}
+
+
+@pytest.mark.parametrize("look", ["all_finite", "QuickCheck", "exact_sum_"])
+def test_a_rank_that_looks_at_a_number_of_its_gpu_waits_for_the_others(
+    look: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the GPU was given before comes first, other ranks' sums among it."""
+    seen: list[bool] = []
+
+    def looked(number: torch.Tensor) -> Any:
+        seen.append(waits_for_others(sys._getframe(1)))
+        return [1, 0, 0] if number.numel() > 1 else False
+
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    check = finite.QuickCheck.of([weight])
+    assert check is not None
+    looks: dict[str, Callable[[], bool | None]] = {
+        "all_finite": lambda: finite.all_finite([torch.ones(1)]),
+        "QuickCheck": check.all_finite,
+        "exact_sum_": lambda: exact_sum._are_as_expected(torch.ones(3)),
+    }
+    for name in ("item", "__bool__", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, looked)
+    assert looks[look]()
+    assert seen == [True]
 
 
 def test_where_a_rank_was_stuck_is_logged_also_if_the_others_continue_without_it(
