@@ -22,8 +22,8 @@ _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _NCCL_NVLS = "NCCL_NVLS_ENABLE"
 # What chooses among kernels, or among orders of summation; threads are a fact of their own.
 _VARIABLE = re.compile(
-    r"(?!.*(_NUM_THREADS|VERBOSE|CACHE_CAPACITY)$)"
-    r"((ONEDNN|DNNL|MKL|ATEN)_\w+|OMP_(DYNAMIC|SCHEDULE|THREAD_LIMIT)|NVIDIA_TF32_OVERRIDE"
+    r"(?!.*(_NUM_THREADS|_COMPILE_THREADS|VERBOSE|CACHE_CAPACITY|_CACHE|_DIR|_HOME|LOG\w*|_TIMEOUT\w*)$)"
+    r"((ONEDNN|DNNL|MKL|ATEN|TORCHINDUCTOR|TRITON)_\w+|OMP_(DYNAMIC|SCHEDULE|THREAD_LIMIT)|NVIDIA_TF32_OVERRIDE"
     r"|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)"
 )
 # Instructions that oneDNN, MKL and ATen have kernels for; the other flags come and go with the kernel and its patches.

@@ -155,13 +155,20 @@ def test_differences_in_what_the_bits_rest_on_are_told(tmp_path: Path, capsys: p
 def test_the_fingerprint_tells_processors_and_kernels_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """`ONEDNN_MAX_CPU_ISA=AVX2`, or a CPU without avx512_bf16, gives other bits; a key seen first is not reported."""
     cpu = torch.device("cpu")
-    for noise in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_VERBOSE"):  # they follow from the world, or say nothing
+    noises = (
+        "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_VERBOSE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_FX_GRAPH_CACHE",
+    )  # fmt: skip
+    for noise in noises:  # they follow from the world, or say nothing
         monkeypatch.setenv(noise, "1")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     before = environment_fingerprint(cpu)
     assert before["cpu"]
-    assert all(noise not in before["variables"] for noise in ("NUM_THREADS", "VERBOSE"))
-    for name, value in (("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "COMPATIBLE"), ("ATEN_CPU_CAPABILITY", "avx2")):
+    assert all(noise not in before["variables"] for noise in noises)
+    for name, value in (
+        ("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "COMPATIBLE"), ("ATEN_CPU_CAPABILITY", "avx2"),
+        ("TORCHINDUCTOR_FREEZING", "1"), ("TRITON_F32_DEFAULT", "tf32"),
+    ):  # fmt: skip
         monkeypatch.setenv(name, value)
         now = environment_fingerprint(cpu)
         assert differences(before, now) == [f"variables was without, now with {name}={value}"]
