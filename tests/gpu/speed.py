@@ -155,9 +155,9 @@ def a_step_against_one_by_hand() -> Answer:
         torch.backends.cudnn.benchmark = False
         print(name, found[name], flush=True)
     with join_world(DEVICE) as world:
-        for name, overrides in (("disttrain", ()), ("disttrain, compiled", ("train.compile=true",))):
-            if overrides and not HAS_GPU:
-                continue
+        layout = "train.channels_last=true"
+        ours = {"disttrain": (), "disttrain, channels-last, compiled": (layout, "train.compile=true")}
+        for name, overrides in (ours if HAS_GPU else {"disttrain, channels-last": (layout,)}).items():
             job, step = steps_of(world, *overrides)
             with exact_conditions(job.recipe):  # of fast mode: cuDNN's fastest kernels
                 found[name] = milliseconds(step)
