@@ -56,7 +56,7 @@ def reflected(images: torch.Tensor, padding: int) -> torch.Tensor:
 
 def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Mirror left to right, with probability one half. `images`: (B, C, H, W), `u`: (B,)."""
-    return _mirrored(images, u < 0.5)
+    return turned(images, mirrored_by_chance(u))
 
 
 def flip_alternately(images: torch.Tensor, u: torch.Tensor, epoch: int) -> torch.Tensor:
@@ -65,18 +65,27 @@ def flip_alternately(images: torch.Tensor, u: torch.Tensor, epoch: int) -> torch
     `images`: (B, C, H, W), `u`: (B,), the same in every epoch. So two epochs show both sides of every image, where
     chance shows half of them one side twice: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
     """
-    mirrored = (u < 0.5) == (epoch % 2 == 0)
-    return _mirrored(images, mirrored)
+    return turned(images, mirrored_alternately(u, epoch))
 
 
-def _mirrored(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+def mirrored_by_chance(u: torch.Tensor) -> torch.Tensor:
+    """Which images `flip` mirrors, (B,) bool."""
+    return u < 0.5
+
+
+def mirrored_alternately(u: torch.Tensor, epoch: int) -> torch.Tensor:
+    """Which images `flip_alternately` mirrors, (B,) bool."""
+    return u < 0.5 if epoch % 2 == 0 else u >= 0.5
+
+
+def turned(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """Left to right those of `which`, (B,) bool."""
     if _is_on_cpu(images):  # whole images are copied; `where` looks at each number: six times as long
-        turned, chosen = images.clone(memory_format=torch.contiguous_format), which.nonzero()[:, 0]
-        mirrored = images.index_select(0, chosen).flip(-1)
+        mirrored, chosen = images.clone(memory_format=torch.contiguous_format), which.nonzero()[:, 0]
+        of_chosen = images.index_select(0, chosen).flip(-1)
         # As bytes, in NumPy: PyTorch's assignment by index goes number by number as well.
-        turned.view(torch.uint8).numpy()[chosen.numpy()] = mirrored.contiguous().view(torch.uint8).numpy()
-        return turned
+        mirrored.view(torch.uint8).numpy()[chosen.numpy()] = of_chosen.contiguous().view(torch.uint8).numpy()
+        return mirrored
     return torch.where(which.view(-1, 1, 1, 1), images.flip(-1), images)
 
 

@@ -1,4 +1,4 @@
-"""Several batches prepared at once on a GPU: an augmentation is some forty small kernels, however few samples it is of.
+"""Several batches prepared at once on a GPU: an augmentation is some thirty kernels, however few samples it is of.
 
 What happens to a sample follows from the sample alone, so the batches have the same bits either way.
 """
@@ -20,8 +20,7 @@ _T = TypeVar("_T")
 _MOST_BYTES = 256 * 2**20
 _MOST_OF_A_GPU = 1 / 64
 _ALIGNMENT = 512
-"""Bytes that each allocation on a GPU begins at a multiple of. Kernels are chosen by it, so a batch within a bunch has
-to begin at one as well: else its bits could follow from where a run was resumed."""
+"""Bytes that each allocation on a GPU begins at a multiple of."""
 
 
 def samples_at_once(split: Split | SampleSet, task: Batching, device: torch.device, place: torch.device) -> int:
@@ -33,14 +32,21 @@ def samples_at_once(split: Split | SampleSet, task: Batching, device: torch.devi
     is_ours = type(task).prepare.__module__.startswith("disttrain.") and getattr(task, "prepares_alone", False)
     if not (is_ours and isinstance(split, MemorySplit) and later.is_asynchronous(device) and place == device):
         return 0
-    size = math.prod(split.sample_shape) * torch.float32.itemsize
-    return 0 if size % _ALIGNMENT else _most_bytes(device) // size
+    return _most_bytes(device) // (math.prod(split.sample_shape) * torch.float32.itemsize)
 
 
 def _most_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return _MOST_BYTES
     return min(_MOST_BYTES, int(torch.cuda.get_device_properties(device).total_memory * _MOST_OF_A_GPU))
+
+
+def as_on_its_own(batch: torch.Tensor) -> torch.Tensor:
+    """A batch within a bunch, copied unless it begins where memory of its own could.
+
+    Kernels are chosen by where it begins, so its bits could follow from where a run was resumed.
+    """
+    return batch.clone() if batch.storage_offset() * batch.element_size() % _ALIGNMENT else batch
 
 
 def in_bunches(items: Iterator[_T], most: int, size_of: Callable[[_T], int]) -> Iterator[list[_T]]:

@@ -11,7 +11,7 @@ import torch
 
 from disttrain import rng
 from disttrain.data.batching import Batching, Fetched, prepared_by
-from disttrain.data.bunches import in_bunches, samples_at_once
+from disttrain.data.bunches import as_on_its_own, in_bunches, samples_at_once
 from disttrain.data.dataset import SampleSet, Split
 from disttrain.data.reader import StreamReader, open_reader
 from disttrain.data.sampler import StepSampler
@@ -185,7 +185,7 @@ class Loader:
         split = [tensor.split(sizes) for tensor in prepared_by(draw, self._task, data, samples, training=True)]
         del data
         for *parts, size in zip(*split, sizes, strict=True):
-            yield Fetched(tuple(parts), size)
+            yield Fetched(tuple(map(as_on_its_own, parts)), size)
 
     def _pieces(self, epoch: int, step: int) -> list[_Piece]:
         if self._passes_of:

@@ -12,10 +12,19 @@ from torch import nn
 from torch.nn import functional
 
 from disttrain import rng
-from disttrain.data import Split, crop, cutout, flip, flip_alternately, labels_of, normalise, read_picture
-from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM
+from disttrain.data import Split, crop, cutout, labels_of, normalise, on_device, read_picture
+from disttrain.data.augment import (
+    CROP_COLUMNS,
+    CUTOUT_COLUMNS,
+    FLIP_COLUMN,
+    NUM_UNIFORM,
+    mirrored_alternately,
+    mirrored_by_chance,
+    turned,
+)
 from disttrain.data.dataset import SplitOutline
 from disttrain.data.mix import NUM_MIX, mix
+from disttrain.distributed import later
 from disttrain.errors import ConfigurationError
 from disttrain.recipe import Recipe
 from disttrain.task.base import Task
@@ -106,13 +115,7 @@ class ImageClassification(Task):
         if not training or not (self.crop_padding or self.flip or self.cutout or mixes):
             return self._normalised(images), labels
         u = draw(NUM_UNIFORM + NUM_MIX * mixes)
-        if self.crop_padding:
-            images = crop(images, self.crop_padding, u[:, CROP_COLUMNS], reflect=self.crop_reflects)
-        if self.flip == "alternate":
-            images = flip_alternately(images, *_first_side(draw))
-        elif self.flip:
-            images = flip(images, u[:, FLIP_COLUMN])
-        images = self._normalised(images)
+        images = self._moved_and_normalised(images, u, draw)
         if self.cutout:
             images = cutout(images, self.cutout, u[:, CUTOUT_COLUMNS])
         if mixes:
@@ -125,8 +128,30 @@ class ImageClassification(Task):
         """Whether what `prepare` makes of an image follows from nothing else in its batch."""
         return not (self.mixup > 0 or self.cutmix > 0)
 
+    def _moved_and_normalised(
+        self, images: torch.Tensor, u: torch.Tensor, draw: Callable[[int], torch.Tensor]
+    ) -> torch.Tensor:
+        """The images cropped, mirrored and normalised, by the sample's numbers `u` (B, NUM_UNIFORM)."""
+        mirrored = None
+        if self.flip == "alternate":
+            mirrored = mirrored_alternately(*_first_side(draw))
+        elif self.flip:
+            mirrored = mirrored_by_chance(u[:, FLIP_COLUMN])
+        padding, reflect, places = self.crop_padding, self.crop_reflects, u[:, CROP_COLUMNS]
+        if self.mean is not None and self.std is not None and later.is_asynchronous(images.device):
+            return on_device.shown(
+                images, self.mean, self.std, padding=padding, reflect=reflect, u=places, mirrored=mirrored
+            )
+        if padding:
+            images = crop(images, padding, places, reflect=reflect)
+        return self._normalised(images if mirrored is None else turned(images, mirrored))
+
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
-        return images if self.mean is None or self.std is None else normalise(images, self.mean, self.std)
+        if self.mean is None or self.std is None:
+            return images
+        if later.is_asynchronous(images.device):
+            return on_device.shown(images, self.mean, self.std)
+        return normalise(images, self.mean, self.std)
 
     def loss(self, model: nn.Module, batch: Images) -> torch.Tensor:
         """The summed cross-entropy, with class weights and the recipe's label smoothing."""

@@ -16,6 +16,7 @@ from tests.disttrain.data.loaders import eval_loader, image_task, train_loader
 
 NUM, BATCH, NUM_STEPS = 30, 8, 4
 EVERYTHING = DataRecipe(batch_size=BATCH, crop_padding=2, flip=True, cutout=3)
+FLIPPED = DataRecipe(batch_size=BATCH, flip=True)
 ALTERNATING = DataRecipe(batch_size=BATCH, crop_padding=2, crop_fill="reflect", flip="alternate")
 
 
@@ -48,15 +49,19 @@ class Sendings(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators; on a GPU all that is not a view is a kernel."""
+    """Counts operators, and those whose outcome has `large` numbers or more; on a GPU all but views are kernels."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.num = 0
+        self.num = self.num_large = 0
+        self._large = large
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num += not operator.is_view
-        return operator(*args, **(kwargs or {}))
+        answer = operator(*args, **(kwargs or {}))
+        if not operator.is_view and operator._schema.name != "aten::_unsafe_view":
+            self.num += 1
+            self.num_large += isinstance(answer, torch.Tensor) and answer.numel() >= self._large
+        return answer
 
 
 def split(height: int = 9, width: int = 7) -> MemorySplit:
@@ -65,7 +70,7 @@ def split(height: int = 9, width: int = 7) -> MemorySplit:
     return MemorySplit(images, torch.arange(NUM) % 3, ("a", "b", "c"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
 
 
-@pytest.mark.parametrize("recipe", [EVERYTHING, ALTERNATING])
+@pytest.mark.parametrize("recipe", [EVERYTHING, ALTERNATING, FLIPPED, DataRecipe(batch_size=BATCH)])
 def test_what_a_gpu_would_compute_has_the_same_bits(recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for is_asynchronous in (False, True):
@@ -110,17 +115,20 @@ def test_bytes_are_normalised_by_true_divisions() -> None:
 
 
 @pytest.mark.parametrize("recipe", [EVERYTHING, ALTERNATING])
-@pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("size", "accumulate", "side"), [(1, 1, 16), (2, 2, 16), (1, 1, 9)])
 def test_several_batches_are_prepared_at_once_to_the_same_bits(
-    recipe: DataRecipe, size: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
+    recipe: DataRecipe, size: int, accumulate: int, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from the second step on, as a resumed run has them, and with less than half of the kernels."""
+    """Also from the second step on, as a resumed run has them, and with less than half of the kernels.
+
+    Each begins where memory of its own does: kernels are chosen by it.
+    """
     found, num_operators = [], []
     monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
     for most_bytes in (0, bunches._MOST_BYTES):
         monkeypatch.setattr(bunches, "_MOST_BYTES", most_bytes)
         sampler = StepSampler(NUM, batch_size=BATCH, num_replicas=size, rank=size - 1)
-        loader = train_loader(split(16, 16), sampler, recipe, accumulate=accumulate)
+        loader = train_loader(split(side, 16), sampler, recipe, accumulate=accumulate)
         with Operators() as ran:
             steps = [step for epoch, start in ((0, 0), (1, 1)) for step in loader.epoch(epoch, start)]
         found.append([(*part.data, part.samples, torch.tensor(part.weight)) for step in steps for part in step.parts])
@@ -128,18 +136,39 @@ def test_several_batches_are_prepared_at_once_to_the_same_bits(
     for one, other in zip(*found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
         assert other[0].is_contiguous()
+        assert all(tensor.storage_offset() * tensor.element_size() % 512 == 0 for tensor in other[:2])
     assert num_operators[1] < num_operators[0] / (2 * accumulate)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "most", "most_large"),
+    [(EVERYTHING, 57, 5), (ALTERNATING, 59, 4), (DataRecipe(batch_size=BATCH), 8, 3)],
+)
+def test_an_epoch_takes_few_kernels_of_which_few_go_over_the_images(
+    recipe: DataRecipe, most: int, most_large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetched, gathered for crop and flip, looked up by two, cut out: all batches at once.
+
+    Of them a dozen make the order's samples and their places, and some twenty their uniform numbers; three copy labels.
+    """
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: device.type == "meta")
+    loader = train_loader(split(16, 16), StepSampler(NUM, batch_size=BATCH), recipe, device=torch.device("meta"))
+    list(loader.epoch(0))
+    with Operators(NUM * 3 * 16 * 16) as ran:
+        assert len(list(loader.epoch(0))) == NUM_STEPS
+    assert ran.num <= most
+    assert ran.num_large <= most_large
+
+
 def test_no_more_are_prepared_at_once_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each batch by itself where it would not begin where memory of its own does, or is mixed from its images."""
+    """And each batch by itself where it is mixed from its images."""
     monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
     image = 3 * 16 * 16 * 4
     mixed = ImageClassification(split(16, 16), Recipe(data=EVERYTHING), mixup=1.0)
     for (height, width), task, most_bytes, expected in (
         ((16, 16), None, 23 * image, [16, 14]),
         ((16, 16), None, 3 * image, [8, 8, 8, 6]),
-        ((9, 7), None, 2**20, [8, 8, 8, 6]),
+        ((9, 7), None, 2**20, [30]),
         ((16, 16), mixed, 2**20, [8, 8, 8, 6]),
     ):
         monkeypatch.setattr(bunches, "_MOST_BYTES", most_bytes)
