@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from disttrain.distributed import later
 from disttrain.distributed.foreach import copy_all_
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, where
 from disttrain.recipe import Recipe, TrainRecipe
 
 # Where inductor (C++, for CPUs) and Triton (C, for GPUs) look for a compiler: a variable, else these names.
@@ -56,7 +56,7 @@ def compiled_for_each_shape(recipe: Recipe) -> Iterator[None]:
     """In exact mode, have a compiled model stay compiled while the block runs, whatever a worker has met before.
 
     torch gives a function up that it has compiled eight times, and computes the next shape by other kernels; here it
-    takes more, and raises in place of that.
+    takes more, and raises in place of that; ConfigurationError, for what a task or a model compiles itself, too.
     """
     if not (recipe.parallel.exact and recipe.train.compile):
         yield
@@ -65,7 +65,17 @@ def compiled_for_each_shape(recipe: Recipe) -> Iterator[None]:
 
     limits = {"recompile_limit": _MOST_KERNELS, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(limits):
-        yield
+        try:
+            yield
+        except Exception as error:
+            hit = error if _is_limit_hit(error) else error.__cause__
+            if hit is None or not _is_limit_hit(hit):
+                raise
+            raise ConfigurationError(
+                f"a function that the task or the model compiles itself ({where(hit)}) was compiled {_MOST_KERNELS} "
+                "times and would be again, as one that takes numbers or tensors of many sizes. In exact mode it has to "
+                "stay compiled: leave it as it is (without torch.compile), or set parallel.exact = false."
+            ) from error
 
 
 def facts_of_compiler(settings: TrainRecipe, device: torch.device) -> dict[str, str]:
@@ -128,7 +138,7 @@ def _naming_too_many_kernels(call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            if type(error).__name__ != "FailOnRecompileLimitHit":  # of a module that may not be imported
+            if not _is_limit_hit(error):
                 raise
             raise ConfigurationError(
                 f"train.compile = true: the model was compiled {_MOST_KERNELS} times and would be again, as one that "
@@ -137,6 +147,10 @@ def _naming_too_many_kernels(call: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return answer
+
+
+def _is_limit_hit(error: BaseException) -> bool:
+    return type(error).__name__ == "FailOnRecompileLimitHit"  # of a module that may not be imported
 
 
 def _refuse_without_compiler(device_type: str) -> None:

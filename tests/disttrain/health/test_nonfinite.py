@@ -12,6 +12,7 @@ from torch import nn
 
 import disttrain
 from disttrain.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
+from disttrain.distributed import later
 from disttrain.errors import DivergedError
 from disttrain.health import finite
 from disttrain.health.finite import QuickCheck, all_finite
@@ -328,6 +329,32 @@ def test_all_finite_looks_at_every_kind_of_number_and_changes_none(
             injured = [tensor.clone() for tensor in tensors]
             injured[index][0] = bad
             assert not all_finite(injured)
+
+
+def test_buffers_of_several_types_are_copied_on_a_gpu_by_a_call_for_each_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of several types is copied there tensor by tensor: three of each BatchNorm."""
+    calls: list[set[torch.dtype]] = []
+    copy = torch._foreach_copy_
+
+    def noted(into: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        calls.append({one.dtype for one in (*into, *values)})
+        copy(into, values)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", noted)
+    monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    before = [buffer.clone() for buffer in model.buffers()]
+    copies = BufferCopies(model)
+    for is_bad in (0.0, 1.0):
+        copies.take()  # the first time there is nothing to copy into
+        calls.clear()
+        copies.take()
+        model(torch.tensor([[1.0, 2.0, 3.0], [3.0, 5.0, 7.0]]))
+        assert copies.restore_if(torch.tensor(is_bad))
+        assert sorted(map(str, calls)) == ["{torch.float32}"] * 2 + ["{torch.int64}"] * 2
+        after = list(model.buffers())
+        assert all(torch.equal(*pair) for pair in zip(after, before, strict=True)) is (is_bad == 1)
+        before = [buffer.clone() for buffer in after]
 
 
 def test_buffers_are_put_back_whatever_became_of_them() -> None:

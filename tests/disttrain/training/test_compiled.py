@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from disttrain.distributed import later
 from disttrain.distributed.world import join_world
-from disttrain.errors import ConfigurationError
+from disttrain.errors import ConfigurationError, failures_named_at
 from disttrain.recipe import load_recipe
 from disttrain.training import compiled, loop
 from disttrain.training.audit import Corruption
@@ -259,6 +259,19 @@ def test_in_exact_mode_a_model_stays_compiled_for_more_shapes_than_torch_takes(
         compute([14], "parallel.exact=true")
     assert len(made) == 12
     compute([14])  # torch's own way
+
+    @torch.compile(backend=backend, dynamic=False)
+    def doubled(numbers: torch.Tensor) -> torch.Tensor:
+        return 2 * numbers
+
+    def compute_its_own() -> None:
+        exact = load_recipe("digits", ["train.compile=true", "parallel.exact=true"])
+        with compiled_for_each_shape(exact), failures_named_at("Task.loss", " at step 3"):
+            for size in range(2, 15):
+                doubled(torch.ones(size))
+
+    with pytest.raises(ConfigurationError, match=r"compiles itself \(.*test_compiled.py:\d+\) was compiled 12 times"):
+        compute_its_own()
 
 
 def test_all_slices_sizes_are_known_to_each_worker() -> None:
