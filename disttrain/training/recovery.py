@@ -203,7 +203,8 @@ class Recovery:
         self._generation = verdict.generation
         job.progress.at("forming a new group of workers", job.step)
         self._monitor.saver.finish_copy()  # before the weights change
-        num_failed = sum(not one.lost_ranks and not one.num_new for one in self._unreported)  # although no worker had died
+        # Groups that broke although no worker had died.
+        num_failed = sum(not one.lost_ranks and not one.num_new for one in self._unreported)
         try:
             with self.interrupting():
                 self._undo(rejoin(job.world, verdict, verdicts.have_come, num_failed))
