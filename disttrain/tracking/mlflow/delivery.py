@@ -78,6 +78,11 @@ class Delivery:
         self._seems_running = self._draws_last = False
         self._state = state_for(run_dir, redact(uri), experiment)
 
+    @property
+    def offset(self) -> int:
+        """How many bytes of the journal MLflow has."""
+        return self._state.offset
+
     def deliver(self, *, charts: bool = True) -> None:
         """Send what the journal holds by now, and `charts`. Raises OutageError; what was sent until then counts."""
         journal = self.run_dir / JOURNAL
@@ -143,7 +148,8 @@ class Delivery:
         experiment_id = self._find_experiment(client)
         job = next((record.get("job") for record in read_journal(self.run_dir / JOURNAL)), None) or self._run_name
         # A run may exist although mlflow.json has no record of it: we may have been killed between the two.
-        runs = client.search_runs([experiment_id], f"tags.`{JOB_TAG}` = '{_quote(str(job))}'", max_results=1)
+        tag = str(job).replace("'", "")
+        runs = client.search_runs([experiment_id], f"tags.`{JOB_TAG}` = '{tag}'", max_results=1)
         run = runs[0] if runs else self._create_run(client, experiment_id, str(job))
         self._state = type(self._state)(
             uri=redact(self.uri), experiment=self._experiment, experiment_id=experiment_id, run_id=run.info.run_id
@@ -184,7 +190,7 @@ class Delivery:
     def _deliver_chunk(self, client: MlflowClient, records: Sequence[dict[str, Any]]) -> None:
         entities: list[Entity] = []
         for record in records:
-            match record:
+            match record:  # events stay in the journal
                 case {"kind": "metrics", "step": int(step), "metrics": dict(metrics)}:
                     self._draws_last = False
                     when = _milliseconds(record.get("time"))
@@ -203,8 +209,6 @@ class Delivery:
                 case {"kind": "charts"}:
                     self._draws_last = True  # of all metrics there are, unless more of them come
                     self._ask_for_charts()
-                case _:  # events stay in the journal
-                    pass
         for kind, limit in ((Param, MAX_PARAMS), (RunTag, MAX_TAGS), (Metric, MAX_METRICS)):
             batch = [entity for entity in entities if isinstance(entity, kind)]
             for begin in range(0, len(batch), limit):
@@ -294,7 +298,3 @@ class Delivery:
 def _milliseconds(seconds: Any) -> int:
     known = isinstance(seconds, (int, float)) and 0 <= seconds < 2**40
     return round((seconds if known else time.time()) * 1000)
-
-
-def _quote(text: str) -> str:
-    return text.replace("'", "")

@@ -9,6 +9,7 @@ output carries one JSON object per line: {"warning": text}, {"outage": reason} w
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -23,77 +24,22 @@ from disttrain.layout import JOURNAL
 from disttrain.runs.redact import redact
 from disttrain.tracking.mlflow.chart_process import ChartProcess
 from disttrain.tracking.mlflow.database import is_database
+from disttrain.tracking.mlflow.orders import Orders
 from disttrain.tracking.mlflow.outage import OutageError
 
 if TYPE_CHECKING:
     from disttrain.tracking.mlflow.delivery import Delivery
 
 LOCK_FILE = ".mlflow.lock"
-_INTERVAL_S = 5.0  # between two looks at the journal
-_LOOK_EVERY_S = 1.0  # whether the training process is still there
+_INTERVAL_S = 5.0  # between two deliveries
+_MUCH_BYTES = 16384  # of the journal: 40 ms of MLflow's work, which at the end somebody would wait for
+_LOOK_EVERY_S = 0.5  # whether the training process is still there, and how much it has written
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
-_LAST_WORDS_S = 3.0  # how long a sender may still take after its training process was killed
 # Pauses between the attempts at the end. A server that is down is asked twice; a database in a file may only be busy,
 # as when several runs begin or end together.
 _PAUSES_AT_THE_END_S = (0.5, 1.0, 2.0, 4.0, 4.0)
 _NICENESS = 10
-
-
-class Orders:
-    """What the training process wants, read by a thread of its own so that no slow request hides it."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.deadline: float | None = None  # by time.monotonic(); set when it is time to finish
-        self.abandoned = False
-        self._hurry, self._end = threading.Event(), threading.Event()
-        self._parent = os.getppid()
-        self._stream = stream
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    @property
-    def over(self) -> bool:
-        return self.deadline is not None
-
-    @property
-    def hurried(self) -> bool:
-        """Whether training has ended."""
-        return self._hurry.is_set()
-
-    def wait_beside_training(self, timeout_s: float) -> None:
-        """Return after `timeout_s`, or at once when training has ended."""
-        self._wait(self._hurry, timeout_s)
-
-    def wait(self, timeout_s: float) -> None:
-        """Return after `timeout_s`, or at once when it is time to finish."""
-        self._wait(self._end, timeout_s)
-
-    def _wait(self, event: threading.Event, timeout_s: float) -> None:
-        event.wait(timeout_s)
-        if os.getppid() != self._parent:
-            # The pipe's end may live on in a process that was forked off the training process.
-            self._abandon()
-
-    def _listen(self) -> None:
-        for line in self._stream:
-            word, _, seconds = line.strip().partition(" ")
-            if word == "hurry":
-                self._hurry.set()
-            if word == "finish":
-                self._finish(float(seconds))
-                return
-        self._abandon()
-
-    def _finish(self, patience_s: float) -> None:
-        self.deadline = time.monotonic() + patience_s
-        self._hurry.set()
-        self._end.set()
-
-    def _abandon(self) -> None:
-        if not self.over:
-            self.abandoned = True
-            self._finish(_LAST_WORDS_S)
-            threading.Timer(_LAST_WORDS_S, os._exit, (1,)).start()
 
 
 class Sender:
@@ -154,13 +100,27 @@ class Sender:
             if is_first and not self._orders.hurried:
                 self._charts.prepare()
                 _give_way()
+                _prepare()
             is_first = False
             if delivered:
                 backoff_s = _FIRST_BACKOFF_S
-                self._orders.wait_beside_training(_INTERVAL_S)
+                self._wait_for_more()
             else:
                 self._orders.wait_beside_training(backoff_s)
                 backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+
+    def _wait_for_more(self) -> None:
+        until = time.monotonic() + _INTERVAL_S
+        while not self._orders.hurried and (left := until - time.monotonic()) > 0:
+            self._orders.wait_beside_training(min(left, _LOOK_EVERY_S))
+            if self._num_bytes_left() >= _MUCH_BYTES:
+                return
+
+    def _num_bytes_left(self) -> int:
+        """How much of the journal MLflow does not have."""
+        with contextlib.suppress(OSError):
+            return self._journal.stat().st_size - self._delivery.offset
+        return 0
 
     def _attempt(self) -> bool:
         self._sync()
@@ -199,6 +159,15 @@ def _give_way() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         os.nice(max(0, _NICENESS - os.nice(0)))
+
+
+def _prepare() -> None:
+    """Have ready what sending a model and many rows takes: at the end somebody waits for it."""
+    import mlflow.pyfunc  # noqa: F401  # it is loaded when used, a tenth of a second
+
+    from disttrain.tracking.mlflow import model  # noqa: F401
+
+    gc.freeze()  # else what was imported is looked through for every few hundred rows, a fifth of their time
 
 
 class Voice:
@@ -281,7 +250,3 @@ def _send(settings: dict[str, str], run_dir: Path, orders: Orders, voice: Voice,
         charts.drawn,
     )
     Sender(delivery, orders, voice, run_dir, charts).run()
-
-
-if __name__ == "__main__":
-    main()

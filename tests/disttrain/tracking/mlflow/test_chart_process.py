@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,3 +91,24 @@ def test_a_run_that_was_killed_is_marked_before_anybody_draws_what_it_owes(tmp_p
     marked = [call.mark_killed()] if is_killed else []
     assert delivery.mock_calls == [call.deliver(charts=not is_killed), *marked]
     assert charts.mock_calls == []
+
+
+@pytest.mark.parametrize("num_bytes", [100, 100_000])
+def test_a_journal_that_grows_fast_is_sent_more_often(tmp_path: Path, num_bytes: int) -> None:
+    """What is left of it when training ends would be waited for."""
+    (tmp_path / "journal.jsonl").write_bytes(b"x" * num_bytes)
+    delivery, done = Mock(uri="http://127.0.0.1:9", offset=0), list[str]()
+    orders: Any = SimpleNamespace(over=False, hurried=False, abandoned=False, wait=Mock())
+
+    def deliver(*, charts: bool) -> None:
+        done.append("sent")
+        orders.over = orders.hurried = len(done) == 3
+
+    def wait(timeout_s: float) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            done.append("waited")
+            orders.over = orders.hurried = len(done) == 3
+
+    delivery.deliver.side_effect, orders.wait_beside_training = deliver, wait
+    sender_process.Sender(delivery, orders, Mock(), tmp_path, Mock()).run()
+    assert done[:3] == (["sent", "waited", "sent"] if num_bytes > 10_000 else ["sent", "waited", "waited"])
