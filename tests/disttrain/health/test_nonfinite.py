@@ -34,7 +34,6 @@ BASE = (
     "train.eval_batch_size=8",
     "train.threads=1",
     "train.device=cpu",
-    "optim.momentum=0.9",
     "checkpoint.every_steps=1",
     "checkpoint.keep_last=99",
     "tracking.uri=none",

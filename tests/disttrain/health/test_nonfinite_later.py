@@ -49,6 +49,21 @@ def recorded(run_dir: Path) -> list[Any]:
     return found
 
 
+def state_of_both(folder: Path) -> dict[str, Any]:
+    """The newest state of the runs "at once" and "later", which have the same weights, counters and records."""
+    runs = folder / "at once", folder / "later"
+    one, other = (read_checkpoint(CheckpointStore(run / "checkpoints").paths()[-1]) for run in runs)
+    assert weights_sha256(one.model) == weights_sha256(other.model)
+    assert one.optimizer.keys() == other.optimizer.keys()
+    for name, tensor in one.optimizer.items():
+        there = other.optimizer[name]
+        assert torch.allclose(tensor, there) if name.startswith("ema.") else tensor.equal(there), name
+    for key in ("step", "scaler", "non_finite"):
+        assert one.state.get(key) == other.state.get(key), key
+    assert recorded(runs[0]) == recorded(runs[1])
+    return one.state
+
+
 def on(num_workers: int, function: Callable[..., Any], *args: Any) -> Any:
     """What the first of so many workers returns; one is this process."""
     return function(*args) if num_workers == 1 else run_workers(function, 2, args=args, process_group=False)[0]
@@ -64,15 +79,7 @@ def test_the_same_steps_are_left_out(tmp_path: Path, num_workers: int, options: 
     on(num_workers, job, tmp_path / "at once", bad, *settings)
     _, num_later = on(num_workers, as_on_a_gpu, job, tmp_path / "later", bad, *settings)
     assert num_later == NUM_STEPS, "no step was waited for"
-    one, other = (read_checkpoint(CheckpointStore(tmp_path / run / "checkpoints").paths()[-1])
-                  for run in ("at once", "later"))  # fmt: skip
-    assert weights_sha256(one.model) == weights_sha256(other.model)
-    for name, tensor in one.optimizer.items():
-        there = other.optimizer[name]
-        assert torch.allclose(tensor, there) if name.startswith("ema.") else tensor.equal(there), name
-    assert one.state["non_finite"] == other.state["non_finite"]
-    assert one.state["non_finite"]["total"] >= 3
-    assert recorded(tmp_path / "at once") == recorded(tmp_path / "later")
+    assert state_of_both(tmp_path)["non_finite"]["total"] >= 3
     facts = [[{key: event[key] for key in ("step", "epoch", "policy", "rank", "samples", "in_a_row", "total")}
               for event in events(tmp_path / run, "non-finite")] for run in ("at once", "later")]  # fmt: skip
     assert facts[0] == facts[1]
@@ -98,14 +105,7 @@ def test_muon_leaves_out_the_same_steps_on_the_device(tmp_path: Path, other: str
     without_leaving_out(job, tmp_path / "at once", bad, *settings)
     _, num_later = as_on_a_gpu(job, tmp_path / "later", bad, *settings)
     assert num_later == NUM_STEPS, "no step was waited for"
-    one, other_one = (
-        read_checkpoint(CheckpointStore(tmp_path / run / "checkpoints").paths()[-1]) for run in ("at once", "later")
-    )
-    assert one.state["non_finite"]["total"] >= 3
-    assert one.state["non_finite"] == other_one.state["non_finite"]
-    assert weights_sha256(one.model) == weights_sha256(other_one.model)
-    assert weights_sha256(one.optimizer) == weights_sha256(other_one.optimizer)
-    assert recorded(tmp_path / "at once") == recorded(tmp_path / "later")
+    assert state_of_both(tmp_path)["non_finite"]["total"] >= 3
 
 
 @pytest.mark.parametrize(
@@ -160,16 +160,8 @@ def test_an_overflow_in_fp16_is_told_from_a_bad_loss_on_the_device(
     said_later, num_later = on(num_workers, as_on_a_gpu, scaled_by, initial, tmp_path / "later", bad, *settings)
     assert num_later >= (NUM_STEPS if policy == "skip" else 2), "no step was waited for"
     assert said_later == message.replace("/at once/", "/later/")
-    one, other = (read_checkpoint(CheckpointStore(tmp_path / run / "checkpoints").paths()[-1])
-                  for run in ("at once", "later"))  # fmt: skip
-    assert weights_sha256(one.model) == weights_sha256(other.model)
-    for name, tensor in one.optimizer.items():
-        there = other.optimizer[name]
-        assert torch.allclose(tensor, there) if name.startswith("ema.") else tensor.equal(there), name
-    for key in ("step", "scaler", "non_finite"):
-        assert one.state[key] == other.state[key], key
-    assert one.state["scaler"]["scale"] < initial, "the test shows nothing: no step has overflowed"
-    assert recorded(tmp_path / "at once") == recorded(tmp_path / "later")
+    scale = state_of_both(tmp_path)["scaler"]["scale"]
+    assert scale < initial, "the test shows nothing: no step has overflowed"
     found = [
         [(one["step"], one["rank"], one["samples"], one["in_a_row"]) for one in events(tmp_path / run, "non-finite")]
         for run in ("at once", "later")

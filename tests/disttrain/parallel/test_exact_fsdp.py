@@ -65,7 +65,6 @@ ODD = (
     "data.batch_size=11",
     "optim.name=sgd",
     "optim.lr=0.1",
-    "optim.momentum=0.9",
     "train.epochs=2",
     "train.eval_batch_size=3",
     "train.log_every_steps=1",

@@ -44,9 +44,9 @@ class TestInAClass:
 def test_a_seed_draws_other_examples(pytester: pytest.Pytester) -> None:
     body = """
 @pytest.mark.distributed(world_size=1)
-@given(number=st.integers(0, 10**9))
-def test_drawn(number):
-    assert number < 1000
+@given(numbers=st.lists(st.integers(0, 10**9), min_size=9, max_size=9))
+def test_drawn(numbers):
+    assert sum(numbers) < 1000
 """
     shown = []
     for options in ((), (), ("--hypothesis-seed=1",)):

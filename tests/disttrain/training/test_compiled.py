@@ -152,14 +152,20 @@ def trained(*overrides: str) -> tuple[torch.Tensor, dict[str, float]]:
     return job.model.get_parameter("weight").detach().clone(), evaluation.metrics
 
 
-def test_what_cuda_graphs_write_over_is_copied_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU passes for a GPU: gradients that others are added to, and the scores of an image's two views."""
+def compile_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Have models that are compiled be as they are, with no compiler needed."""
 
     def as_it_is(model: Any, **options: Any) -> None:
         model._compiled_call_impl = model._call_impl
 
-    monkeypatch.setattr(nn.Module, "compile", as_it_is)
-    monkeypatch.setenv("CXX", sys.executable)
+    patch.setattr(nn.Module, "compile", as_it_is)
+    patch.setenv("CXX", sys.executable)
+
+
+def test_what_cuda_graphs_write_over_is_copied_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU passes for a GPU: gradients that others are added to, and the scores of an image's two views."""
+
+    compile_nothing(monkeypatch)
     monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
     whole, of_whole = trained("train.compile_mode=max-autotune")
     parts, of_parts = trained("train.compile_mode=max-autotune", "train.accumulate=4")
@@ -179,12 +185,8 @@ def test_in_exact_mode_each_slices_gradients_outlive_the_graphs_of_the_next(
 ) -> None:
     """To the bits of a model that is not compiled, since nothing is, in truth; and so does a slice that is audited."""
 
-    def as_it_is(model: Any, **options: Any) -> None:
-        model._compiled_call_impl = model._call_impl
-
     exact = ("parallel.exact=true", "parallel.slices=4", also)
-    monkeypatch.setattr(nn.Module, "compile", as_it_is)
-    monkeypatch.setenv("CXX", sys.executable)
+    compile_nothing(monkeypatch)
     with monkeypatch.context() as without_graphs:
         without_graphs.setattr(InOnePlace, "apply", torch.Tensor.clone)
         plain, _ = trained(*exact)
@@ -215,11 +217,7 @@ class Counting(Replayed):
 
 
 def test_what_is_not_exact_is_found_though_graphs_write_to_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_it_is(model: Any, **options: Any) -> None:
-        model._compiled_call_impl = model._call_impl
-
-    monkeypatch.setattr(nn.Module, "compile", as_it_is)
-    monkeypatch.setenv("CXX", sys.executable)
+    compile_nothing(monkeypatch)
     monkeypatch.setattr(later, "is_asynchronous", lambda device: True)
     recipe = load_recipe("digits", [*SMALL, "train.compile=true", "train.compile_mode=reduce-overhead"])
     for model, message in ((Replayed(), None), (Counting(), "the model gives another result for 'weight'")):
