@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +134,47 @@ def test_a_save_takes_one_copy_and_the_next_the_same_one(tmp_path: Path) -> None
         ((first, second),) = group.run(peaks_of_two_saves, tmp_path, size // 4)
     assert first < 1.25 * size
     assert second < 0.25 * size
+
+
+def test_a_gpu_copies_on_a_stream_of_its_own_and_waits_only_for_what_may_change_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The order of what it is given, noted by streams and tensors that are made up."""
+    noted: list[str] = []
+
+    class Stream:
+        device = None
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            noted.append(f"{self.name} waits for {other.name}")
+
+        def __str__(self) -> str:
+            return self.name
+
+    def event() -> Any:
+        return SimpleNamespace(
+            record=lambda stream: noted.append(f"mark on {stream}"), synchronize=lambda: noted.append("host waits")
+        )
+
+    def pair(name: str) -> Any:
+        copy = SimpleNamespace(copy_=lambda original, non_blocking: noted.append(f"copy {name}"))
+        original = SimpleNamespace(device=None, record_stream=lambda stream: noted.append(f"keep {name} for {stream}"))
+        return copy, original
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    snapshot = Snapshot()
+    snapshot._copy_on_gpu([pair("buffer")], [pair("weight")])
+    snapshot.copy_the_rest()
+    assert noted == [
+        "side waits for main", "copy buffer", "keep buffer for side", "main waits for side",
+        "copy weight", "keep weight for side", "mark on side", "host waits",
+    ]  # fmt: skip
 
 
 class Clipping(nn.Linear):
