@@ -55,18 +55,18 @@ def exact_sum_(
     if expected is not None:
         counters = None
         if shared is None or len(expected) <= _MOST_COUNTED:
-            counters = _counted(found, expected, num_summands)
+            counters = counted(found, expected, num_summands)
         is_worth_trying = counters is not None or are_as_expected(found, num_summands, expected)
-        if is_worth_trying and _Sum(into, summands, expected, num_summands, counters).made(shared, scratch):
+        if is_worth_trying and SumInRuns(into, summands, expected, num_summands, counters).made(shared, scratch):
             return list(expected)
     largest = largest_of_all(found.view(-1, len(into)))
-    _Sum(into, summands, largest, num_summands, None).made(shared, scratch)
+    SumInRuns(into, summands, largest, num_summands, None).made(shared, scratch)
     return largest
 
 
 def are_as_expected(found: torch.Tensor, num_summands: int, expected: Sequence[float]) -> bool:
     """Whether `exact_sum_` would sum on the grids of the `expected` bounds; `found` is what `measured` gives."""
-    return _are_as_expected(sum_(_counted(found, expected, num_summands)))
+    return holds(sum_(counted(found, expected, num_summands)))
 
 
 def largest_of_all(found: torch.Tensor) -> list[float]:
@@ -76,7 +76,7 @@ def largest_of_all(found: torch.Tensor) -> list[float]:
     return largest
 
 
-def _counted(found: torch.Tensor, expected: Sequence[float], num_summands: int) -> torch.Tensor:
+def counted(found: torch.Tensor, expected: Sequence[float], num_summands: int) -> torch.Tensor:
     """What, added up over all ranks, shows whether the expectation holds: the number of lists, and surprises, int64."""
     counters = torch.empty(len(expected) + 2, dtype=torch.int64, device=found.device)
     counters[0] = len(found)
@@ -84,12 +84,13 @@ def _counted(found: torch.Tensor, expected: Sequence[float], num_summands: int) 
     return counters
 
 
-def _are_as_expected(counters: torch.Tensor) -> bool:
+def holds(counters: torch.Tensor) -> bool:
+    """Whether the expectation does, from what is `counted`, added up over all ranks."""
     num_lists, exceeding, *faint = counters.tolist()
     return not exceeding and num_lists not in faint
 
 
-class _Sum:
+class SumInRuns:
     """A sum that is made run by run. Before the integers of the first one come `counters`, if there are any."""
 
     def __init__(
@@ -112,12 +113,13 @@ class _Sum:
             self._runs = [[]]
         self._of_run: list[FixedPointSum] = []
         self._is_used = True
+        self._sizes = [sum(segment.end - segment.start for segment in run) for run in self._runs]
+        if counters is not None:
+            self._sizes[0] += counters.numel()
 
     def made(self, shared: SharedSums | None, scratch: torch.Tensor | None) -> bool:
         """Write the sums over all ranks and return True; or return False, if the counters forbid it."""
-        sizes = [sum(segment.end - segment.start for segment in run) for run in self._runs]
-        if self._counters is not None:
-            sizes[0] += self._counters.numel()
+        sizes = self._sizes
         if shared is not None:
             for index, size in enumerate(sizes):
                 shared.begin_with(size, torch.int64, partial(self._fill, index), partial(self._take, index))
@@ -130,10 +132,29 @@ class _Sum:
         else:
             self._send(sizes, scratch)
         if self._is_used:
-            for into, whole in zip(self._into, self._whole, strict=True):
-                if whole is not into:  # which is not contiguous
-                    into.copy_(whole)
+            self._copy_back()
         return self._is_used
+
+    @property
+    def size(self) -> int:
+        """How many integers there are."""
+        return sum(self._sizes)
+
+    def fill(self, place: torch.Tensor) -> None:
+        """Write all integers of this rank to `place`, in the order of the tensors: for whoever sends them otherwise."""
+        for index, of_run in enumerate(torch.split(place, self._sizes)):
+            self._fill(index, of_run)
+
+    def take(self, sums: torch.Tensor) -> None:
+        """Write the sums over all ranks, which are integers here, to the tensors."""
+        for index, of_run in enumerate(torch.split(sums, self._sizes)):
+            self._take(index, of_run)
+        self._copy_back()
+
+    def _copy_back(self) -> None:
+        for into, whole in zip(self._into, self._whole, strict=True):
+            if whole is not into:  # which is not contiguous
+                into.copy_(whole)
 
     def _send(self, sizes: Sequence[int], scratch: torch.Tensor | None) -> None:
         """As `made`, by collectives. Some integers are on their way while the next ones are made.
@@ -181,7 +202,7 @@ class _Sum:
         """Write the sums of a run, which are integers here, to the tensors. Runs come in their order."""
         if index == 0 and self._counters is not None:
             head, sums = self._parted(sums)
-            self._is_used = _are_as_expected(head)
+            self._is_used = holds(head)
         if self._is_used:
             self._of_run[index].write(cut(self._whole, self._runs[index]), sums)
 

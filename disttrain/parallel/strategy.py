@@ -121,6 +121,12 @@ class Strategy:
     def refuse_writing(self) -> None:
         """Raise ConfigurationError if the model has written to what was gathered of it in a trial or a score."""
 
+    def begin_sum(self) -> None:
+        """To be called before the backward pass of a worker's last micro-batch in a step, for sums to begin within it.
+
+        Only if all ranks go from there to `finish_step` without meeting.
+        """
+
     def close_slice(self, slice_index: int) -> None:
         """To be called after the backward pass of a slice's last micro-batch."""
 

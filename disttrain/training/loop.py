@@ -281,6 +281,8 @@ def _compute_part(job: Job, part: Batch, batch: StepBatch) -> torch.Tensor:
         gradient = marked(job.scaler.scale(torch.full_like(share, scale)).to(share.dtype), share) / weight
     else:
         gradient = marked(constant_over(weight, scale, share.shape, share.dtype, share.device), share)
+    if not is_audited(job) and part is batch.parts[-1]:  # an audit compares slices before they are summed
+        strategy.begin_sum()
     backward_from(loss, gradient)
     reached("backward", step=job.step, slice=part.slice_index, model=job.model)
     return share

@@ -16,11 +16,12 @@ from torch import nn
 from disttrain.distributed.collectives import broadcast_
 from disttrain.distributed.exact_sum import exact_sum_
 from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes
-from disttrain.distributed.foreach import copy_all_, real
+from disttrain.distributed.foreach import copy_all_
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.exact.changes import changes_of, places_of_buffers
 from disttrain.parallel.exact.checksums import checksums
+from disttrain.parallel.exact.sums import StepSums
 
 
 class ExactSlices:
@@ -57,7 +58,7 @@ class ExactSlices:
         # Looked up once: a walk through the modules costs more than what a step does with the buffers of a small model.
         self._places = places_of_buffers(model)
         self._start_from_rank_0()
-        self._scratch = self._room_for_integers()
+        self._sums = self._new_sums()
         # A look at a buffer is cheaper than a difference; but a GPU would have to be waited for, for each of them.
         self._may_look = world.device.type == "cpu"
         # The bits that an expectation costs would be visible in float64.
@@ -75,7 +76,8 @@ class ExactSlices:
         """Forget an unfinished step, which began with `expected`, and serve the slices of another place."""
         self._world, self.slices, self.expected = world, slices_of(world.rank, world.size, self.num_slices), expected
         self.non_finite, self._not_summed = (), []
-        self._scratch = self._room_for_integers()  # the sum that broke may still hold the other one
+        self.abandon()
+        self._sums = self._new_sums()  # the sum that broke may still hold the others' memory
         for parameter in self._parameters.values():
             parameter.grad = None
         self._begin_step()
@@ -91,15 +93,8 @@ class ExactSlices:
         for tensor in (*self._parameters.values(), *self._buffers()):
             broadcast_(tensor.detach())
 
-    def _room_for_integers(self) -> torch.Tensor | None:
-        """What `exact_sum_` needs where it sends integers: those of a sum, and a counter for each tensor.
-
-        Lives as long as the run: mapping that much memory anew at every step would cost more than the additions.
-        """
-        if self._world.size == 1 or self._world.sums is not None:
-            return None
-        sizes = [real(tensor).numel() + 1 for tensor in (*self._parameters.values(), *self._buffers())]
-        return torch.empty(sum(sizes) + 2, dtype=torch.int64, device=self._world.device)
+    def _new_sums(self) -> StepSums:
+        return StepSums(list(self._parameters.values()), self._buffers(), self._world, self.num_slices)
 
     @property
     def expected(self) -> list[float] | None:
@@ -127,12 +122,24 @@ class ExactSlices:
         else:
             self._restore_buffers()
 
+    def begin_sum(self) -> None:
+        """Let the step's sum begin within the backward pass that follows, of the last slice that is closed here.
+
+        Nothing may be sent from there to `finish`.
+        """
+        self._sums.begin(self.expected, self._summands)
+
+    def abandon(self) -> None:
+        """Forget a sum that has begun."""
+        self._sums.abandon()
+
     @torch.no_grad()
     def close(self, slice_index: int) -> None:
         """Take the slice's gradients, and what it changed in the buffers, out of the model.
 
         Raises ConfigurationError if the model has written to a parameter of its own.
         """
+        self._sums.close()
         self._summands.append(self._take(slice_index))
         self._closed.append(slice_index)
 
@@ -172,22 +179,12 @@ class ExactSlices:
         self._restore_buffers()
         floating = self._floating_buffers()
         changes = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in floating.values()]
-        gradients = [self._room_for_gradient(index) for index in range(len(self._parameters))]
-        sums = [*gradients, *changes]
-        agreed = exact_sum_(
-            sums,
-            self._summands,
-            self.num_slices,
-            shared=self._world.sums,
-            expected=self.expected,
-            scratch=self._scratch,
-            num_changes=len(changes),
-        )
+        sums, agreed = self._sums.finish(self.expected, self._summands, changes)
         self._expected = expected_magnitudes(sums, agreed) if self._expects else lambda: None
         largest = dict(zip((*self._parameters, *floating), agreed, strict=True))
         self.non_finite = tuple(name for name, magnitude in largest.items() if math.isinf(magnitude))
         self.sums_are_finite = self._are_finite(largest)
-        for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
+        for (name, parameter), gradient in zip(self._parameters.items(), sums, strict=False):
             if math.isinf(largest[name]):
                 gradient = torch.full_like(gradient, math.inf)  # beside the slices' own, see sum_finite_parts
             parameter.grad = None if largest[name] == ABSENT else gradient
@@ -264,13 +261,6 @@ class ExactSlices:
     def _restore_buffers(self) -> None:
         if self._buffers_at_start:
             copy_all_(self._buffers(), self._buffers_at_start)
-
-    def _room_for_gradient(self, index: int) -> torch.Tensor:
-        for summands in self._summands:
-            gradient = summands[index]
-            if gradient is not None:
-                return gradient  # its slice's numbers are in the sum before the sum is written to it
-        return torch.empty_like(list(self._parameters.values())[index])
 
     def _share_discrete_buffers(self) -> None:
         """Buffers that have no mean, such as counters, are those of the first slice, which rank 0 serves."""

@@ -109,6 +109,14 @@ class Exact(SlicesSummed):
         self._sums = ExactSlices(model, world, num_slices)
         self.slices, self.num_slices = self._sums.slices, num_slices
 
+    def begin_sum(self) -> None:
+        """As `Strategy` has it."""
+        self._sums.begin_sum()
+
+    def abandon_step(self) -> None:
+        """As `Strategy` has it."""
+        self._sums.abandon()
+
     @property
     def audited(self) -> list[str]:
         """The names of the tensors that `checksums` and `checksums_apart` are of."""

@@ -20,7 +20,7 @@ from disttrain.data import MemorySplit, StepSampler
 from disttrain.distributed.world import join_world
 from disttrain.errors import ConfigurationError, DivergedError
 from disttrain.parallel.choose import parallelize
-from disttrain.parallel.exact import slices as exact
+from disttrain.parallel.exact import sums
 from disttrain.parallel.exact.slices import ExactSlices, slices_of
 from disttrain.recipe import DataRecipe, ParallelRecipe, load_recipe
 from disttrain.testing import run_workers
@@ -49,12 +49,13 @@ def train_job(run_dir: Path, job: str, *overrides: str) -> None:
     train(run_dir, *JOBS[job], *overrides, model=None if job == "tutorial" else build(3, (3, 32, 32)))
 
 
-AUDITED = {2: ("parallel.audit_every_steps=1",), 4: ("parallel.audit_every_steps=2",)}
+GLOO = "parallel.shared_memory=false"
+AUDITED = {2: ("parallel.audit_every_steps=1",), 3: (GLOO,), 4: ("parallel.audit_every_steps=2", GLOO)}
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_number_of_workers_gives_the_same_bits(tmp_path: Path, job: str) -> None:
-    """Whether or not slices are computed twice, which finds no difference."""
+    """Whether or not slices are computed twice, which finds no difference; in shared memory and by collectives."""
     for size in (1, 2, 3, 4):
         run_workers(train_job, size, args=(tmp_path / str(size), job, *AUDITED.get(size, ())), process_group=False)
     alone, *others = (outcome(tmp_path / str(size)) for size in (1, 2, 3, 4))
@@ -100,7 +101,7 @@ def test_without_the_exact_sum_the_bits_differ(tmp_path: Path) -> None:
                 tensor.copy_(total)
             return [1.0] * len(into)
 
-        exact.exact_sum_ = rounding_sum_  # type: ignore[assignment]
+        sums.exact_sum_ = rounding_sum_  # type: ignore[assignment]
         train_job(run_dir, "tutorial")
 
     for size in (1, 3):

@@ -203,7 +203,7 @@ def test_a_gpu_has_all_integers_to_make_before_it_is_waited_for(monkeypatch: pyt
 
     monkeypatch.setattr(runs, "_MOST_NUMBERS", {"cpu": 4})
     monkeypatch.setattr(exact_sum.FixedPointSum, "integers", noted("made", exact_sum.FixedPointSum.integers))
-    monkeypatch.setattr(exact_sum, "_are_as_expected", noted("looked", exact_sum._are_as_expected))
+    monkeypatch.setattr(exact_sum, "holds", noted("looked", exact_sum.holds))
     orders, sums = [], []
     for is_gpu in (False, True):
         monkeypatch.setattr(later, "is_asynchronous", lambda device, is_gpu=is_gpu: is_gpu)

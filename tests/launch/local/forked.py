@@ -35,6 +35,8 @@ from disttrain.distributed.report import report_failure, report_finished
 from disttrain.distributed.shared_sums import SharedSums
 from disttrain.errors import is_lost_peer
 from disttrain.layout import CONSOLE, ERROR_FILE, VERDICTS
+from disttrain.parallel.exact import ahead
+from disttrain.parallel.exact.ahead import SumAhead
 from disttrain_launch.local import worker as worker_module
 from disttrain_launch.local import workers as workers_module
 from disttrain_launch.local.group import WorkerGroup
@@ -184,7 +186,10 @@ class _Script:
         return dist.is_initialized() and dist.get_world_size() == self._size
 
     def note_more_points(self) -> None:
-        """Have points where the code has none, from the third step on: "forward"; "in the sum", once it is begun."""
+        """Have points where the code has none, from the third step on: "forward"; "in the sum", once it is begun.
+
+        And "in the sum ahead": within a backward pass, when a first piece of it is on its way.
+        """
 
         def reached(name: str) -> None:
             if self._passed.get("step", 0) >= 3:
@@ -200,9 +205,16 @@ class _Script:
             reached("in the sum")
             finished(sums)
 
-        finished = SharedSums.finish
+        def has_come(a_sum: SumAhead, *arguments: Any) -> None:
+            received(a_sum, *arguments)
+            if a_sum.num_sent:
+                reached("in the sum ahead")
+
+        finished, received = SharedSums.finish, SumAhead._has_come
+        ahead._MOST_TOGETHER = {"cpu": 200}
         register_module_forward_hook(lambda *_: reached("forward"))
         collectives.sum_, SharedSums.finish = sum_, finish  # type: ignore[method-assign]
+        SumAhead._has_come = has_come  # type: ignore[method-assign]
 
     @staticmethod
     def _send(number: int, after_s: float) -> None:
@@ -220,7 +232,7 @@ def train_through(run: Run) -> dict[str, Any]:
         faultpoints._armed = script  # type: ignore[assignment]
         if run.machines:
             shared_memory._machine = lambda: run.machines[rank % NEW]
-        if any(point in ("forward", "in the sum") for point, *_ in run.signals):
+        if any(point.startswith(("forward", "in the sum")) for point, *_ in run.signals):
             script.note_more_points()
         with Path(f"{run.folder}.newcomer").open("w") as newcomer:  # who has its lock has not ended
             while run.too_late and rank >= NEW and not Path(f"{run.folder}.evaluates").exists():

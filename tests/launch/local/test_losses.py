@@ -117,6 +117,9 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
             overrides=("parallel.on_lost_worker=auto",),
         ),
         Run(str(tmp_path / "without rank 0"), size=3, signals=of_rank_0, overrides=(CONTINUE, SAVING, GLOO)),
+        Run(  # within its backward pass, when some gradients are on their way and others are to come
+            str(tmp_path / "ahead"), size=3, signals=[("in the sum ahead", 2, 1, SIGKILL)], overrides=(CONTINUE, GLOO)
+        ),
         # In step 5 rank 0 computes its slice, which is that step's audited one, wrong.
         Run(
             str(tmp_path / "corrupt"), size=3, signals=[("backward", 0, 7, "flip")], overrides=(CONTINUE, SAVING, AUDIT)
@@ -129,10 +132,11 @@ def test_the_others_continue_with_the_same_bits_and_a_replacement_joins(tmp_path
     assert events(tmp_path / "disturbed", "worker-joined")
     check(tmp_path, ended, [0, 1], "without rank 0")
     check_what_is_written(tmp_path / "without rank 0", tmp_path / "undisturbed")
+    check(tmp_path, ended, [2], "ahead")
     check(tmp_path, ended, [0], "corrupt")
     assert [(event["step"], event["ranks"]) for event in events(tmp_path / "corrupt", "corruption")] == [(5, [0])]
     assert not events(tmp_path / "corrupt", "worker-joined")
-    assert ended[0]["stderr"].count("done in") == 4, "whoever takes the place of rank 0 speaks to the user"
+    assert ended[0]["stderr"].count("done in") == 5, "whoever takes the place of rank 0 speaks to the user"
 
 
 def test_those_on_several_machines_continue_whichever_worker_of_a_machine_is_lost(tmp_path: Path) -> None:

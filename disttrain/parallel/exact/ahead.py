@@ -1,0 +1,172 @@
+"""A step's sum by collectives, which begins within the backward pass of a worker's last slice.
+
+The grids follow from the sum of the step before, so a gradient's integers can be made, and sent, as soon as it is
+there. Gradients travel in pieces, in the reverse order of the parameters, which is roughly that of a backward pass.
+Every rank sends the same pieces in the same order, some of them within its backward pass and the others after it. What
+shows whether the expectation holds comes last, with the buffers' changes; only then are sums written to the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from disttrain.distributed.collectives import wait_for
+from disttrain.distributed.exact_sum import SumInRuns, counted, holds
+from disttrain.distributed.fixed_point import ABSENT, Summands, measured
+from disttrain.distributed.foreach import real
+
+# So many integers travel together: some megabytes, as DDP's buckets. GPUs take longer to begin one.
+_MOST_TOGETHER = {"cpu": 1 << 19}
+_MOST_TOGETHER_ELSEWHERE = 1 << 21
+
+
+def integers_of(tensors: Sequence[torch.Tensor]) -> int:
+    """How many integers the sum of these parameters and buffers needs at most."""
+    return sum(real(tensor).numel() + 1 for tensor in tensors) + 3  # a counter for each, and three more
+
+
+class SumAhead:
+    """The sum of one step. Every rank must `finish` it; those that have slices may `begin` it before."""
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], expected: Sequence[float], num_summands: int, scratch: torch.Tensor
+    ) -> None:
+        """`expected` are bounds of all gradients and then of the buffers' changes, see `exact_sum_`.
+
+        `scratch` has room for `integers_of` them.
+        """
+        self._parameters, self._expected, self._num_summands = parameters, expected, num_summands
+        self._lists: Sequence[Summands] = ()
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._sent: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []  # with their gradients, as sent
+        self._gradients: dict[int, torch.Tensor] = {}  # what the sums are written to
+        self._num_sent = 0
+        self.was_changed = False
+        """Whether a gradient was changed after it was sent: on this rank, and once it is finished on any."""
+        self._pieces, self._rest = self._cut(scratch)
+        self._piece_of = {index: piece for piece in self._pieces for index in piece.indices}
+
+    def _cut(self, scratch: torch.Tensor) -> tuple[list[_Piece], torch.Tensor]:
+        """The pieces, and what is left of `scratch`."""
+        most = _MOST_TOGETHER.get(scratch.device.type, _MOST_TOGETHER_ELSEWHERE)
+        indices: list[list[int]] = []
+        sizes: list[int] = []
+        for index in reversed(range(len(self._parameters))):
+            size = real(self._parameters[index]).numel()
+            if self._expected[index] == ABSENT or not size:
+                continue
+            if not sizes or sizes[-1] + size > most:
+                indices.append([])
+                sizes.append(0)
+            indices[-1].append(index)
+            sizes[-1] += size
+        *places, rest = torch.split(scratch, [*sizes, scratch.numel() - sum(sizes)])
+        return [
+            _Piece(of_piece, {index for index in of_piece if self._parameters[index].requires_grad}, place)
+            for of_piece, place in zip(indices, places, strict=True)
+        ], rest
+
+    def begin(self, closed: Sequence[Summands]) -> None:
+        """Send gradients as they come in the backward pass that follows, of this worker's slice after those `closed`.
+
+        Nothing else may be sent until `finish`.
+        """
+        self._lists = closed
+        for piece in self._pieces:
+            for index in piece.awaited:
+                # Anew in each step: so it comes after the hooks of others, which may change a gradient.
+                register: Any = self._parameters[index].register_post_accumulate_grad_hook
+                self._hooks.append(register(partial(self._has_come, index)))
+
+    @property
+    def num_sent(self) -> int:
+        """How many pieces have been sent."""
+        return self._num_sent
+
+    def _has_come(self, index: int, _: torch.Tensor) -> None:
+        self._piece_of[index].awaited.discard(index)
+        while self._num_sent < len(self._pieces) and not self._pieces[self._num_sent].awaited:
+            piece = self._pieces[self._num_sent]
+            parameters = [self._parameters[one] for one in piece.indices]
+            last = [parameter.grad for parameter in parameters]
+            self._send(piece, [*([each[one] for one in piece.indices] for each in self._lists), last])
+            versions = (0 if gradient is None else gradient._version for gradient in last)
+            self._sent += zip(parameters, last, versions, strict=True)
+
+    @torch.no_grad()
+    def _send(self, piece: _Piece, lists: Sequence[Summands]) -> None:
+        into = [
+            room_for(self._parameters[index], (each[at] for each in lists)) for at, index in enumerate(piece.indices)
+        ]
+        piece.sum = SumInRuns(into, lists, [self._expected[index] for index in piece.indices], self._num_summands, None)
+        piece.sum.fill(piece.place)
+        piece.work = dist.all_reduce(piece.place, async_op=True)
+        self._gradients.update(zip(piece.indices, into, strict=True))
+        self._num_sent += 1
+
+    def close(self) -> None:
+        """Send no more until `finish`; to be called while the last slice's gradients are still in the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.was_changed = any(
+            parameter.grad is not gradient or (gradient is not None and gradient._version != version)
+            for parameter, gradient, version in self._sent
+        )
+        self._sent.clear()
+
+    def finish(self, summands: Sequence[Summands], changes: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """The sums of the gradients, of those that are expected; sums of changes are written to `changes`.
+
+        `summands` are those of all slices of this worker. None, on all ranks, if the sum has to be made in another way:
+        with the same bounds if it `was_changed`, otherwise without.
+        """
+        num = len(self._parameters)
+        for piece in self._pieces[self._num_sent :]:
+            self._send(piece, [[each[index] for index in piece.indices] for each in summands])
+        found = measured(summands, len(changes))
+        lists = [each[num:] for each in summands]
+        of_changes = SumInRuns(changes, lists, self._expected[num:], self._num_summands, None)
+        num_counters = len(self._expected) + 3
+        rest = self._rest[: num_counters + of_changes.size]
+        rest[0] = self.was_changed
+        rest[1:num_counters] = counted(found, self._expected, self._num_summands)
+        of_changes.fill(rest[num_counters:])
+        work = dist.all_reduce(rest, async_op=True)
+        for piece in self._pieces:
+            if piece.work is not None:
+                wait_for(piece.work)
+        if work is not None:
+            wait_for(work)
+        counters = rest[:num_counters].cpu()
+        self.was_changed = bool(counters[0])
+        if self.was_changed or not holds(counters[1:]):
+            return None
+        of_changes.take(rest[num_counters:])
+        for piece in self._pieces:
+            assert piece.sum is not None
+            piece.sum.take(piece.place)
+        return [self._gradients.get(index, parameter) for index, parameter in enumerate(self._parameters)]
+
+
+@dataclass
+class _Piece:
+    indices: list[int]
+    """Of the parameters whose gradients it is made of."""
+    awaited: set[int]
+    """Those of them that the backward pass may still give one."""
+    place: torch.Tensor
+    sum: SumInRuns | None = None
+    work: dist.Work | None = None
+
+
+def room_for(parameter: torch.Tensor, summands: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """Memory for the sum of a parameter's gradients: that of a slice's, whose numbers are in the sum before."""
+    found = next((gradient for gradient in summands if gradient is not None), None)
+    return torch.empty_like(parameter) if found is None else found
