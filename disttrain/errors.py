@@ -194,21 +194,28 @@ def failures_named(method: str, *but: type[Exception]) -> Iterator[None]:
         raise failure_of(method, error) from error
 
 
-@contextmanager
-def failures_named_at(method: str, place: str) -> Iterator[None]:
+class FailuresNamedAt:
     """As `failures_named`, at a `place` in the training, as " at step 3": with the traceback, since it worked before.
 
-    Raises UserCodeError, worth a retry, for RuntimeError and OSError, which may have to do with the machine.
+    Raises UserCodeError, worth a retry, for RuntimeError and OSError, which may have to do with the machine. A class,
+    since every step comes through here and a generator takes three times the calls.
     """
-    try:
-        yield
-    except DisttrainError:
-        raise
-    except Exception as error:
+
+    def __init__(self, method: str, place: str) -> None:
+        self._method, self._place = method, place
+
+    def __enter__(self) -> None:
+        """Nothing is looked at before the block fails."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Raise what names the method."""
+        if not isinstance(error, Exception) or isinstance(error, DisttrainError):
+            return
         if is_circumstance(error) or not is_in_user_code(error):
-            raise
+            return
         kind = UserCodeError if isinstance(error, RuntimeError | OSError) else TaskError
-        raise kind(str(failure_of(f"{method}{place}", error)), "".join(traceback.format_exception(error))) from error
+        words = str(failure_of(f"{self._method}{self._place}", error))
+        raise kind(words, "".join(traceback.format_exception(error))) from error
 
 
 def is_in_user_code(error: BaseException) -> bool:

@@ -195,9 +195,10 @@ class Loader:
     def _cut(self, epoch: int, step: int, slice_index: int) -> list[_Piece]:
         pieces = []
         whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
-        cut = [part for part in whole.tensor_split(self._accumulate) if len(part) or self._fills_empty]
+        cut = [whole] if self._accumulate == 1 else whole.tensor_split(self._accumulate)
+        cut = [part for part in cut if self._fills_empty or part.numel()]
         for number, samples in enumerate(cut, start=1):
-            is_filler = not len(samples)
+            is_filler = not samples.numel()
             if is_filler:
                 samples = self._sampler.indices(epoch, step, 0, 1)[:1]
             pieces.append(_Piece(samples, is_filler, slice_index, number == 1, number == len(cut)))

@@ -84,7 +84,7 @@ class MemoryReader:
     def take(self, samples: torch.Tensor, seed: int) -> Fetched:
         """See `Reader.take`."""
         samples = samples.to(self._images.device, non_blocking=True)
-        return Fetched((self._chosen(self._images, samples), self._chosen(self._labels, samples)), len(samples))
+        return Fetched((self._chosen(self._images, samples), self._chosen(self._labels, samples)), samples.numel())
 
     def close(self) -> None:
         """See `Reader.close`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from disttrain.errors import failures_named, failures_named_at
+from disttrain.errors import FailuresNamedAt, failures_named
 from disttrain.task.base import Task
 
 
@@ -14,5 +14,5 @@ def named(task: Task, method: str, *but: type[Exception]) -> AbstractContextMana
 
 
 def named_at(task: Task, method: str, place: str) -> AbstractContextManager[None]:
-    """See `failures_named_at`: around a call of the task's `method` in training."""
-    return failures_named_at(f"{type(task).__name__}.{method}", place)
+    """See `FailuresNamedAt`: around a call of the task's `method` in training."""
+    return FailuresNamedAt(f"{type(task).__name__}.{method}", place)

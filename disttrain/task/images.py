@@ -183,7 +183,7 @@ class ImageClassification(Task):
     def _scores(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """(B, num_classes). Raises ConfigurationError for a model that returns something else."""
         scores: Any = model(images)
-        needed = (len(images), len(self.classes))
+        needed = (images.shape[0], len(self.classes))  # len() of a tensor is four calls
         if isinstance(scores, torch.Tensor) and scores.shape == needed:
             return scores
         is_tensor = isinstance(scores, torch.Tensor)

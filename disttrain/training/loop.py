@@ -222,12 +222,12 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
     strategy.finish_step(batch.global_size, job.step)
     job.scaler.unscale_(job.optimizer)
     verdict = job.non_finite.check(job.step, batch, losses)
-    grad_norm = total_losses = None
+    is_logged, grad_norm, total_losses = job.is_logged(job.step + 1), None, None
     if verdict is not Verdict.SKIP and settings.clip_norm is not None:
         grad_norm = strategy.clip_(settings.clip_norm)
-    elif verdict is not Verdict.SKIP and job.is_logged(job.step + 1):
+    elif verdict is not Verdict.SKIP and is_logged:
         grad_norm = strategy.gradient_norm()
-    if verdict is not Verdict.UNLESS_BAD and (job.is_logged(job.step + 1) or job.spikes.is_on):
+    if verdict is not Verdict.UNLESS_BAD and (is_logged or job.spikes.is_on):
         # Each is one rank's own, zero on the others. From here on the step needs no other rank, so none can spoil it.
         total_losses = sum_(losses.to("cpu", torch.float64, copy=True))
     reached("before the commit", step=job.step)
@@ -271,7 +271,7 @@ def _compute_part(job: Job, part: Batch, batch: StepBatch) -> torch.Tensor:
         rng.seed_layers(job.world.device, job.recipe.train.seed, job.step, part.slice_index)
         strategy.open_slice()
     with named_at(job.task, "loss", f" at step {job.step + 1}"), job.computing:
-        loss = strategy.loss(job.task.loss, part.data, num_samples=len(part.samples), is_last=part.closes_slice)
+        loss = strategy.loss(job.task.loss, part.data, num_samples=part.samples.numel(), is_last=part.closes_slice)
     weight, scale = max(1, batch.global_weight), strategy.loss_scale
     share = loss.detach() / weight
     if part.is_filler:

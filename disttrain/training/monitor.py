@@ -94,8 +94,11 @@ class RunMonitor:
         seconds = recipe.checkpoint.every_seconds
         time_is_up = job.world.is_main and 0 < seconds <= time.monotonic() - self.saver.last_save
         # What was asked for by then must be known before anything is written, and at the end of an epoch.
-        now = self._save_is_due() or job.step % job.steps_per_epoch == 0 or job.step == job.total_steps
-        self._act(self._agreement.ask(self.stop.received is not None, time_is_up, now=now))
+        is_due = self._save_is_due()
+        now = is_due or job.step % job.steps_per_epoch == 0 or job.step == job.total_steps
+        answer = self._agreement.ask(self.stop.received is not None, time_is_up, now=now)
+        if is_due or True in answer:
+            self._act(answer)
 
     def receive(self, result: StepResult | None, num_items: int) -> None:
         """Take in what a step came to, made here or by another rank."""
