@@ -67,8 +67,8 @@ class Outcome:
     is_loss: bool = False
 
 
-def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
-    """What the endings of all workers mean for the job."""
+def settle(endings: Sequence[LocalEnding], *, stop_requested: bool, is_only_worker: bool = False) -> Outcome:
+    """What the endings of all workers mean for the job. One that `is_only_worker` needs no rank to be known by."""
     if stop_requested and any(ending.asked and ending.code == -signal.SIGTERM for ending in endings):
         return Outcome(ExitCode.STOPPED, "stopped before the workers were ready; run the same command again")
     if any(ending.code == ExitCode.UNREAD for ending in endings):
@@ -81,7 +81,7 @@ def settle(endings: Sequence[LocalEnding], *, stop_requested: bool) -> Outcome:
     cause = failures[0]
     all_say_the_same = len({ending.message for ending in endings}) == 1 and cause.is_explained
     is_common = all_say_the_same or (cause.report is not None and cause.report.is_agreed)
-    if len(endings) == 1 and not cause.is_explained:
+    if is_only_worker and not cause.is_explained:
         message = cause.message if cause.report else f"the worker {cause.message}"
     else:
         message = cause.message if is_common else cause.told()

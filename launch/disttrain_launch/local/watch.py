@@ -47,6 +47,7 @@ class Watch:
         """`port`: where the workers meet; another one each time that rank 0, which serves there, is lost."""
         self._group = group
         self._workers: list[Member] = [*workers]
+        self._is_only_worker = len(workers) == 1
         self._signals = signals
         self._suspended = Suspended()
         self._stop_requested_at: float | None = None  # this and the next two: time.monotonic()
@@ -79,6 +80,7 @@ class Watch:
         return settle(
             [worker.ending for worker in self._workers if worker.ending],
             stop_requested=self.was_asked_to_stop,
+            is_only_worker=self._is_only_worker,
         )
 
     def _still_running(self) -> list[Member]:
