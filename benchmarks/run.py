@@ -84,6 +84,11 @@ COMPARISONS = {
     "tracking": Comparison("What MLflow costs", ("tracking.py",), ("--rounds", "2", "--epochs", "4")),
     "loss": Comparison("A lost worker against a restart", ("loss.py",), ("--losses", "6", "--restarts", "2")),
     "ready": Comparison("What it costs to be ready for a loss", ("ready.py",), ("--seconds", "55", "--starts", "1")),
+    "bytes": Comparison(
+        "Weights that meet every 50 steps over 100 Mbit/s, as root on Linux",
+        ("bytes.py", "--recipe", "benchmarks/flat.toml", "--ways", "every 50", "every 50, int8"),
+        ("--rounds", "1"),
+    ),
     "worlds": Comparison(
         "Larger worlds on slow links, as root on Linux", ("worlds.py",), ("--sites", "2", "8", "--rates", "100mbit")
     ),
