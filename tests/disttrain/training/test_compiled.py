@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from disttrain.distributed import later
 from disttrain.distributed.world import join_world
-from disttrain.errors import ConfigurationError, failures_named_at
+from disttrain.errors import ConfigurationError, FailuresNamedAt
 from disttrain.recipe import load_recipe
 from disttrain.training import compiled, loop
 from disttrain.training.audit import Corruption
@@ -264,7 +264,7 @@ def test_in_exact_mode_a_model_stays_compiled_for_more_shapes_than_torch_takes(
 
     def compute_its_own() -> None:
         exact = load_recipe("digits", ["train.compile=true", "parallel.exact=true"])
-        with compiled_for_each_shape(exact), failures_named_at("Task.loss", " at step 3"):
+        with compiled_for_each_shape(exact), FailuresNamedAt("Task.loss", " at step 3"):
             for size in range(2, 15):
                 doubled(torch.ones(size))
 
