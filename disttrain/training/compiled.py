@@ -67,6 +67,8 @@ def compiled_for_each_shape(recipe: Recipe) -> Iterator[None]:
     with torch._dynamo.config.patch(limits):
         try:
             yield
+        except ConfigurationError:  # the compiled model's own, which names the key
+            raise
         except Exception as error:
             hit = error if _is_limit_hit(error) else error.__cause__
             if hit is None or not _is_limit_hit(hit):
