@@ -1,4 +1,4 @@
-"""How a comparison ends, so that a missed bound is told from a failure, which Python ends with 1."""
+"""The exit code of a benchmark that misses its bound: not 1, with which Python reports a failure."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def machine() -> str:
 
 def printed_by(command: list[str], limit_s: float) -> tuple[str, int]:
     """What a program prints, shown as it comes, and its exit code; whatever ends this one ends the program, too."""
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    program = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert program.stdout is not None
     too_long = threading.Timer(limit_s, stop, [program])
     too_long.start()
@@ -172,7 +172,7 @@ def section(name: str, root: Path | None, *, quick: bool = False) -> tuple[str, 
     one = COMPARISONS[name]
     where = machine()
     options = [*one.words[1:], *(one.quick if quick else ())]
-    arguments = ["--root", str(root)] if one.needs_cifar10 else []
+    arguments = ["--root", str(root.resolve())] if one.needs_cifar10 and root else []
     began = time.monotonic()
     command = [sys.executable, str(HERE / one.words[0]), *options, *arguments]
     limit_s = LIMIT_S / 3 if quick else LIMIT_S

@@ -1,6 +1,6 @@
 """Data sets, which rank gets which sample when, and batches."""
 
-from disttrain.data.augment import crop, cutout, flip, flip_alternately, reflected
+from disttrain.data.augment import crop, cutout, mirror, mirrored_alternately, mirrored_by_chance, reflected
 from disttrain.data.batching import Batching, Fetched
 from disttrain.data.dataset import Datasets, MemorySplit, SampleSet, SampleSets, Split, SplitOutline, StreamSplit
 from disttrain.data.digest import Digest, digest_of
@@ -42,11 +42,12 @@ __all__ = [
     "crop",
     "cutout",
     "digest_of",
-    "flip",
-    "flip_alternately",
     "labels_of",
     "largest_part",
     "load_datasets",
+    "mirror",
+    "mirrored_alternately",
+    "mirrored_by_chance",
     "normalise",
     "read_picture",
     "reflected",

@@ -54,32 +54,22 @@ def reflected(images: torch.Tensor, padding: int) -> torch.Tensor:
     return images
 
 
-def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Mirror left to right, with probability one half. `images`: (B, C, H, W), `u`: (B,)."""
-    return turned(images, mirrored_by_chance(u))
-
-
-def flip_alternately(images: torch.Tensor, u: torch.Tensor, epoch: int) -> torch.Tensor:
-    """Mirror left to right what the epoch before has not, and the other way round; at first, those with u < 0.5.
-
-    `images`: (B, C, H, W), `u`: (B,), the same in every epoch. So two epochs show both sides of every image, where
-    chance shows half of them one side twice: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
-    """
-    return turned(images, mirrored_alternately(u, epoch))
-
-
 def mirrored_by_chance(u: torch.Tensor) -> torch.Tensor:
-    """Which images `flip` mirrors, (B,) bool."""
+    """Which images to mirror, (B,) bool, each with probability one half. `u`: (B,)."""
     return u < 0.5
 
 
 def mirrored_alternately(u: torch.Tensor, epoch: int) -> torch.Tensor:
-    """Which images `flip_alternately` mirrors, (B,) bool."""
+    """Which images to mirror, (B,) bool: those that the epoch before has not; at first, those with u < 0.5.
+
+    `u`: (B,), the same in every epoch. So two epochs show both sides of every image, where chance shows half of them
+    one side twice: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
+    """
     return u < 0.5 if epoch % 2 == 0 else u >= 0.5
 
 
-def turned(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Left to right those of `which`, (B,) bool."""
+def mirror(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Mirror left to right those of `which`, (B,) bool. `images`: (B, C, H, W)."""
     if _is_on_cpu(images):  # whole images are copied; `where` looks at each number: six times as long
         mirrored, chosen = images.clone(memory_format=torch.contiguous_format), which.nonzero()[:, 0]
         of_chosen = images.index_select(0, chosen).flip(-1)

@@ -12,16 +12,19 @@ from torch import nn
 from torch.nn import functional
 
 from disttrain import rng
-from disttrain.data import Split, crop, cutout, labels_of, normalise, on_device, read_picture
-from disttrain.data.augment import (
-    CROP_COLUMNS,
-    CUTOUT_COLUMNS,
-    FLIP_COLUMN,
-    NUM_UNIFORM,
+from disttrain.data import (
+    Split,
+    crop,
+    cutout,
+    labels_of,
+    mirror,
     mirrored_alternately,
     mirrored_by_chance,
-    turned,
+    normalise,
+    on_device,
+    read_picture,
 )
+from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM
 from disttrain.data.dataset import SplitOutline
 from disttrain.data.mix import NUM_MIX, mix
 from disttrain.distributed import later
@@ -144,7 +147,7 @@ class ImageClassification(Task):
             )
         if padding:
             images = crop(images, padding, places, reflect=reflect)
-        return self._normalised(images if mirrored is None else turned(images, mirrored))
+        return self._normalised(images if mirrored is None else mirror(images, mirrored))
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         if self.mean is None or self.std is None:

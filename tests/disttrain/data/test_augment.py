@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from disttrain.data import crop, cutout, flip, flip_alternately, normalise
+from disttrain.data import crop, cutout, mirror, mirrored_alternately, mirrored_by_chance, normalise
 from disttrain.data.augment import CROP_COLUMNS, CUTOUT_COLUMNS, FLIP_COLUMN, NUM_UNIFORM
 from disttrain.rng import Draw
 
@@ -39,7 +39,7 @@ def test_crop_reaches_every_shift_and_no_further() -> None:
 
 def test_flip_mirrors_the_lower_half_of_the_numbers() -> None:
     before = images(3)
-    after = flip(before, torch.tensor([0.0, 0.5, 0.4999]))
+    after = mirror(before, mirrored_by_chance(torch.tensor([0.0, 0.5, 0.4999])))
     assert torch.equal(after[0], before[0].flip(-1))
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], before[2].flip(-1))
@@ -58,7 +58,7 @@ def test_alternate_flips_show_each_image_from_both_sides_in_any_two_epochs() -> 
     shown = []
     for epoch in range(4):
         draw = Draw(7, epoch, samples, torch.device("cpu"))
-        shown.append(flip_alternately(before, draw.for_all_epochs(1)[:, 0], epoch))
+        shown.append(mirror(before, mirrored_alternately(draw.for_all_epochs(1)[:, 0], epoch)))
     assert torch.equal(shown[0], shown[2])
     assert torch.equal(shown[1], shown[3])
     assert torch.equal(shown[0], shown[1].flip(-1))
@@ -66,7 +66,8 @@ def test_alternate_flips_show_each_image_from_both_sides_in_any_two_epochs() -> 
     assert 10 < mirrored < 30, "chance decides on the first epoch"
     # By the sample alone, whatever batch it is in.
     draw = Draw(7, 1, samples[30:], torch.device("cpu"))
-    assert torch.equal(flip_alternately(before[30:], draw.for_all_epochs(1)[:, 0], 1), shown[1][30:])
+    which = mirrored_alternately(draw.for_all_epochs(1)[:, 0], 1)
+    assert torch.equal(mirror(before[30:], which), shown[1][30:])
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 50))
@@ -88,7 +89,8 @@ def test_no_two_of_them_share_a_random_number() -> None:
 def test_they_take_floats_too_and_leave_their_input_alone() -> None:
     before, u = images(4).float(), uniform(4, 2, 0)
     kept = before.clone()
-    assert crop(before, 2, u).dtype == flip(before, u[:, 0]).dtype == cutout(before, 3, u).dtype == torch.float32
+    turned = mirror(before, mirrored_by_chance(u[:, 0]))
+    assert crop(before, 2, u).dtype == turned.dtype == cutout(before, 3, u).dtype == torch.float32
     assert torch.equal(before, kept)
 
 
