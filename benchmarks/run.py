@@ -133,21 +133,33 @@ def machine() -> str:
     return f"{day}{commit()}, {os.cpu_count()} cores ({model}), {load}; {', '.join(packages)}."
 
 
-def printed_by(command: list[str], limit_s: float) -> tuple[str, int]:
-    """What a program prints, shown as it comes, and its exit code; whatever ends this one ends the program, too."""
+def printed_by(command: list[str], limit_s: float) -> tuple[str, int | None]:
+    """What a program prints, shown as it comes, and its exit code; whatever ends this one ends the program, too.
+
+    The exit code is None if the program was still running after `limit_s`, and so was ended.
+    """
     program = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert program.stdout is not None
-    too_long = threading.Timer(limit_s, stop, [program])
-    too_long.start()
+    is_late = threading.Event()
+    limit = threading.Timer(limit_s, end_late, [program, is_late])
+    limit.start()
     lines = []
     try:
         for line in program.stdout:
             print(line, end="", flush=True)
             lines.append(line)
-        return "".join(lines), program.wait()
+        code = program.wait()
+        return "".join(lines), None if is_late.is_set() else code
     finally:
-        too_long.cancel()
+        limit.cancel()
         stop(program)
+
+
+def end_late(program: subprocess.Popen[str], is_late: threading.Event) -> None:
+    """End what runs at its limit; a program that has ended, but whose output has not been read, is in time."""
+    if program.poll() is None:
+        is_late.set()
+    stop(program)
 
 
 def end_with_this_process() -> None:
@@ -178,7 +190,7 @@ def section(name: str, root: Path | None, *, quick: bool = False) -> tuple[str, 
     limit_s = LIMIT_S / 3 if quick else LIMIT_S
     printed, code = printed_by(command, limit_s)
     took = time.monotonic() - began
-    if took > limit_s:
+    if code is None:
         return "", f"failed (not done after {limit_s / 60:.0f} min)"
     if code not in (0, MISSED):
         return "", f"failed (exit code {code})"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,22 @@ def test_a_section_names_the_commit_and_whether_the_source_differs(
     assert not run.commit().endswith(" with changes")
     (root / "benchmarks" / "new.py").touch()
     assert run.commit().endswith(" with changes")
+
+
+@pytest.mark.parametrize(("waits", "wrong"), [(True, ""), (False, "failed (not done after 60 min)")])
+def test_only_a_program_that_runs_at_its_limit_is_late(
+    run: Any, monkeypatch: pytest.MonkeyPatch, waits: bool, wrong: str
+) -> None:
+    """At the limit it either has ended, with its output still to be read, or has just started."""
+
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            if waits:
+                os.waitid(os.P_PID, self.args[0].pid, os.WEXITED | os.WNOWAIT)
+            self.function(*self.args)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    assert run.section("meets", None)[1] == wrong
 
 
 def test_ended_it_ends_what_it_runs(tmp_path: Path) -> None:
