@@ -7,6 +7,7 @@ Every seed is trained in every way, one after another, by the same warm workers 
 not depend on how fast the link between them is. Printed is each way's last evaluation, in the task's main metric: the
 mean over the seeds with the least and the most, and how much better or worse it was than float32's of the same seed.
 With `--into`, each run is a line of that file; what it has already is not trained again.
+A run that diverges is a result; where one fails in another way, the exit code is 1 after all others are done.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -25,7 +27,8 @@ import torch
 from ways import OTHER_STEPS, WAYS
 
 import disttrain
-from disttrain.testing import workers
+from disttrain.errors import DivergedError
+from disttrain.testing import WorkerFailed, workers
 
 BASE = "float32"
 ALL_WAYS = WAYS | OTHER_STEPS
@@ -78,6 +81,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{options.recipe} {' '.join(options.overrides)}, {options.workers} workers", flush=True)
     runs: list[dict[str, Any]] = []
+    failed = []
     if options.into is not None and options.into.exists():
         runs = [json.loads(line) for line in options.into.read_text().splitlines()]
     root = [f"data.root={options.root}", "data.verify=false"] if options.root else []
@@ -94,8 +98,10 @@ def main() -> None:
                 overrides = [*COMMON, *root, *options.overrides, f"train.seed={seed}", *ALL_WAYS[way].split()]
                 try:
                     metrics = group.run(train, options.recipe, overrides, Path(folder, f"{seed} {way}"))[0]
-                except disttrain.testing.WorkerFailed as error:  # it diverged: that is a result
-                    print(f"{way}, seed {seed}: {error}", flush=True)
+                except WorkerFailed as error:
+                    what = "diverged" if isinstance(error.cause, DivergedError) else "failed"
+                    print(f"{way}, seed {seed}: {what}: {error}", flush=True)
+                    failed += [f"{way}, seed {seed}"] * (what == "failed")
                     continue
                 runs.append({**asked, "seed": seed, "way": way, "metrics": metrics})
                 print(
@@ -107,6 +113,8 @@ def main() -> None:
     if runs:
         metric = options.metric or ("accuracy" if "accuracy" in runs[0]["metrics"] else "loss")
         print("\n".join(table(runs, metric)))
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
