@@ -8,7 +8,7 @@ shows whether the expectation holds comes last, with the buffers' changes; only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from disttrain.distributed.collectives import wait_for
 from disttrain.distributed.exact_sum import SumInRuns, counted, holds
 from disttrain.distributed.fixed_point import ABSENT, Summands, measured
-from disttrain.distributed.foreach import real
+from disttrain.distributed.foreach import copy_all_, differ, real
 
 # So many integers travel together: some megabytes, as DDP's buckets. GPUs take longer to begin one.
 _MOST_TOGETHER = {"cpu": 1 << 19}
@@ -44,11 +44,10 @@ class SumAhead:
         self._parameters, self._expected, self._num_summands = parameters, expected, num_summands
         self._lists: Sequence[Summands] = ()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._sent: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []  # with their gradients, as sent
         self._gradients: dict[int, torch.Tensor] = {}  # what the sums are written to
         self._num_sent = 0
         self.was_changed = False
-        """Whether a gradient was changed after it was sent: on this rank, and once it is finished on any."""
+        """Once it is finished: whether a gradient was changed on any rank after it had been sent."""
         self._pieces, self._rest = self._cut(scratch)
         self._piece_of = {index: piece for piece in self._pieces for index in piece.indices}
 
@@ -78,7 +77,7 @@ class SumAhead:
         Nothing else may be sent until `finish`.
         """
         self._lists = closed
-        for piece in self._pieces:
+        for piece in self._pieces[:-1]:
             for index in piece.awaited:
                 # Anew in each step: so it comes after the hooks of others, which may change a gradient.
                 register: Any = self._parameters[index].register_post_accumulate_grad_hook
@@ -91,18 +90,22 @@ class SumAhead:
 
     def _has_come(self, index: int, _: torch.Tensor) -> None:
         self._piece_of[index].awaited.discard(index)
-        while self._num_sent < len(self._pieces) and not self._pieces[self._num_sent].awaited:
-            piece = self._pieces[self._num_sent]
-            parameters = [self._parameters[one] for one in piece.indices]
-            last = [parameter.grad for parameter in parameters]
-            self._send(piece, [*([each[one] for one in piece.indices] for each in self._lists), last])
-            versions = (0 if gradient is None else gradient._version for gradient in last)
-            self._sent += zip(parameters, last, versions, strict=True)
+        # The last piece awaits what a backward pass ends with: sent within it, it would gain nothing.
+        while self._num_sent < len(self._pieces) - 1 and not self._pieces[self._num_sent].awaited:
+            self._send_copies(self._pieces[self._num_sent])
 
     @torch.no_grad()
-    def _send(self, piece: _Piece, lists: Sequence[Summands]) -> None:
+    def _send_copies(self, piece: _Piece) -> None:
+        """Send a piece whose gradients of the last slice may still be changed: what they were is kept."""
+        earlier = [[each[index] for index in piece.indices] for each in self._lists]
+        last = [self._parameters[index].grad for index in piece.indices]
+        piece.sent = _copies(last)
+        self._send(piece, [*earlier, piece.sent], [*earlier, last])
+
+    @torch.no_grad()
+    def _send(self, piece: _Piece, lists: Sequence[Summands], rooms: Sequence[Summands]) -> None:
         into = [
-            room_for(self._parameters[index], (each[at] for each in lists)) for at, index in enumerate(piece.indices)
+            room_for(self._parameters[index], (each[at] for each in rooms)) for at, index in enumerate(piece.indices)
         ]
         piece.sum = SumInRuns(into, lists, [self._expected[index] for index in piece.indices], self._num_summands, None)
         piece.sum.fill(piece.place)
@@ -111,15 +114,10 @@ class SumAhead:
         self._num_sent += 1
 
     def close(self) -> None:
-        """Send no more until `finish`; to be called while the last slice's gradients are still in the model."""
+        """Send no more until `finish`."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self.was_changed = any(
-            parameter.grad is not gradient or (gradient is not None and gradient._version != version)
-            for parameter, gradient, version in self._sent
-        )
-        self._sent.clear()
 
     def finish(self, summands: Sequence[Summands], changes: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """The sums of the gradients, of those that are expected; sums of changes are written to `changes`.
@@ -129,13 +127,14 @@ class SumAhead:
         """
         num = len(self._parameters)
         for piece in self._pieces[self._num_sent :]:
-            self._send(piece, [[each[index] for index in piece.indices] for each in summands])
+            lists = [[each[index] for index in piece.indices] for each in summands]
+            self._send(piece, lists, lists)
         found = measured(summands, len(changes))
-        lists = [each[num:] for each in summands]
-        of_changes = SumInRuns(changes, lists, self._expected[num:], self._num_summands, None)
+        changed = [each[num:] for each in summands]
+        of_changes = SumInRuns(changes, changed, self._expected[num:], self._num_summands, None)
         num_counters = len(self._expected) + 3
         rest = self._rest[: num_counters + of_changes.size]
-        rest[0] = self.was_changed
+        rest[0] = sum(self._differences(summands))
         rest[1:num_counters] = counted(found, self._expected, self._num_summands)
         of_changes.fill(rest[num_counters:])
         work = dist.all_reduce(rest, async_op=True)
@@ -154,6 +153,12 @@ class SumAhead:
             piece.sum.take(piece.place)
         return [self._gradients.get(index, parameter) for index, parameter in enumerate(self._parameters)]
 
+    def _differences(self, summands: Sequence[Summands]) -> Iterator[torch.Tensor | bool]:
+        """Of each piece that was sent within a backward pass, whether that has left other gradients in the end."""
+        for piece in self._pieces:
+            if piece.sent is not None:
+                yield differ(piece.sent, [summands[-1][index] for index in piece.indices])
+
 
 @dataclass
 class _Piece:
@@ -164,9 +169,19 @@ class _Piece:
     place: torch.Tensor
     sum: SumInRuns | None = None
     work: dist.Work | None = None
+    sent: Summands | None = None
+    """Of the last slice, if it was sent within that one's backward pass."""
 
 
 def room_for(parameter: torch.Tensor, summands: Iterable[torch.Tensor | None]) -> torch.Tensor:
     """Memory for the sum of a parameter's gradients: that of a slice's, whose numbers are in the sum before."""
     found = next((gradient for gradient in summands if gradient is not None), None)
     return torch.empty_like(parameter) if found is None else found
+
+
+def _copies(gradients: Summands) -> list[torch.Tensor | None]:
+    copies = [
+        None if one is None else torch.empty_like(one, memory_format=torch.contiguous_format) for one in gradients
+    ]
+    copy_all_([one for one in copies if one is not None], [one for one in gradients if one is not None])
+    return copies

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 
 import torch
 
+from disttrain.distributed.foreach import words
+
 _SEED = 0x5EED
 _NUM_WEIGHTS = 1 << 18  # two megabytes, which stay in a core's cache
 _NEXT = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, too: what the chunks before are multiplied by
-_WORDS = {1: torch.uint8, 2: torch.int16}
 
 
 @torch.no_grad()
@@ -33,11 +34,9 @@ def checksum_of(numbers: Iterable[int]) -> int:
 
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     """(), int64, on the tensor's device."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    words = flat.view(_WORDS.get(flat.element_size(), torch.int32))
-    weights = _weights(words.device)
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for chunk in torch.split(words, _NUM_WEIGHTS):
+    weights = _weights(tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for chunk in torch.split(words(tensor), _NUM_WEIGHTS):
         total.mul_(_NEXT).add_((chunk * weights[: len(chunk)]).sum())
     return total
 

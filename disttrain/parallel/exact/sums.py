@@ -36,7 +36,7 @@ class StepSums:
             self._ahead.begin(closed)
 
     def close(self) -> None:
-        """To be called while the last slice's gradients are still in the model."""
+        """Send no more until `finish`."""
         if self._ahead is not None:
             self._ahead.close()
 
@@ -54,7 +54,7 @@ class StepSums:
             gradients = ahead.finish(summands, changes)
             if gradients is not None:
                 return [*gradients, *changes], list(expected)
-            # A hook changes gradients between the backward pass and the sum: it will in the next step, too.
+            # Something changes gradients after the backward pass has made them: it will in the next step, too.
             self._may_begin = self._may_begin and not ahead.was_changed
             expected = expected if ahead.was_changed else None
         gradients = [

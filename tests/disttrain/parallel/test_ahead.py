@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,7 +40,19 @@ class Stack(nn.Module):
         return scores
 
 
-def trained(changes_in_place: bool) -> tuple[list[Any], list[list[int]], int]:
+def in_place(parameter: Any) -> None:
+    parameter.grad.mul_(0.75)
+
+
+def by_another(parameter: Any) -> None:
+    parameter.grad = parameter.grad * 0.75
+
+
+def unversioned(parameter: Any) -> None:
+    parameter.grad.data.mul_(0.75)
+
+
+def trained(change: Callable[[Any], None]) -> tuple[list[Any], list[list[int]], int]:
     """By step: all that it leaves behind; and how many pieces were on their way halfway through each backward pass."""
     left, on_their_way = [], []
     sent = 0
@@ -71,8 +84,7 @@ def trained(changes_in_place: bool) -> tuple[list[Any], list[list[int]], int]:
                     slices.begin_sum()
                 loss.backward()
                 if what == "changed":  # as by a hook of the user's that runs when all gradients are there
-                    gradient: Any = model.upper.weight.grad
-                    model.upper.weight.grad = gradient.mul_(0.75) if changes_in_place else gradient * 0.75
+                    change(model.upper.weight)
                 slices.close(index)
             slices.finish(NUM_SLICES)
             names = slices.non_finite
@@ -91,11 +103,11 @@ def bits(left: list[Any]) -> list[Any]:
 
 def test_sums_begin_within_the_backward_pass_and_have_the_same_bits() -> None:
     """Also where a gradient is too large, not finite, changed after it was sent, or not there on each worker."""
-    ((alone, seen, _),) = run_workers(trained, 1, args=(True,), process_group=False)
+    ((alone, seen, _),) = run_workers(trained, 1, args=(in_place,), process_group=False)
     assert not any(map(sum, seen)), "one worker sends nothing"
     assert [bool(names) for names, *_ in alone] == [what == "not finite" for what in STEPS]
-    for size in (2, 3, 4):
-        for left, seen, hooks in run_workers(trained, size, args=(size == 2,), process_group=False):
+    for size, change in ((2, in_place), (3, by_another), (4, unversioned)):
+        for left, seen, hooks in run_workers(trained, size, args=(change,), process_group=False):
             assert bits(left) == bits(alone)
             assert hooks == 0
             # The upper layer's weight and bias, before the lower one's are computed; nothing before the last slice.
