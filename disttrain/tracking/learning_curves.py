@@ -20,6 +20,7 @@ _TRAIN, _EVAL, _PER_SECOND = "train/", "eval/", "_per_second"
 # Drawn in a panel of their own kind, or (epochs) a function of the step.
 _KNOWN = ("loss", "accuracy", "learning_rate", "lr", "epoch", "epoch_seconds")
 _MOST_PANELS = 12
+_NUM_CHARACTERS = 9  # of a number left of a panel, as wide as digits
 _BELOW = 0.25  # inches, for what is written under the last row
 
 
@@ -147,12 +148,17 @@ def _whole(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    """A number beside an axis, where there is room for some nine characters."""
+    """A number beside an axis: with six digits, or with as many as there is room for."""
     written = f"{value:.6g}"
-    if "e" in written:
-        digits, exponent = f"{value:.4g}".split("e")
-        written = f"{digits}e{int(exponent)}"
+    if "e" in written or len(written) > _NUM_CHARACTERS:
+        shorter = (_with_exponent(value, num_digits) for num_digits in range(6, 0, -1))
+        written = next(one for one in shorter if len(one) <= _NUM_CHARACTERS)
     return written.replace("-", "\N{MINUS SIGN}")
+
+
+def _with_exponent(value: float, num_digits: int) -> str:
+    digits, exponent = f"{value:.{num_digits - 1}e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _in_words(name: str) -> str:

@@ -54,9 +54,13 @@ def test_learning_curves_say_what_is_best() -> None:
     assert learning_curves([]) is None
 
 
-def test_what_is_written_around_a_panel_is_in_its_part_of_the_picture() -> None:
-    metrics = {"train/samples_per_second": 123456789.0, "eval/" + 12 * "a_long_name_": -1e-7, "train/loss": -2e6}
-    curves = learning_curves({"kind": "metrics", "step": step, "metrics": metrics} for step in (10**5, 10**6))
+@pytest.mark.parametrize("loss", [-2e6, -0.0042085, -4.2623e-12])
+def test_what_is_written_around_a_panel_is_in_its_part_of_the_picture(loss: float) -> None:
+    metrics = {"train/samples_per_second": 123456789.0, "eval/" + 12 * "a_long_name_": -1e-7}
+    curves = learning_curves(
+        {"kind": "metrics", "step": step, "metrics": {**metrics, "train/loss": loss * (1 + step / 1e10)}}
+        for step in (10**5, 10**6)
+    )
     for figure, columns in ((curves, 2), (confusion_matrix([[6 * 10**8, 1], [2, 6 * 10**8]], ["a", "b"]), 1)):
         assert figure is not None
         figure.canvas.draw()
