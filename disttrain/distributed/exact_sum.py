@@ -79,7 +79,7 @@ def largest_of_all(found: torch.Tensor) -> list[float]:
 def counted(found: torch.Tensor, expected: Sequence[float], num_summands: int) -> torch.Tensor:
     """What, added up over all ranks, shows whether the expectation holds: the number of lists, and surprises, int64."""
     counters = torch.empty(len(expected) + 2, dtype=torch.int64, device=found.device)
-    counters[0] = len(found)
+    counters[:1].fill_(len(found))  # `counters[0] =` would send a number to a GPU, and wait for it
     counters[1:] = surprises(found, expected, num_summands)
     return counters
 

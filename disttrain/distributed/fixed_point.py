@@ -24,7 +24,7 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from disttrain.distributed.foreach import in_a_row, real
-from disttrain.distributed.later import to_host_later
+from disttrain.distributed.later import from_host, to_host_later
 
 ABSENT = -1.0
 """What stands for the magnitude of a tensor that is not there."""
@@ -67,7 +67,7 @@ def measured(lists: Sequence[Summands], num_changes: int = 0) -> torch.Tensor:
         device = present[0].device
         places = torch.tensor([place for place, tensor in enumerate(flat) if tensor is not None])
         found = torch.full((len(flat),), ABSENT, dtype=torch.float64, device=device)
-        found.index_copy_(0, places.to(device, non_blocking=True), _largest_in_each(present))
+        found.index_copy_(0, from_host(places, device), _largest_in_each(present))
     found = found.view(len(lists), len(lists[0]) if lists else 0)
     if num_changes:
         changes = found[:, -num_changes:]
@@ -143,7 +143,7 @@ def surprises(found: torch.Tensor, expected: Sequence[float], num_summands: int)
         rows = found.tolist()
         exceeding = sum(any(map(gt, row, expected)) for row in rows)
         return torch.tensor([exceeding, *(sum(row[at] < bound for row in rows) for at, bound in enumerate(least))])
-    limits = torch.tensor([expected, least], dtype=torch.float64).to(found.device, non_blocking=True)
+    limits = from_host(torch.tensor([expected, least], dtype=torch.float64), found.device)
     return torch.cat([(found > limits[0]).any(dim=1, keepdim=True), found < limits[1]], dim=1).sum(dim=0)
 
 

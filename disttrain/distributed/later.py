@@ -34,3 +34,8 @@ def to_host_later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return host
 
     return read
+
+
+def from_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same on a device that is not waited for, as CUDA may do for memory that the system can move."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -134,7 +134,7 @@ class SumAhead:
         of_changes = SumInRuns(changes, changed, self._expected[num:], self._num_summands, None)
         num_counters = len(self._expected) + 3
         rest = self._rest[: num_counters + of_changes.size]
-        rest[0] = sum(self._differences(summands))
+        rest[:1].fill_(sum(self._differences(summands)))  # a number by a kernel, as in `counted`
         rest[1:num_counters] = counted(found, self._expected, self._num_summands)
         of_changes.fill(rest[num_counters:])
         work = dist.all_reduce(rest, async_op=True)

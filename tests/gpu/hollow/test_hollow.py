@@ -1,0 +1,64 @@
+"""PyTorch's own CUDA on a GPU that computes nothing: how often a step waits for it, and what is sent there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.gpu import hollow
+from tests.gpu.hollow.steps import STEPS
+
+pytestmark = pytest.mark.skipif(bool(hollow.why_not()), reason=hollow.why_not())
+
+FROM_THE_STEP_BEFORE = "distributed/later.py to_host_later.<locals>.read"
+NUM_OTHERS = 4  # of the five steps of an epoch, without the first
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables of a process that has it."""
+    return hollow.built(tmp_path_factory.mktemp("hollow"))
+
+
+@pytest.fixture(scope="module")
+def counts(gpu: dict[str, str]) -> dict[str, Any]:
+    """What was counted in steps, by the names of the ways. Fails if whole runs mix tensors of two devices."""
+    printed = hollow.python(["-m", "tests.gpu.hollow.steps"], gpu, timeout_s=300)
+    lines = [line for line in printed.splitlines() if line.startswith("{")]  # whole runs print, too
+    return {found.pop("name"): found for found in map(json.loads, lines)}
+
+
+def of(kind: str, seen: dict[str, int]) -> dict[str, int]:
+    return {name.removeprefix(f"{kind}: "): num for name, num in seen.items() if name.startswith(f"{kind}: ")}
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if not name.startswith("exact")])
+def test_a_step_of_fast_mode_waits_for_nothing_and_sends_nothing(name: str, counts: dict[str, Any]) -> None:
+    """But for what the step before has sent: its own is sent then, in one copy."""
+    others = counts[name]["others"]
+    assert of("wait", others) == {FROM_THE_STEP_BEFORE: NUM_OTHERS}
+    assert of("to the device", others) == {}
+    assert of("to the host", others) == {"distributed/later.py to_host_later": NUM_OTHERS}
+
+
+@pytest.mark.parametrize("name", ["exact", "exact with everything"])
+def test_a_step_of_exact_mode_waits_once_however_many_slices_it_has(name: str, counts: dict[str, Any]) -> None:
+    """For the counters of its sum; with a logged step's losses, which come when it has waited, once more."""
+    waits = of("wait", counts[name]["others"])
+    logged = waits.pop("training/loop.py train_step", 0)
+    assert waits.pop("distributed/exact_sum.py holds") > 0
+    assert waits == {FROM_THE_STEP_BEFORE: NUM_OTHERS}
+    assert bool(logged) == (name != "exact")
+    bounds = {"distributed/later.py from_host": NUM_OTHERS}
+    assert of("to the device", counts[name]["others"]) == bounds
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_an_epoch_sends_its_order_and_an_evaluation_nothing(name: str, counts: dict[str, Any]) -> None:
+    sent = of("to the device", counts[name]["next epoch"])
+    assert sent.pop("data/sampler.py StepSampler.on") == 1
+    assert set(sent) <= {"distributed/later.py from_host"}
+    assert of("to the device", counts[name]["evaluation"]) == {}
+    assert counts[name]["evaluation"].get("waits before its end", 0) == 0
