@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ from tests.disttrain.parallel.exact_runs import SMALL
 CPU = torch.device("cpu")
 
 
+def is_for_any_size(inputs: Sequence[Any]) -> bool:
+    """Whether a graph that is compiled for these inputs is not for their sizes alone."""
+    return any(isinstance(size, torch.SymInt) for one in inputs for size in (one, *getattr(one, "shape", ())))
+
+
 class Doubling(nn.Module):
     """Of a class of its own: torch 2.11 compiles no other."""
 
@@ -51,8 +57,7 @@ def test_kernels_follow_from_the_shape_and_not_from_the_batches_before(
     ran: list[str] = []
 
     def backend(graph: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
-        sizes = [size for one in inputs for size in (one, *getattr(one, "shape", ()))]
-        kind = "any size" if any(isinstance(size, torch.SymInt) for size in sizes) else "fixed"
+        kind = "any size" if is_for_any_size(inputs) else "fixed"
 
         def run(*arguments: Any) -> Any:
             ran.append(kind)
@@ -68,6 +73,41 @@ def test_kernels_follow_from_the_shape_and_not_from_the_batches_before(
     for size in (8, 8, 5, 8, 5):
         model(torch.ones(size, 4))
     assert ran == ["fixed", "fixed", *[after_a_last_batch] * 3]
+
+
+@pytest.mark.parametrize(("any_shape", "is_the_same"), [("false", True), ("true", False)])
+def test_an_evaluation_does_not_depend_on_the_batches_before(
+    any_shape: str, is_the_same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an epoch, whose last batch is smaller, or in a process that has computed nothing: 31 samples, by 8.
+
+    Kernels for any size compute other numbers here.
+    """
+
+    def backend(graph: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+        factor = 1.01 if is_for_any_size(inputs) else 1.0
+        return lambda *arguments: [factor * one for one in graph(*arguments)]
+
+    def evaluated(weights: dict[str, Any], num_steps: int) -> tuple[dict[str, Any], dict[str, float]]:
+        torch.compiler.reset()  # type: ignore[no-untyped-call]
+        with join_world("cpu", threads=1) as world:
+            job = build_job(recipe, world, Given(model=WithStatistics()))
+            job.model.load_state_dict(weights)
+            for batch in islice(job.loader.epoch(0), num_steps):
+                train_step(job, batch)
+                job.step += 1
+            evaluation = evaluate(job.model, job.task, job.eval_loader)
+            job.close()
+        return job.model.state_dict(), evaluation.metrics
+
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model, **options: compile_(model, backend=backend, **options))
+    monkeypatch.setenv("CXX", sys.executable)
+    overrides = ("parallel.exact=false", "train.compile=true", f"train.compile_any_shape={any_shape}")
+    recipe = load_recipe("digits", [*SMALL, *overrides])
+    weights, after_an_epoch = evaluated(WithStatistics().state_dict(), 5)
+    _, fresh = evaluated(weights, 0)
+    assert (fresh == after_an_epoch) is is_the_same
 
 
 def test_kernels_are_made_before_the_first_step_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
