@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu import checks, fast, runs, several, speed  # noqa: F401  # registers them
-from tests.gpu.registry import CHECKS, DEVICE, SkippedError
+from tests.gpu.registry import CHECKS, PATIENCE, SkippedError
 
 _SKIPPED = 5
 _AT_ONCE = 4
 _GRACE_S = 60  # for what is running when time is up
 _MOST_PRINTED = 20_000
-_PATIENCE = 1 if DEVICE == "cuda" else 10  # the limits are for a GPU
 
 
 def run_one(name: str, log: Path, limit_s: float = math.inf) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def run_one(name: str, log: Path, limit_s: float = math.inf) -> dict[str, Any]:
             start_new_session=True,
         )
         try:
-            code = process.wait(min(limit_s, CHECKS[name].limit_s * _PATIENCE))
+            code = process.wait(min(limit_s, CHECKS[name].limit_s * PATIENCE))
         except subprocess.TimeoutExpired:
             code = -1
         finally:
@@ -64,7 +63,7 @@ def main(*, on_several: bool = False) -> int:
     default = [name for name, one in CHECKS.items() if one.several == on_several]
     parser.add_argument("names", nargs="*", default=default, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-checks")), metavar="DIR")
-    until = (1800.0 if on_several else 400.0) * _PATIENCE
+    until = (1800.0 if on_several else 400.0) * PATIENCE
     parser.add_argument("--until", type=float, default=until, help="seconds after which nothing more is started")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--inside", choices=CHECKS, help=argparse.SUPPRESS)

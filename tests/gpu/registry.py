@@ -16,6 +16,8 @@ from disttrain.distributed.ports import reserved_port
 from disttrain.recipe import Recipe, load_recipe
 
 DEVICE = os.environ.get("CHECKS_DEVICE", "cuda")
+PATIENCE = 1 if DEVICE == "cuda" else 10
+"""Limits are for a GPU, which computes beside no other: elsewhere they are so many times as long."""
 ROOT = Path(__file__).parents[2]
 Answer = dict[str, Any]
 Popen = subprocess.Popen[str]
@@ -74,14 +76,14 @@ def needs_gpu() -> None:
 
 def in_a_process(code: str, *, timeout_s: float = 200, variables: Mapping[str, str] | None = None) -> str:
     """The last line that `code` prints, in a process of its own. Raises AssertionError if it fails."""
-    done = _started(code, variables or {}).communicate(timeout=timeout_s)
+    done = _started(code, variables or {}).communicate(timeout=timeout_s * PATIENCE)
     return _last_line(done)
 
 
 def exit_code(code: str, *, timeout_s: float = 200) -> int:
     """How a process that runs `code` ends."""
     process = _started(code, {})
-    process.communicate(timeout=timeout_s)
+    process.communicate(timeout=timeout_s * PATIENCE)
     return process.returncode
 
 
@@ -95,7 +97,7 @@ def in_ranks(size: int, code: str, *, timeout_s: float = 250) -> list[str]:
             _started(f"{share}\n{code}", {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)
         ]
         try:
-            return [_last_line(one.communicate(timeout=timeout_s)) for one in ranks]
+            return [_last_line(one.communicate(timeout=timeout_s * PATIENCE)) for one in ranks]
         finally:
             for one in ranks:
                 one.kill()
@@ -135,7 +137,7 @@ def launched(
     began = time.monotonic()
     process = launcher(size, run_dir, *overrides, variables=variables)
     try:
-        output = process.communicate(timeout=timeout_s)[0]
+        output = process.communicate(timeout=timeout_s * PATIENCE)[0]
     finally:
         if process.poll() is None:
             process.kill()
