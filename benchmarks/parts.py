@@ -74,7 +74,7 @@ def parts_of(monitor: RunMonitor) -> dict[str, Callable[[], object]]:
         job.progress.at("computing the next step", job.step, patient=compiles)
 
     def short() -> None:
-        with shortage_in_step(job, batch):
+        with shortage_in_step(job):
             pass
 
     def after() -> None:

@@ -240,9 +240,9 @@ def where(error: BaseException) -> str:
     return f"{(own or frames)[-1].filename}:{(own or frames)[-1].lineno}" if frames else "place unknown"
 
 
-def mark_failure(error: BaseException) -> None:
-    """Note on `error` when it struck: cleaning up takes time, and the first worker to fail is the cause."""
-    error.__dict__.setdefault("_failed_at", time.time())
+def mark_failure(error: BaseException, at: float | None = None) -> None:
+    """Note on `error` when it struck (`at`, or now): cleaning up takes time, and the first to fail is the cause."""
+    error.__dict__.setdefault("_failed_at", time.time() if at is None else at)
 
 
 def failure_time(error: BaseException) -> float:

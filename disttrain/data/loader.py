@@ -148,10 +148,13 @@ class Loader:
         fetched = self._reader.take(samples, rng.derive(self._seed, epoch))
         return Fetched(self._prepared(fetched.data, epoch, samples, training=training), fetched.weight)
 
-    def parts(self, epoch: int, step: int, slice_index: int) -> list[Batch]:
-        """One slice of a step, as the worker that serves it has it; read in this process."""
+    def parts(self, epoch: int, step: int, slice_index: int, accumulate: int | None = None) -> list[Batch]:
+        """One slice of a step, as the worker that serves it has it; read in this process.
+
+        `accumulate`: in so many parts, in place of as many as in training.
+        """
         seed = rng.derive(self._seed, epoch)
-        pieces = self._cut(epoch, step, slice_index)
+        pieces = self._cut(epoch, step, slice_index, accumulate)
         return [_batch(piece, self._ready(epoch, piece, self._reader.take(piece.samples, seed))) for piece in pieces]
 
     def _steps(self, epoch: int, steps: range) -> Iterator[StepBatch]:
@@ -192,10 +195,10 @@ class Loader:
             return self._paced(epoch, step)
         return [piece for slice_index in self._slices for piece in self._cut(epoch, step, slice_index)]
 
-    def _cut(self, epoch: int, step: int, slice_index: int) -> list[_Piece]:
-        pieces = []
+    def _cut(self, epoch: int, step: int, slice_index: int, accumulate: int | None = None) -> list[_Piece]:
+        pieces, accumulate = [], accumulate or self._accumulate
         whole = self._sampler.indices(epoch, step, slice_index, self._num_slices)
-        cut = [whole] if self._accumulate == 1 else whole.tensor_split(self._accumulate)
+        cut = [whole] if accumulate == 1 else whole.tensor_split(accumulate)
         cut = [part for part in cut if self._fills_empty or part.numel()]
         for number, samples in enumerate(cut, start=1):
             is_filler = not samples.numel()

@@ -120,6 +120,13 @@ class Ddp(Strategy):
         for module, name, _ in self._odd:
             broadcast_(getattr(module, name).detach())
 
+    def alone(self) -> Strategy:
+        """As `Strategy` has it: the reducer, which would send gradients, goes with its memory."""
+        if "module" in vars(self):
+            self.module._remove_autograd_hooks()  # type: ignore[no-untyped-call]  # whoever still holds it
+            del self.module
+        return Strategy(self.model, self.reason)
+
     def follow_unfreezing(self) -> bool:
         """As `Strategy` has it: the model is wrapped anew.
 

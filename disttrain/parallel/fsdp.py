@@ -104,6 +104,9 @@ class Fsdp(Strategy):
             "cannot follow: use model.freeze, or parallel.strategy = 'ddp'."
         )
 
+    def alone(self) -> None:
+        """As `Strategy` has it: each worker has but a part of the model."""
+
     def open_slice(self) -> None:
         """As `Strategy` has it: the step starts from rank 0's buffers."""
         self._called = 0

@@ -189,6 +189,13 @@ class Strategy:
         `scale` is what the loss was multiplied by: the sums are divided by it. Every rank must call it.
         """
 
+    def alone(self) -> Strategy | None:
+        """The way in which this worker computes a step's losses and gradients without the others; None if it cannot.
+
+        For a worker whose step has failed, before each that it tries in its place: no other may follow.
+        """
+        return self
+
     def share_buffers_(self) -> None:
         """Replace every worker's buffers (BatchNorm's statistics) by rank 0's. Every rank must call it."""
 

@@ -42,7 +42,7 @@ from disttrain.training.recoverable import asks_to_continue
 from disttrain.training.recovery import Recovery
 from disttrain.training.result import Result
 from disttrain.training.session import open_session
-from disttrain.training.shortage import shortage_in_evaluation, shortage_in_step
+from disttrain.training.shortage import name_shortage, shortage_in_evaluation, shortage_in_step
 from disttrain.training.succession import Succession
 
 
@@ -179,7 +179,7 @@ def fit(job: Job, monitor: RunMonitor, recovery: Recovery) -> dict[str, float]:
             for batch in _batches(job):
                 reached("step", step=job.step, model=job.model)
                 recovery.before_step()
-                with shortage_in_step(job, batch):
+                with shortage_in_step(job):
                     result = None if job.step in job.spikes.skipped else train_step(job, batch)
                 job.step, job.metrics = job.step + 1, None
                 reached("after the commit", step=job.step)
@@ -214,8 +214,9 @@ def train_step(job: Job, batch: StepBatch) -> StepResult:
         losses = _compute_slices(job, batch)
         if strategy.needs_second_pass():
             losses = _compute_slices(job, batch)
-    except BaseException:
+    except BaseException as error:
         strategy.abandon_step()
+        name_shortage(job, batch, error)
         raise
     if is_audited(job):
         audit(job, batch, losses, _compute_part)

@@ -44,6 +44,28 @@ def in_bfloat16(num_classes: int, sample_shape: tuple[int, int, int]) -> nn.Modu
     return _Bfloat16(nn.Linear(channels * height * width, num_classes))
 
 
+class Hungry(nn.Module):
+    """Of 64 samples at once a GPU's memory holds 16 and not 32; a CPU says so, and has it.
+
+    A sample takes a 56th of it twice in the forward pass, and at most once more in the backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(3 * 32 * 32, 4), nn.Parameter(torch.ones(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 4)."""
+        scores: torch.Tensor = self.inner(images.flatten(1))
+        if images.is_cuda:
+            held = torch.cuda.get_device_properties(images.device).total_memory // 56
+            ones = torch.ones(len(images), held // 4, device=images.device)
+            return scores + 0.0 * (ones * self.scale).mean()
+        if len(images) > 16:
+            raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB.")
+        return scores
+
+
 class Blows(nn.Module):
     """`build` for 4 classes, whose output is infinite in some of its training steps, counted from 1."""
 

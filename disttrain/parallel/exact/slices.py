@@ -134,6 +134,13 @@ class ExactSlices:
         self._sums.abandon()
 
     @torch.no_grad()
+    def forget(self) -> None:
+        """Forget an unfinished step, for another of the same slices."""
+        self.abandon()
+        self._restore_buffers()
+        self._begin_step()
+
+    @torch.no_grad()
     def close(self, slice_index: int) -> None:
         """Take the slice's gradients, and what it changed in the buffers, out of the model.
 

@@ -117,6 +117,11 @@ class Exact(SlicesSummed):
         """As `Strategy` has it."""
         self._sums.abandon()
 
+    def alone(self) -> Strategy:
+        """As `Strategy` has it: slices are this worker's own until they are summed."""
+        self._sums.forget()
+        return self
+
     @property
     def audited(self) -> list[str]:
         """The names of the tensors that `checksums` and `checksums_apart` are of."""
