@@ -38,7 +38,8 @@ def shown(
         index = first + _gathered(images, _axes(images, 0)[0].index_select(0, mirrored.long()))
     else:
         index = first + images
-    return table.index_select(0, index.view(-1)).view(images.shape)
+    # Not a view: what a task's own collate makes may be channels-last.
+    return table.index_select(0, index.reshape(-1)).view(images.shape)
 
 
 def _cropped(

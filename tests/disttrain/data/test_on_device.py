@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttrain.data import Loader, MemorySplit, StepSampler, bunches, normalise
+from disttrain.data import Loader, MemorySplit, StepSampler, bunches, crop, mirror, normalise, on_device
 from disttrain.distributed import later
 from disttrain.recipe import DataRecipe, Recipe
 from disttrain.task import ImageClassification
@@ -186,3 +186,28 @@ def test_no_more_are_prepared_at_once_than_there_is_room_for(monkeypatch: pytest
             patch.setattr(ImageClassification, "prepare", counted)
             list(Loader(images, StepSampler(NUM, batch_size=BATCH), EVERYTHING, task).epoch(0))
         assert sizes == expected
+
+
+@pytest.mark.parametrize(("height", "width", "padding"), [(1, 1, 1), (1, 5, 0), (5, 1, 3), (2, 9, 1), (8, 8, 2)])
+@pytest.mark.parametrize("num", [0, 1, 5])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_any_shape_and_layout_is_shown_as_the_cpu_shows_it(
+    height: int, width: int, padding: int, num: int, channels: int
+) -> None:
+    """At the ends of the range of places, too; of pictures, (H, W, C), and of what is cut out of larger images."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (num, height + 2, width + 2, channels), dtype=torch.uint8, generator=generator)
+    by_rows = pictures.permute(0, 3, 1, 2)[:, :, 1:-1, 1:-1].contiguous(memory_format=torch.channels_last)
+    u, mean, std = torch.rand(num, 2, generator=generator), (0.5, 0.4, 0.3, 0.2)[:channels], (0.1,) * channels
+    u[:1], u[1:2] = 0, 1 - 2**-24
+    which = torch.arange(num) % 2 == 0
+    for images in (by_rows.contiguous(), by_rows, pictures.permute(0, 3, 1, 2)[:, :, 1:-1, 1:-1]):
+        for reflect in (False, *([True] if padding < min(height, width) else [])):
+            for mirrored in (None, which):
+                moved = crop(images, padding, u, reflect=reflect) if padding else images
+                expected = normalise(moved if mirrored is None else mirror(moved, mirrored), mean, std)
+                shown = on_device.shown(
+                    images, mean, std, padding=padding, reflect=reflect, u=u, mirrored=mirrored
+                )  # fmt: skip
+                assert torch.equal(shown, expected)
+                assert shown.is_contiguous()
