@@ -56,15 +56,17 @@ def compiled_for_each_shape(recipe: Recipe) -> Iterator[None]:
     """In exact mode, have a compiled model stay compiled while the block runs, whatever a worker has met before.
 
     torch gives a function up that it has compiled eight times, and computes the next shape by other kernels; here it
-    takes more, and raises in place of that; ConfigurationError, for what a task or a model compiles itself, too.
+    takes more, and raises in place of that; ConfigurationError, for what a task or a model compiles itself, too. That,
+    like the model, has kernels for each shape, not those for any size that torch makes at the second size it meets.
     """
     if not (recipe.parallel.exact and recipe.train.compile):
         yield
         return
     import torch._dynamo  # hundreds of modules, which nothing else needs yet
 
+    for_each_shape = {"automatic_dynamic_shapes": False, "assume_static_by_default": True}
     limits = {"recompile_limit": _MOST_KERNELS, "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(limits):
+    with torch._dynamo.config.patch({**for_each_shape, **limits}):
         try:
             yield
         except ConfigurationError:  # the compiled model's own, which names the key
@@ -78,6 +80,12 @@ def compiled_for_each_shape(recipe: Recipe) -> Iterator[None]:
                 "times and would be again, as one that takes numbers or tensors of many sizes. In exact mode it has to "
                 "stay compiled: leave it as it is (without torch.compile), or set parallel.exact = false."
             ) from error
+
+
+def times_compiled() -> int:
+    """How many functions this process has compiled, each as often as it was."""
+    compiler = sys.modules.get("torch._dynamo.utils")  # not there where nothing was
+    return 0 if compiler is None else int(compiler.counters["frames"]["total"])
 
 
 def facts_of_compiler(settings: TrainRecipe, device: torch.device) -> dict[str, str]:

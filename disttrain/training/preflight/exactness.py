@@ -18,7 +18,7 @@ from disttrain.distributed.collectives import broadcast_from_main
 from disttrain.distributed.sharded import is_sharded, local
 from disttrain.errors import ConfigurationError
 from disttrain.models.buffers import same_bits
-from disttrain.training.compiled import replays_graphs
+from disttrain.training.compiled import replays_graphs, times_compiled
 from disttrain.training.job import Job
 from disttrain.training.shortage import shortage_of
 
@@ -31,16 +31,17 @@ def try_exactness(job: Job) -> None:
     """Compute a step of a few samples twice, and evaluate them, as exact mode would; leave the job as it was.
 
     Raises ConfigurationError, on every rank alike, for a data set that draws from a generator of its own, an operator
-    without a deterministic kernel, sparse gradients, parts of a step that are too small for the model, state that
-    changes where no checkpoint or no other worker would see it, gradients that are not those without shards, and
-    results that differ from the first time to the second, as they do when a model keeps state or a generator of its
-    own.
+    without a deterministic kernel, a function that is compiled without `train.compile`, sparse gradients, parts of a
+    step that are too small for the model, state that changes where no checkpoint or no other worker would see it,
+    gradients that are not those without shards, and results that differ from the first time to the second, as they do
+    when a model keeps state or a generator of its own.
     """
     broadcast_from_main(job.world, lambda: _read_again(job))
     model, kept = job.model, frozenset(job.model.state_dict())
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     versions = {key: parameter._version for key, parameter in model.named_parameters()}
+    num_compiled = times_compiled()
     with generators_kept():
         try:
             with shortage_of(job, len(_samples(job))), named_operators(job.world.device):
@@ -57,6 +58,12 @@ def try_exactness(job: Job) -> None:
             _refuse_changed_parameters(model, parameters, versions)
         finally:
             _put_back(model, buffers, parameters)
+    if not job.recipe.train.compile and times_compiled() > num_compiled:
+        raise ConfigurationError(
+            "the task or the model compiles a function itself (torch.compile), and by which kernels that is computed "
+            "depends on the shapes that a worker has met before: set train.compile = true, with which there are "
+            f"kernels for each shape, leave the function as it is, {_OR_FAST}."
+        )
     if again is not None:
         raise ConfigurationError(
             f"{_MODEL} gives another result for '{again}' when it computes the same samples again, so it keeps state "

@@ -298,7 +298,7 @@ def test_in_exact_mode_a_model_stays_compiled_for_more_shapes_than_torch_takes(
     assert len(made) == 12
     compute([14])  # torch's own way
 
-    @torch.compile(backend=backend, dynamic=False)
+    @torch.compile(backend=backend)
     def doubled(numbers: torch.Tensor) -> torch.Tensor:
         return 2 * numbers
 
@@ -310,6 +310,19 @@ def test_in_exact_mode_a_model_stays_compiled_for_more_shapes_than_torch_takes(
 
     with pytest.raises(ConfigurationError, match=r"compiles itself \(.*test_compiled.py:\d+\) was compiled 12 times"):
         compute_its_own()
+
+
+def test_what_a_task_compiles_itself_is_refused_where_kernels_would_depend_on_the_shapes_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.compiler.reset()  # type: ignore[no-untyped-call]
+    doubled = torch.compile(lambda numbers: 2 * numbers, backend="eager")
+    with join_world("cpu", threads=1) as world:
+        job = build_job(load_recipe("digits", SMALL), world, Given(model=Replayed()))
+        monkeypatch.setattr(job.task, "loss", lambda model, batch: doubled(model(batch[0])).sum(), raising=False)
+        with pytest.raises(ConfigurationError, match=r"set train\.compile = true"):
+            try_exactness(job)
+        job.close()
 
 
 def test_all_slices_sizes_are_known_to_each_worker() -> None:
