@@ -43,9 +43,14 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def settled(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; a copy if it is conjugated or negated only when it is read, which NumPy and views refuse."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
+
+
 def words(tensor: torch.Tensor) -> torch.Tensor:
     """All bits of a tensor, in the order of its elements: a vector of integers of 8, 16 or 32 bits."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = settled(tensor.detach()).contiguous().reshape(-1)
     return flat.view(_WORDS.get(flat.element_size(), torch.int32))
 
 

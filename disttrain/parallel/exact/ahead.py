@@ -19,7 +19,7 @@ import torch.distributed as dist
 from disttrain.distributed.collectives import wait_for
 from disttrain.distributed.exact_sum import SumInRuns, counted, holds
 from disttrain.distributed.fixed_point import ABSENT, Summands, measured
-from disttrain.distributed.foreach import copy_all_, differ, real
+from disttrain.distributed.foreach import copy_all_, differ, real, settled
 
 # So many integers travel together: some megabytes, as DDP's buckets. GPUs take longer to begin one.
 _MOST_TOGETHER = {"cpu": 1 << 19}
@@ -88,7 +88,9 @@ class SumAhead:
         """How many pieces have been sent."""
         return self._num_sent
 
-    def _has_come(self, index: int, _: torch.Tensor) -> None:
+    def _has_come(self, index: int, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            return  # which is refused when the slice is closed
         self._piece_of[index].awaited.discard(index)
         # The last piece awaits what a backward pass ends with: sent within it, it would gain nothing.
         while self._num_sent < len(self._pieces) - 1 and not self._pieces[self._num_sent].awaited:
@@ -98,7 +100,8 @@ class SumAhead:
     def _send_copies(self, piece: _Piece) -> None:
         """Send a piece whose gradients of the last slice may still be changed: what they were is kept."""
         earlier = [[each[index] for index in piece.indices] for each in self._lists]
-        last = [self._parameters[index].grad for index in piece.indices]
+        gradients = (self._parameters[index].grad for index in piece.indices)
+        last = [None if gradient is None else settled(gradient) for gradient in gradients]
         piece.sent = _copies(last)
         self._send(piece, [*earlier, piece.sent], [*earlier, last])
 

@@ -16,7 +16,7 @@ from torch import nn
 from disttrain.distributed.collectives import broadcast_
 from disttrain.distributed.exact_sum import exact_sum_
 from disttrain.distributed.fixed_point import ABSENT, Summands, expected_magnitudes
-from disttrain.distributed.foreach import copy_all_
+from disttrain.distributed.foreach import copy_all_, real, settled
 from disttrain.distributed.world import World
 from disttrain.errors import ConfigurationError
 from disttrain.parallel.exact.changes import changes_of, places_of_buffers
@@ -62,7 +62,7 @@ class ExactSlices:
         # A look at a buffer is cheaper than a difference; but a GPU would have to be waited for, for each of them.
         self._may_look = world.device.type == "cpu"
         # The bits that an expectation costs would be visible in float64.
-        self._expects = all(parameter.dtype != torch.float64 for parameter in self._parameters.values())
+        self._expects = all(real(parameter).dtype != torch.float64 for parameter in self._parameters.values())
         self._expected: Callable[[], list[float] | None] = lambda: None
         self.sums_are_finite = False
         """Whether the gradients of the step that was finished last are known to be finite without a look at them."""
@@ -171,10 +171,8 @@ class ExactSlices:
     def _take(self, slice_index: int) -> list[torch.Tensor | None]:
         self._refuse_writing(self._parameters, self._versions_at_start)
         changes = self._take_changes(slice_index)
-        taken = [*(parameter.grad for parameter in self._parameters.values()), *changes]
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        return taken
+        gradients = [_taken(name, parameter) for name, parameter in self._parameters.items()]
+        return [*gradients, *changes]
 
     @torch.no_grad()
     def finish(self, num_filled: int) -> None:
@@ -287,6 +285,18 @@ class ExactSlices:
 def slices_of(rank: int, size: int, num_slices: int) -> range:
     """The run of slices that a worker serves: all together serve each once, none more than one more than another."""
     return range(rank * num_slices // size, (rank + 1) * num_slices // size)
+
+
+def _taken(name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None:
+        return None
+    if gradient.layout != torch.strided:
+        raise ConfigurationError(
+            f"the model: the gradient of '{name}' is sparse, which exact mode cannot sum: use a dense one "
+            "(sparse=False), or set parallel.exact = false."
+        )
+    return settled(gradient)
 
 
 def zeroed(gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from disttrain.distributed.world import join_world
+from disttrain.errors import ConfigurationError
 from disttrain.parallel.exact import ahead
 from disttrain.parallel.exact.slices import ExactSlices
 from disttrain.testing import run_workers
@@ -31,12 +32,13 @@ class Stack(nn.Module):
         self.upper = nn.Linear(6, 3)
         self.idle = nn.Parameter(torch.ones(1))
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.wave = nn.Parameter(torch.ones(3, dtype=torch.complex64))  # its gradient is one to be conjugated
         self.note = note
 
     def forward(self, numbers: torch.Tensor, *, uses_it: bool) -> torch.Tensor:
         hidden: torch.Tensor = self.norm(self.lower(numbers * self.sometimes if uses_it else numbers))
         hidden.register_hook(lambda _: self.note())
-        scores: torch.Tensor = self.upper(hidden) * self.frozen
+        scores: torch.Tensor = self.upper(hidden) * self.frozen * (self.wave.conj() * 2).real
         return scores
 
 
@@ -93,6 +95,10 @@ def trained(change: Callable[[Any], None]) -> tuple[list[Any], list[list[int]], 
             left.append((names, slices.expected, *gradients, *(one.clone() for one in model.buffers())))
             on_their_way.append(list(seen))
             model.zero_grad()
+        slices.open()
+        model.idle.grad = torch.ones(1).to_sparse()  # dense in the trial before training, and no longer
+        with pytest.raises(ConfigurationError, match="the gradient of 'idle' is sparse"):
+            slices.close(slices.slices[0])
         hooks = sum(len(one._post_accumulate_grad_hooks or ()) for one in model.parameters())  # type: ignore[attr-defined]
     return left, on_their_way, hooks
 
