@@ -341,7 +341,7 @@ def test_a_lost_shard_has_no_copy_and_so_all_restart_from_the_checkpoint_by_them
     assert ended.returncode == 0, ended.stderr
     assert "restart 1 of 1 from the latest checkpoint" in ended.stderr
     assert "a loss needs a restart (--max-restarts): a lost shard has no copy" in ended.stdout
-    launch(undisturbed(tmp_path, model))
+    launch(undisturbed(tmp_path))
     check(tmp_path, [], [])
 
 
