@@ -1,6 +1,6 @@
-"""How much is computed at once that does fit, where more did not: found by computing it, on this worker alone.
+"""How many samples at once fit into memory, where more did not: found by computing them, on this worker alone.
 
-What is tried sends nothing, as the others would take it for a part of a real step, and leaves weights and buffers as
+What is tried sends nothing, since the others would take it for a part of a real step, and leaves weights and buffers as
 they are. The others wait meanwhile, for a limited time. No step may follow.
 """
 
@@ -29,13 +29,19 @@ _log = logging.getLogger("disttrain")
 
 
 class NotTriedError(DisttrainError):
-    """Nothing could be tried; the message says why."""
+    """Whether it fits could not be tried, or not to the end; the message says why."""
+
+    def __init__(self, reason: str, candidate: int | None = None) -> None:
+        """`candidate`: the one that was being tried; those before it do not fit."""
+        super().__init__(reason)
+        self.candidate = candidate
 
 
 def accumulate_that_fits(job: Job) -> int | None:
     """The first of 2, 4, 8 ... times `train.accumulate` with which the step that failed fits; None if none does.
 
-    A step is tried with all parts of this worker's, beside the optimizer's state. Raises NotTriedError.
+    Where the model fails otherwise with so few samples at once, as BatchNorm does with one, those between are tried. A
+    step is tried with all of this worker's parts, beside the optimizer's state. Raises NotTriedError.
     """
     sizes = len(job.data.train), job.recipe.data.batch_size, job.strategy.num_slices
     accumulate, most = job.recipe.train.accumulate, largest_part(*sizes, 1)
@@ -55,19 +61,23 @@ def accumulate_that_fits(job: Job) -> int | None:
 
         return _fits(job, compute)
 
-    def search() -> int | None:
-        candidate = accumulate
+    def search(candidates: list[int]) -> int | None:
+        too_small, too_large = accumulate, most + 1
         may_fit = _fits(job, lambda _: _step_in_place(job.optimizer))
-        while may_fit and candidate < most:
-            candidate = min(2 * candidate, most)
+        while may_fit and too_small + 1 < too_large:
+            candidate = min(2 * too_small, most) if too_large > most else (too_small + too_large) // 2
+            candidates.append(candidate)
             try:
                 if fits(candidate):
                     return candidate
+                too_small = candidate
+            except NotTriedError:
+                raise
             except Exception:
-                if candidate <= 2 * accumulate:  # nothing has been learned yet
+                if len(candidates) == 1:  # nothing has been learned yet
                     raise
-                _log.exception("train.accumulate = %d", candidate)  # as of a BatchNorm that gets a single sample
-                return None
+                _log.exception("train.accumulate = %d", candidate)
+                too_large = candidate
         return None
 
     return _in_time(job, search)
@@ -85,10 +95,14 @@ def eval_batch_size_that_fits(job: Job) -> int | None:
     def fits(size: int) -> bool:
         return _fits(job, lambda alone: alone.score(job.task.score, job.eval_loader.samples(torch.arange(size))))
 
-    def search() -> int | None:
+    def search(candidates: list[int]) -> int | None:
         job.model.eval()
         with torch.no_grad(), job.computing:
-            return next((size for size in sizes if fits(size)), None)
+            for size in sizes:
+                candidates.append(size)
+                if fits(size):
+                    return size
+        return None
 
     return _in_time(job, search)
 
@@ -126,50 +140,64 @@ def _fits(job: Job, compute: Callable[[Strategy], Any]) -> bool:
     return True
 
 
-def _in_time(job: Job, search: Callable[[], int | None]) -> int | None:
-    """What `search` finds, on a thread of its own, that the failure is reported in time whatever happens there."""
+def _in_time(job: Job, search: Callable[[list[int]], int | None]) -> int | None:
+    """What `search` finds, on a thread of its own, so that the failure is reported in time whatever happens there.
+
+    `search` appends each candidate to a list before it tries it. When time is up, its next operator fails: a process
+    that ends while a thread computes is aborted, and a notebook would not get the memory back.
+    """
     job.optimizer.zero_grad(set_to_none=True)
     found: list[int | None] = []
+    candidates: list[int] = []
+    is_late = threading.Event()
     failed: list[str] = []  # in words: the error's frames would keep the process group
 
     def run() -> None:
         try:
-            with _by_itself(job):
-                found.append(search())
-        except Exception as error:  # of the user's code, or of a device that does not answer any more
+            with _by_itself(job, is_late):
+                found.append(search(candidates))
+        except BaseException as error:  # of the user's code, or of a device that does not answer any more
             let_go(error)
             is_ours = isinstance(error, NotTriedError)
-            failed.append(brief(error) if is_ours else f"{type(error).__name__}: {brief(error)}")
+            failed.append(brief(error) if is_ours else f"{type(error).__name__}: {brief(error)}".rstrip(": "))
 
     limit_s = min(_LONGEST_S, job.recipe.train.hang_timeout_s / 2)
     job.progress.at("trying what fits into memory", job.step, patient=True)
     thread = threading.Thread(target=run, name="disttrain-what-fits", daemon=True)
     thread.start()
     thread.join(limit_s)
-    if failed:
-        raise NotTriedError(failed[0])
+    if thread.is_alive():
+        is_late.set()
+        thread.join(limit_s / 8)  # as long as the operator that is running takes
+        failed.insert(0, f"it takes more than {limit_s:g} s")
     if not found:
-        raise NotTriedError(f"it takes more than {limit_s:g} s")
+        raise NotTriedError(failed[0], candidates[-1] if candidates else None)
     return found[0]
 
 
 @contextmanager
-def _by_itself(job: Job) -> Iterator[None]:
+def _by_itself(job: Job, is_late: threading.Event) -> Iterator[None]:
     if job.world.device.type == "cuda":
         torch.cuda.set_device(job.world.device)  # each thread has one of its own
     with (
         buffers_kept(job.model),
         # To compile for each size would take minutes.
         torch.compiler.set_stance("force_eager") if job.recipe.train.compile else nullcontext(),
-        _NothingIsSent() if job.world.size > 1 else nullcontext(),  # type: ignore[no-untyped-call]
+        _Watched(is_late, may_send=job.world.size == 1),
     ):
         yield
 
 
-class _NothingIsSent(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuse collectives, those of a model's own too: the other workers are in the middle of a step."""
+class _Watched(TorchDispatchMode):
+    """Refuse collectives, a model's own too: other workers are in the middle of a step. Refuse all when it is late."""
+
+    def __init__(self, is_late: threading.Event, *, may_send: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._is_late, self._may_send = is_late, may_send
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in _OF_COLLECTIVES:
+        if self._is_late.is_set():
+            raise NotTriedError("time is up")
+        if func.namespace in _OF_COLLECTIVES and not self._may_send:
             raise NotTriedError("the model or the task sends something to the other workers")
         return func(*args, **(kwargs or {}))

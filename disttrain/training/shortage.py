@@ -86,17 +86,20 @@ def _words_of_step(job: Job, size: int, error: BaseException) -> tuple[str, str]
     if size == 1:
         return what, _smaller(job)
     settings = job.recipe.train
+
+    def named(accumulate: int) -> str:
+        at_once = largest_part(len(job.data.train), job.recipe.data.batch_size, job.strategy.num_slices, accumulate)
+        return f"begin a new run with train.accumulate = {accumulate}, which computes {at_once} at once"
+
     try:
         found = _tried(accumulate_that_fits, job, error)
     except NotTriedError as reason:
-        words = f"train.accumulate = {2 * settings.accumulate}, which computes {-(-size // 2)} at once"
-        return what, f"begin a new run with {words} (whether that fits could not be tried: {reason})"
+        next_one = named(reason.candidate or 2 * settings.accumulate)
+        return what, f"{next_one} (whether that fits could not be tried: {reason})"
     if found is None:
         return what, f"no larger train.accumulate fits (tried on this worker): {_smaller(job)}"
-    at_once = largest_part(len(job.data.train), job.recipe.data.batch_size, job.strategy.num_slices, found)
-    words = f"train.accumulate = {found}, which computes {at_once} at once"
     how = "without compiling, on this worker" if settings.compile else "on this worker"
-    return what, f"begin a new run with {words} and fits (tried {how})"
+    return what, f"{named(found)} and fits (tried {how})"
 
 
 def _words_of_evaluation(job: Job, error: BaseException) -> tuple[str, str]:
@@ -105,7 +108,8 @@ def _words_of_evaluation(job: Job, error: BaseException) -> tuple[str, str]:
     try:
         found = _tried(eval_batch_size_that_fits, job, error)
     except NotTriedError as reason:
-        words = f"resume with train.eval_batch_size = {max(1, size // 2)}"
+        half = max(1, min(size, len(job.data.test)) // 2)  # of what is computed at once
+        words = f"resume with train.eval_batch_size = {reason.candidate or half}"
         return what, f"{words} (whether that fits could not be tried: {reason})"
     if found is None:
         return what, "no smaller one fits (tried on this worker): take a smaller model or smaller samples"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 import disttrain
 from disttrain.errors import DisttrainError, is_lost_peer, is_out_of_memory
 from disttrain.testing import run_workers
+from disttrain.training import fitting
 from disttrain.training.shortage import _asked
 from tests.disttrain.task.test_users_tasks import QUIET
 from tests.disttrain.task.users import Regression, case
@@ -67,7 +69,7 @@ class Hungry(Regression):
             1,
             [],
             1,
-            "the evaluation at step 3, with train.eval_batch_size = 64: {} resume with",
+            "the evaluation at step 3, with train.eval_batch_size = 64: {} resume with train.eval_batch_size = 5 (",
         ),
     ],
 )
@@ -94,20 +96,25 @@ def test_what_takes_less_memory_is_named(
 
 
 class Small(nn.Module):
-    """Stands for a GPU, whose memory holds `most` samples at once; fewer than `least` cannot be computed.
+    """Stands for a GPU, whose memory holds `most` samples at once; fewer than `least` raise `error`.
 
     If it is not full yet, it is from the first batch that is larger than those which are tried before training.
     """
 
-    def __init__(self, most: int, *, least: int = 1, is_full: bool = True) -> None:
+    calls: torch.Tensor
+
+    def __init__(
+        self, most: int, *, least: int = 1, is_full: bool = True, error: type[BaseException] = ValueError
+    ) -> None:
         super().__init__()
+        self.error = error
         self.inner, self.most, self.least, self.is_full = case("regression").model, most, least, is_full
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, features: torch.Tensor) -> Any:
         self.is_full |= len(features) > TRIED
         if self.is_full and len(features) < self.least:
-            raise ValueError("too few")
+            raise self.error("too few")
         if self.is_full and len(features) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
         self.calls += self.training
@@ -157,6 +164,33 @@ def test_where_no_accumulate_fits_other_ways_are_named(tmp_path: Path) -> None:
         assert said.endswith(f"; no larger train.accumulate fits (tried on this worker): {ways}"), said
 
 
+def test_where_the_model_cannot_compute_so_few_one_in_between_is_named(tmp_path: Path) -> None:
+    """As with BatchNorm: 38 samples in 32 parts, of which some have a single one; in 16 parts, of 3, too many."""
+    said = why(tmp_path / "run", Small(2, least=2, is_full=False), "data.batch_size=38")
+    assert said.endswith("train.accumulate = 19, which computes 2 at once and fits (tried on this worker)."), said
+
+
+class Endless(Small):
+    """One that never ends once memory is full."""
+
+    def forward(self, features: torch.Tensor) -> Any:
+        scores = super().forward(features)
+        while self.is_full:
+            scores = scores + 1
+        return scores
+
+
+def test_what_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "_LONGEST_S", 0.5)
+    said = why(tmp_path / "run", Endless(2, is_full=False))
+    named = "train.accumulate = 2, which computes 16 at once"
+    assert said.endswith(f"{named} (whether that fits could not be tried: it takes more than 0.5 s)."), said
+    for thread in threading.enumerate():
+        if thread.name == "disttrain-what-fits":
+            thread.join(60)
+            assert not thread.is_alive()
+
+
 class SmallTogether(Small):
     """One that asks the other workers for something."""
 
@@ -198,6 +232,16 @@ def test_the_evaluation_batch_that_is_named_fits(tmp_path: Path) -> None:
     words = "; resume with train.eval_batch_size = 5, which fits (tried on this worker)."
     assert str(caught.value).endswith(words), str(caught.value)
     assert trained(tmp_path, model, "train.accumulate=8", "train.eval_batch_size=5").step == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_what_is_known_not_to_fit_is_not_named(tmp_path: Path, error: type[BaseException]) -> None:
+    """Of 11 samples, 5 do not fit; with 2, the model fails in another way."""
+    model = Small(2, least=3, is_full=False, error=error)
+    with pytest.raises(DisttrainError) as caught:
+        trained(tmp_path, model, "train.accumulate=8", "train.eval_batch_size=11")
+    words = f"train.eval_batch_size = 2 (whether that fits could not be tried: {error.__name__}: too few)."
+    assert str(caught.value).endswith(words), str(caught.value)
 
 
 def test_the_first_step_of_a_resume_is_worth_a_retry(tmp_path: Path) -> None:
