@@ -42,6 +42,8 @@ def try_exactness(job: Job) -> None:
     parameters = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     versions = {key: parameter._version for key, parameter in model.named_parameters()}
     num_compiled = times_compiled()
+    if num_compiled and not job.recipe.train.compile:
+        torch.compiler.reset()  # what was compiled before would not be again
     with generators_kept():
         try:
             with shortage_of(job, len(_samples(job))), named_operators(job.world.device):
@@ -62,7 +64,7 @@ def try_exactness(job: Job) -> None:
         raise ConfigurationError(
             "the task or the model compiles a function itself (torch.compile), and by which kernels that is computed "
             "depends on the shapes that a worker has met before: set train.compile = true, with which there are "
-            f"kernels for each shape, leave the function as it is, {_OR_FAST}."
+            f"kernels for each shape, do without torch.compile there, {_OR_FAST}."
         )
     if again is not None:
         raise ConfigurationError(

@@ -315,14 +315,23 @@ def test_in_exact_mode_a_model_stays_compiled_for_more_shapes_than_torch_takes(
 def test_what_a_task_compiles_itself_is_refused_where_kernels_would_depend_on_the_shapes_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torch.compiler.reset()  # type: ignore[no-untyped-call]
-    doubled = torch.compile(lambda numbers: 2 * numbers, backend="eager")
-    with join_world("cpu", threads=1) as world:
-        job = build_job(load_recipe("digits", SMALL), world, Given(model=Replayed()))
-        monkeypatch.setattr(job.task, "loss", lambda model, batch: doubled(model(batch[0])).sum(), raising=False)
-        with pytest.raises(ConfigurationError, match=r"set train\.compile = true"):
+    """Though the model was looked at before, by the same samples; what torch compiles without kernels is not."""
+
+    def doubled(numbers: torch.Tensor) -> torch.Tensor:
+        return 2 * numbers
+
+    def tried(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with join_world("cpu", threads=1) as world:
+            job = build_job(load_recipe("digits", [*SMALL, "parallel.exact=true"]), world, Given(model=Replayed()))
+            monkeypatch.setattr(job.task, "loss", lambda model, batch: function(model(batch[0])).sum(), raising=False)
+            check_model(job, print)
             try_exactness(job)
-        job.close()
+            job.close()
+
+    tried(lambda scores: torch.cond(scores.sum() > 0, torch.sin, torch.cos, (scores,)))
+    for is_whole in (False, True):
+        with pytest.raises(ConfigurationError, match=r"set train\.compile = true"):
+            tried(torch.compile(doubled, backend="aot_eager", fullgraph=is_whole))
 
 
 def test_all_slices_sizes_are_known_to_each_worker() -> None:
