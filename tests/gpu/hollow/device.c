@@ -1,8 +1,8 @@
 /* A GPU that computes nothing: loaded before CUDA's runtime, cuBLAS, cuDNN and the driver, it answers for them.
  *
- * There is one device. Its memory is an address without anything behind it, so whoever reads it on the host ends by a
- * segmentation fault, as with a real one; what is copied from it to the host is zeros, but a single byte, which is a truth
- * value, is true; a kernel is counted and not run.
+ * There is one device, or as many as HOLLOW_GPUS says. Its memory is addresses without anything behind them, so whoever
+ * reads it on the host ends by a segmentation fault, as with a real one; no more of it is given than it has. What is copied
+ * from it to the host is zeros, but a single byte, which is a truth value, is true; a kernel is counted and not run.
  * All else is PyTorch's own: which device an operator refuses, what is copied, and where the host waits.
  */
 #define _GNU_SOURCE
@@ -29,39 +29,54 @@ void hollow_count(int kind, const char *what)
 
 /* Memory. */
 
-#define ROOM (1ull << 46) /* addresses, not bytes: 64 TiB, of which no address is given twice */
+#define MOST_GPUS 8
+#define ROOM (1ull << 43) /* addresses of a device, not bytes: 8 TiB, of which no address is given twice */
 #define TOTAL (141ull << 30)
+#define BLOCK (2ull << 20)
 static char *memory;
-static _Atomic size_t used;
-
-static void *device_memory(size_t size)
-{
-    return memory + atomic_fetch_add(&used, (size + 0x1fffff) & ~(size_t)0x1fffff);
-}
+static int num_gpus = 1;
+static _Thread_local int current;
+static _Atomic size_t given[MOST_GPUS], used[MOST_GPUS];
+static uint32_t blocks[MOST_GPUS * (ROOM / BLOCK)]; /* how many there are of what begins at each */
 
 static int is_on_device(const void *address)
 {
-    return (const char *)address >= memory && (const char *)address < memory + ROOM;
+    return (const char *)address >= memory && (const char *)address < memory + MOST_GPUS * ROOM;
 }
 
 __attribute__((constructor)) static void reserve(void)
 {
-    memory = mmap(NULL, ROOM, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED)
+    if (getenv("HOLLOW_GPUS"))
+        num_gpus = atoi(getenv("HOLLOW_GPUS"));
+    memory = mmap(NULL, MOST_GPUS * ROOM, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || num_gpus > MOST_GPUS)
         abort();
 }
 
 cudaError_t cudaMalloc(void **to, size_t size)
 {
-    *to = device_memory(size);
+    size = (size + BLOCK - 1) & ~(BLOCK - 1);
+    if (atomic_fetch_add(&used[current], size) + size > TOTAL || given[current] + size > ROOM) {
+        used[current] -= size;
+        return cudaErrorMemoryAllocation;
+    }
+    *to = memory + current * ROOM + atomic_fetch_add(&given[current], size);
+    blocks[((char *)*to - memory) / BLOCK] = size / BLOCK;
     return cudaSuccess;
 }
 
-cudaError_t cudaFree(void *address) { return cudaSuccess; }
+cudaError_t cudaFree(void *address)
+{
+    if (address) {
+        size_t place = (char *)address - memory;
+        used[place / ROOM] -= blocks[place / BLOCK] * BLOCK;
+    }
+    return cudaSuccess;
+}
 
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total)
 {
-    *available = *total = TOTAL;
+    *total = TOTAL, *available = TOTAL - used[current];
     return cudaSuccess;
 }
 
@@ -94,6 +109,7 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const 
     found->type = is_on_device(address) ? cudaMemoryTypeDevice
                   : is_pinned(address)  ? cudaMemoryTypeHost
                                         : cudaMemoryTypeUnregistered;
+    found->device = is_on_device(address) ? ((char *)address - memory) / ROOM : 0;
     found->devicePointer = found->hostPointer = (void *)address;
     return cudaSuccess;
 }
@@ -136,9 +152,12 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t strea
 
 /* The device. */
 
-cudaError_t cudaGetDeviceCount(int *found) { return *found = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int *found) { return *found = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *found) { return *found = num_gpus, cudaSuccess; }
+cudaError_t cudaGetDevice(int *found) { return *found = current, cudaSuccess; }
+cudaError_t cudaSetDevice(int device)
+{
+    return device < 0 || device >= num_gpus ? cudaErrorInvalidDevice : (current = device, cudaSuccess);
+}
 cudaError_t cudaDriverGetVersion(int *found) { return *found = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int *found, int one, int other) { return *found = 0, cudaSuccess; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }

@@ -42,6 +42,9 @@ KERNEL(ncclBcast)
 KERNEL(ncclBroadcast)
 KERNEL(ncclReduce)
 KERNEL(ncclReduceScatter)
+KERNEL(ncclSend)
+KERNEL(ncclRecv)
+KERNEL(ncclAlltoAll)
 NOTHING(ncclCommAbort)
 NOTHING(ncclCommDestroy)
 NOTHING(ncclCommFinalize)
@@ -157,12 +160,32 @@ FOUND_ALGORITHM(cudnnFindConvolutionForwardAlgorithmEx)
 FOUND_ALGORITHM(cudnnFindConvolutionBackwardDataAlgorithmEx)
 FOUND_ALGORITHM(cudnnFindConvolutionBackwardFilterAlgorithmEx)
 
-/* NCCL, of one rank. */
+/* NCCL: nothing is sent. */
 
-int ncclCommInitRank(void **to) { return made(to); }
-int ncclCommInitRankConfig(void **to) { return made(to); }
-int ncclCommInitRankScalable(void **to) { return made(to); }
+struct id { /* ncclUniqueId, which comes by value */
+    char bytes[128];
+};
+struct group {
+    int size, rank;
+};
+
+static int joined(struct group **to, int size, int rank)
+{
+    *to = malloc(sizeof **to);
+    (*to)->size = size, (*to)->rank = rank;
+    return 0;
+}
+
+int ncclCommInitRank(struct group **to, int size, struct id id, int rank) { return joined(to, size, rank); }
+int ncclCommInitRankConfig(struct group **to, int size, struct id id, int rank) { return joined(to, size, rank); }
+int ncclCommInitRankScalable(struct group **to, int size, int rank) { return joined(to, size, rank); }
+int ncclCommInitAll(struct group **to, int size)
+{
+    for (int rank = 0; rank < size; rank++)
+        joined(to + rank, size, rank);
+    return 0;
+}
 int ncclCommGetAsyncError(void *of, int *error) { return *error = 0, 0; }
-int ncclCommCount(void *of, int *num) { return *num = 1, 0; }
-int ncclCommUserRank(void *of, int *rank) { return *rank = 0, 0; }
-int ncclCommCuDevice(void *of, int *device) { return *device = 0, 0; }
+int ncclCommCount(struct group *of, int *num) { return *num = of->size, 0; }
+int ncclCommUserRank(struct group *of, int *rank) { return *rank = of->rank, 0; }
+int ncclCommCuDevice(struct group *of, int *device) { return *device = of->rank, 0; }

@@ -11,6 +11,7 @@ from typing import Any
 import disttrain
 from disttrain.distributed import exact_sum
 from disttrain.distributed.world import join_world
+from disttrain.errors import ConfigurationError
 from disttrain.parallel.conditions import exact_conditions
 from disttrain.recipe import Recipe, load_recipe
 from disttrain.training.evaluate import scored
@@ -19,6 +20,8 @@ from disttrain.training.job import build_job
 from disttrain.training.loop import train_step
 from tests.disttrain.parallel.exact_runs import SMALL, build
 from tests.gpu.hollow import counted
+from tests.gpu.networks import Hungry
+from tests.gpu.registry import small
 
 DEVICE = ("train.device=cuda", "train.log_every_steps=100")
 MOVED = ("data.crop_padding=2", "data.flip=true", "data.cutout=4")
@@ -47,12 +50,24 @@ RUNS = {
     ),
     "mixed images": ("digits", *FAST, "task.options.mixup=0.5", "task.options.cutmix=1.0", "train.non_finite=zero"),
     "samples read in a process": ("digits", *FAST, "data.layout=stream", "data.workers=1", "train.spike_factor=5"),
-    "shards": ("digits", *FAST, "parallel.strategy=fsdp", *EVERY_STEP),
     "exact, audited": ("digits", *EXACT, "parallel.audit_every_steps=1", *EVERY_STEP),
-    "exact, sharded": ("digits", *EXACT, "parallel.strategy=fsdp", "optim.name=rmsprop", "optim.lr=0.001"),
+    "exact, rmsprop": ("digits", *EXACT, "optim.name=rmsprop", "optim.lr=0.001"),
     "cifar10-fast": ("cifar10-fast", *TWO_STEPS, "train.eval_batch_size=32", "model.options={widths=[8, 16]}"),
 }  # fmt: skip
 """Whole runs, and their resumptions: any operator that is given tensors of two devices ends them."""
+
+TOO_MUCH, SAID = (
+    ("train.accumulate=1", "train.eval_batch_size=8"),
+    "computes 16 at once and fits (tried on this worker)",
+)
+
+ON_TWO = {
+    "exact": ("parallel.exact=true", "train.clip_norm=0.5", "train.precision=fp16", "train.accumulate=2"),
+    "exact shards": ("parallel.exact=true", "parallel.strategy=fsdp"),
+    "shards": ("parallel.strategy=fsdp", "train.clip_norm=0.5", "train.precision=bf16", "train.ema_decay=0.9"),
+    "trained apart": ("parallel.sync_every=2", "parallel.compress=int8"),
+}
+"""Two workers' runs on two GPUs. Not DDP: what it compares of both models comes back from the device as zeros."""
 
 
 def of_steps(recipe: Recipe, given: Given) -> dict[str, Counter[str]]:
@@ -88,6 +103,16 @@ def run(name: str, *overrides: str) -> None:
             disttrain.train(load_recipe(name, [*overrides, *more]), run_dir=folder, **model)
 
 
+def run_out_of_memory() -> None:
+    """Train with more samples at once than the device holds. Raises AssertionError if that is not said."""
+    try:
+        disttrain.train(small(*TOO_MUCH), model=Hungry())
+    except ConfigurationError as error:
+        assert SAID in str(error), error
+        return
+    raise AssertionError("141 GiB were enough")
+
+
 def main() -> None:
     """Print the counts of the ways that the command line names; without names, of all, and make the whole runs."""
     holds = exact_sum.holds
@@ -100,8 +125,10 @@ def main() -> None:
     for name in sys.argv[1:] or STEPS:
         found = of_steps(load_recipe("digits", STEPS[name]), Given(model=build(3, (3, 32, 32))))
         print(json.dumps({"name": name, **found}), flush=True)
-    for overrides in RUNS.values() if not sys.argv[1:] else ():
-        run(*overrides)
+    if not sys.argv[1:]:
+        for overrides in RUNS.values():
+            run(*overrides)
+        run_out_of_memory()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.gpu import hollow
-from tests.gpu.hollow.steps import STEPS
+from tests.gpu.hollow.steps import EVERY_STEP, ON_TWO, STEPS, TWO_STEPS
 
 _WHY_NOT = hollow.why_not()
 pytestmark = pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)
@@ -29,7 +30,10 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def counts(gpu: dict[str, str]) -> dict[str, Any]:
-    """What was counted in steps, by the names of the ways. Fails if whole runs mix tensors of two devices."""
+    """What was counted in steps, by the names of the ways.
+
+    Fails if whole runs mix tensors of two devices, or if one that runs out of memory names nothing that fits.
+    """
     printed = hollow.python(["-m", "tests.gpu.hollow.steps"], gpu, timeout_s=600)
     lines = [line for line in printed.splitlines() if line.startswith("{")]  # whole runs print, too
     return {found.pop("name"): found for found in map(json.loads, lines)}
@@ -67,3 +71,15 @@ def test_an_epoch_sends_its_order_and_an_evaluation_nothing(name: str, counts: d
     assert set(sent) <= {"distributed/later.py from_host"}
     assert of("to the device", counts[name]["evaluation"]) == {}
     assert counts[name]["evaluation"].get("waits before its end", 0) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ON_TWO)
+def test_two_workers_train_on_two_gpus_save_and_resume(name: str, gpu: dict[str, str], tmp_path: Path) -> None:
+    for last in (3, 4):
+        overrides = (*TWO_STEPS, *EVERY_STEP, f"train.max_steps={last}", *ON_TWO[name])
+        options = [word for override in overrides for word in ("-o", override)]
+        command = ["-m", "disttrain_launch", "train", "cifar10-net", "-n", "2", "--run-dir", str(tmp_path), *options]
+        printed = hollow.python(command, {**gpu, "HOLLOW_GPUS": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, timeout_s=400)
+        assert "2 workers on cuda" in printed
+    assert "resuming from step 3 of 4" in printed
