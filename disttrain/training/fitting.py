@@ -6,6 +6,7 @@ they are. The others wait meanwhile, for a limited time. No step may follow.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -143,18 +144,16 @@ def _fits(job: Job, compute: Callable[[Strategy], Any]) -> bool:
 def _in_time(job: Job, search: Callable[[list[int]], int | None]) -> int | None:
     """What `search` finds, on a thread of its own, so that the failure is reported in time whatever happens there.
 
-    `search` appends each candidate to a list before it tries it. When time is up, its next operator fails: a process
-    that ends while a thread computes is aborted, and a notebook would not get the memory back.
+    `search` appends each candidate to a list before it tries it.
     """
     job.optimizer.zero_grad(set_to_none=True)
     found: list[int | None] = []
     candidates: list[int] = []
-    is_late = threading.Event()
     failed: list[str] = []  # in words: the error's frames would keep the process group
 
     def run() -> None:
         try:
-            with _by_itself(job, is_late):
+            with _by_itself(job):
                 found.append(search(candidates))
         except BaseException as error:  # of the user's code, or of a device that does not answer any more
             let_go(error)
@@ -167,7 +166,7 @@ def _in_time(job: Job, search: Callable[[list[int]], int | None]) -> int | None:
     thread.start()
     thread.join(limit_s)
     if thread.is_alive():
-        is_late.set()
+        _end(thread)
         thread.join(limit_s / 8)  # as long as the operator that is running takes
         failed.insert(0, f"it takes more than {limit_s:g} s")
     if not found:
@@ -175,29 +174,32 @@ def _in_time(job: Job, search: Callable[[list[int]], int | None]) -> int | None:
     return found[0]
 
 
+def _end(thread: threading.Thread) -> None:
+    """Have its next line of Python raise SystemExit.
+
+    A process that ends while a thread computes is aborted by torch, and a notebook would not get the memory back.
+    """
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+
 @contextmanager
-def _by_itself(job: Job, is_late: threading.Event) -> Iterator[None]:
+def _by_itself(job: Job) -> Iterator[None]:
     if job.world.device.type == "cuda":
         torch.cuda.set_device(job.world.device)  # each thread has one of its own
     with (
         buffers_kept(job.model),
         # To compile for each size would take minutes.
         torch.compiler.set_stance("force_eager") if job.recipe.train.compile else nullcontext(),
-        _Watched(is_late, may_send=job.world.size == 1),
+        _NothingIsSent() if job.world.size > 1 else nullcontext(),  # type: ignore[no-untyped-call]
     ):
         yield
 
 
-class _Watched(TorchDispatchMode):
-    """Refuse collectives, a model's own too: other workers are in the middle of a step. Refuse all when it is late."""
-
-    def __init__(self, is_late: threading.Event, *, may_send: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._is_late, self._may_send = is_late, may_send
+class _NothingIsSent(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuse collectives, those of a model's own too: the other workers are in the middle of a step."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_late.is_set():
-            raise NotTriedError("time is up")
-        if func.namespace in _OF_COLLECTIVES and not self._may_send:
+        if func.namespace in _OF_COLLECTIVES:
             raise NotTriedError("the model or the task sends something to the other workers")
         return func(*args, **(kwargs or {}))
