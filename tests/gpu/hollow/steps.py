@@ -36,7 +36,7 @@ STEPS = {
     "muon": (*FAST, *ALL, "optim.name=muon", "optim.other=sgd", "train.precision=bf16"),
     "fp16": (*FAST, *ALL, "optim.momentum=0.9", "train.precision=fp16"),
     "exact": (*EXACT, *MOVED),
-    "exact with everything": (*EXACT, *ALL, "train.precision=bf16"),
+    "exact with everything": (*EXACT, *ALL, "parallel.slices=8", "train.accumulate=1", "train.precision=bf16"),
 }
 
 TINY = ("data.dataset=synthetic", "data.options={num_train=64, num_test=64, num_classes=4}", "data.batch_size=16")
