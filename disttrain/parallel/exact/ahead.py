@@ -177,8 +177,11 @@ class _Piece:
 
 
 def room_for(parameter: torch.Tensor, summands: Iterable[torch.Tensor | None]) -> torch.Tensor:
-    """Memory for the sum of a parameter's gradients: that of a slice's, whose numbers are in the sum before."""
-    found = next((gradient for gradient in summands if gradient is not None), None)
+    """Memory for the sum of a parameter's gradients: that of a slice's, whose numbers are in the sum before.
+
+    Not that of an expanded view, whose elements are one in memory: a hook may have put it in the gradient's place.
+    """
+    found = next((gradient for gradient in summands if gradient is not None and 0 not in gradient.stride()), None)
     return torch.empty_like(parameter) if found is None else found
 
 

@@ -209,6 +209,26 @@ def test_buffers_are_the_mean_over_the_slices_and_counters_those_of_the_first() 
             assert idle is None  # as without slices, so that its optimizer leaves it alone
 
 
+def test_a_gradient_that_is_an_expanded_view_is_summed() -> None:
+    """Such as a hook's that puts a mean in the gradient's place: there is one number in memory, no room for sums."""
+
+    def step() -> torch.Tensor | None:
+        with join_world("cpu", threads=1) as world:
+            model = nn.Linear(3, 2)
+            slices = ExactSlices(model, world, 4)
+            for slice_index in slices.slices:
+                slices.open()
+                model(torch.ones(1, 3)).sum().backward()
+                model.weight.grad = torch.tensor(slice_index + 1.0).expand(2, 3)
+                slices.close(slice_index)
+            slices.finish(4)
+            return model.weight.grad
+
+    for size in (1, 2):
+        for gradient in run_workers(step, size, process_group=False):
+            assert torch.equal(gradient, torch.full((2, 3), 10.0))
+
+
 def test_what_is_not_finite_ends_the_training_by_its_name_on_all_ranks(tmp_path: Path) -> None:
     def diverge() -> str:
         with pytest.raises(DivergedError) as caught:
